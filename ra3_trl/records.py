@@ -1,0 +1,139 @@
+"""The frozen records that pass between rooms.
+
+Shape legend, used as suffixes everywhere: `B` documents, `A` actions (lines) of a document, `T` sites (boundaries
+where latents are tried), `G` latents per site, `M = T*G` branches, `H` lines of the horizon, `K` latent tokens,
+`L` tokens, `N` document tokens, `V` vocabulary. A name such as `line_logps_TGH` therefore holds one number for each
+site, latent and line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A legal place for a latent: `think` tokens open one, `close` tokens end it and give back the carry.
+
+    On `if x:\\n    return x` with a tokenizer that merges `\\n` and three spaces into one token, the boundary before
+    `return` has `think = (" #",)` and `close = ("\\n   ",)`; the expert's own `" return"` follows unchanged.
+    """
+
+    think: tuple[int, ...]
+    close: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One primitive action: a logical line, tokens `start` to `end` (exclusive) of its document.
+
+    `index` is the ordinal of the line in the whole document, the same in whichever chunk it lands; noise is keyed by
+    it. `boundary` is `None` where no latent may stand. `comment` marks the expert's own comment line: context, never
+    scored. Example: `Action(index=1, start=7, end=12, boundary=Boundary(...))`.
+    """
+
+    index: int
+    start: int
+    end: int
+    boundary: Boundary | None = None
+    comment: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """A chunk of expert text on its natural tokenization.
+
+    The first `context` tokens are conditioned on and never trained (BOS, a prompt, the last token of the chunk
+    before). `status` is `"actions"`, or the reason why the text gets plain next-token training (`"plain"` when it
+    does not tokenize, `"lossy"` when the tokenizer does not give the text back).
+    """
+
+    doc_id: int
+    chunk: int
+    input_ids: tuple[int, ...]
+    actions: tuple[Action, ...]
+    context: int
+    status: str = "actions"
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Positions in `actions` of the lines before which a latent may stand."""
+        return tuple(i for i, action in enumerate(self.actions) if action.boundary is not None)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A sampled rationale: its tokens without think prefix, stop and closure; `logps` as sampled (stop included).
+
+    `len(logps) == len(token_ids) + 1` when the stop symbol was sampled (`stopped`), else `len(token_ids)`. `kept` is
+    `None`, or under truncated sampling the ids of the kept set at each step.
+    """
+
+    token_ids: tuple[int, ...]
+    stopped: bool
+    logps: tuple[float, ...] = ()
+    kept: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """What an engine returns for one document.
+
+    Example: two sites, one latent each, horizon 1 gives `latent_line_logps_TGH` of shape `[2, 1, 1]`; `-inf` in a
+    gate log-probability means that no decision is taken there, so nothing is renormalised.
+    """
+
+    document: Document
+    sites: tuple[int, ...]
+    latents: tuple[tuple[Latent, ...], ...]
+    line_logps_A: torch.Tensor  # log pi(a_t | s_t), sum over the line's tokens, no latent anywhere
+    gate_logps_A: torch.Tensor  # log P(think | s_t); -inf where there is no boundary
+    latent_line_logps_TGH: torch.Tensor  # the H lines from the site on, under the latent
+    latent_gate_logps_TGH: torch.Tensor  # log P(think again) before each of these lines
+
+    @property
+    def num_latents(self) -> int:
+        return len(self.latents[0]) if self.latents else 0
+
+
+@dataclass(frozen=True)
+class AnnotatedExample:
+    """A document with latents spliced in: what the M-step trains on.
+
+    `labels` holds `-100` on the context, `is_latent` marks think prefix, latent and closure tokens. `placed` maps the
+    position of an action to the latent that stands before it.
+    """
+
+    document: Document
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    is_latent: tuple[bool, ...]
+    placed: dict[int, Latent] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What the sampler must know of a vocabulary of `V` ids.
+
+    `next_state_SV` is the UTF-8 automaton over whole tokens: from state `S` (0 = between characters) a token leads to
+    a state or to -1 (forbidden: invalid UTF-8, carriage return, NUL, special token, id outside the tokenizer).
+    `pending_S` is how many bytes a state still waits for. `stop_ids` are all newline-bearing and end-of-text tokens:
+    together they are ONE stop symbol, represented by `stop_ids[0]`.
+    """
+
+    stop_ids: torch.Tensor
+    blank_V: torch.Tensor
+    next_state_SV: torch.Tensor
+    pending_S: torch.Tensor
+    token_bytes: tuple[bytes | None, ...]
+    eos_token_id: int
+
+    @property
+    def stop_id(self) -> int:
+        return int(self.stop_ids[0])
+
+    def to(self, device: torch.device | str) -> TokenTable:
+        moved = {n: getattr(self, n).to(device) for n in ("stop_ids", "blank_V", "next_state_SV", "pending_S")}
+        return replace(self, **moved)

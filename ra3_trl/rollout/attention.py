@@ -1,0 +1,236 @@
+"""One attention function for branches that share a document.
+
+A branch sees the document's tokens before its boundary and its own. Registered with
+`transformers.AttentionInterface`, it is reached through an extra keyword argument of the model, so no model code is
+patched and no [tokens, tokens] mask ever exists. Branches are handled in blocks: the queries of a block attend to
+[own keys of the block | document keys up to the block's last boundary] in one call of PyTorch's fused attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+
+NAME = "ra3_branch"
+_OWN_KEYS = 1024  # most own keys in a block, unless one branch alone has more
+
+
+@dataclass
+class BranchTokens:
+    """Tokens of one forward: token `n` stands in slot `slot_n` of branch `branch_n` (ascending); see `SitePlan`."""
+
+    token_n: torch.Tensor
+    branch_n: torch.Tensor
+    slot_n: torch.Tensor
+    sees_n: torch.Tensor
+    run_n: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_n)
+
+
+@dataclass
+class _Block:
+    """Branches `first` to `last` of one forward: `row_MS` are their query rows, `-1` where a branch has fewer."""
+
+    first: int
+    last: int
+    slots: int
+    document: int
+    row_MS: torch.Tensor
+    visible_MSL: torch.Tensor
+    position_MS: torch.Tensor
+    prefix_M: torch.Tensor
+    position_ML: torch.Tensor
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask `[repeat*M*S, M*L + document]`, made once for all layers of a kind."""
+        if window not in self.masks:
+            branches, queries = self.row_MS.shape
+            device = self.row_MS.device
+            own = self.visible_MSL
+            keys = torch.arange(self.document, device=device)
+            shared = (keys < self.prefix_M[:, None, None]).expand(-1, queries, -1)
+            if window is not None:
+                own = own & (self.position_MS[:, :, None] - self.position_ML[:, None, :] < window)
+                shared = shared & (self.position_MS[:, :, None] - keys < window)
+            same = torch.eye(branches, dtype=torch.bool, device=device)[:, None, :, None]
+            own = (own[:, :, None, :] & same).flatten(2)
+            seen = torch.cat([own, shared], -1) | (self.row_MS < 0)[:, :, None]  # a padded query must see something
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+            self.masks[window] = mask.flatten(0, 1).repeat(repeat, 1)
+        return self.masks[window]
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None):
+    if cap is None:
+        return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (torch.tanh(scores / cap) * cap + mask).softmax(-1).to(v.dtype) @ v
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None):
+    """Plain causal attention of a document, `q` `[heads, N, D]`, `k` and `v` `[kv_heads, N, D]`."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    length = q.shape[1]
+    if cap is None and (window is None or length <= window):
+        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+    i = torch.arange(length, device=q.device)
+    seen = (i[:, None] >= i) & (i[:, None] - i < (window or length))
+    return _fused(q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), scale, cap)
+
+
+class BranchState:
+    """Keys and values of one document and of the branches in flight; also says what the current forward is.
+
+    Args:
+        prefix_M (`torch.Tensor`):
+            Number of document tokens each branch sees, ascending.
+        slots (`int`):
+            Most tokens of a branch.
+        cached (`bool`):
+            `True` keeps keys and values from forward to forward (no gradients); `False` is for one packed forward
+            [document | branches] with gradients.
+    """
+
+    def __init__(self, prefix_M: torch.Tensor, slots: int, cached: bool, document: BranchState | None = None):
+        self.prefix_M = prefix_M
+        self.slots = slots
+        self.cached = cached
+        self._document = document._document if document else {}
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._position_ML = torch.zeros(len(prefix_M), slots, dtype=torch.long, device=prefix_M.device)
+        self.blocks: list[_Block] = []
+        self.document_length = 0
+        self._tokens: BranchTokens | None = None
+        self._order: torch.Tensor | None = None
+        self._own_row: torch.Tensor | None = None
+
+    def begin(self, tokens: BranchTokens | None, document_length: int = 0) -> torch.Tensor:
+        """Announces a forward of `document_length` document tokens followed by `tokens`; returns its position ids."""
+        self._tokens, self.document_length, self.blocks = tokens, document_length, []
+        positions = torch.arange(document_length, device=self.prefix_M.device)
+        if tokens is None:
+            return positions
+        depth = torch.where(tokens.sees_n > tokens.slot_n, tokens.slot_n, tokens.sees_n + tokens.slot_n - tokens.run_n)
+        position_n = self.prefix_M[tokens.branch_n] + depth
+        self._position_ML[tokens.branch_n, tokens.slot_n] = position_n
+        if not self.cached:
+            self._own_row = torch.zeros_like(self._position_ML)
+            self._own_row[tokens.branch_n, tokens.slot_n] = torch.arange(len(tokens), device=position_n.device)
+        self._make_blocks(tokens, position_n)
+        return torch.cat([positions, position_n])
+
+    def _make_blocks(self, tokens: BranchTokens, position_n: torch.Tensor) -> None:
+        branches, counts = torch.unique_consecutive(tokens.branch_n, return_counts=True)
+        ends = counts.cumsum(0)
+        slots = int(tokens.slot_n.max()) + 1
+        ids, bounds, prefix = branches.tolist(), [0, *ends.tolist()], self.prefix_M.tolist()
+        i, rows = 0, []
+        while i < len(ids):
+            most = max(1, min(64, _OWN_KEYS // slots, max(8, prefix[ids[i]] // (2 * slots))))
+            j = i + 1
+            while j < len(ids) and j - i < most and ids[j] - ids[i] < most:
+                j += 1
+            self.blocks.append(self._block(tokens, position_n, ids[i:j], bounds[i : j + 1], slots))
+            row = self.blocks[-1].row_MS
+            rows.append(row[row >= 0])
+            i = j
+        self._order = torch.argsort(torch.cat(rows))
+
+    def _block(self, tokens, position_n, ids: list[int], bounds: list[int], slots: int) -> _Block:
+        device = position_n.device
+        first, last = ids[0], ids[-1] + 1
+        widest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        row = torch.full((last - first, widest), -1)
+        for m, a, b in zip(ids, bounds, bounds[1:], strict=False):
+            row[m - first, : b - a] = torch.arange(a, b)
+        row = row.to(device)
+        at = row.clamp(min=0)
+        j = torch.arange(slots, device=device)
+        sees, run, slot = (x[at][:, :, None] for x in (tokens.sees_n, tokens.run_n, tokens.slot_n))
+        visible = (j < sees) | ((j >= run) & (j <= slot))
+        prefix = self.prefix_M[first:last]
+        return _Block(
+            first, last, slots, int(prefix.max()), row, visible, position_n[at], prefix, self._position_ML[first:last, :slots]
+        )
+
+    def attend(self, layer: int, q, k, v, scale: float | None, window: int | None, cap: float | None) -> torch.Tensor:
+        """Attention output `[1, tokens, heads, D]` of one layer; arguments as the model hands them over."""
+        q, k, v = q[0], k[0], v[0]
+        cut, outputs = self.document_length, []
+        if cut:
+            outputs.append(_causal(q[:, :cut], k[:, :cut], v[:, :cut], scale, window, cap))
+            self._keep_document(layer, k[:, :cut], v[:, :cut])
+        if self._tokens is not None:
+            self._keep_own(layer, k[:, cut:], v[:, cut:])
+            outputs.append(self._attend_blocks(layer, q[:, cut:], scale, window, cap))
+        return torch.cat(outputs, 1).transpose(0, 1)[None]
+
+    def _keep_document(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        # Room in front: a block's own keys are written there, so that [own | document] is a view and not a copy.
+        room = max(_OWN_KEYS, self.slots) if self.cached else 0
+        self._document[layer] = tuple(pad(x, (0, 0, room, 0)) if room else x for x in (k, v))
+
+    def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if not self.cached:
+            self._own[layer] = (k[:, self._own_row], v[:, self._own_row])
+            return
+        if layer not in self._own:
+            shape = (len(k), len(self.prefix_M), self.slots, k.shape[-1])
+            self._own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
+        for kept, new in zip(self._own[layer], (k, v), strict=True):
+            kept[:, self._tokens.branch_n, self._tokens.slot_n] = new
+
+    def _keys(self, block: _Block, own: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        mine = own[:, block.first : block.last, : block.slots].flatten(1, 2)
+        if not self.cached:
+            return torch.cat([mine, document[:, : block.document]], 1)
+        room = max(_OWN_KEYS, self.slots)
+        start = room - mine.shape[1]
+        document[:, start:room] = mine
+        return document[:, start : room + block.document]
+
+    def _attend_blocks(self, layer: int, q: torch.Tensor, scale, window: int | None, cap: float | None) -> torch.Tensor:
+        outputs = []
+        for block in self.blocks:
+            k, v = (self._keys(block, own, doc) for own, doc in zip(self._own[layer], self._document[layer], strict=True))
+            repeat = len(q) // len(k)
+            mask = block.mask(window, repeat, q.dtype)
+            queries = q[:, block.row_MS.clamp(min=0).flatten()]  # [heads, M*S, D]
+            grouped = queries.reshape(len(k), repeat * queries.shape[1], -1)
+            out = _fused(grouped, k, v, mask, scale, cap).reshape(len(q), *block.row_MS.shape, -1)
+            outputs.append(out[:, block.row_MS >= 0])
+        return torch.cat(outputs, 1)[:, self._order]
+
+
+def _branch_attention(module, query, key, value, attention_mask, scaling=None, ra3: BranchState | None = None, **kwargs):
+    """The registered attention function. Sinks and biases it does not know are refused, never ignored."""
+    if ra3 is None:
+        raise ValueError("the `ra3_branch` attention is used by RA3's rollout engine only; pass `ra3=BranchState(...)`.")
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"this model's attention uses `{name}`, which the branch engine does not compute.")
+    out = ra3.attend(module.layer_idx, query, key, value, scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    return out, None
+
+
+AttentionInterface.register(NAME, _branch_attention)
+
+
+@contextmanager
+def branch_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model attends by branches inside, and as before outside, whatever is raised."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

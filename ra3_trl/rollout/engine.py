@@ -1,0 +1,55 @@
+"""The engine protocol: what the E-step, annotation and evaluation ask for, whoever does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..records import Document, Latent, RolloutGroup
+from .noise import NoiseKey
+
+
+@dataclass(frozen=True)
+class PolicyLogProbs:
+    """Differentiable log-probs of sampled latents at some sites.
+
+    `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
+    `branch_n` its branch `t * G + g` (counted from the first of the sites), `entropy_n` the entropy there (zero unless
+    asked for).
+    """
+
+    gate_T: torch.Tensor
+    token_n: torch.Tensor
+    branch_n: torch.Tensor
+    entropy_n: torch.Tensor
+
+
+class RolloutEngine(Protocol):
+    """Samples latents at many boundaries of a document and scores expert lines under them."""
+
+    name: str
+
+    def trunk(self, document: Document) -> RolloutGroup:
+        """Line and gate log-probs of a document as it stands: a group without sites."""
+
+    def rollout(
+        self, document: Document, sites: Sequence[int], num_latents: int, horizon: int, noise: NoiseKey, score: bool = True
+    ) -> RolloutGroup:
+        """`num_latents` latents before each action in `sites`; with `score`, the `horizon` lines under each."""
+
+    def score(
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
+    ) -> RolloutGroup:
+        """The same for given latents."""
+
+    def split(self, group: RolloutGroup) -> list[slice]:
+        """Slices of the group's sites whose branches may be in flight together."""
+
+    def log_probs(
+        self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
+    ) -> PolicyLogProbs:
+        """Log-probs of the group's latents at `sites[part]` under the present weights, differentiable."""

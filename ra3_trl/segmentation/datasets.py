@@ -1,0 +1,152 @@
+"""Data sets of expert text -> data sets of document chunks, and back to `Document`s."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
+
+from ..records import Action, Boundary, Document
+from .documents import Segmenter
+
+
+_IDS = Sequence(Value("int32"))
+FEATURES = Features(
+    {
+        "doc_id": Value("int64"),
+        "chunk": Value("int32"),
+        "status": Value("string"),
+        "context": Value("int32"),
+        "input_ids": _IDS,
+        "index": _IDS,
+        "start": _IDS,
+        "end": _IDS,
+        "comment": Sequence(Value("bool")),
+        "think": Sequence(_IDS),
+        "close": Sequence(_IDS),
+    }
+)
+_SUPPORTED = (
+    "a text column (`dataset_text_field`), the two text columns 'prompt' and 'completion', or any columns with a "
+    "`formatting_func` that returns a string"
+)
+
+
+def document_to_row(document: Document) -> dict[str, Any]:
+    """A `Document` as one row of a `datasets.Dataset`; [`row_to_document`] reads it back."""
+    boundaries = [a.boundary or Boundary((), ()) for a in document.actions]
+    return {
+        "doc_id": document.doc_id,
+        "chunk": document.chunk,
+        "status": document.status,
+        "context": document.context,
+        "input_ids": list(document.input_ids),
+        "index": [a.index for a in document.actions],
+        "start": [a.start for a in document.actions],
+        "end": [a.end for a in document.actions],
+        "comment": [a.comment for a in document.actions],
+        "think": [list(b.think) for b in boundaries],
+        "close": [list(b.close) for b in boundaries],
+    }
+
+
+def row_to_document(row: dict[str, Any]) -> Document:
+    """Inverse of [`document_to_row`]."""
+    columns = zip(row["index"], row["start"], row["end"], row["comment"], row["think"], row["close"], strict=True)
+    actions = tuple(
+        Action(index, start, end, Boundary(tuple(think), tuple(close)) if think else None, comment)
+        for index, start, end, comment, think, close in columns
+    )
+    ids = tuple(row["input_ids"])
+    return Document(row["doc_id"], row["chunk"], ids, actions, row["context"], row["status"])
+
+
+def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable | None) -> tuple[str, int]:
+    """Text of an example and the number of its characters that are a prompt."""
+    if formatting_func is not None:
+        text, prompt = formatting_func(example), ""
+    elif text_field in example:
+        text, prompt = example[text_field], ""
+    elif "prompt" in example and "completion" in example:
+        prompt, text = example["prompt"], example["completion"]
+    else:
+        raise ValueError(f"`train_dataset` has the columns {sorted(example)}; RA3MidTrainer reads {_SUPPORTED}.")
+    if not isinstance(text, str) or not isinstance(prompt, str):
+        raise ValueError(
+            f"`train_dataset` with the columns {sorted(example)} holds {type(text).__name__} and not text (is it "
+            f"conversational?); RA3MidTrainer reads {_SUPPORTED}."
+        )
+    return prompt + text, len(prompt)
+
+
+def segment_dataset(
+    dataset: Dataset | IterableDataset,
+    segmenter: Segmenter,
+    text_field: str = "text",
+    formatting_func: Callable[[dict], str] | None = None,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Cuts every row into document chunks.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Rows with a text column, with `prompt` and `completion`, or with whatever `formatting_func` reads.
+        segmenter ([`Segmenter`]):
+            What does the cutting.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            Name of the text column.
+        formatting_func (`Callable`, *optional*):
+            Makes the text of an example.
+        num_proc (`int`, *optional*):
+            Processes for the map; not for streams.
+
+    Raises:
+        `ValueError`: for an empty data set, or a form that is not supported, naming the columns found.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("`train_dataset` (or `eval_dataset`) is empty; give it at least one row.")
+    _text_of(first, text_field, formatting_func)
+
+    def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {name: [] for name in FEATURES}
+        for position, doc_id in enumerate(indices):
+            example = {name: column[position] for name, column in batch.items()}
+            text, prompt_chars = _text_of(example, text_field, formatting_func)
+            for document in segmenter(doc_id, text, prompt_chars):
+                for name, value in document_to_row(document).items():
+                    out[name].append(value)
+        return out
+
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": FEATURES, "batch_size": 64}
+    options["remove_columns"] = list(first)
+    if isinstance(dataset, Dataset):
+        options |= {"num_proc": num_proc, "desc": "Cutting text into actions", "load_from_cache_file": False}
+    return dataset.map(cut, **options)
+
+
+def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
+    """Where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; chunks, sites, tokens.
+
+    `plain` (does not tokenize as this format), `lossy` (the tokenizer does not give the text back) and `no_boundary`
+    (a line only, say) get plain next-token training; `empty` texts have nothing to train.
+    """
+    per_document: dict[int, str] = {}
+    totals: Counter[str] = Counter()
+    columns = segmented.select_columns(["doc_id", "status", "think", "input_ids", "context", "comment"])
+    for row in columns:
+        sites = sum(1 for think in row["think"] if think)
+        status = row["status"] if row["status"] != "actions" else ("with_actions" if sites else "no_boundary")
+        if per_document.get(row["doc_id"]) != "with_actions":
+            per_document[row["doc_id"]] = status
+        totals["chunks"] += 1
+        totals["boundaries"] += sites
+        totals["kept_comments"] += sum(row["comment"])
+        totals["tokens"] += len(row["input_ids"]) - max(row["context"], 1)
+    kinds = Counter(per_document.values())
+    names = ("with_actions", "no_boundary", "plain", "lossy")
+    counts = {"documents": len(rows), **{name: kinds[name] for name in names}}
+    counts["empty"] = len(rows) - len(per_document)
+    return counts | {name: totals[name] for name in ("chunks", "boundaries", "kept_comments", "tokens")}

@@ -1,0 +1,186 @@
+"""Text -> `Document`s: boundaries found by offsets on the natural tokenization, long texts cut between actions.
+
+Tokenizing each line by itself would be simpler and wrong: the model never saw such tokens, and the line without a
+comment would be scored in them (docs/design.md, "Text to actions").
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import replace
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ..records import Action, AnnotatedExample, Boundary, Document, Latent
+from .format import ActionFormat
+from .python import Line
+from .tokens import FragmentEncoder, token_bytes
+
+
+class Encoding(NamedTuple):
+    """Token ids with their character spans; the first `bos` tokens stand for no text."""
+
+    ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    bos: int
+
+
+class Segmenter:
+    """Cuts texts into documents of at most `max_tokens` tokens.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A fast tokenizer. BOS is there iff the tokenizer adds one by default; one EOS ends each text.
+        action_format ([`ActionFormat`]):
+            How the text is cut and what a latent looks like.
+        max_tokens (`int`):
+            Longest chunk, in tokens.
+        existing_comments (`str`, *optional*, defaults to `"keep"`):
+            `"keep"` the expert's own comment lines as observed latents or `"strip"` them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        action_format: ActionFormat,
+        max_tokens: int,
+        existing_comments: str = "keep",
+    ):
+        self.tokenizer = tokenizer
+        self.format = action_format
+        self.max_tokens = max_tokens
+        self.existing_comments = existing_comments
+        self.fragment = FragmentEncoder(tokenizer)
+        self._bytes = token_bytes(tokenizer)
+
+    def __call__(self, doc_id: int, text: str, prompt_chars: int = 0) -> list[Document]:
+        """Documents of `text`, whose first `prompt_chars` characters are a prompt; `[]` for an empty text."""
+        if self.existing_comments == "strip":
+            text = self.format.strip(text, prompt_chars)
+        if not text[prompt_chars:]:
+            return []
+        enc = self._tokenize(text)
+        prompt_tokens = bisect_right(enc.starts, prompt_chars - 1) if prompt_chars else 0
+        context = max(enc.bos, prompt_tokens)
+        lines, status = self.format.segment(text), "actions"
+        if lines is None:
+            status = "plain"
+        elif not self._gives_back(text, enc):
+            lines, status = None, "lossy"
+        actions = self._actions(text, lines or (), enc, context)
+        ids = enc.ids if text.endswith(self.tokenizer.eos_token) else (*enc.ids, self.tokenizer.eos_token_id)
+        return _chunk(Document(doc_id, 0, ids, actions, context, status), self.max_tokens)
+
+    def _tokenize(self, text: str) -> Encoding:
+        enc = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        ids, offsets = enc["input_ids"], enc["offset_mapping"]
+        added = [bool(s) and a == b for s, (a, b) in zip(enc["special_tokens_mask"], offsets, strict=True)]
+        bos = next((i for i, special in enumerate(added) if not special), len(ids))
+        stop = next((i for i in range(bos, len(ids)) if added[i]), len(ids))
+        starts, ends = zip(*[(0, 0)] * bos, *offsets[bos:stop], strict=True)
+        return Encoding(tuple(ids[:stop]), starts, ends, bos)
+
+    def _text_bytes(self, enc: Encoding) -> bytes:
+        return b"".join(self._bytes[i] or b"\xff" for i in enc.ids[enc.bos :])
+
+    def _gives_back(self, text: str, enc: Encoding) -> bool:
+        return self._text_bytes(enc) in (text.encode(), b" " + text.encode())
+
+    def _actions(
+        self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int
+    ) -> tuple[Action, ...]:
+        """Actions that tile the tokens from `context` on; a line that starts inside a token joins the one before."""
+        cuts: dict[int, tuple[Boundary | None, bool]] = {}
+        after_comment = False
+        for line in lines:
+            start = self._start(line, enc)
+            if start is not None and context <= start < len(enc.ids):
+                boundary = None if line.comment or after_comment else self._boundary(text, line, start, enc)
+                cuts[start] = (boundary, line.comment)
+            after_comment = line.comment
+        edges = sorted({context, *cuts, len(enc.ids)})
+        spans = enumerate(zip(edges, edges[1:], strict=False))
+        return tuple(Action(i, start, end, *cuts.get(start, (None, False))) for i, (start, end) in spans)
+
+    def _start(self, line: Line, enc: Encoding) -> int | None:
+        """Index of the first token of `line` after the carry, `None` when a token straddles the line's start."""
+        if line.start == 0:
+            return enc.bos
+        newline = bisect_right(enc.ends, line.start - 1)
+        return newline + 1 if enc.ends[newline] <= line.text_start else None
+
+    def _boundary(self, text: str, line: Line, start: int, enc: Encoding) -> Boundary | None:
+        if line.start > 0:
+            carry = text[line.start : enc.ends[start - 1]]
+        elif enc.bos and self._text_bytes(enc) == text.encode():
+            carry = ""
+        else:  # nothing predicts the first token, or it holds a dummy space that may not follow a comment
+            return None
+        think = self.fragment(self.format.think_text(line.indent, carry))
+        close = self.fragment(self.format.close_text(carry))
+        return None if think is None or close is None else Boundary(think, close)
+
+
+def _chunk(document: Document, max_tokens: int) -> list[Document]:
+    """Cuts a document between actions; each later chunk starts with the last token of the one before as context.
+
+    No token is lost or trained twice: the trained parts of the chunks, joined, are those of the document. An action
+    longer than a chunk is cut inside, its later pieces without a boundary.
+    """
+    if len(document.input_ids) <= max_tokens:
+        return [document]
+    room = max_tokens - 1
+    ids, tail = document.input_ids, len(document.input_ids)
+    first = max(0, document.context - room // 2)  # a prompt longer than half a chunk keeps its end only
+    pieces: list[Action] = []
+    for action in document.actions:
+        for start in range(action.start, action.end, room // 2):
+            end = min(action.end, start + room // 2)
+            pieces.append(replace(action, start=start, end=end, boundary=None if start > action.start else action.boundary))
+    chunks, begin, taken = [], first, []
+
+    def close(end: int) -> None:
+        shift = begin
+        actions = tuple(replace(a, start=a.start - shift, end=a.end - shift) for a in taken)
+        context = (document.context - shift) if not chunks else 1
+        chunks.append(Document(document.doc_id, len(chunks), ids[begin:end], actions, context, document.status))
+
+    for piece in pieces:
+        if taken and piece.end - begin > room:
+            close(piece.start)
+            begin, taken = piece.start - 1, []
+        taken.append(piece)
+    close(tail)
+    return chunks
+
+
+def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
+    """The document with `placed[i]` spliced in before action `i`.
+
+    The expert's tokens stay as they are; each latent becomes think prefix + its tokens + closure. The document of the
+    result has its actions shifted, the boundaries of annotated actions taken, so that it can be rolled out again.
+    """
+    ids: list[int] = list(document.input_ids[: document.context])
+    is_latent = [False] * len(ids)
+    actions: list[Action] = []
+    for i, action in enumerate(document.actions):
+        boundary = action.boundary
+        if i in placed:
+            latent = [*boundary.think, *placed[i].token_ids, *boundary.close]
+            ids += latent
+            is_latent += [True] * len(latent)
+            boundary = None
+        start = len(ids)
+        ids += document.input_ids[action.start : action.end]
+        is_latent += [False] * (len(ids) - start)
+        actions.append(replace(action, start=start, end=len(ids), boundary=boundary))
+    end = document.actions[-1].end if document.actions else document.context
+    ids += document.input_ids[end:]
+    is_latent += [False] * (len(ids) - len(is_latent))
+    # The first token of a row is never predicted, so without BOS it is context too.
+    context = max(document.context, 1)
+    labels = [-100] * context + ids[context:]
+    spliced = replace(document, input_ids=tuple(ids), actions=tuple(actions))
+    return AnnotatedExample(spliced, tuple(ids), tuple(labels), tuple(is_latent), dict(placed))

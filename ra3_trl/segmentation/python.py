@@ -1,0 +1,102 @@
+"""Python text -> logical lines, by Python's own `tokenize`.
+
+The action of the paper is "a line of code". The line here is the logical line: inside a string, a bracket or after a
+backslash a comment line would change the program or not be a comment at all, so no boundary stands there.
+"""
+
+from __future__ import annotations
+
+import io
+import tokenize
+from dataclasses import dataclass
+
+
+_LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A logical line that begins at character `start` (column 0) with its first code at character `text_start`.
+
+    `indent` is the indentation that the lines before it lead one to expect: that of the line before, one unit deeper
+    after a colon. The line's own indentation is not looked at, or a latent would tell what follows.
+    """
+
+    start: int
+    text_start: int
+    indent: str
+    comment: bool
+
+
+def _tokens(text: str) -> list[tokenize.TokenInfo] | None:
+    """All tokens of `text`, or `None` when it does not tokenize."""
+    if "\0" in text or "\r" in text.replace("\r\n", ""):
+        return None
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text, newline="\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return None
+    return None if any(token.type == tokenize.ERRORTOKEN for token in tokens) else tokens
+
+
+def segment_python(text: str) -> tuple[Line, ...] | None:
+    """Logical lines and own-line comments of `text`, or `None` when it does not tokenize.
+
+    Example: `"if x:\\n  # why\\n  f(\\n1)\\n"` has three lines, at characters 0, 6 and 14, the second a comment.
+    """
+    bom = 1 if text.startswith("\ufeff") else 0
+    tokens = _tokens(text[bom:])
+    if tokens is None:
+        return None
+    offsets = [bom]
+    for row in text[bom:].split("\n"):
+        offsets.append(offsets[-1] + len(row) + 1)
+    lines: list[Line] = []
+    indent, unit, opens_block = "", "    ", False
+    new_line, last = True, ""
+    for token in tokens:
+        if token.type == tokenize.NEWLINE:
+            opens_block, new_line = last == ":", True
+        elif token.type in _LAYOUT:
+            continue
+        elif token.type == tokenize.COMMENT:
+            if new_line:
+                lines.append(_line(token, offsets, text, indent + unit * opens_block, comment=True))
+        elif new_line:
+            line = _line(token, offsets, text, indent + unit * opens_block, comment=False)
+            own = text[line.start : line.text_start].lstrip("\f")
+            if opens_block and len(own) > len(indent) and own.startswith(indent):
+                unit = own[len(indent) :]
+            lines.append(line)
+            indent, new_line, last = own, False, token.string
+        else:
+            last = token.string
+    return tuple(lines)
+
+
+def _line(token: tokenize.TokenInfo, offsets: list[int], text: str, indent: str, comment: bool) -> Line:
+    start = offsets[token.start[0] - 1]
+    return Line(start, start + token.start[1], indent, comment)
+
+
+def strip_python_comments(text: str, after: int = 0) -> str:
+    """`text` without the own-line comments that begin at or after character `after`; the AST stays.
+
+    Text that does not tokenize is returned as it is.
+    """
+    bom = 1 if text.startswith("\ufeff") else 0
+    tokens = _tokens(text[bom:])
+    if tokens is None:
+        return text
+    rows = text[bom:].split("\n")
+    offsets = [bom]
+    for row in rows:
+        offsets.append(offsets[-1] + len(row) + 1)
+    own_line = {
+        token.start[0] - 1
+        for token in tokens
+        if token.type == tokenize.COMMENT
+        and not token.line[: token.start[1]].strip()
+        and offsets[token.start[0] - 1] >= after
+    }
+    return text[:bom] + "\n".join(row for i, row in enumerate(rows) if i not in own_line)

@@ -1,0 +1,154 @@
+"""Facts about a tokenizer: the bytes of each token, the stop symbol, what a latent must not hold, fragments.
+
+Tokenizers differ at line ends (GPT-2 keeps "\\n" alone, SmolLM2 merges it with indentation, Qwen with punctuation),
+so nothing here asks for a newline *token*: every token whose bytes hold a newline is newline-bearing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..records import TokenTable
+
+
+# UTF-8 automaton: state -> [(low byte, high byte, next state)]. 0 is "between characters"; 1, 2, 3 wait for that many
+# continuation bytes; 4-7 are the lead bytes E0, ED, F0 and F4, whose first continuation byte has a narrower range.
+_UTF8 = {
+    0: [(0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5), (0xEE, 0xEF, 2)]
+    + [(0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7)],
+    1: [(0x80, 0xBF, 0)],
+    2: [(0x80, 0xBF, 1)],
+    3: [(0x80, 0xBF, 2)],
+    4: [(0xA0, 0xBF, 1)],
+    5: [(0x80, 0x9F, 1)],
+    6: [(0x90, 0xBF, 2)],
+    7: [(0x80, 0x8F, 2)],
+}
+_PENDING = (0, 1, 2, 3, 2, 2, 3, 3)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
+    """The bytes each token id stands for; `None` for special tokens and unused ids.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A fast tokenizer, byte-level or SentencePiece-style.
+
+    Raises:
+        `ValueError`: if the tokenizer is not a fast one (offsets are needed).
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"`processing_class` is {type(tokenizer).__name__}, which has no character offsets; pass a fast tokenizer "
+            "(`AutoTokenizer.from_pretrained(...)` with a `tokenizer.json`)."
+        )
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    layout = json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+    alphabet = _byte_level_alphabet() if "ByteLevel" in layout else None
+    added = tokenizer.added_tokens_decoder
+    out: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values()) + 1)
+    for token, index in tokenizer.get_vocab().items():
+        if index in added:
+            out[index] = None if added[index].special else token.encode()
+        elif alphabet is not None:
+            out[index] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            out[index] = bytes([int(token[3:5], 16)])
+        else:
+            out[index] = token.replace("\u2581", " ").encode()
+    for index in tokenizer.all_special_ids:
+        out[index] = None
+    return tuple(out)
+
+
+def _run_automaton(data: bytes, state: int) -> int:
+    for byte in data:
+        state = next((to for low, high, to in _UTF8[state] if low <= byte <= high), -1)
+        if state < 0:
+            return -1
+    return state
+
+
+def build_token_table(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...] = ()
+) -> TokenTable:
+    """Everything the sampler must know of the vocabulary.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A fast tokenizer.
+        vocab_size (`int`):
+            Width of the model's logits; ids beyond the tokenizer are forbidden.
+        eos_token_ids (`tuple[int, ...]`, *optional*):
+            Further end-of-text ids (the generation config's), part of the stop symbol.
+
+    Raises:
+        `ValueError`: if the tokenizer has no EOS token or no token that holds a newline.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("`processing_class` has no EOS token; set `tokenizer.eos_token`: each document ends with it.")
+    data = token_bytes(tokenizer)
+    data = (data + (None,) * vocab_size)[:vocab_size]
+    newline = [i for i, b in enumerate(data) if b is not None and b"\n" in b]
+    if not newline:
+        raise ValueError(
+            f"`processing_class` ({type(tokenizer).__name__}) has no token that holds a newline, so a comment line can "
+            "neither be ended nor be told from code; use a tokenizer that keeps newlines."
+        )
+    next_state = torch.full((8, vocab_size), -1, dtype=torch.int8)
+    blank = torch.zeros(vocab_size, dtype=torch.bool)
+    for i, b in enumerate(data):
+        if not b or b"\r" in b or b"\0" in b or b"\n" in b:
+            continue
+        if b.isascii():
+            next_state[0, i], blank[i] = 0, not b.strip()
+            continue
+        blank[i] = not b.decode("utf-8", "replace").strip()
+        for state in range(8):
+            next_state[state, i] = _run_automaton(b, state)
+    ends = {tokenizer.eos_token_id, *eos_token_ids} - set(newline)
+    stop_ids = torch.tensor(newline + sorted(i for i in ends if i < vocab_size))
+    next_state[0, stop_ids] = 0
+    return TokenTable(stop_ids, blank, next_state, torch.tensor(_PENDING), data, tokenizer.eos_token_id)
+
+
+class FragmentEncoder:
+    """Tokens of a short text as they come out in the middle of a document.
+
+    A SentencePiece tokenizer puts a dummy space before a text, a BPE one may merge it with what stands before; so the
+    fragment is encoded behind an anchor that it does not merge with, and the bytes of the result are checked.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._bytes = token_bytes(tokenizer)
+        self._cache: dict[str, tuple[int, ...] | None] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def __call__(self, text: str) -> tuple[int, ...] | None:
+        """Token ids of `text`, or `None` when the tokenizer has no exact tokens for it."""
+        if text not in self._cache:
+            self._cache[text] = self._find(text)
+        return self._cache[text]
+
+    def _find(self, text: str) -> tuple[int, ...] | None:
+        for anchor in ("\n", "a", ""):
+            head, whole = self._encode(anchor), self._encode(anchor + text)
+            ids = whole[len(head) :]
+            data = [self._bytes[i] for i in ids]
+            if whole[: len(head)] == head and None not in data and b"".join(data) == text.encode():
+                return tuple(ids)
+        return None
