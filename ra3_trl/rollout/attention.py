@@ -69,14 +69,18 @@ class _Block:
         return self.masks[window]
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None):
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None
+):
     if cap is None:
         return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (torch.tanh(scores / cap) * cap + mask).softmax(-1).to(v.dtype) @ v
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None):
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
+):
     """Plain causal attention of a document, `q` `[heads, N, D]`, `k` and `v` `[kv_heads, N, D]`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     length = q.shape[1]
@@ -112,6 +116,11 @@ class BranchState:
         self._tokens: BranchTokens | None = None
         self._order: torch.Tensor | None = None
         self._own_row: torch.Tensor | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that attended to the document through this state."""
+        return len(self._document)
 
     def begin(self, tokens: BranchTokens | None, document_length: int = 0) -> torch.Tensor:
         """Announces a forward of `document_length` document tokens followed by `tokens`; returns its position ids."""
@@ -159,7 +168,15 @@ class BranchState:
         visible = (j < sees) | ((j >= run) & (j <= slot))
         prefix = self.prefix_M[first:last]
         return _Block(
-            first, last, slots, int(prefix.max()), row, visible, position_n[at], prefix, self._position_ML[first:last, :slots]
+            first,
+            last,
+            slots,
+            int(prefix.max()),
+            row,
+            visible,
+            position_n[at],
+            prefix,
+            self._position_ML[first:last, :slots],
         )
 
     def attend(self, layer: int, q, k, v, scale: float | None, window: int | None, cap: float | None) -> torch.Tensor:
@@ -198,10 +215,14 @@ class BranchState:
         document[:, start:room] = mine
         return document[:, start : room + block.document]
 
-    def _attend_blocks(self, layer: int, q: torch.Tensor, scale, window: int | None, cap: float | None) -> torch.Tensor:
+    def _attend_blocks(
+        self, layer: int, q: torch.Tensor, scale, window: int | None, cap: float | None
+    ) -> torch.Tensor:
         outputs = []
         for block in self.blocks:
-            k, v = (self._keys(block, own, doc) for own, doc in zip(self._own[layer], self._document[layer], strict=True))
+            k, v = (
+                self._keys(block, own, doc) for own, doc in zip(self._own[layer], self._document[layer], strict=True)
+            )
             repeat = len(q) // len(k)
             mask = block.mask(window, repeat, q.dtype)
             queries = q[:, block.row_MS.clamp(min=0).flatten()]  # [heads, M*S, D]
@@ -211,10 +232,14 @@ class BranchState:
         return torch.cat(outputs, 1)[:, self._order]
 
 
-def _branch_attention(module, query, key, value, attention_mask, scaling=None, ra3: BranchState | None = None, **kwargs):
+def _branch_attention(
+    module, query, key, value, attention_mask, scaling=None, ra3: BranchState | None = None, **kwargs
+):
     """The registered attention function. Sinks and biases it does not know are refused, never ignored."""
     if ra3 is None:
-        raise ValueError("the `ra3_branch` attention is used by RA3's rollout engine only; pass `ra3=BranchState(...)`.")
+        raise ValueError(
+            "the `ra3_branch` attention is used by RA3's rollout engine only; pass `ra3=BranchState(...)`."
+        )
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"this model's attention uses `{name}`, which the branch engine does not compute.")
@@ -230,6 +255,8 @@ def branch_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model attends by branches inside, and as before outside, whatever is raised."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # transformers only logs a warning
+        raise ValueError(f"{type(model).__name__} does not follow transformers' attention interface")
     try:
         yield
     finally:

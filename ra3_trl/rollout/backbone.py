@@ -6,6 +6,7 @@ position took two thirds of the time in the prototype.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,8 @@ class Backbone:
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.base_model
+        forward = inspect.signature(causal_lm.forward).parameters
+        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         config = causal_lm.config.get_text_config().to_dict()
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
@@ -52,7 +55,7 @@ class Backbone:
         caught: list[torch.Tensor] = []
         handle = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
         try:
-            through(use_cache=False, logits_to_keep=1, **inputs)
+            through(use_cache=False, **self._one_logit, **inputs)
         finally:
             handle.remove()
         return caught[0]

@@ -50,7 +50,13 @@ class BranchEngine:
 
     @torch.no_grad()
     def rollout(
-        self, document: Document, sites: Sequence[int], num_latents: int, horizon: int, noise: NoiseKey, score: bool = True
+        self,
+        document: Document,
+        sites: Sequence[int],
+        num_latents: int,
+        horizon: int,
+        noise: NoiseKey,
+        score: bool = True,
     ) -> RolloutGroup:
         with branch_attention(self.backbone.causal_lm):
             group, state = self._trunk(document)
@@ -78,13 +84,16 @@ class BranchEngine:
     def _trunk(self, document: Document) -> tuple[RolloutGroup, BranchState]:
         state = BranchState(self._long([]), 1, cached=True)
         hidden = self._forward(state, document.input_ids, None)
+        layers = self.backbone.causal_lm.config.get_text_config().num_hidden_layers
+        if state.layers != layers:  # any other way of mixing tokens would mix branches
+            raise ValueError(f"only {state.layers} of {layers} layers are plain attention")
         ids = document.input_ids
         lines = torch.zeros(len(document.actions), device=hidden.device)
         gates = torch.full_like(lines, float("-inf"))
         if document.actions:
-            begin, end = max(document.actions[0].start, 1), document.actions[-1].end
-            owner = np.concatenate([[i] * (a.end - max(a.start, 1)) for i, a in enumerate(document.actions)])
-            logps = self.backbone.token_logps(hidden[begin - 1 : end - 1], self._long(ids[begin:end]))
+            spans = [np.arange(max(a.start, 1), a.end) for a in document.actions]  # latents may stand in between
+            at, owner = np.concatenate(spans), np.repeat(np.arange(len(spans)), [len(s) for s in spans])
+            logps = self.backbone.token_logps(hidden[self._long(at - 1)], self._long(np.array(ids)[at]))
             lines.index_add_(0, self._long(owner), logps)
             self._gates(document, hidden, state, gates)
         empty = torch.zeros(0, 0, 0)
@@ -106,7 +115,9 @@ class BranchEngine:
         if not rows:
             return
         gates_A[self._long(sorted(set(owner)))] = 0.0
-        gates_A.index_add_(0, self._long(owner), self.backbone.token_logps(hidden[self._long(rows)], self._long(targets)))
+        gates_A.index_add_(
+            0, self._long(owner), self.backbone.token_logps(hidden[self._long(rows)], self._long(targets))
+        )
         if branches:
             thinks = [a.boundary.think for _, a in branches]
             side = BranchState(self._long([a.start for _, a in branches]), max(map(len, thinks)), True, state)
@@ -176,7 +187,9 @@ class BranchEngine:
             hidden = self.backbone.hidden(through, **inputs)[0]
         first = len(prefix) + np.cumsum([0, *map(len, chains)])[:-1]
         gate_T = self._packed_gates(hidden, actions, first[:: max(group.num_latents, 1)])
-        rows = np.concatenate([f + len(think) - 1 + np.arange(len(z.logps)) for f, think, z in zip(first, thinks, latents, strict=True)])
+        rows = np.concatenate(
+            [f + len(think) - 1 + np.arange(len(z.logps)) for f, think, z in zip(first, thinks, latents, strict=True)]
+        )
         targets, state_n, step_n, branch_n = (self._long(x) for x in sampled_symbols(latents, self.table))
         kept = [k for z in latents for k in z.kept] if self.params.truncated else None
         token_n, entropy_n = symbol_logps(
@@ -209,7 +222,9 @@ def _chains(engine: BranchEngine, chains: Sequence[Sequence[int]], offset: np.nd
 class _Flight:
     """Branches at some sites, from their think prefix to the scores, on one document's cache."""
 
-    def __init__(self, engine: BranchEngine, document: Document, plans: list[SitePlan], num_latents: int, trunk: BranchState):
+    def __init__(
+        self, engine: BranchEngine, document: Document, plans: list[SitePlan], num_latents: int, trunk: BranchState
+    ):
         self.engine = engine
         self.document = document
         self.num_latents = num_latents
@@ -295,4 +310,6 @@ class _Flight:
         tokens = BranchTokens(*(long(np.concatenate(column)) for column in zip(*parts, strict=True)))
         hidden = self.engine._forward(self.state, (), tokens)
         logps = self.engine.backbone.token_logps(hidden[long(np.concatenate(rows))], long(np.concatenate(target)))
-        return collect_scores(self.plans, logps.cpu(), np.concatenate(line), np.concatenate(gate), self.num_latents, horizon)
+        return collect_scores(
+            self.plans, logps.cpu(), np.concatenate(line), np.concatenate(gate), self.num_latents, horizon
+        )

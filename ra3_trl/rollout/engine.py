@@ -37,7 +37,13 @@ class RolloutEngine(Protocol):
         """Line and gate log-probs of a document as it stands: a group without sites."""
 
     def rollout(
-        self, document: Document, sites: Sequence[int], num_latents: int, horizon: int, noise: NoiseKey, score: bool = True
+        self,
+        document: Document,
+        sites: Sequence[int],
+        num_latents: int,
+        horizon: int,
+        noise: NoiseKey,
+        score: bool = True,
     ) -> RolloutGroup:
         """`num_latents` latents before each action in `sites`; with `score`, the `horizon` lines under each."""
 

@@ -21,7 +21,9 @@ from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, sampl
 class _KeyedDraw(LogitsProcessor):
     """Makes `generate` emit the symbols that keyed noise picks, and keeps their log-probs."""
 
-    def __init__(self, distribution: LatentDistribution, noise: NoiseKey, doc_id: int, index: np.ndarray, latent: np.ndarray):
+    def __init__(
+        self, distribution: LatentDistribution, noise: NoiseKey, doc_id: int, index: np.ndarray, latent: np.ndarray
+    ):
         self.distribution, self.noise, self.doc_id = distribution, noise, doc_id
         self.index, self.latent = index, latent
         self.state = torch.zeros(len(index), dtype=torch.long)
@@ -108,7 +110,13 @@ class ExpandEngine:
 
     @torch.no_grad()
     def rollout(
-        self, document: Document, sites: Sequence[int], num_latents: int, horizon: int, noise: NoiseKey, score: bool = True
+        self,
+        document: Document,
+        sites: Sequence[int],
+        num_latents: int,
+        horizon: int,
+        noise: NoiseKey,
+        score: bool = True,
     ) -> RolloutGroup:
         actions = [document.actions[s] for s in sites for _ in range(num_latents)]
         rows = [(*document.input_ids[: a.start], *a.boundary.think) for a in actions]

@@ -16,8 +16,8 @@ class SitePlan:
     """The forced tokens after a latent at one site and the log-probs wanted from them.
 
     Slots count from the first token after the latent. The main chain is closure and expert lines; where the think
-    prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen by
-    nobody else: token `i` sees the main slots below `sees[i]` and its own run from `run[i]` on.
+    prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen
+    by nobody else: token `i` sees the main slots below `sees[i]` and its own run from `run[i]` on.
 
     Example: closure `[c]`, line `[a, b]`, prefix `[x, y]` gives tokens `[c, a, b, x]`, with `x` seeing `c` only, and
     four wanted log-probs: `a` and `x` after `c`, `b` after `a`, `y` after `x`.
@@ -89,7 +89,12 @@ def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
 
 
 def collect_scores(
-    plans: Sequence[SitePlan], logps_n: torch.Tensor, line_n: np.ndarray, gate_n: np.ndarray, num_latents: int, horizon: int
+    plans: Sequence[SitePlan],
+    logps_n: torch.Tensor,
+    line_n: np.ndarray,
+    gate_n: np.ndarray,
+    num_latents: int,
+    horizon: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums log-probs into `[T, G, H]`: of lines, and of think prefixes (`-inf` where no decision is taken)."""
     shape = (len(plans) // num_latents, num_latents, horizon)

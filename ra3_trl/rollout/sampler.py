@@ -156,7 +156,11 @@ def symbol_logps(
                 mask[i, kept[r]] = True
             scaled = scaled.masked_fill(~mask, float("-inf"))
         logps = scaled.log_softmax(-1)
-        h = -(logps.exp() * logps.masked_fill(~torch.isfinite(logps), 0)).sum(-1) if entropy else logps.new_zeros(len(logps))
+        h = (
+            -(logps.exp() * logps.masked_fill(~torch.isfinite(logps), 0)).sum(-1)
+            if entropy
+            else logps.new_zeros(len(logps))
+        )
         return logps.gather(-1, targets[:, None])[:, 0], h
 
     rows = torch.arange(len(targets_n), device=targets_n.device)

@@ -13,7 +13,17 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([^\s*#]+)")
-_SKIPPED_FOLDERS = {"site-packages", "__pycache__", ".git", ".venv", "venv", "node_modules", "test", "tests", "idlelib"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "__pycache__",
+    ".git",
+    ".venv",
+    "venv",
+    "node_modules",
+    "test",
+    "tests",
+    "idlelib",
+}
 
 
 def standard_library() -> Path:

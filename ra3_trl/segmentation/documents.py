@@ -88,9 +88,7 @@ class Segmenter:
     def _gives_back(self, text: str, enc: Encoding) -> bool:
         return self._text_bytes(enc) in (text.encode(), b" " + text.encode())
 
-    def _actions(
-        self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int
-    ) -> tuple[Action, ...]:
+    def _actions(self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int) -> tuple[Action, ...]:
         """Actions that tile the tokens from `context` on; a line that starts inside a token joins the one before."""
         cuts: dict[int, tuple[Boundary | None, bool]] = {}
         after_comment = False
@@ -138,7 +136,9 @@ def _chunk(document: Document, max_tokens: int) -> list[Document]:
     for action in document.actions:
         for start in range(action.start, action.end, room // 2):
             end = min(action.end, start + room // 2)
-            pieces.append(replace(action, start=start, end=end, boundary=None if start > action.start else action.boundary))
+            pieces.append(
+                replace(action, start=start, end=end, boundary=None if start > action.start else action.boundary)
+            )
     chunks, begin, taken = [], first, []
 
     def close(end: int) -> None:
@@ -160,22 +160,21 @@ def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
     """The document with `placed[i]` spliced in before action `i`.
 
     The expert's tokens stay as they are; each latent becomes think prefix + its tokens + closure. The document of the
-    result has its actions shifted, the boundaries of annotated actions taken, so that it can be rolled out again.
+    result has its actions shifted and its boundaries kept: before an annotated line stands the decision not to think
+    again.
     """
     ids: list[int] = list(document.input_ids[: document.context])
     is_latent = [False] * len(ids)
     actions: list[Action] = []
     for i, action in enumerate(document.actions):
-        boundary = action.boundary
         if i in placed:
-            latent = [*boundary.think, *placed[i].token_ids, *boundary.close]
+            latent = [*action.boundary.think, *placed[i].token_ids, *action.boundary.close]
             ids += latent
             is_latent += [True] * len(latent)
-            boundary = None
         start = len(ids)
         ids += document.input_ids[action.start : action.end]
         is_latent += [False] * (len(ids) - start)
-        actions.append(replace(action, start=start, end=len(ids), boundary=boundary))
+        actions.append(replace(action, start=start, end=len(ids)))
     end = document.actions[-1].end if document.actions else document.context
     ids += document.input_ids[end:]
     is_latent += [False] * (len(ids) - len(is_latent))

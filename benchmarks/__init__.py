@@ -1,0 +1,1 @@
+"""`python -m benchmarks NAME`: timings of this package, printed as JSON; see README.md."""

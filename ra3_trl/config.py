@@ -1,0 +1,205 @@
+"""`RA3Config`: `TrainingArguments` plus the settings of the EM loop, grouped by phase."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+_CHOICES = {
+    "action_format": ("python",),
+    "existing_comments": ("keep", "strip"),
+    "engine": ("auto", "branch", "expand"),
+    "reward_model": ("live", "frozen"),
+    "line_reduction": ("sum", "mean"),
+    "baseline": ("leave_one_out", "no_think"),
+    "latent_weight": ("one", "gate"),
+    "gate_hold": ("auto", "never", "always"),
+    "annotation": ("resample", "policy"),
+}
+
+
+def _help(text: str, default: Any, **metadata) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class RA3Config(TrainingArguments):
+    r"""
+    Settings of [`RA3MidTrainer`]. Only what differs from [`~transformers.TrainingArguments`] is listed; defaults of
+    the method are our choice where the paper (https://huggingface.co/papers/2509.25810) is silent, see docs/design.md.
+
+    Data:
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.
+        dataset_text_field (`str`, *optional*, defaults to `"text"`): Column that holds the text.
+        dataset_num_proc (`int`, *optional*): Processes for cutting the texts.
+        action_format (`str`, *optional*, defaults to `"python"`): How texts are cut into actions.
+        existing_comments (`str`, *optional*, defaults to `"keep"`): `"keep"` the expert's comments or `"strip"` them.
+        disable_dropout (`bool`, *optional*, defaults to `True`): Sets all dropout to 0.
+
+    Schedule:
+        em_iterations (`int`, *optional*, defaults to `1`): Times that E-phase and M-phase alternate.
+        e_steps (`int`, *optional*, defaults to `20`): Updates of an E-phase. `0` is next-token prediction.
+        m_steps (`int`, *optional*, defaults to `-1`):
+            Updates of an M-phase. `-1`: `num_train_epochs` passes over the data (or what `max_steps` leaves), shared
+            out among the iterations.
+        e_learning_rate (`float`, *optional*, defaults to `1e-5`): Peak learning rate of the E-phase; `learning_rate`
+            is that of the M-phase.
+        e_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): Schedule within an E-phase.
+        reset_optimizer (`bool`, *optional*, defaults to `True`): Forget optimizer state when the phase changes.
+
+    Rollout:
+        num_latents (`int`, *optional*, defaults to `4`): Latents G at each boundary.
+        max_latent_length (`int`, *optional*, defaults to `12`): Most tokens of a latent.
+        temperature (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`: off),
+        top_p (`float`, *optional*, defaults to `1.0`: off): The distribution sampled from, and trained.
+        engine (`str`, *optional*, defaults to `"auto"`): `"branch"`, `"expand"`, or the first that is exact.
+        max_branch_tokens (`int`, *optional*, defaults to `8192`): Branch tokens in flight; bounds memory only.
+        max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried in an E-step; `0` is all.
+
+    E-step:
+        horizon (`int`, *optional*, defaults to `2`): Lines H that a latent is credited with.
+        discount (`float`, *optional*, defaults to `0.9`): Discount of later lines.
+        line_reduction (`str`, *optional*, defaults to `"sum"`): `"sum"` or `"mean"` over a line's tokens.
+        penalty (`float`, *optional*, defaults to `0.2`):
+            Cost c of a latent in nats (nats per token with `"mean"`, where 0.05 is the paper's). `inf` is next-token
+            prediction.
+        reward_model (`str`, *optional*, defaults to `"live"`): Weights that score the lines.
+        baseline (`str`, *optional*, defaults to `"leave_one_out"`): Or `"no_think"`: the return without latent.
+        latent_weight (`str`, *optional*, defaults to `"one"`): Weight of a latent's gradient; `"gate"` is P(think).
+        gate_hold (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` does not push P(think) down until latents gain more than they cost where the model thinks.
+        gate_coef (`float`, *optional*, defaults to `1.0`): Weight of the gate's objective.
+        prior_alpha (`float`, *optional*, defaults to `0.7`): Prior probability of <act>, below 1 to resample.
+        gate_kl_coef (`float`, *optional*, defaults to `0.0`): Weight of KL(Bernoulli gate, prior).
+        entropy_coef (`float`, *optional*, defaults to `0.0`): Weight of the latents' token entropy.
+        kl_coef (`float`, *optional*, defaults to `0.05`): Weight of the latents' KL to the weights at the start.
+        code_loss_tolerance (`float`, *optional*, defaults to `0.1`):
+            Training stops with a warning when the code's cross-entropy without latents, on a probe of training
+            documents, rises by more than this many nats per token in an E-phase.
+
+    M-step:
+        annotation (`str`, *optional*, defaults to `"resample"`): Or `"policy"`, the paper's way.
+        annotation_think_prob (`float`, *optional*):
+            Prior P(think) of resampling. `None` is `1 - prior_alpha`; `-1` is the model's own gate.
+        packing (`bool`, *optional*, defaults to `True`): Put several documents in a row; nothing is dropped.
+
+    Evaluation and logs:
+        eval_num_latents (`int`, *optional*, defaults to `4`): Latents at each boundary in `evaluate()`.
+        eval_max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried there; `0` is all.
+        log_latents_steps (`int`, *optional*, defaults to `10`): Updates between tables of latents; `0` is never.
+        dataset_license (`str`, *optional*): Named on the model card.
+
+    Raises:
+        `ValueError`: for a bad value, naming field, value and cure.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Values that differ from TrainingArguments
+    learning_rate: float = _help("Peak learning rate of the M-phase.", 2e-5)
+    logging_steps: float = _help("Updates between log lines.", 1)
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of `from_pretrained`, as JSON.", None)
+
+    # Data
+    max_length: int = _help("Longest row in tokens, latents included.", 1024)
+    dataset_text_field: str = _help("Column that holds the text.", "text")
+    dataset_num_proc: int | None = _help("Processes for cutting the texts.", None)
+    action_format: str = _help("How texts are cut into actions: python.", "python")
+    existing_comments: str = _help("The expert's own comment lines: keep or strip.", "keep")
+    disable_dropout: bool = _help("Set all dropout to 0.", True)
+
+    # Schedule
+    em_iterations: int = _help("Times that E-phase and M-phase alternate.", 1)
+    e_steps: int = _help("Updates of an E-phase; 0 is next-token prediction.", 20)
+    m_steps: int = _help("Updates of an M-phase; -1 derives them from num_train_epochs or max_steps.", -1)
+    e_learning_rate: float = _help("Peak learning rate of the E-phase.", 1e-5)
+    e_lr_scheduler_type: str = _help("Learning-rate schedule within an E-phase.", "constant")
+    reset_optimizer: bool = _help("Forget optimizer state when the phase changes.", True)
+
+    # Rollout
+    num_latents: int = _help("Latents at each boundary (G).", 4)
+    max_latent_length: int = _help("Most tokens of a latent.", 12)
+    temperature: float = _help("Sampling temperature of latents.", 1.0)
+    top_k: int = _help("Keep the k likeliest symbols; 0 is off.", 0)
+    top_p: float = _help("Keep the likeliest symbols up to this mass; 1 is off.", 1.0)
+    engine: str = _help("Rollout engine: auto, branch or expand.", "auto")
+    max_branch_tokens: int = _help("Branch tokens in flight; bounds memory, not results.", 8192)
+    max_sites: int = _help("Boundaries of a document tried in an E-step; 0 is all.", 0)
+
+    # E-step
+    horizon: int = _help("Lines that a latent is credited with (H).", 2)
+    discount: float = _help("Discount of later lines.", 0.9)
+    line_reduction: str = _help("sum or mean over a line's tokens.", "sum")
+    penalty: float = _help("Cost of a latent in nats; inf is next-token prediction.", 0.2)
+    reward_model: str = _help("Weights that score the lines: live or frozen.", "live")
+    baseline: str = _help("leave_one_out or no_think.", "leave_one_out")
+    latent_weight: str = _help("Weight of a latent's gradient: one or gate.", "one")
+    gate_hold: str = _help("Hold P(think) up until latents pay: auto, never or always.", "auto")
+    gate_coef: float = _help("Weight of the gate's objective.", 1.0)
+    prior_alpha: float = _help("Prior probability of <act>.", 0.7)
+    gate_kl_coef: float = _help("Weight of KL(gate, prior).", 0.0)
+    entropy_coef: float = _help("Weight of the latents' token entropy.", 0.0)
+    kl_coef: float = _help("Weight of the latents' KL to the weights at the start.", 0.05)
+    code_loss_tolerance: float = _help("Stop when code cross-entropy rises by more in an E-phase (nats).", 0.1)
+
+    # M-step
+    annotation: str = _help("How latents are chosen for the M-step: resample or policy.", "resample")
+    annotation_think_prob: float | None = _help("Prior P(think) of resampling; -1 is the model's gate.", None)
+    packing: bool = _help("Put several documents in a row.", True)
+
+    # Evaluation and logs
+    eval_num_latents: int = _help("Latents at each boundary in evaluate().", 4)
+    eval_max_sites: int = _help("Boundaries of a document tried in evaluate(); 0 is all.", 0)
+    log_latents_steps: int = _help("Updates between tables of latents; 0 is never.", 10)
+    dataset_license: str | None = _help("License of the data, for the model card.", None)
+
+    def __post_init__(self):
+        self._check()
+        if self.penalty == math.inf:
+            self.e_steps = 0
+        if self.metric_for_best_model in ("elbo", "eval_elbo") and self.greater_is_better is None:
+            self.greater_is_better = False  # logged as a negative bound, as losses are
+        super().__post_init__()
+        # Rows carry documents, not model inputs; the trainer counts its own tokens.
+        self.remove_unused_columns = False
+
+    def _check(self) -> None:
+        values = vars(self)
+        for name, choices in _CHOICES.items():
+            if values[name] not in choices:
+                raise ValueError(f"`{name}` is {values[name]!r}; use one of {', '.join(map(repr, choices))}.")
+        at_least = {"em_iterations": 1, "e_steps": 0, "max_latent_length": 1, "horizon": 1, "top_k": 0, "max_sites": 0}
+        at_least |= {"max_branch_tokens": 1, "eval_num_latents": 1, "eval_max_sites": 0, "log_latents_steps": 0}
+        at_least |= {"penalty": 0, "gate_coef": 0, "gate_kl_coef": 0, "entropy_coef": 0, "kl_coef": 0, "m_steps": -1}
+        at_least |= {"e_learning_rate": 0, "code_loss_tolerance": 0, "max_length": 16, "num_latents": 1}
+        for name, least in at_least.items():
+            if not values[name] >= least:  # NaN fails too
+                raise ValueError(f"`{name}` is {values[name]}; it must be at least {least}.")
+        if self.num_latents < 2 and self.baseline == "leave_one_out" and self.e_steps and self.penalty < math.inf:
+            raise ValueError(
+                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it or "
+                "set `baseline='no_think'`."
+            )
+        for name in ("discount", "top_p", "prior_alpha"):
+            if not 0 < values[name] <= 1:
+                raise ValueError(f"`{name}` is {values[name]}; it must be above 0 and at most 1.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}; it must be above 0.")
+        prob = self.annotation_think_prob
+        if prob is not None and prob != -1 and not 0 < prob < 1:
+            raise ValueError(
+                f"`annotation_think_prob` is {prob}; use a number between 0 and 1, -1 (the gate) or None."
+            )
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether the M-step trains on annotated text. Without E-steps it does only if `annotation_think_prob` is set
+        (annotation with no RL); else the run is next-token prediction."""
+        return self.penalty < math.inf and (self.e_steps > 0 or self.annotation_think_prob is not None)

@@ -1,0 +1,64 @@
+"""Held-out numbers: cross-entropy without latents and with the policy's own, ELBO, multi-sample bound, think rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..config import RA3Config
+from ..losses import code_bounds, compute_returns, renormalise
+from ..records import Document
+from ..rollout import NoiseKey, RolloutEngine
+from .annotate import annotate
+from .estep import choose_sites
+
+
+EVAL_NOISE = NoiseKey(seed=0x5EED, phase=-1, step=0)  # every evaluation tries the same boundaries with the same noise
+
+
+def evaluate_documents(engine: RolloutEngine, documents: Iterable[Document], args: RA3Config) -> dict[str, float]:
+    """Sums over documents; [`finish_metrics`] turns them (added over processes) into averages.
+
+    `policy` is the log-likelihood of the code on a text that the policy has annotated left to right (a one-sample
+    estimate of the temporal ELBO); `elbo` and `multi_sample` put every latent before its own line on the clean text.
+    """
+    names = ("log_likelihood", "elbo", "multi_sample", "policy", "tokens", "think", "sites", "gain", "latents")
+    sums = dict.fromkeys((*names, "latent_tokens", "policy_latents"), 0.0)
+    for document in documents:
+        sites = choose_sites(document, args.eval_max_sites, EVAL_NOISE)
+        group = engine.rollout(document, sites, args.eval_num_latents, args.horizon, EVAL_NOISE)
+        bounds = code_bounds(group)
+        gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
+        annotated = annotate(engine, document, args, EVAL_NOISE, way="policy")
+        trunk = engine.trunk(annotated.document)
+        rewards = renormalise(trunk.line_logps_A, trunk.gate_logps_A)
+        sums["log_likelihood"] += bounds.log_likelihood
+        sums["elbo"] += bounds.elbo
+        sums["multi_sample"] += bounds.multi_sample
+        sums["policy"] += sum(float(r) for r, a in zip(rewards, document.actions, strict=True) if not a.comment)
+        sums["tokens"] += bounds.tokens
+        sums["think"] += (
+            float(group.gate_logps_A[list(document.sites)].double().exp().sum()) if document.sites else 0.0
+        )
+        sums["sites"] += len(document.sites)
+        sums["gain"] += float(gain.double().sum())
+        sums["latents"] += gain.numel()
+        sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
+        sums["policy_latents"] += len(annotated.placed)
+    return sums
+
+
+def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Averages: nats per code token (bounds negated, so that lower is better), rates, nats per latent."""
+    tokens, sites, latents = (max(sums[name], 1) for name in ("tokens", "sites", "latents"))
+    return {
+        "loss": -sums["log_likelihood"] / tokens,
+        "ce": -sums["log_likelihood"] / tokens,
+        "ce_policy": -sums["policy"] / tokens,
+        "elbo": -sums["elbo"] / tokens,
+        "bound_multi": -sums["multi_sample"] / tokens,
+        "think_rate": sums["think"] / sites,
+        "policy_latent_rate": sums["policy_latents"] / sites,
+        "gain": sums["gain"] / latents,
+        "latent_length": sums["latent_tokens"] / latents,
+        "code_tokens": sums["tokens"],
+    }

@@ -1,0 +1,72 @@
+"""What is watched during training: averages for the log, the held gate, alarms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MetricSums:
+    """Weighted averages since the last log line; part of the checkpoint, so that a resumed log is the same."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, weight: float = 1.0) -> None:
+        total = self.sums.setdefault(name, [0.0, 0.0])
+        total[0] += value * weight
+        total[1] += weight
+
+    def pop(self) -> dict[str, float]:
+        """The averages; starts anew."""
+        out = {name: total / weight for name, (total, weight) in self.sums.items() if weight > 0}
+        self.sums = {}
+        return out
+
+
+@dataclass
+class GateHold:
+    """Whether P(think) may be pushed down yet.
+
+    Measured (docs/design.md): where a model's own comments nearly always harm, the mean-gain objective takes P(think)
+    from 0.41 to 0.01 before comments can improve, and it does not recover. So until the gain, averaged where the model
+    thinks (weight P(think)) and over updates, exceeds the penalty, the gate is only pushed up.
+    """
+
+    mode: str
+    penalty: float
+    average: float | None = None
+    released: bool = False
+    updates: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return self.mode == "always" or (self.mode == "auto" and not self.released)
+
+    def update(self, gate_weighted_gain: float) -> None:
+        """Takes the gain of one update; releases the hold for good once the running average pays the penalty."""
+        self.updates += 1
+        before = gate_weighted_gain if self.average is None else self.average
+        self.average = 0.8 * before + 0.2 * gate_weighted_gain
+        self.released = self.released or self.average > self.penalty
+
+    @property
+    def message(self) -> str:
+        """What to tell the user when the E-phase ends with the gate still held."""
+        return (
+            f"After {self.updates} E-updates latents still bring {self.average:+.3f} nats where the model thinks, below "
+            f"the penalty {self.penalty}: P(think) was held up and not trained down (gate_hold='auto'). Policy "
+            "annotation will place poor latents or none: use `annotation='resample'`, a larger `num_latents` or more "
+            "`e_steps`."
+        )
+
+
+def latent_alarms(metrics: dict[str, float]) -> list[str]:
+    """What is wrong with a batch of latents, in words; `metrics` are those of `rollout_metrics`."""
+    alarms = []
+    if metrics.get("wordless_rate", 0) > 0.5:
+        alarms.append("more than half of the latents hold no letter or digit (drift into emptiness): raise `kl_coef`.")
+    if metrics.get("same_rate", 0) > 0.9:
+        alarms.append("nearly all latents of a boundary are the same: raise `temperature` or `entropy_coef`.")
+    if metrics.get("copy_rate", 0) > 0.8:
+        alarms.append("latents mostly repeat the line they stand before: raise `penalty` or `kl_coef`.")
+    return alarms

@@ -1,0 +1,70 @@
+"""Which phase an update belongs to: a pure function of `global_step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`kind` is `"E"` or `"M"`; `step` counts the updates within the phase, of `length` in all."""
+
+    kind: Literal["E", "M"]
+    iteration: int
+    step: int
+    length: int
+
+    @property
+    def number(self) -> int:
+        """A number for the whole phase, the same all through it; keys the noise."""
+        return 2 * self.iteration + (self.kind == "M")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`iterations` times `e_steps` E-updates and `m_steps` M-updates.
+
+    Example: `Schedule(2, 3, 5).phase_at(9)` is the second E-phase's update 1 of 3.
+    """
+
+    iterations: int
+    e_steps: int
+    m_steps: int
+
+    @property
+    def total(self) -> int:
+        return self.iterations * (self.e_steps + self.m_steps)
+
+    def phase_at(self, global_step: int) -> Phase:
+        """The phase of the update that `global_step` finished updates precede (past the end: the last M-phase's)."""
+        cycle = self.e_steps + self.m_steps
+        iteration, within = divmod(min(global_step, self.total - 1), cycle)
+        if within < self.e_steps:
+            return Phase("E", iteration, within, self.e_steps)
+        return Phase("M", iteration, within - self.e_steps, self.m_steps)
+
+
+def plan_schedule(
+    iterations: int, e_steps: int, m_steps: int, max_steps: int, num_train_epochs: float, updates_per_epoch: int | None
+) -> Schedule:
+    """The schedule that config and data give; see `RA3Config.m_steps`.
+
+    Raises:
+        `ValueError`: if the length of the M-phase can't be told, or `max_steps` leaves no room for it.
+    """
+    if m_steps < 0:
+        if max_steps > 0:
+            m_steps = max_steps // iterations - e_steps
+        elif updates_per_epoch is not None:
+            m_steps = -(-int(num_train_epochs * updates_per_epoch) // iterations)
+        else:
+            raise ValueError(
+                "`max_steps` is -1 and the data is a stream without a length: set `max_steps` or `m_steps`."
+            )
+    if m_steps < 0 or e_steps + m_steps < 1:
+        raise ValueError(
+            f"`max_steps` is {max_steps}: too few for em_iterations={iterations} times e_steps={e_steps} updates; raise "
+            "it or lower `e_steps`."
+        )
+    return Schedule(iterations, e_steps, m_steps)

@@ -1,0 +1,56 @@
+"""Bounds on the log-likelihood of code under the model with latents; no penalty in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..records import RolloutGroup
+from .returns import compute_returns, log1mexp
+
+
+@dataclass(frozen=True)
+class CodeBounds:
+    """Sums over the code lines of one document, in nats, and the number of code tokens they are over.
+
+    `log_likelihood`: without latents (raw). `elbo`: E_q[log pi(a|s,z)] - KL(q || p) with q and p both the policy, so
+    the KL is 0 and what stays is `(1-p) R_act + p mean_g R_g` a line. `multi_sample`:
+    `log[(1-p) P(a|act) + p mean_g P(a|z_g)]`, at least as tight in expectation. Lines without rollouts count as they
+    are, each line once.
+    """
+
+    log_likelihood: float
+    elbo: float
+    multi_sample: float
+    tokens: int
+
+
+def code_bounds(group: RolloutGroup) -> CodeBounds:
+    """[`CodeBounds`] of a group scored over at least one line. Kept comments and the EOS are not code."""
+    document = group.document
+    code = torch.tensor([not a.comment for a in document.actions], dtype=torch.bool)
+    raw_A = torch.where(code, group.line_logps_A, torch.zeros(()))
+    tokens = sum(a.end - max(a.start, 1) for a in document.actions if not a.comment)
+    total = float(raw_A.double().sum())
+    if not group.sites:
+        return CodeBounds(total, total, total, tokens)
+    sites = torch.tensor(group.sites)
+    rest = total - float(raw_A[sites].double().sum())
+    line = compute_returns(group, 1, 1.0)
+    log_p = group.gate_logps_A[sites]
+    log_q = log1mexp(log_p)
+    elbo_T = log_q.exp() * line.act_T + log_p.exp() * line.latent_TG.mean(1)
+    mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])
+    multi_T = torch.logaddexp(log_q + line.act_T, log_p + mean_latent_T)
+    return CodeBounds(total, rest + float(elbo_T.double().sum()), rest + float(multi_T.double().sum()), tokens)
+
+
+def resampling_logits(act_T: torch.Tensor, latent_TG: torch.Tensor, log_think_T: torch.Tensor) -> torch.Tensor:
+    """Unnormalised log-weights `[T, 1 + G]` of <act> and of each latent: `log(1-rho) + G_act`, `log rho - log G + G_g`.
+
+    No penalty: the prior `rho` is its place here. `log_think_T` is log rho.
+    """
+    latent = log_think_T[:, None] - math.log(latent_TG.shape[1]) + latent_TG
+    return torch.cat([(log1mexp(log_think_T) + act_T)[:, None], latent], 1)

@@ -1,0 +1,91 @@
+"""The E-step's loss: analytic gate gradient and policy gradient on the latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .returns import log1mexp
+
+
+@dataclass(frozen=True)
+class EStepTerms:
+    """What the E-step optimises at `T` sites, as constants computed from rollouts.
+
+    `gate_gain_T`: mean_g G_g - c - G_act, the slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p, zero where the
+    gate is held. `advantage_TG` and `weight_T` (1, or P(think)) are those of the latents.
+    """
+
+    gate_gain_T: torch.Tensor
+    advantage_TG: torch.Tensor
+    weight_T: torch.Tensor
+
+
+def gate_slope(gain_TG: torch.Tensor, penalty: float, hold: bool) -> torch.Tensor:
+    """Slope of the gate's objective in P(think), `[T]`.
+
+    While the gate is held it is only ever pushed up: comments that still harm would push it to never thinking before
+    they can improve, and from there nothing comes back.
+    """
+    slope = gain_TG.mean(1) - penalty
+    return slope.clamp(min=0) if hold else slope
+
+
+def estep_loss(
+    terms: EStepTerms,
+    gate_logps_T: torch.Tensor,
+    token_logps_n: torch.Tensor,
+    branch_n: torch.Tensor,
+    *,
+    gate_coef: float = 1.0,
+    ref_token_logps_n: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    entropy_n: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    prior_think: float = 0.3,
+    gate_kl_coef: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over sites of the negative objective; the caller divides by the sites of the whole window.
+
+    Args:
+        terms ([`EStepTerms`]):
+            Constants of the sites.
+        gate_logps_T (`torch.Tensor`):
+            log P(think), differentiable, `[T]`.
+        token_logps_n (`torch.Tensor`), branch_n (`torch.Tensor`):
+            Log-prob of each sampled symbol and its branch `t * G + g`, `[n]`.
+        ref_token_logps_n (`torch.Tensor`, *optional*):
+            The same symbols under the weights at the start, for the KL term. The estimator is
+            `r - 1 - log r` with `r = pi_ref / pi`, as in GRPO: never negative, unbiased.
+        entropy_n (`torch.Tensor`, *optional*):
+            Entropy of the distribution each symbol was drawn from.
+
+    Returns:
+        The loss and its parts, all summed over sites (KL and entropy averaged over the latents of a site).
+    """
+    sites, latents = terms.advantage_TG.shape
+    p_T = gate_logps_T.exp()
+    gate = -(p_T * terms.gate_gain_T).sum()
+    scale_n = (terms.weight_T[:, None] / latents).expand(sites, latents).reshape(-1)[branch_n]
+    policy = -(scale_n * terms.advantage_TG.reshape(-1)[branch_n] * token_logps_n).sum()
+    parts = {"gate": gate, "policy": policy}
+    loss = gate_coef * gate + policy
+    if kl_coef:
+        log_ratio = ref_token_logps_n - token_logps_n
+        parts["kl"] = ((torch.exp(log_ratio) - 1 - log_ratio) / latents).sum()
+        loss = loss + kl_coef * parts["kl"]
+    if entropy_coef:
+        parts["entropy"] = (entropy_n / latents).sum()
+        loss = loss - entropy_coef * parts["entropy"]
+    if gate_kl_coef:
+        parts["gate_kl"] = bernoulli_kl(gate_logps_T, prior_think).sum()
+        loss = loss + gate_kl_coef * parts["gate_kl"]
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def bernoulli_kl(gate_logps: torch.Tensor, prior_think: float) -> torch.Tensor:
+    """KL(Bernoulli(P(think)) || Bernoulli(prior_think)): the gate's part of the ELBO's KL (Prop. 5.1)."""
+    log_p, log_q = gate_logps, log1mexp(gate_logps)
+    prior = torch.tensor(prior_think, dtype=gate_logps.dtype, device=gate_logps.device)
+    return log_p.exp() * (log_p - torch.log(prior)) + log_q.exp() * (log_q - torch.log1p(-prior))

@@ -1,0 +1,22 @@
+"""Next-token loss of the M-step."""
+
+from __future__ import annotations
+
+import torch
+
+
+def next_token_loss(
+    token_logps_n: torch.Tensor, is_latent_n: torch.Tensor, num_tokens: torch.Tensor | float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Cross-entropy over code and latent tokens alike, divided by `num_tokens` of the whole accumulation window.
+
+    Returns the loss and the sums and counts that `mstep/code_loss` and `mstep/latent_loss` are averages of.
+    """
+    nll = -token_logps_n
+    parts = {
+        "code_sum": nll[~is_latent_n].sum().detach(),
+        "code_count": (~is_latent_n).sum(),
+        "latent_sum": nll[is_latent_n].sum().detach(),
+        "latent_count": is_latent_n.sum(),
+    }
+    return nll.sum() / num_tokens, parts

@@ -1,0 +1,83 @@
+"""Line rewards, returns over the horizon, advantages.
+
+A reward is a renormalised line log-likelihood: the raw probability of an expert line contains the mass of not thinking
+before it, so `log(1 - P(think))` is taken out, with a latent and without (docs/design.md, "The objective, exactly").
+Without that a useless comment looks like a gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..records import RolloutGroup
+
+
+def log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """`log(1 - exp(x))` for `x <= 0`, without cancellation; `x = -inf` gives 0. `x` is kept below 0 by one ulp."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def renormalise(line_logps: torch.Tensor, gate_logps: torch.Tensor) -> torch.Tensor:
+    """`R = l(a | .) - log(1 - P(think | .))`; `gate_logps = -inf` (no decision there) leaves the line as it is."""
+    return line_logps - log1mexp(gate_logps)
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Returns of a group in nats (nats per token when the lines are reduced by their mean).
+
+    `act_T`: the lines without a latent; `latent_TG`: under each latent, penalty not yet paid. Over the same lines, so
+    `latent_TG - act_T[:, None]` is the gain of a latent.
+    """
+
+    act_T: torch.Tensor
+    latent_TG: torch.Tensor
+
+    @property
+    def gain_TG(self) -> torch.Tensor:
+        return self.latent_TG - self.act_T[:, None]
+
+
+def compute_returns(group: RolloutGroup, horizon: int, discount: float, reduction: str = "sum") -> Returns:
+    """Discounted sums of line rewards, `G(t) = sum_{k < H} discount^k R_{t+k}` (PAPER, E-step; H and the discount are
+    our choice), cut at the document's end and at a kept comment.
+
+    Args:
+        group ([`RolloutGroup`]):
+            Scores of one document.
+        horizon (`int`):
+            Lines H, at most those that were scored.
+        discount (`float`):
+            Discount of later lines.
+        reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` over a line's tokens (a log-likelihood), or `"mean"` (a surrogate).
+    """
+    actions = group.document.actions
+    act_A = renormalise(group.line_logps_A, group.gate_logps_A)
+    latent_TGH = renormalise(group.latent_line_logps_TGH[..., :horizon], group.latent_gate_logps_TGH[..., :horizon])
+    weight_TH = torch.zeros(len(group.sites), horizon)
+    act_TH = torch.zeros(len(group.sites), horizon)
+    for t, site in enumerate(group.sites):
+        for k, action in enumerate(actions[site : site + horizon]):
+            if action.comment:
+                break
+            tokens = action.end - max(action.start, 1) if reduction == "mean" else 1
+            weight_TH[t, k] = discount**k / max(tokens, 1)
+            act_TH[t, k] = act_A[site + k]
+    return Returns((weight_TH * act_TH).sum(-1), (weight_TH[:, None] * latent_TGH).sum(-1))
+
+
+def advantages(returns: Returns, penalty: float, baseline: str = "leave_one_out") -> torch.Tensor:
+    """Advantages `[T, G]` of latents.
+
+    `"leave_one_out"`: `A_g = G_g - mean of the others'`, in which the penalty cancels. `"no_think"`:
+    `A_g = G_g - penalty - G_act`, what the latent brought over not thinking.
+    """
+    if baseline == "no_think":
+        return returns.gain_TG - penalty
+    others = returns.latent_TG.shape[1] - 1
+    total = returns.latent_TG.sum(1, keepdim=True)
+    return returns.latent_TG - (total - returns.latent_TG) / others

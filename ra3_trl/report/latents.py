@@ -1,0 +1,77 @@
+"""Sampled latents with the lines they stand before: a table in the log, a parquet file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+
+_COLUMNS = ("step", "doc_id", "line_number", "think_prob", "latent", "line", "gain")
+
+
+def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """One row for each latent of rollouts (objects with `.group` and `.returns`); `gain` in nats."""
+    rows = []
+    for rollout in rollouts:
+        group = rollout.group
+        for t, site in enumerate(group.sites):
+            action = group.document.actions[site]
+            line = tokenizer.decode(list(group.document.input_ids[action.start : action.end])).strip()
+            p = float(group.gate_logps_A[site].exp())
+            for g, latent in enumerate(group.latents[t]):
+                text = tokenizer.decode(list(latent.token_ids))
+                values = (
+                    step,
+                    group.document.doc_id,
+                    action.index,
+                    p,
+                    text,
+                    line,
+                    float(rollout.returns.gain_TG[t, g]),
+                )
+                rows.append(dict(zip(_COLUMNS, values, strict=True)))
+    return rows
+
+
+def latent_table(rows: Sequence[dict], title: str, limit: int = 8) -> Table:
+    """A rich table of the rows with the largest gains."""
+    table = Table(title=title, title_justify="left")
+    for name, justify in (("gain (nats)", "right"), ("P(think)", "right"), ("latent", "left"), ("next line", "left")):
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in sorted(rows, key=lambda r: -r["gain"])[:limit]:
+        cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", "#" + row["latent"], row["line"].split("\n")[0]]
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+    return table
+
+
+class LatentLog:
+    """Writes `step_<n>.parquet` and prints a table every `every` updates; `0` is never.
+
+    Args:
+        folder (`Path`):
+            Where the parquet files go.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            To read the latents.
+        every (`int`):
+            Updates between tables.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, every: int):
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.every = every
+
+    def add(self, step: int, rollouts: Sequence) -> None:
+        if not self.every or step % self.every:
+            return
+        rows = latent_rows(step, rollouts, self.tokenizer)
+        if not rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(self.folder / f"step_{step:06d}.parquet")
+        Console(stderr=True).print(latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}"))

@@ -1,0 +1,27 @@
+"""Latents at many boundaries of a document: sampled, scored, and their log-probs with gradients."""
+
+from .backbone import Backbone
+from .branch import BranchEngine
+from .engine import PolicyLogProbs, RolloutEngine
+from .expand import ExpandEngine
+from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
+from .plan import horizon_lines
+from .sampler import SamplingParams
+from .select import ENGINES, build_engine
+
+
+__all__ = [
+    "CHOICE",
+    "ENGINES",
+    "GATE",
+    "Backbone",
+    "BranchEngine",
+    "ExpandEngine",
+    "NoiseKey",
+    "PolicyLogProbs",
+    "RolloutEngine",
+    "SamplingParams",
+    "build_engine",
+    "horizon_lines",
+    "keyed_uniform",
+]

@@ -1,0 +1,170 @@
+"""Chooses the engine, and checks it on the very model it is to run on: an engine is exact or it refuses.
+
+The list of architectures that the branch engine is exact for changes with every release of transformers, so none is
+kept here. A made-up document is scored by both engines instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from ..records import Action, Boundary, Document, Latent, TokenTable
+from .backbone import Backbone
+from .branch import BranchEngine
+from .engine import RolloutEngine
+from .expand import ExpandEngine
+from .noise import keyed_uniform
+from .sampler import SamplingParams
+
+
+logger = logging.getLogger(__name__)
+ENGINES = ("auto", "branch", "expand")
+_LINE, _THINK = 5, (1, 3)  # tokens of a made-up line; lengths of the made-up think prefixes
+_LONGEST_WINDOW = 1024  # of sliding attention: a document beyond it would make the check itself slow
+
+
+def build_engine(
+    name: str, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192
+) -> RolloutEngine:
+    """The rollout engine called `name`, checked on the model.
+
+    Args:
+        name (`str`):
+            `"branch"` (shared prefixes; refused when not exact on this model), `"expand"` (repeated prefixes; any
+            model that can generate) or `"auto"` (the first if exact, else the second with one warning that says why).
+        backbone ([`Backbone`]), table ([`TokenTable`]), params ([`SamplingParams`]):
+            As the engines take them.
+        max_branch_tokens (`int`, *optional*, defaults to `8192`):
+            Bound on branches in flight times their longest length. Any value gives the same result.
+
+    Raises:
+        `ValueError`: if there is no such engine, the model's logits are not head(hidden states), or `name` is
+        `"branch"` and the branch engine is not exact on this model.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"`rollout_engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
+    expand = ExpandEngine(backbone, table, params, max_branch_tokens)
+    branch = BranchEngine(backbone, table, params, max_branch_tokens)
+    trial = _trial(backbone, table, params)
+    with torch.no_grad(), _eval_mode(backbone.model):
+        _check_head(backbone, trial[0])
+        reason = _difference(branch, expand, *trial) if name != "expand" else None
+    if name == "expand":
+        return expand
+    if reason is None:
+        return branch
+    if name == "branch":
+        raise ValueError(
+            f"`rollout_engine` is 'branch', which is not exact on {_architecture(backbone)}: {reason}. "
+            "Use 'expand' or 'auto'."
+        )
+    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", _architecture(backbone), reason)
+    return expand
+
+
+def _architecture(backbone: Backbone) -> str:
+    return type(backbone.causal_lm).__name__
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module's own mode again outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _trial(
+    backbone: Backbone, table: TokenTable, params: SamplingParams
+) -> tuple[Document, tuple[int, int], tuple[tuple[Latent, ...], ...]]:
+    """A document of allowed ASCII tokens with four boundaries, two of its sites, and two latents at each.
+
+    The last site stands behind the model's sliding window, so that a window that is not honoured shows.
+    """
+    plain = [i for i, b in enumerate(table.token_bytes) if b is not None and b.isascii() and b.strip()]
+    usable = [i for i in plain if table.next_state_SV[0, i] == 0 and i not in set(table.stop_ids.tolist())]
+    if not usable:
+        raise ValueError("the vocabulary has no printable ASCII token besides the stop symbol; use another tokenizer.")
+    config = backbone.causal_lm.config.get_text_config().to_dict()
+    window = config.get("sliding_window") or 0
+    room = (config.get("max_position_embeddings") or 4096) - 4 * _LINE - params.max_length
+    lines = max(8, min(window if window <= _LONGEST_WINDOW else 0, room) // _LINE + 4)
+    numbers = keyed_uniform(0, np.arange(1 + lines * _LINE + 32))
+    ids = [usable[int(u * len(usable))] for u in numbers]
+    sites = (2, 3, lines - 3, lines - 2)
+    actions = []
+    for i in range(lines):
+        think = _THINK[i % 2]
+        boundary = Boundary(tuple(ids[-think:]), (table.stop_id, *ids[-8 : -7 + i % 2])) if i in sites else None
+        actions.append(Action(i, 1 + i * _LINE, 1 + (i + 1) * _LINE, boundary))
+    document = Document(0, 0, tuple(ids[: 1 + lines * _LINE]), tuple(actions), context=1)
+    latents = []
+    for begin, length in ((-30, 3), (-24, 2), (-20, 1), (-16, 4)):
+        tokens = tuple(ids[begin : begin + min(length, params.max_length)])
+        stopped = len(tokens) < params.max_length
+        kept = (torch.arange(backbone.vocab_size),) * (len(tokens) + stopped) if params.truncated else None
+        latents.append(Latent(tokens, stopped, (0.0,) * (len(tokens) + stopped), kept))
+    return document, (sites[0], sites[-2]), (tuple(latents[:2]), tuple(latents[2:]))
+
+
+def _check_head(backbone: Backbone, document: Document) -> None:
+    ids = torch.tensor([document.input_ids[: 4 * _LINE]], device=backbone.device)
+    own = backbone.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+    ours = backbone.logits(backbone.hidden(input_ids=ids)[0])
+    bound = _tolerance(backbone) * max(1.0, float(own.abs().max()))
+    difference = float((own - ours).abs().max()) if own.shape == ours.shape else float("nan")
+    if not difference <= bound:
+        raise ValueError(
+            f"`model` is a {_architecture(backbone)}, whose logits are not its output embeddings applied to its last "
+            f"hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another architecture."
+        )
+
+
+def _tolerance(backbone: Backbone) -> float:
+    return 0.15 if backbone.causal_lm.dtype in (torch.bfloat16, torch.float16) else 1e-3
+
+
+def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, sites, latents) -> str | None:
+    """Why the branch engine may not be used, `None` when it agrees with the expand engine."""
+    wanted = _numbers(expand, document, sites, latents)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its warning about the attention interface is told in ours
+    try:
+        found = _numbers(branch, document, sites, latents)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}".rstrip(".")
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    tolerance = _tolerance(branch.backbone)
+    for what, numbers in wanted.items():
+        decided = torch.isfinite(numbers)
+        if not torch.equal(decided, torch.isfinite(found[what])):
+            return f"{what}: finite in other places than the `expand` engine's"
+        difference = float((numbers - found[what])[decided].abs().max())
+        if not difference <= tolerance:
+            return f"{what} differ by up to {difference:.3g} nats from the `expand` engine's (bound {tolerance:g})"
+    return None
+
+
+def _numbers(engine: RolloutEngine, document: Document, sites, latents) -> dict[str, torch.Tensor]:
+    group = engine.score(document, sites, latents, 2)
+    policy = engine.log_probs(group, slice(0, len(sites)))
+    return {
+        "line log-probs": group.line_logps_A,
+        "gate log-probs": group.gate_logps_A,
+        "line log-probs under latents": group.latent_line_logps_TGH,
+        "gate log-probs under latents": group.latent_gate_logps_TGH,
+        "gradient pass's gate log-probs": policy.gate_T.float().cpu(),
+        "gradient pass's latent log-probs": policy.token_n.float().cpu(),
+    }

@@ -1,0 +1,460 @@
+"""`RA3MidTrainer`: the façade that puts the rooms together.
+
+RA3 (https://huggingface.co/papers/2509.25810) as an EM loop on `transformers.Trainer`: an update belongs to an E-phase
+or an M-phase by its number alone. E: sample latents at the boundaries of the batch, reward them by the expert's next
+lines, one policy-gradient update. M: annotate the batch with the weights frozen at the phase's start, one next-token
+update. Where we deviate from the paper, or it is silent, docs/design.md says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    get_scheduler,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from .config import RA3Config
+from .em import (
+    EVAL_NOISE,
+    GateHold,
+    MetricSums,
+    Phase,
+    annotate,
+    estep_backward,
+    evaluate_documents,
+    finish_metrics,
+    latent_alarms,
+    mstep_loss,
+    pack,
+    plan_schedule,
+    roll_out,
+    rollout_metrics,
+)
+from .em.checkpoint import CheckpointMixin
+from .hub import write_model_card
+from .models import FrozenWeights
+from .records import AnnotatedExample, Document
+from .report import LatentLog
+from .rollout import Backbone, NoiseKey, SamplingParams, build_engine
+from .segmentation import (
+    ACTION_FORMATS,
+    Segmenter,
+    build_token_table,
+    count_documents,
+    row_to_document,
+    segment_dataset,
+    splice,
+)
+
+
+logger = logging.getLogger(__name__)
+_PROBE_DOCUMENTS = 8
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
+    return {"documents": [row_to_document(row) for row in rows]}
+
+
+class RA3MidTrainer(CheckpointMixin, Trainer):
+    """
+    Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from ra3_trl import RA3Config, RA3MidTrainer
+
+    trainer = RA3MidTrainer(
+        model="Qwen/Qwen2.5-Coder-0.5B",
+        args=RA3Config(output_dir="Qwen2.5-Coder-0.5B-RA3"),
+        train_dataset=load_dataset("bigcode/the-stack-smol", data_dir="data/python", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A folder, a Hub id (loaded with `args.model_init_kwargs`, float32 unless `dtype` is given) or a model.
+        args ([`RA3Config`], *optional*):
+            Settings. `None` is the default configuration, written to `<model>-RA3`.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Expert text: a text column, `prompt` and `completion`, or anything with a `formatting_func`.
+        eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
+            Held-out text of the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            A fast tokenizer; `None` is the model's.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            As in `Trainer`.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, as in `Trainer`. A scheduler given here is stepped through both phases.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Wraps the model in an adapter.
+        formatting_func (`Callable`, *optional*):
+            Makes the text of an example.
+
+    Raises:
+        `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
+        cure.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RA3Config | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
+        model = _load_model(model, args, peft_config)
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.ra3_args = args
+        self.backbone = Backbone(model)
+        self.engine = self._build_engine(args, tokenizer)
+        self.segmenter = Segmenter(
+            tokenizer, ACTION_FORMATS[args.action_format], self._chunk_tokens(args), args.existing_comments
+        )
+        self.counts: dict[str, dict[str, int]] = {}
+        train_dataset = self._segment(train_dataset, "train", formatting_func)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self._segment(value, key, formatting_func) for key, value in eval_dataset.items()}
+        else:
+            eval_dataset = self._segment(eval_dataset, "eval", formatting_func)
+        self._plan(args, train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is divided by the sites (E) or tokens (M) of the whole accumulation window, see get_batch_samples.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
+        self.model.add_model_tags(["ra3", "trl"])
+        self.gate_hold = GateHold(args.gate_hold, args.penalty)
+        self.metrics = MetricSums()
+        self.frozen: dict[str, FrozenWeights] = {}
+        self.probe_baseline: float | None = None
+        self._probe: list[Document] = []
+        self._alarmed: set[str] = set()
+        self.latent_log = LatentLog(Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps)
+
+    # ---- set-up ----
+
+    def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase):
+        eos = self.backbone.causal_lm.generation_config.eos_token_id
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos)
+        params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
+        return build_engine(args.engine, self.backbone, self.table, params, args.max_branch_tokens)
+
+    def _chunk_tokens(self, args: RA3Config) -> int:
+        """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any."""
+        config = self.backbone.causal_lm.config.get_text_config().to_dict()
+        context = config.get("max_position_embeddings") or config.get("n_positions") or args.max_length
+        if args.max_length > context:
+            raise ValueError(
+                f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower `max_length`."
+            )
+        room = max(args.max_length // 5, args.max_latent_length + 8) if args.uses_latents else 0
+        if args.max_length - room < 8:
+            raise ValueError(
+                f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens leave "
+                "no room for text; raise `max_length`."
+            )
+        return args.max_length - room
+
+    def _segment(self, dataset: Dataset | IterableDataset | None, split: str, formatting_func: Callable | None):
+        if dataset is None:
+            return None
+        args = self.ra3_args
+        segmented = segment_dataset(
+            dataset, self.segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
+        )
+        if isinstance(segmented, Dataset):
+            self.counts[split] = counts = count_documents(dataset, segmented)
+            logger.warning("%s: %s", split, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
+            if not len(segmented):
+                raise ValueError(
+                    f"`{split}_dataset` has {len(dataset)} rows and all are empty texts; give it some code."
+                )
+            if split == "train" and args.e_steps and not counts["boundaries"]:
+                raise ValueError(
+                    f"`train_dataset` has no place where a latent may stand ({counts}); check `action_format`, or set "
+                    "`e_steps=0` for next-token prediction."
+                )
+        return segmented
+
+    def _plan(self, args: RA3Config, train_dataset: Dataset | IterableDataset | None) -> None:
+        updates = None
+        if isinstance(train_dataset, Dataset):
+            per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+            updates = math.ceil(len(train_dataset) / per_update)
+        elif train_dataset is None:
+            updates = 1  # evaluation only
+        self.schedule = plan_schedule(
+            args.em_iterations, args.e_steps, args.m_steps, args.max_steps, args.num_train_epochs, updates
+        )
+        args.max_steps = self.schedule.total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Each phase has its own learning rate and schedule, by transformers' own functions of the step."""
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        args, schedule = self.args, self.schedule
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+
+        def factor_of(kind: str, length: int) -> Callable[[int], float]:
+            warmup = args.get_warmup_steps(length)
+            return get_scheduler(kind, dummy, warmup, max(length, 1), args.lr_scheduler_kwargs).lr_lambdas[0]
+
+        e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps)
+        m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps)
+        ratio = args.e_learning_rate / args.learning_rate if args.learning_rate else 0.0
+
+        def factor(step: int) -> float:
+            phase = schedule.phase_at(step)
+            return ratio * e_factor(phase.step) if phase.kind == "E" else m_factor(phase.step)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- the loop: E-step, annotate, M-step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        phase = self.schedule.phase_at(self.state.global_step)
+        if phase.step == 0:
+            self._begin(phase)
+        noise = NoiseKey(self.args.seed, phase.number, self.state.global_step)
+        prepare = self._prepare_e if phase.kind == "E" else self._prepare_m
+        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
+            batches = [prepare(batch["documents"], noise) for batch in batches]
+        if phase.kind == "E" and self.is_world_process_zero():
+            self.latent_log.add(self.state.global_step, [r for batch in batches for r in batch["rollouts"]])
+        if phase.kind == "E":
+            self._watch_code_loss()
+        count = torch.tensor(float(sum(batch["count"] for batch in batches)), device=device)
+        return batches, self.accelerator.reduce(count, "sum").clamp(min=1.0)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        model.train()
+        through = model if model is not self.backbone.model else None
+        scale = self.accelerator.num_processes  # processes average their gradients, the count is over all of them
+        begin = time.perf_counter()
+
+        def backward(loss: torch.Tensor, last: bool) -> None:
+            if last:
+                self.accelerator.backward(loss * scale)
+            else:
+                with self.accelerator.no_sync(model):
+                    self.accelerator.backward(loss * scale)
+
+        with self.compute_loss_context_manager():
+            if "rollouts" in inputs:
+                args = self.args
+                loss, parts = estep_backward(
+                    self.engine, inputs["rollouts"], args, float(num_items_in_batch), self.gate_hold.holds,
+                    self.frozen.get("start"), backward, through,
+                )  # fmt: skip
+                loss = torch.tensor(loss, device=args.device)
+                for name, value in parts.items():
+                    self.metrics.add(f"estep/loss_{name}", value)
+            else:
+                loss, parts = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
+                backward(loss, True)
+                loss = loss.detach()
+                code, latent = (float(parts["code_count"]), float(parts["latent_count"]))
+                self.metrics.add("mstep/code_loss", float(parts["code_sum"]) / max(code, 1), code)
+                self.metrics.add("mstep/latent_loss", float(parts["latent_sum"]) / max(latent, 1), latent)
+                self.metrics.add(
+                    "mstep/loss", float(parts["code_sum"] + parts["latent_sum"]) / (code + latent), code + latent
+                )
+        self.metrics.add("seconds/update", time.perf_counter() - begin)
+        return loss * scale if scale > 1 else loss
+
+    def _begin(self, phase: Phase) -> None:
+        """A phase starts: take the snapshots it needs, forget optimizer state, measure the probe."""
+        args = self.args
+        if args.reset_optimizer and self.state.global_step > 0:
+            self.optimizer.state.clear()
+        if phase.kind == "E":
+            if args.kl_coef and "start" not in self.frozen:
+                self.frozen["start"] = FrozenWeights(self.backbone.model)
+            if args.reward_model == "frozen":
+                self.frozen["reward"] = FrozenWeights(self.backbone.model)
+            self.probe_baseline = self._probe_loss()
+        elif args.uses_latents:
+            if phase.iteration + 1 == self.schedule.iterations:  # no E-phase comes that would need these
+                self.frozen.clear()
+            self.frozen["annotator"] = FrozenWeights(self.backbone.model)
+            if args.e_steps and self.gate_hold.holds:
+                logger.warning(self.gate_hold.message)
+
+    def _prepare_e(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
+        begin = time.perf_counter()
+        rollouts = roll_out(self.engine, documents, self.args, noise, self.frozen.get("reward"))
+        self.metrics.add("seconds/rollout", time.perf_counter() - begin)
+        named = rollout_metrics(rollouts, self._decode)
+        sites = sum(len(r.group.sites) for r in rollouts)
+        for name, value in named.items():
+            self.metrics.add(f"estep/{name}", value, sites)
+        if named:
+            self.gate_hold.update(named["gate_weighted_gain"])
+            self.metrics.add("estep/gate_held", float(self.gate_hold.holds))
+            self._alarm(named)
+        self._count_tokens(sum(len(d.input_ids) for d in documents))
+        return {"rollouts": rollouts, "count": sites}
+
+    def _prepare_m(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
+        examples = [splice(document, {}) for document in documents]
+        if self.args.uses_latents:
+            begin = time.perf_counter()
+            with self.frozen["annotator"].applied():
+                examples = [annotate(self.engine, document, self.args, noise) for document in documents]
+            self.metrics.add("seconds/annotate", time.perf_counter() - begin)
+            self._log_annotation(examples)
+        rows = pack(examples, self.args.max_length, self.args.packing)
+        self._count_tokens(rows.num_tokens)
+        return {"rows": rows, "count": rows.num_tokens}
+
+    def _log_annotation(self, examples: list[AnnotatedExample]) -> None:
+        sites = sum(len(e.document.sites) for e in examples)
+        if sites:
+            self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
+        for e in examples:
+            again = self.processing_class(self._decode(e.input_ids), add_special_tokens=False)["input_ids"]
+            self.metrics.add("mstep/retokenized_differs", float(tuple(again) != e.input_ids))
+
+    def _decode(self, ids) -> str:
+        return self.processing_class.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def _count_tokens(self, tokens: int) -> None:
+        self.state.num_input_tokens_seen += int(tokens) * self.accelerator.num_processes
+
+    # ---- watching ----
+
+    def _alarm(self, named: dict[str, float]) -> None:
+        alarms = latent_alarms(named)
+        if self.gate_hold.holds and self.gate_hold.mode == "auto":
+            alarms.append(
+                "the model's own latents cost more than they bring where it thinks: P(think) is held up until they pay "
+                "(gate_hold='auto')."
+            )
+        for alarm in alarms:
+            if alarm not in self._alarmed:
+                self._alarmed.add(alarm)
+                logger.warning("update %d: %s", self.state.global_step, alarm)
+
+    def _probe_loss(self) -> float:
+        """Cross-entropy per code token without latents on a few training documents, always the same ones."""
+        if not self._probe:
+            rows = (row_to_document(row) for row in self.train_dataset)
+            self._probe = [d for _, d in zip(range(_PROBE_DOCUMENTS), (r for r in rows if r.sites), strict=False)]
+        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
+            groups = [self.engine.trunk(document) for document in self._probe]
+        tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
+        return -sum(float(g.line_logps_A.double().sum()) for g in groups) / max(tokens, 1)
+
+    def _watch_code_loss(self) -> None:
+        """Every tenth of an E-phase: stop when the likelihood of the code itself has been damaged."""
+        phase = self.schedule.phase_at(self.state.global_step)
+        if phase.step == 0 or phase.step % max(1, phase.length // 10):
+            return
+        rise = self._probe_loss() - self.probe_baseline
+        self.metrics.add("estep/code_loss_rise", rise)
+        if rise > self.args.code_loss_tolerance:
+            logger.warning(
+                "update %d: the cross-entropy of code without latents rose by %.3f nats per token in this E-phase, past "
+                "code_loss_tolerance=%s; training stops. Lower `e_learning_rate` (now %g) or raise `kl_coef`.",
+                self.state.global_step, rise, self.args.code_loss_tolerance, self.args.e_learning_rate,
+            )  # fmt: skip
+            self.control.should_training_stop = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.metrics.pop() | {"tokens": self.state.num_input_tokens_seen}
+            logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: what a rollout costs is not 6 N tokens."""
+        return 0
+
+    # ---- evaluation and saving ----
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
+        names, totals, seen = [], None, 0
+        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
+            for batch in dataloader:
+                sums = evaluate_documents(self.engine, batch["documents"], self.args)
+                names, values = list(sums), torch.tensor(list(sums.values()), dtype=torch.float64)
+                totals = values if totals is None else totals + values
+                seen += len(batch["documents"])
+        totals = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
+        metrics = finish_metrics(dict(zip(names, totals, strict=True)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
+
+    def annotate(self, dataset: Dataset) -> list[AnnotatedExample]:
+        """Annotates every text of `dataset` with the present weights, as the M-step would; one example a chunk."""
+        segmented = segment_dataset(dataset, self.segmenter, self.args.dataset_text_field)
+        with torch.no_grad(), self._evaluating():
+            return [annotate(self.engine, row_to_document(row), self.args, EVAL_NOISE) for row in segmented]
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:
+        """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
+        if self.is_world_process_zero():
+            write_model_card(self.args, self.state, self.backbone, self.counts, model_name, dataset_name, kwargs)
+
+
+def _load_model(model: str | PreTrainedModel | PeftModel, args: RA3Config, peft_config: PeftConfig | None):
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32"} | (args.model_init_kwargs or {}))
+    elif args.model_init_kwargs:
+        raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,171 @@
+"""Small tokenizers of the four kinds that matter, tiny random models, and the slow path they are checked against.
+
+Nothing here needs the network: tokenizers are trained on a few files of the standard library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from slow_path import SlowPath
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
+
+
+torch.set_num_threads(2)
+
+EOS, PAD, BOS = "<|end|>", "<|pad|>", "<s>"
+TOKENIZERS = ("newline_alone", "newline_indent", "newline_punctuation", "sentencepiece")
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _corpus() -> list[str]:
+    root = standard_library()
+    names = ("textwrap.py", "bisect.py", "contextlib.py", "json/decoder.py", "fnmatch.py", "queue.py")
+    return [Path(root, name).read_text("utf-8") for name in names]
+
+
+def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return tokenizer
+
+
+def _newline_alone() -> Tokenizer:
+    """As GPT-2's vocabulary does on code: `\\n` is a token of its own, white space before a word another."""
+    split = pre_tokenizers.Split("\n", "isolated")
+    return _byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+
+
+def _newline_indent() -> Tokenizer:
+    """As SmolLM2: GPT-2's regex trained on code, so that `\\n` and three spaces of the indent are one token."""
+    return _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def _newline_punctuation() -> Tokenizer:
+    """As Llama-3 and Qwen: `):\\n` and `\\n\\n` are tokens."""
+    split = pre_tokenizers.Split(Regex(_QWEN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _byte_level(pre_tokenizers.Sequence([split, byte_level]))
+
+
+def _sentencepiece() -> Tokenizer:
+    """As Llama-2: spaces are `▁`, one is put in front, unknown characters (`\\n` too) fall back to bytes, BOS."""
+    to_metaspace = normalizers.Replace(" ", "▁")
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = to_metaspace
+    learner.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"▁+(?=▁)|▁?[A-Za-z_]+|▁?[0-9]|▁?[^▁A-Za-z0-9_]+|▁+"), "isolated"
+    )
+    lines = [line for text in _corpus() for line in text.split("\n") if line.isascii()]
+    learner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    learned = learner.get_vocab()
+    base = [BOS, EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: i for i, token in enumerate([*base, *sorted(learned, key=learned.get)])}
+    # The merges are not exposed by the object; its JSON form has them.
+    import json
+
+    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), to_metaspace])
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (BOS, EOS, PAD)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """The four kinds by name."""
+    makers = dict(
+        zip(TOKENIZERS, (_newline_alone, _newline_indent, _newline_punctuation, _sentencepiece), strict=True)
+    )
+    out = {}
+    for name, make in makers.items():
+        extra = {"bos_token": BOS} if name == "sentencepiece" else {}
+        out[name] = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token=EOS, pad_token=PAD, **extra)
+    return out
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def tokenizer(request, tokenizers) -> PreTrainedTokenizerFast:
+    """Each of the four kinds in turn."""
+    return tokenizers[request.param]
+
+
+@pytest.fixture(scope="session")
+def segmenter():
+    """Factory of segmenters: `segmenter(tokenizer, max_tokens=..., existing_comments=...)`."""
+
+    def make(tokenizer, max_tokens: int = 100_000, existing_comments: str = "keep") -> Segmenter:
+        return Segmenter(tokenizer, PYTHON, max_tokens, existing_comments)
+
+    return make
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_GQA = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+_SETTINGS = {
+    "llama": _GQA,
+    "qwen2": _GQA,
+    "qwen3": {**_GQA, "head_dim": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {**_SMALL, "max_position_embeddings": 512, "use_parallel_residual": True},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 512,
+        "activation_function": "gelu",
+    },
+    "phi": {**_GQA, "num_key_value_heads": 4},
+    "starcoder2": {**_GQA, "sliding_window": None},
+    "mistral": {**_GQA, "sliding_window": 12},
+    "gemma2": {**_GQA, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+}
+ARCHITECTURES = tuple(_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Factory of random models: `tiny_model("llama", tokenizer)`; weights so large that no distribution is flat.
+
+    Attention is eager, the transparent one: PyTorch's fused attention ignores Gemma 2's soft-capping.
+    """
+
+    def make(model_type: str, tokenizer, seed: int = 0, **overrides):
+        special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        settings = {**_SETTINGS[model_type], **special, "vocab_size": len(tokenizer), **overrides}
+        config = AutoConfig.for_model(model_type, **settings)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                else:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def slow_path():
+    """Factory of [`SlowPath`]: `slow_path(model, tokenizer, max_length=..., temperature=...)`."""
+    return SlowPath
