@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 EOS, PAD, BOS = "<|end|>", "<|pad|>", "<s>"
 TOKENIZERS = ("newline_alone", "newline_indent", "newline_punctuation", "sentencepiece")

@@ -6,8 +6,11 @@ Everything an engine computes is written here once more in the plainest way, so 
 from __future__ import annotations
 
 import codecs
+from functools import cache
 
 import torch
+
+from ra3_trl.segmentation import build_token_table
 
 
 def plain_forward(model, ids) -> torch.Tensor:
@@ -26,6 +29,7 @@ def continuation_logp(model, prefix, tokens) -> torch.Tensor:
     return sum(rows[len(prefix) + j - 1, token] for j, token in enumerate(tokens))
 
 
+@cache
 def pending_bytes(data: bytes) -> int | None:
     """How many bytes `data` still waits for to be UTF-8; `None` if nothing can complete it.
 
@@ -82,18 +86,20 @@ class SlowPath:
         self.data = bytes_of(tokenizer)
         newline = [i for i, b in enumerate(self.data) if b is not None and b"\n" in b]
         self.stop_ids = [*newline, tokenizer.eos_token_id]
+        self.blank = build_token_table(tokenizer, len(tokenizer)).blank_V.tolist()  # judged in test_tokens.py
 
     def symbols(self, prefix, latent) -> torch.Tensor:
         """Log-probs `[V]` of the next symbol after `prefix + latent`; the stop symbol stands at `stop_ids[0]`."""
         scaled = plain_logits(self.model, [*prefix, *latent]) / self.temperature
         so_far = b"".join(self.data[i] for i in latent)
+        so_far = b"" if pending_bytes(so_far) == 0 else so_far
         left = self.max_length - len(latent) - 1
         out = torch.full_like(scaled, float("-inf"))
         for i, b in enumerate(self.data):
             if b is None or b"\n" in b or b"\r" in b or b"\0" in b:
                 continue
             waits = pending_bytes(so_far + b)
-            if waits is None or waits > left or (not latent and not b.decode("utf-8", "replace").strip()):
+            if waits is None or waits > left or (not latent and self.blank[i]):
                 continue
             out[i] = scaled[i]
         if latent and pending_bytes(so_far) == 0:

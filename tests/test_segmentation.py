@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import random
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -206,14 +207,15 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
         ("x = 1\0\n", "plain"),
         ("x = $ + ?\n", "plain"),
         (f"x = '{EOS}'\ny = 2\n", "lossy"),  # the tokenizer reads the text as its end-of-text token
-        (f"x = 1\ny = 2\n{EOS}", "plain"),
+        (f"x = 1\ny = 2\n{EOS}", "lossy"),
     ],
 )
 def test_text_that_does_not_fit_is_kept_whole_without_boundaries(tokenizer, segmenter, text, status):
     (document,) = segmenter(tokenizer)(0, text)
     assert (document.status, document.sites) == (status, ())
-    assert body_text(tokenizer, document.input_ids) == text.removesuffix(EOS)
-    assert document.input_ids[-1] == tokenizer.eos_token_id
+    if status == "plain":
+        assert body_text(tokenizer, document.input_ids) == text
+    assert document.input_ids[-1] == tokenizer.eos_token_id != document.input_ids[-2]
     assert_tiles(document)
 
 
@@ -243,7 +245,7 @@ def test_random_mutations_never_lose_text(tokenizer, segmenter):
     for _ in range(150):
         begin = rng.randrange(len(lines) - 8)
         glue = rng.choice(["\n", "\n", "\r\n", "\n\n", "\n \n", "\n\x0c\n", "\n# é\n", " \\\n", ";\n"])
-        text = glue.join(lines[begin : begin + rng.randrange(1, 8)])[rng.randrange(3) :]
+        text = textwrap.dedent(glue.join(lines[begin : begin + rng.randrange(1, 8)]))[rng.choice([0, 0, 1]) :]
         documents = segmenter(tokenizer)(0, text)
         if not text:
             continue
@@ -302,12 +304,11 @@ def test_the_prefix_does_not_peek_at_the_next_line(tokenizer, segmenter):
 
 def test_the_expected_indent_follows_from_the_lines_before():
     text = "if a:\n  if b:\n    c\nd\nif e:\n\tf\n\tif g:\n\t\th\nfor i in j: k\nl = {\n1: 2}\nm\n"
-    # After a colon one unit deeper (the unit last seen: 2 spaces, later a tab), else as the line before; never the
-    # line's own indent: `d` and `for` are expected where the block before them was.
-    expected = ["", "    ", "    ", "    ", "", "  ", "\t", "\t\t", "\t\t", "", "", ""]
-    indents = [line.indent for line in segment_python(text)]
-    # The first `if b` is expected at 4, Python's habit; seen at 2, so `c` at 2 + 2 = 4.
-    assert indents == expected[:1] + ["    ", "    ", "    ", "", "  ", "\t", "\t\t", "\t\t", "", "", ""]
+    # After a colon one unit deeper, else as the line before; never the line's own indent. The unit is 4 spaces, Python's
+    # habit, until one is seen: 2 spaces at `if b` (so `c` at 2 + 2), a tab at `f` (so `h` at two tabs). `d`, `if e` ...
+    # `for` and `l` are expected where the line before them stood.
+    expected = ["", "    ", "    ", "    ", "", "  ", "\t", "\t\t", "\t\t", "", ""]
+    assert [line.indent for line in segment_python(text)] == expected
 
 
 # ---- the expert's own comments ----
@@ -438,8 +439,8 @@ def test_splice_by_hand(tokenizers, segmenter):
     # The first token of a row is never predicted; everything else is trained, the EOS too.
     assert example.labels == (-100, *example.input_ids[1:])
     assert [a.start for a in example.document.actions] == [0, start + added, document.actions[2].start + added]
-    # The action's place is taken, the next one's is open.
-    assert example.document.sites == (2,) and example.document.input_ids == example.input_ids
+    # Boundaries stay: before an annotated line stands the decision not to think again.
+    assert example.document.sites == document.sites == (1, 2) and example.document.input_ids == example.input_ids
     assert splice(document, {}).input_ids == document.input_ids
 
 
@@ -535,7 +536,7 @@ def test_load_code_directory(tmp_path, caplog):
     rows = {(r["path"], r["line"]): r for r in dataset}
     assert set(rows) == {("good.py", 4), ("good.py", 10), ("package/tagged.py", 2), ("package/crlf.py", 1)}
     assert rows["good.py", 4]["text"] == f"@deco\n{CODE}"
-    assert rows["package/crlf.py", 1]["text"].count("\r\n") == 4 - 1 or "\r" in rows["package/crlf.py", 1]["text"]
+    assert rows["package/crlf.py", 1]["text"].count("\r\n") == 4
     assert rows["good.py", 4]["license"] == "MIT License" == rows["package/crlf.py", 1]["license"]
     assert rows["package/tagged.py", 2]["license"] == "Apache-2.0"
     for row in dataset:

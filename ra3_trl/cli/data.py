@@ -1,0 +1,110 @@
+"""Where the commands get their text from: a data set by name or path, a folder of code, or the standard library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+
+from ..segmentation import load_code_directory
+
+
+STANDARD_LIBRARY = "the Python standard library"
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_HELD_OUT_FRACTION, _HELD_OUT_MOST = 0.05, 64
+Splits = dict[str, Dataset | IterableDataset] | DatasetDict | IterableDatasetDict
+
+
+def load_splits(
+    dataset_name: str | None, code_dir: str | None, split: str, config: str | None = None, streaming: bool = False
+) -> Splits:
+    """The corpus by split; `split` is among them.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            A Hub id, a folder saved by `save_to_disk`, or a json, jsonl, parquet or csv file.
+        code_dir (`str`, *optional*):
+            A folder of .py files. With neither it is the standard library of the running Python.
+        split (`str`):
+            The split that is wanted; a slice such as `"train[:100]"` works where `load_dataset` reads.
+        config (`str`, *optional*), streaming (`bool`, *optional*, defaults to `False`):
+            As in `datasets.load_dataset`.
+
+    Raises:
+        `ValueError`: if both are given, or there is no such split.
+    """
+    if dataset_name and code_dir:
+        raise ValueError(f"`dataset_name` is {dataset_name!r} and `code_dir` is {code_dir!r}; pass one of the two.")
+    if not dataset_name:
+        return {split: load_code_directory(code_dir)}
+    found = _load(dataset_name, config, split, streaming)
+    if isinstance(found, (Dataset, IterableDataset)):
+        return {split: found}
+    if split not in found:
+        raise ValueError(
+            f"`dataset_name` {dataset_name!r} has no split {split!r}; it has {', '.join(map(repr, found))}."
+        )
+    return found
+
+
+def _load(name: str, config: str | None, split: str, streaming: bool):
+    path = Path(name)
+    wanted = split if "[" in split else None
+    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        return load_from_disk(name)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix in _READERS:
+        if not path.is_file():
+            raise ValueError(f"`dataset_name` is {name!r}, but there is no such file.")
+        options = {"data_files": {"train": name}, "split": wanted or "train"}
+        return load_dataset(_READERS[suffix], streaming=streaming, **options)
+    if path.is_dir() and not streaming and any(path.glob("**/*.py")) and not any(path.glob("**/*.json*")):
+        raise ValueError(f"`dataset_name` is {name!r}, a folder of Python files; pass it as `code_dir`.")
+    return load_dataset(name, config, split=wanted, streaming=streaming)
+
+
+def hold_out(
+    data: Dataset | IterableDataset, documents: int | None, fraction: float | None, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """Training and held-out rows; `None` when nothing is held out.
+
+    Without `documents` and `fraction` it is one row in twenty, at most 64. Rows of one file (column `path`) stay
+    together where that is possible, so that no function is judged by its neighbours; the count may then fall short.
+    """
+    if not isinstance(data, Dataset):
+        if not documents:
+            return data, None
+        return data.skip(documents), data.take(documents)
+    if documents is None:
+        documents = round(fraction * len(data)) if fraction is not None else round(_HELD_OUT_FRACTION * len(data))
+        documents = min(documents, _HELD_OUT_MOST) if fraction is None else documents
+    if not documents:
+        return data, None
+    if documents >= len(data):
+        raise ValueError(
+            f"{documents} documents would be held out of {len(data)}; lower `eval_documents` or `eval_fraction`."
+        )
+    held_out = _rows_of_files(data, documents, seed)
+    kept = np.setdiff1d(np.arange(len(data)), held_out)
+    return data.select(kept), data.select(held_out)
+
+
+def _rows_of_files(data: Dataset, count: int, seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(len(data))
+    if "path" not in data.column_names:
+        return sorted(order[:count].tolist())
+    paths = np.array(data["path"][:])
+    rows: list[int] = []
+    for path in dict.fromkeys(paths[order]):
+        of_file = np.flatnonzero(paths == path).tolist()
+        rows += of_file if len(rows) + len(of_file) <= count else []
+    return sorted(rows or order[:count].tolist())
+
+
+def limit(data: Dataset | IterableDataset | None, documents: int | None) -> Dataset | IterableDataset | None:
+    """The first `documents` rows of a split that is there for evaluation (`None`: at most 64)."""
+    documents = _HELD_OUT_MOST if documents is None else documents
+    if data is None or not documents:
+        return None
+    return data.select(range(min(documents, len(data)))) if isinstance(data, Dataset) else data.take(documents)

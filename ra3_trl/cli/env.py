@@ -1,0 +1,69 @@
+"""`ra3 env`: what a bug report needs, and no tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+PACKAGES = (
+    "ra3-trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "huggingface-hub",
+    "tokenizers", "safetensors", "numpy", "gguf", "bitsandbytes", "deepspeed",
+)  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """Commit of the checkout the package runs from, with a mark for local changes."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "not a checkout"
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
+
+
+def _devices() -> str:
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return "MPS" if torch.backends.mps.is_available() else "none (CPU)"
+
+
+def environment() -> dict[str, str]:
+    """Names and values, in the order they are printed."""
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "ra3-trl commit": _commit(),
+        **{package: _version(package) for package in PACKAGES},
+        "CPU count": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "CUDA of torch": torch.version.cuda or "none",
+        "accelerators": _devices(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the environment; see `ra3 env --help`."""
+    parser = argparse.ArgumentParser(prog="ra3 env", description="Versions and devices, for bug reports.")
+    parser.parse_args(argv)
+    print("Please put this into your bug report:\n")
+    for name, value in environment().items():
+        print(f"- {name}: {value}")
+    return 0

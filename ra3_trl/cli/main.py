@@ -1,0 +1,59 @@
+"""The console script `ra3`: finds the command and loads nothing else, so that `ra3 --help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+
+COMMANDS = {
+    "train": "mid-train a causal language model on expert text (--dry_run says what it would take)",
+    "annotate": "splice latents of a checkpoint into a corpus and save it as a dataset",
+    "demo": "the main job on a small model and the standard library, in a few minutes",
+    "env": "versions and devices, for bug reports",
+}
+_EPILOG = "`ra3 COMMAND --help` has the options of a command. With RA3_TRACEBACK=1 errors come with their traceback."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ra3",
+        description="RA3 (Reasoning as Action Abstractions): mid-training as an EM loop, in the manner of TRL.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"ra3-trl {metadata.version('ra3-trl')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Exit code of `command(argv)`: what the user can mend is printed without a traceback (2), Ctrl-C is 130."""
+    try:
+        return command(argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RA3_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `ra3 COMMAND ...`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        _parser().parse_args(argv or ["--help"])
+    command = importlib.import_module(f".{argv[0]}", __package__).main
+    return guarded(command, argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

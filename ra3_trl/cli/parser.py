@@ -1,0 +1,110 @@
+"""The parser of `ra3 train`: TRL's, with short errors, help in sections, and unknown options refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from ..config import RA3Config
+
+
+_USAGE = "ra3 train --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] [OPTION ...]"
+_FILES = """--config FILE is a YAML file of the options below (`num_latents: 8`), which options on the command line
+override; its `env:` section sets environment variables. --accelerate_config NAME_OR_FILE runs the command through
+`accelerate launch` with a YAML file of `accelerate config`, or one that trl brings along: single_gpu, multi_gpu, fsdp1,
+fsdp2, zero1, zero2, zero3; further options of `accelerate launch` (--num_processes 2) go there."""
+
+
+class TrainParser(TrlParser):
+    """[`~trl.TrlParser`] whose errors do not repeat two hundred options."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
+
+    def option_names(self) -> set[str]:
+        """Names of all options, as fields."""
+        return {field.name for dtype in self.dataclass_types for field in fields(dtype) if field.init}
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """As in TRL, but numbers go through the type of their option as on the command line: 2.5 latents are refused."""
+        as_text = {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()}
+        return super().set_defaults_with_config(**as_text)
+
+    def format_help(self) -> str:
+        """RA3's own options before the many of `TrainingArguments`."""
+        inherited = {field.name for field in fields(TrainingArguments)} - {"learning_rate", "logging_steps", "output_dir"}
+        own = {field.name for field in fields(RA3Config)} - inherited
+        script = {field.name for field in fields(self.dataclass_types[0])}
+        sections: dict[str, list] = {
+            "Script": [], "RA3Config": [], "Model and data mixture": [], "transformers.TrainingArguments": [],
+        }  # fmt: skip
+        for action in self._actions:
+            if action.dest in script or action.dest == "help":
+                sections["Script"].append(action)
+            elif action.dest in own:
+                sections["RA3Config"].append(action)
+            elif action.dest in inherited:
+                sections["transformers.TrainingArguments"].append(action)
+            else:
+                sections["Model and data mixture"].append(action)
+        formatter = self._get_formatter()
+        formatter.add_usage(_USAGE, [], [])
+        formatter.add_text(self.description)
+        formatter.add_text(_FILES)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+def normalise(argv: list[str]) -> list[str]:
+    """`--config=x` and `--accelerate_config=x` as two arguments each, the form that TRL looks for.
+
+    Raises:
+        `ValueError`: if one of the two stands without a value.
+    """
+    out: list[str] = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        two = equals and name in ("--config", "--accelerate_config")
+        out += [name, value] if two else [argument]
+    for name in ("--config", "--accelerate_config"):
+        if name in out and out.index(name) + 1 == len(out):
+            raise ValueError(f"`{name}` stands without a value; name a YAML file.")
+    return out
+
+
+def read_config(argv: list[str]) -> dict[str, Any]:
+    """The mapping in the file that `--config` names, `{}` without one.
+
+    Raises:
+        `ValueError`: if the file is no YAML mapping.
+    """
+    if "--config" not in argv:
+        return {}
+    path = Path(argv[argv.index("--config") + 1])
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config`: {path} is not YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`--config`: {path} holds {type(config).__name__} and not a mapping of options to values.")
+    return config
+
+
+def refuse_unknown(unknown: list[str], names: set[str]) -> None:
+    """Raises a `ValueError` that names the first unknown option and the one that was perhaps meant."""
+    if not unknown:
+        return
+    option = next((word for word in unknown if word.startswith("-")), unknown[0])
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean `--{near[0]}`?" if near else "see `ra3 train --help`."
+    raise ValueError(f"`{option}` is no option of `ra3 train`; {hint}")

@@ -1,0 +1,234 @@
+"""`ra3 train`: `RA3MidTrainer` from the command line, with TRL's script, config and model arguments."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..config import RA3Config
+from ..trainer import RA3MidTrainer
+from .data import STANDARD_LIBRARY, hold_out, limit, load_splits
+from .launch import LAUNCHED, launch, launch_command
+from .parser import TrainParser, normalise, refuse_unknown
+
+
+@dataclass
+class RA3ScriptArguments(ScriptArguments):
+    """
+    [`~trl.ScriptArguments`] with a folder of code as a source and documents held out.
+
+    Args:
+        code_dir (`str`, *optional*):
+            Folder of .py files whose functions and classes are the documents. With neither `code_dir` nor
+            `dataset_name` it is the standard library of the running Python.
+        eval_documents (`int`, *optional*), eval_fraction (`float`, *optional*):
+            Documents to hold out of the training data, or to take from the test split where there is one. With
+            neither it is one in twenty, at most 64.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Say what the run would take, and end.
+
+    Raises:
+        `ValueError`: for a bad value.
+    """
+
+    code_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of .py files whose functions and classes are the documents. With neither `code_dir` nor "
+            "`dataset_name` it is the standard library of the running Python."
+        },
+    )
+    eval_documents: int | None = field(
+        default=None,
+        metadata={"help": "Documents to hold out (0: none). Default: one in twenty, at most 64."},
+    )
+    eval_fraction: float | None = field(default=None, metadata={"help": "Share of the documents to hold out."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print documents, boundaries, branches, tokens, memory and hours, and end."},
+    )
+
+    def __post_init__(self):
+        if self.eval_documents is not None and self.eval_fraction is not None:
+            raise ValueError("`eval_documents` and `eval_fraction` are both set; pass one of the two.")
+        if self.eval_documents is not None and self.eval_documents < 0:
+            raise ValueError(f"`eval_documents` is {self.eval_documents}; it must be at least 0.")
+        if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` is {self.eval_fraction}; it must be at least 0 and below 1.")
+
+
+def make_parser(prog: str = "ra3 train") -> TrainParser:
+    """The parser of script, config, model and mixture arguments."""
+    types = (RA3ScriptArguments, RA3Config, ModelConfig, DatasetMixtureConfig)
+    return TrainParser(types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3.")
+
+
+def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: int) -> tuple[Any, Any]:
+    """Training and evaluation data; the latter may be `None`."""
+    if mixture.datasets:
+        splits = get_dataset(mixture)
+        train, test = splits["train"], splits.get("test")
+    else:
+        splits = load_splits(
+            script.dataset_name,
+            script.code_dir,
+            script.dataset_train_split,
+            script.dataset_config,
+            script.dataset_streaming,
+        )
+        train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
+    if test is None or script.eval_fraction is not None:
+        return hold_out(train, script.eval_documents, script.eval_fraction, seed)
+    return train, limit(test, script.eval_documents)
+
+
+def build_trainer(
+    script: RA3ScriptArguments, args: RA3Config, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> RA3MidTrainer:
+    """The trainer that the arguments describe."""
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    if options["quantization_config"] is not None:
+        options["device_map"] = {"": PartialState().local_process_index}
+    args.model_init_kwargs = {k: v for k, v in options.items() if v is not None} | (args.model_init_kwargs or {})
+    for_tokenizer = ("revision", "trust_remote_code", "subfolder", "gguf_file")
+    shared = {k: v for k, v in args.model_init_kwargs.items() if k in for_tokenizer}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **shared)
+    train, evaluation = load_data(script, mixture, args.seed)
+    return RA3MidTrainer(
+        model_args.model_name_or_path,
+        args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def resume_point(args: RA3Config) -> bool | str | None:
+    """What `Trainer.train` wants: the config's field is a string, on the command line `true` is meant as `True`."""
+    value = args.resume_from_checkpoint
+    if value is None or str(value).lower() in ("false", "none", "no", ""):
+        return None
+    if str(value).lower() in ("true", "yes"):
+        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir!r} holds no checkpoint; leave it "
+                "out to start anew."
+            )
+        return True
+    if not Path(value).is_dir():
+        raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no folder; use `true` or a checkpoint's path.")
+    return value
+
+
+def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) -> None:
+    """Trains, evaluates, saves, writes the card, pushes."""
+    args = trainer.args
+    trained = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_metrics("train", trained.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=dataset_name)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def _stopped(args: RA3Config, typed: str) -> str:
+    """What to say after Ctrl-C: which checkpoint there is, and the command that goes on from it."""
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        return (
+            f"Stopped before the first checkpoint (save_steps={args.save_steps:g}, save_strategy="
+            f"{str(args.save_strategy)}): nothing to resume. With a smaller `--save_steps` there would be."
+        )
+    words = shlex.split(typed)
+    if "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        words = words[:at] + words[at + 2 :]
+    return f"Stopped; {last} is whole. Go on with:\n  {shlex.join([*words, '--resume_from_checkpoint', 'true'])}"
+
+
+def _dry_run(script, args: RA3Config, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
+    """Prints the estimate. The run's folder is not made and nothing leaves the machine."""
+    from .estimate import estimate, render
+
+    args.push_to_hub, args.report_to = False, []
+    with tempfile.TemporaryDirectory() as aside:
+        args.output_dir = aside
+        trainer = build_trainer(script, args, model_args, mixture)
+        print("Timing an E-update and an M-update ...", file=sys.stderr)
+        print(render(estimate(trainer)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `ra3 train`; see `ra3 train --help`. Returns the exit code."""
+    argv = normalise(list(sys.argv[1:] if argv is None else argv))
+    typed = os.environ.get(LAUNCHED) or shlex.join(["ra3", "train", *argv])
+    parser = make_parser()
+    dry = any(word in ("--dry_run", "--dry-run") for word in argv)
+    command = None if LAUNCHED in os.environ or dry else launch_command(parser, argv)
+    if command is not None:
+        return launch(command, typed)
+    *parts, in_file, unknown = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if LAUNCHED not in os.environ:  # else they were options of `accelerate launch`
+        refuse_unknown([*unknown, *in_file], parser.option_names())
+    script, args, model_args, mixture = parts
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
+    if args.output_dir == RA3Config().output_dir:
+        args.output_dir = f"{Path(name.rstrip('/')).name}-RA3"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if script.dry_run:
+        return _dry_run(script, args, model_args, mixture)
+    resume = resume_point(args)
+    trainer = build_trainer(script, args, model_args, mixture)
+    if resume is None and get_last_checkpoint(args.output_dir) is not None:
+        logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
+    source = script.dataset_name or script.code_dir or ", ".join(d.path for d in mixture.datasets) or STANDARD_LIBRARY
+    try:
+        run(trainer, source, resume)
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(_stopped(args, typed), file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    from .main import guarded
+
+    raise SystemExit(guarded(main, sys.argv[1:]))

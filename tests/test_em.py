@@ -1,0 +1,164 @@
+"""Schedule, packing, annotation: the EM loop's parts on their own."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+
+import pytest
+import torch
+
+from ra3_trl import RA3Config
+from ra3_trl.em import GateHold, annotate, pack, plan_schedule, split_example
+from ra3_trl.records import AnnotatedExample, Document, Latent
+from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
+from ra3_trl.segmentation import build_token_table, splice
+
+
+NOISE = NoiseKey(seed=1, phase=1, step=0)
+
+
+def test_schedule_is_a_pure_function_of_the_step():
+    schedule = plan_schedule(2, 3, 5, -1, 1, None)
+    kinds = "".join(schedule.phase_at(step).kind for step in range(schedule.total))
+    assert kinds == "EEEMMMMM" * 2
+    phase = schedule.phase_at(9)  # 9 = 8 (first iteration) + 1
+    assert (phase.kind, phase.iteration, phase.step, phase.length) == ("E", 1, 1, 3)
+    assert [schedule.phase_at(s).number for s in (0, 3, 8, 11)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("m_steps", "max_steps", "epochs", "updates", "expected"),
+    [
+        (7, -1, 1.0, 10, 7),  # told
+        (-1, 30, 1.0, 10, 12),  # 30 // 2 iterations - 3 E-updates
+        (-1, -1, 3.0, 10, 15),  # 3 passes of 10 updates over 2 iterations
+        (-1, -1, 1.0, 3, 2),  # 3 updates over 2 iterations, rounded up so that no document is left out
+    ],
+)
+def test_schedule_lengths(m_steps, max_steps, epochs, updates, expected):
+    assert plan_schedule(2, 3, m_steps, max_steps, epochs, updates).m_steps == expected
+
+
+def test_schedule_refuses_what_has_no_length():
+    with pytest.raises(ValueError, match="max_steps"):
+        plan_schedule(1, 3, -1, -1, 1, None)
+    with pytest.raises(ValueError, match="e_steps=50"):
+        plan_schedule(1, 50, -1, 20, 1, 10)
+
+
+def example(length: int, first: int = 0) -> AnnotatedExample:
+    ids = tuple(range(first, first + length))
+    document = Document(0, 0, ids, (), 1)
+    return AnnotatedExample(document, ids, (-100, *ids[1:]), (False,) * length)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_loses_nothing(packing):
+    # Lengths 5, 3, 4, 9 in rows of 8: the 9 is split into 8 and (context token 7 and) 1 more.
+    examples = [example(5, 100), example(3, 200), example(4, 300), example(9, 400)]
+    rows = pack(examples, 8, packing)
+    trained = sorted(rows.labels[rows.labels != -100].tolist())
+    assert trained == sorted(t for e in examples for t in e.labels[1:])
+    # 8 | 5 + 3 | 4 + 2, best fit decreasing; unpacked every piece has a row of its own.
+    assert rows.input_ids.shape == ((3, 8) if packing else (5, 8))
+    assert rows.num_tokens == len(trained)
+    starts = (rows.position_ids == 0) & (rows.labels == -100)
+    assert int(starts.sum()) >= 5  # each of the 5 pieces starts at position 0
+
+
+def test_a_split_piece_begins_with_the_token_before_it():
+    pieces = split_example(example(10), 4)
+    assert [ids for ids, _, _ in pieces] == [(0, 1, 2, 3), (3, 4, 5, 6), (6, 7, 8, 9)]
+    assert [labels[0] for _, labels, _ in pieces] == [-100, -100, -100]
+
+
+SOURCE = textwrap.dedent(
+    '''
+    def area(shape, unit=1):
+        """Area of a shape."""
+        total = 0
+        for a, b in shape:
+            if a > b:
+                a, b = b, a
+            total += (b - a) * unit
+        return total
+    '''
+).lstrip()
+
+
+@pytest.fixture
+def setting(tokenizers, tiny_model, segmenter):
+    tokenizer = tokenizers["newline_indent"]
+    backbone = Backbone(tiny_model("llama", tokenizer))
+    table = build_token_table(tokenizer, len(tokenizer))
+    engine = BranchEngine(backbone, table, SamplingParams(max_length=5))
+    return tokenizer, engine, segmenter(tokenizer)(0, SOURCE)[0]
+
+
+@pytest.mark.parametrize("way", ["policy", "resample"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_annotation_keeps_the_program(setting, tmp_path, way, horizon):
+    tokenizer, engine, document = setting
+    args = RA3Config(output_dir=str(tmp_path), annotation=way, horizon=horizon, prior_alpha=0.2, max_latent_length=5)
+    if way == "policy":
+        # The gate is forced open by a noise of 0: u < p always.
+        class Zero(NoiseKey):
+            def uniform(self, doc_id, index, latent, token):
+                u = super().uniform(doc_id, index, latent, token)
+                return u * 0 if isinstance(latent, int) and latent == GATE else u
+
+        found = annotate(engine, document, args, Zero(1, 1, 0))
+        assert len(found.placed) == len(document.sites)
+    else:
+        found = annotate(engine, document, args, NOISE)
+        assert found.placed
+    text = tokenizer.decode(found.input_ids[:-1])
+    assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(SOURCE))
+    assert text.count("#") >= len(found.placed)
+    assert all(z.token_ids for z in found.placed.values())
+
+
+def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tmp_path):
+    """Slow path: walk the boundaries one by one, each gate read from a forward of the text annotated so far."""
+    _, engine, document = setting
+    args = RA3Config(output_dir=str(tmp_path), annotation="policy", horizon=2, max_latent_length=5)
+    placed: dict[int, Latent] = {}
+    for site in document.sites:
+        context = splice(document, placed).document
+        p = float(engine.trunk(context).gate_logps_A[site].exp())
+        if NOISE.uniform(0, document.actions[site].index, GATE, 0) < p:
+            placed[site] = engine.rollout(context, [site], 1, 2, NOISE, score=False).latents[0][0]
+    found = annotate(engine, document, args, NOISE)
+    assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
+
+
+def test_resampling_picks_the_posterior(setting, tmp_path):
+    """With a prior of nearly 1 for thinking every boundary gets a latent; with one of nearly 0 none does."""
+    _, engine, document = setting
+    for prob, expected in ((1 - 1e-12, len(document.sites)), (1e-30, 0)):
+        args = RA3Config(
+            output_dir=str(tmp_path), horizon=1, annotation_think_prob=prob, max_latent_length=5, num_latents=2
+        )
+        assert len(annotate(engine, document, args, NOISE).placed) == expected
+
+
+def test_gate_hold_releases_once_latents_pay():
+    hold = GateHold("auto", penalty=0.2)
+    hold.update(-1.0)
+    assert hold.holds
+    hold.update(3.0)  # 0.8 * -1 + 0.2 * 3 = -0.2
+    assert hold.average == pytest.approx(-0.2)
+    assert hold.holds
+    hold.update(3.0)  # 0.8 * -0.2 + 0.2 * 3 = 0.44 > 0.2
+    assert not hold.holds
+    hold.update(-50.0)
+    assert not hold.holds
+    assert not GateHold("never", 0.2).holds
+    assert GateHold("always", 0.2, released=True).holds
+
+
+def test_trunk_gates_are_probabilities(setting):
+    _, engine, document = setting
+    gates = engine.trunk(document).gate_logps_A[list(document.sites)]
+    assert torch.all(gates < 0)

@@ -1,0 +1,363 @@
+"""The objective by hand: returns, advantages, gate, policy gradient, KL, bounds, resampling."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ra3_trl.losses import (
+    EStepTerms,
+    Returns,
+    advantages,
+    bernoulli_kl,
+    code_bounds,
+    compute_returns,
+    estep_loss,
+    gate_slope,
+    log1mexp,
+    next_token_loss,
+    renormalise,
+    resampling_logits,
+)
+from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
+
+
+BOUNDARY = Boundary((1,), (2,))
+LOG2 = math.log(2)
+
+
+def document_of(*kinds: str, tokens: int = 2) -> Document:
+    """Lines of two tokens each after one of context: `"."` a first line, `"|"` one with a boundary, `"#"` a comment."""
+    actions = tuple(
+        Action(i, 1 + i * tokens, 1 + (i + 1) * tokens, BOUNDARY if kind == "|" else None, kind == "#")
+        for i, kind in enumerate(kinds)
+    )
+    return Document(0, 0, tuple(range(2 + tokens * len(kinds))), actions, 1)
+
+
+def group_of(document, lines, gates, latent_lines, latent_gates, sites=None) -> RolloutGroup:
+    """`gates` are probabilities of thinking, 0 for no decision."""
+    to = torch.tensor
+    sites = document.sites if sites is None else sites
+    latents = tuple(tuple(Latent((0,), True) for _ in row) for row in latent_lines)
+    gates, latent_gates = to(gates).log(), to(latent_gates).log()
+    return RolloutGroup(document, sites, latents, to(lines), gates, to(latent_lines), latent_gates)
+
+
+# ---- log1mexp, renormalise ----
+
+
+def test_log1mexp_by_hand():
+    x = torch.tensor([-LOG2, math.log(0.75), -torch.inf, -1e-4, -30.0])
+    # 1 - 1/2, 1 - 3/4, 1 - 0; -expm1(-1e-4) = 9.9995e-5; 1 - e^-30 = 1 - 9.4e-14, whose log is -9.4e-14
+    wanted = torch.tensor([-LOG2, math.log(0.25), 0.0, math.log(9.9995e-5), -9.3576e-14])
+    torch.testing.assert_close(log1mexp(x), wanted, rtol=1e-5, atol=0)
+    assert torch.isfinite(log1mexp(torch.tensor([0.0, 1e-9]))).all()  # a gate at 1 by rounding
+
+
+def test_log1mexp_has_the_right_gradient():
+    """d/dx log(1 - e^x) = -e^x / (1 - e^x): at log 1/2 it is -1, at log 3/4 it is -3."""
+    x = torch.tensor([-LOG2, math.log(0.75), -20.0], requires_grad=True)
+    log1mexp(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([-1.0, -3.0, -math.exp(-20)]), rtol=1e-5, atol=0)
+
+
+def test_log1mexp_has_a_finite_gradient_where_a_gate_is_one_by_rounding():
+    x = torch.tensor([0.0, -1e-9, -1e-8], requires_grad=True)
+    log1mexp(x).sum().backward()
+    assert not torch.isnan(x.grad).any()
+
+
+def test_renormalise_takes_out_the_mass_of_not_thinking():
+    """A line of raw probability 1/4 where P(think) = 1/2: given that one acts it is 1/2."""
+    line, gate = torch.tensor([math.log(0.25), -3.0]), torch.tensor([math.log(0.5), -torch.inf])
+    torch.testing.assert_close(renormalise(line, gate), torch.tensor([math.log(0.5), -3.0]))
+
+
+# ---- returns ----
+
+
+def test_returns_by_hand():
+    """Lines a | b | c of -1, -2, -4 nats without gates; under the latents -0.5, -3 (b) and -1 (c, second line).
+
+    H = 2, discount 1/2. Site b: act -2 + -4/2 = -4; latent 0: -0.5 + -1/2 = -1; latent 1: -3 + -2/2 = -4.
+    Site c has one line left: act -4; latent 0: -3; latent 1: -5.
+    """
+    group = group_of(
+        document_of(".", "|", "|"),
+        [-1.0, -2.0, -4.0],
+        [0.0, 0.0, 0.0],
+        [[[-0.5, -1.0], [-3.0, -2.0]], [[-3.0, 99.0], [-5.0, 99.0]]],
+        [[[0.0, 0.0]] * 2] * 2,
+    )
+    found = compute_returns(group, horizon=2, discount=0.5)
+    assert found.act_T.tolist() == [-4.0, -4.0]
+    assert found.latent_TG.tolist() == [[-1.0, -4.0], [-3.0, -5.0]]
+    assert found.gain_TG.tolist() == [[3.0, 0.0], [1.0, -1.0]]
+    # H = 1 counts the first line alone.
+    one = compute_returns(group, horizon=1, discount=0.5)
+    assert one.act_T.tolist() == [-2.0, -4.0] and one.latent_TG.tolist() == [[-0.5, -3.0], [-3.0, -5.0]]
+
+
+def test_returns_are_renormalised_on_both_sides():
+    """P(think) = 1/2 before the line, 3/4 under the latent: -2 + log 2 against -2 + log 4. Not renormalised, the
+    latent would seem useless; here it gains log 2."""
+    group = group_of(document_of(".", "|"), [0.0, -2.0], [0.0, 0.5], [[[-2.0]]], [[[0.75]]])
+    found = compute_returns(group, 1, 1.0)
+    assert float(found.act_T) == pytest.approx(-2 + LOG2) and float(found.latent_TG) == pytest.approx(-2 + 2 * LOG2)
+    assert float(found.gain_TG) == pytest.approx(LOG2)
+
+
+def test_a_useless_latent_gains_nothing():
+    """A latent that changes nothing but the gate (nobody thinks twice): raw line -1 + log(1 - p) without it, -1 with."""
+    p = 0.3
+    group = group_of(document_of(".", "|"), [0.0, -1 + math.log(1 - p)], [0.0, p], [[[-1.0]]], [[[0.0]]])
+    assert float(compute_returns(group, 1, 1.0).gain_TG) == pytest.approx(0, abs=1e-6)
+
+
+def test_returns_end_at_a_kept_comment():
+    """a | b # | d: the latent before b is credited with b only, whatever H."""
+    group = group_of(
+        document_of(".", "|", "#", ".", "|"),
+        [-1.0, -2.0, -50.0, -50.0, -3.0],
+        [0.0] * 5,
+        [[[-1.0, -7.0, -7.0]], [[-2.0, -7.0, -7.0]]],
+        [[[0.0] * 3]] * 2,
+    )
+    found = compute_returns(group, 3, 1.0)
+    assert found.act_T.tolist() == [-2.0, -3.0] and found.latent_TG.tolist() == [[-1.0], [-2.0]]
+
+
+def test_mean_return_is_per_token_and_line():
+    """Lines of 2 tokens: (-2/2) + 0.5 * (-4/2) = -2; with the latent (-1/2) + 0.5 * (-2/2) = -1."""
+    group = group_of(document_of(".", "|", "|"), [0.0, -2.0, -4.0], [0.0] * 3, [[[-1.0, -2.0]], [[0.0, 0.0]]], [[[0.0, 0.0]]] * 2)
+    found = compute_returns(group, 2, 0.5, "mean")
+    assert found.act_T.tolist() == [-2.0, -2.0] and float(found.latent_TG[0, 0]) == -1.0
+
+
+# ---- advantages, gate ----
+
+
+def test_advantages_by_hand():
+    """Returns 1, 2, 6: the others' means are 4, 3.5, 1.5. No-think: minus G_act = 1 and c = 0.5."""
+    returns = Returns(torch.tensor([1.0]), torch.tensor([[1.0, 2.0, 6.0]]))
+    assert advantages(returns, penalty=0.5).tolist() == [[-3.0, -1.5, 4.5]]
+    assert advantages(returns, penalty=0.5, baseline="no_think").tolist() == [[-0.5, 0.5, 4.5]]
+    # The penalty cancels in leave-one-out.
+    assert torch.equal(advantages(returns, 0.0), advantages(returns, 7.0))
+
+
+def test_gate_slope_and_hold():
+    """Mean gains 1 and -1, c = 0.25: slopes 0.75 and -1.25; held, the gate is only ever pushed up."""
+    gain = torch.tensor([[0.0, 2.0], [-3.0, 1.0]])
+    assert gate_slope(gain, 0.25, hold=False).tolist() == [0.75, -1.25]
+    assert gate_slope(gain, 0.25, hold=True).tolist() == [0.75, 0.0]
+
+
+def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:
+    advantage = torch.zeros_like(gain_TG) if advantage is None else advantage
+    weight = torch.ones(len(gain_TG)) if weight is None else weight
+    return EStepTerms(gate_slope(gain_TG, penalty, hold), advantage, weight)
+
+
+def test_the_gates_gradient_is_that_of_j():
+    """J = (1-p) G_act + p (mean_g G_g - c), differentiated by autograd through p = sigmoid(w)."""
+    torch.manual_seed(0)
+    w = torch.randn(5, requires_grad=True, dtype=torch.double)
+    returns, c = Returns(torch.randn(5).double(), torch.randn(5, 3).double()), 0.2
+    p = w.sigmoid()
+    objective = ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - c)).sum()
+    (wanted,) = torch.autograd.grad(objective, w)
+    none = torch.zeros(0, dtype=torch.double)
+    for coef in (1.0, 2.5):
+        log_p = torch.nn.functional.logsigmoid(w)
+        loss, _ = estep_loss(terms_of(returns.gain_TG, c), log_p, none, torch.zeros(0, dtype=torch.long), gate_coef=coef)
+        (found,) = torch.autograd.grad(loss, w)
+        torch.testing.assert_close(-found, coef * wanted)
+
+
+def test_estep_loss_by_hand():
+    """One site, p = 1/2, slope 2; two latents of 2 and 1 symbols, advantages 3 and -1, weight 1.
+
+    gate: -0.5 * 2 = -1. policy: -(3 * (-1 - 2) + -1 * -4) / 2 = 2.5. Sum over sites, mean over latents.
+    """
+    terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1))
+    logps, branch = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1])
+    loss, parts = estep_loss(terms, torch.tensor([-LOG2]), logps, branch)
+    assert float(parts["gate"]) == pytest.approx(-1) and float(parts["policy"]) == pytest.approx(2.5)
+    assert float(loss) == pytest.approx(1.5)
+    # Weight P(think) = 1/2 halves the policy part.
+    halved = EStepTerms(terms.gate_gain_T, terms.advantage_TG, torch.tensor([0.5]))
+    assert float(estep_loss(halved, torch.tensor([-LOG2]), logps, branch)[1]["policy"]) == pytest.approx(1.25)
+    # Entropies 1, 2, 3: 6 / 2 latents = 3, rewarded. KL: k3 of equal log-probs is 0.
+    entropy, _ = estep_loss(terms, torch.tensor([-LOG2]), logps, branch, entropy_n=torch.tensor([1.0, 2.0, 3.0]), entropy_coef=0.1)
+    assert float(entropy) == pytest.approx(1.5 - 0.3)
+    same, _ = estep_loss(terms, torch.tensor([-LOG2]), logps, branch, ref_token_logps_n=logps, kl_coef=1.0)
+    assert float(same) == pytest.approx(1.5)
+    # Reference one symbol at half its probability: r = 1/2, k3 = 1/2 - 1 + log 2, over 2 latents.
+    other, parts = estep_loss(
+        terms, torch.tensor([-LOG2]), logps, branch, ref_token_logps_n=logps - torch.tensor([LOG2, 0, 0]), kl_coef=0.1
+    )
+    assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2) and float(other) == pytest.approx(1.5 + 0.05 * (LOG2 - 0.5))
+    # Gate prior 1/4 against p = 1/2: KL = 1/2 log 2 + 1/2 log(2/3)
+    prior, parts = estep_loss(terms, torch.tensor([-LOG2]), logps, branch, prior_think=0.25, gate_kl_coef=1.0)
+    assert float(parts["gate_kl"]) == pytest.approx(0.5 * LOG2 + 0.5 * math.log(2 / 3))
+    assert float(prior - loss) == pytest.approx(float(parts["gate_kl"]))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
+def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
+    """A bandit with 3 latents of one symbol and G = 2: averaging the loss over all 9 draws with their probabilities
+    gives exactly d/dlogits sum_a pi(a) R(a), since both baselines do not depend on the draw they are taken off."""
+    logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.double, requires_grad=True)
+    reward = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+    pi = logits.softmax(-1)
+    (wanted,) = torch.autograd.grad((pi * reward).sum(), logits)
+    total = torch.zeros(3, dtype=torch.double)
+    for draw in itertools.product(range(3), repeat=2):
+        actions = torch.tensor(draw)
+        returns = Returns(torch.tensor([0.7], dtype=torch.double), reward[actions][None])
+        terms = EStepTerms(torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double))
+        logps = logits.log_softmax(-1)[actions]
+        loss, _ = estep_loss(terms, torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        total -= float(pi[actions].prod()) * gradient
+    torch.testing.assert_close(total, wanted)
+
+
+def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
+    """With weight P(think), gate and latents together ascend J itself: p = sigmoid(w), latents 2, G = 2."""
+    logits = torch.tensor([0.4, -0.3], dtype=torch.double, requires_grad=True)
+    w = torch.tensor([0.2], dtype=torch.double, requires_grad=True)
+    reward, act, c = torch.tensor([1.0, -1.5], dtype=torch.double), torch.tensor([0.3], dtype=torch.double), 0.1
+    p, pi = w.sigmoid(), logits.softmax(-1)
+    wanted = torch.autograd.grad(((1 - p) * act + p * ((pi * reward).sum() - c)).sum(), (w, logits), retain_graph=True)
+    found = [torch.zeros(1, dtype=torch.double), torch.zeros(2, dtype=torch.double)]
+    for draw in itertools.product(range(2), repeat=2):
+        actions = torch.tensor(draw)
+        returns = Returns(act, reward[actions][None])
+        terms = EStepTerms(gate_slope(returns.gain_TG, c, False), advantages(returns, c), w.sigmoid().detach())
+        log_p = torch.nn.functional.logsigmoid(w)
+        loss, _ = estep_loss(terms, log_p, logits.log_softmax(-1)[actions], torch.arange(2))
+        for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
+            total -= float(pi[actions].prod()) * gradient
+    for total, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(total, gradient)
+
+
+# ---- KL ----
+
+
+def test_the_kl_estimator_is_never_negative_and_unbiased():
+    """k3 = r - 1 - log r with r = ref / pi; its mean under pi is sum pi log(pi / ref), by enumeration of 3 symbols."""
+    pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 1), torch.ones(1))
+    mean = 0.0
+    for symbol in range(3):
+        logps, ref_logps = pi[symbol : symbol + 1].log(), ref[symbol : symbol + 1].log()
+        _, parts = estep_loss(terms, torch.tensor([-1.0]), logps, torch.tensor([0]), ref_token_logps_n=ref_logps, kl_coef=1.0)
+        assert float(parts["kl"]) > 0
+        mean += float(pi[symbol]) * float(parts["kl"])
+    assert mean == pytest.approx(float((pi * (pi / ref).log()).sum()), abs=1e-6)
+
+
+def test_bernoulli_kl_by_hand():
+    """KL(1/2 || 1/4) = 1/2 log 2 + 1/2 log(2/3); KL(q || q) = 0; KL(3/4 || 1/4) = 1/2 log 3."""
+    found = bernoulli_kl(torch.tensor([0.5, 0.25, 0.75]).log(), 0.25)
+    torch.testing.assert_close(found, torch.tensor([0.5 * LOG2 + 0.5 * math.log(2 / 3), 0.0, 0.5 * math.log(3)]), atol=1e-6, rtol=0)
+
+
+# ---- next tokens ----
+
+
+def test_next_token_loss_by_hand():
+    """Code tokens cost 1 and 3, a latent token 5; the window has 6 tokens in all, so the loss is 9 / 6."""
+    loss, parts = next_token_loss(torch.tensor([-1.0, -5.0, -3.0]), torch.tensor([False, True, False]), 6)
+    assert float(loss) == 1.5
+    assert {k: float(v) for k, v in parts.items()} == {"code_sum": 4, "code_count": 2, "latent_sum": 5, "latent_count": 1}
+
+
+# ---- bounds, resampling: a world of one line and two latents, all of it enumerable ----
+
+P_THINK = 0.4
+P_LATENT = (0.7, 0.3)
+P_LINE_ACT = 0.2  # P(line | act)
+P_LINE = (0.1, 0.8)  # P(line | z)
+P_AGAIN = 0.25  # P(think again | z): the raw line under z has 3/4 of P(line | z)
+
+
+def world(latents: tuple[int, ...], first_line: float = -1.5) -> RolloutGroup:
+    lines = [[[math.log(P_LINE[z] * (1 - P_AGAIN))] for z in latents]]
+    raw = math.log(P_LINE_ACT * (1 - P_THINK))
+    return group_of(document_of(".", "|"), [first_line, raw], [0.0, P_THINK], lines, [[[P_AGAIN]] * len(latents)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_bounds_are_ordered_and_below_the_exact_log_likelihood(count):
+    """Exact: log[(1-p) P(a|act) + p sum_z P(z) P(a|z)] = log[0.6 * 0.2 + 0.4 * (0.07 + 0.24)] = log 0.244."""
+    exact = -1.5 + math.log((1 - P_THINK) * P_LINE_ACT + P_THINK * sum(p * q for p, q in zip(P_LATENT, P_LINE, strict=True)))
+    assert exact == pytest.approx(-1.5 + math.log(0.244))
+    elbo = multi = 0.0
+    for draw in itertools.product(range(2), repeat=count):
+        bounds = code_bounds(world(draw))
+        probability = math.prod(P_LATENT[z] for z in draw)
+        elbo += probability * bounds.elbo
+        multi += probability * bounds.multi_sample
+        # Jensen, draw by draw
+        assert bounds.elbo <= bounds.multi_sample + 1e-6
+        # log likelihood without latents: -1.5 + log 0.12, raw; four tokens of code
+        assert bounds.log_likelihood == pytest.approx(-1.5 + math.log(0.12)) and bounds.tokens == 4
+    # ELBO = -1.5 + 0.6 log 0.2 + 0.4 (0.7 log 0.1 + 0.3 log 0.8), whatever the count
+    assert elbo == pytest.approx(-1.5 + 0.6 * math.log(0.2) + 0.4 * (0.7 * math.log(0.1) + 0.3 * math.log(0.8)), abs=1e-5)
+    assert elbo < multi < exact
+
+
+def test_the_multi_sample_bound_grows_with_samples():
+    expected = []
+    for count in (1, 2, 4, 6):
+        draws = itertools.product(range(2), repeat=count)
+        expected.append(sum(math.prod(P_LATENT[z] for z in d) * code_bounds(world(d)).multi_sample for d in draws))
+    assert expected == sorted(expected) and expected[-1] - expected[0] > 0.05
+
+
+def test_bounds_count_code_once_and_neither_comments_nor_untried_lines_twice():
+    """Lines a(-1) # (-9) c(-2) |d(-3, tried) |e(-4, not tried): without latents 1 + 2 + 3 + 4 = 10 nats, 8 tokens.
+
+    At d: p = 1/2, raw -3 = log(1/2) + act, so act = -3 + log 2; the latent gives -1: ELBO there
+    0.5 (-3 + log 2) + 0.5 * -1.
+    """
+    group = group_of(
+        document_of(".", "#", ".", "|", "|"), [-1.0, -9.0, -2.0, -3.0, -4.0], [0, 0, 0, 0.5, 0.9], [[[-1.0]]], [[[0.0]]], sites=(3,)
+    )
+    bounds = code_bounds(group)
+    assert bounds.log_likelihood == pytest.approx(-10) and bounds.tokens == 8
+    assert bounds.elbo == pytest.approx(-7 + 0.5 * (-3 + LOG2) - 0.5)
+    assert bounds.multi_sample == pytest.approx(-7 + math.log(math.exp(-3) + 0.5 * math.exp(-1)))
+    # Only the line itself counts, also when more lines were scored.
+    longer = group_of(
+        group.document, [-1.0, -9.0, -2.0, -3.0, -4.0], [0, 0, 0, 0.5, 0.9], [[[-1.0, -77.0]]], [[[0.0, 0.0]]], sites=(3,)
+    )
+    assert code_bounds(longer) == bounds
+    nothing = RolloutGroup(group.document, (), (), group.line_logps_A, group.gate_logps_A, torch.zeros(0, 0, 0), torch.zeros(0, 0, 0))
+    assert code_bounds(nothing).elbo == code_bounds(nothing).multi_sample == pytest.approx(-10)
+
+
+def test_resampling_weights_are_the_posterior():
+    """Prior rho = 0.4 on thinking, the two latents drawn once each count half: the posterior of {act, z0, z1} is
+    proportional to 0.6 * 0.2 = 0.12, 0.2 * 0.1 = 0.02 and 0.2 * 0.8 = 0.16; of 0.30 that is 0.4, 1/15, 8/15."""
+    returns = compute_returns(world((0, 1)), 1, 1.0)
+    logits = resampling_logits(returns.act_T, returns.latent_TG, torch.tensor([math.log(P_THINK)]))
+    torch.testing.assert_close(logits.softmax(-1), torch.tensor([[0.4, 1 / 15, 8 / 15]]), atol=1e-6, rtol=0)
+
+
+def test_resampling_from_many_draws_finds_the_true_posterior():
+    """Latents drawn from P(z) = (0.7, 0.3), here exactly 7 and 3 of 10: P(act), P(z0), P(z1) given the line are
+    0.12, 0.4 * 0.07 = 0.028 and 0.4 * 0.24 = 0.096 over 0.244."""
+    draw = (0,) * 7 + (1,) * 3
+    returns = compute_returns(world(draw), 1, 1.0)
+    weights = resampling_logits(returns.act_T, returns.latent_TG, torch.tensor([math.log(P_THINK)])).softmax(-1)[0]
+    found = [float(weights[0]), float(weights[1:8].sum()), float(weights[8:].sum())]
+    assert found == pytest.approx([0.12 / 0.244, 0.028 / 0.244, 0.096 / 0.244], abs=1e-5)

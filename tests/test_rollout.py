@@ -1,0 +1,577 @@
+"""Engines against the slow path (`slow_path.py`): one plain forward per number, no cache, no batching."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from peft import LoraConfig, get_peft_model
+from slow_path import plain_forward
+
+from ra3_trl.records import Latent
+from ra3_trl.rollout.attention import NAME
+from ra3_trl.rollout.backbone import Backbone
+from ra3_trl.rollout.branch import BranchEngine
+from ra3_trl.rollout.expand import ExpandEngine
+from ra3_trl.rollout.noise import NoiseKey, keyed_uniform
+from ra3_trl.rollout.plan import horizon_lines, plan_site
+from ra3_trl.rollout.sampler import LatentDistribution, SamplingParams
+from ra3_trl.segmentation import build_token_table, splice
+
+
+# Dedents force side runs: where 12 spaces are expected and 4 come, the prefix parts from the expert's tokens.
+CODE = """def f(x, y):
+    for i in x:
+        if i:
+            y = y + 1
+    # kept
+    z = y
+    while z:
+        z = 0
+    return z
+"""
+KEY = NoiseKey(seed=1, phase=2, step=3)
+
+
+def engine_of(kind, model, tokenizer, max_branch_tokens=8192, **params):
+    params = SamplingParams(**{"max_length": 4, **params})
+    backbone = Backbone(model)
+    return kind(backbone, build_token_table(tokenizer, backbone.vocab_size), params, max_branch_tokens)
+
+
+@pytest.fixture(scope="module")
+def document(tokenizers, segmenter):
+    (document,) = segmenter(tokenizers["newline_indent"])(5, CODE)
+    return document
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model, tokenizers):
+    return tiny_model("llama", tokenizers["newline_indent"])
+
+
+def assert_same_groups(one, other, tolerance: float = 2e-4) -> None:
+    assert one.sites == other.sites
+    assert [[z.token_ids for z in row] for row in one.latents] == [[z.token_ids for z in row] for row in other.latents]
+    assert [[z.stopped for z in row] for row in one.latents] == [[z.stopped for z in row] for row in other.latents]
+    for a, b in zip([z for r in one.latents for z in r], [z for r in other.latents for z in r], strict=True):
+        torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), atol=tolerance, rtol=0)
+    for name in ("line_logps_A", "gate_logps_A", "latent_line_logps_TGH", "latent_gate_logps_TGH"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) -> None:
+    """Every number of a group against its own plain forward. Tolerance per number: 1e-4, sums of up to 20 tokens of
+    several nats each in float32."""
+    document = group.document
+    with torch.no_grad():
+        torch.testing.assert_close(group.line_logps_A, torch.stack(slow.line_A(document)), atol=tolerance, rtol=1e-5)
+        for i, action in enumerate(document.actions):
+            wanted = slow.gate(document, i) if action.boundary else -torch.inf
+            assert float(group.gate_logps_A[i]) == pytest.approx(float(wanted), abs=tolerance)
+        for t, site in enumerate(group.sites):
+            for g, latent in enumerate(group.latents[t]):
+                scores = slow.branch(document, site, latent, horizon)
+                for k in range(horizon):
+                    line, gate = scores[k] if k < len(scores) else (0.0, None)
+                    wanted = -torch.inf if gate is None else float(gate)
+                    assert float(group.latent_line_logps_TGH[t, g, k]) == pytest.approx(float(line), abs=tolerance, rel=1e-5)
+                    assert float(group.latent_gate_logps_TGH[t, g, k]) == pytest.approx(wanted, abs=tolerance, rel=1e-5)
+
+
+def assert_latents_are_exact(group, slow, tolerance: float = 1e-4) -> None:
+    """Sampled log-probs against the distribution spelled out token by token."""
+    with torch.no_grad():
+        for site, row in zip(group.sites, group.latents, strict=True):
+            action = group.document.actions[site]
+            prefix = [*group.document.input_ids[: action.start], *action.boundary.think]
+            for latent in row:
+                wanted = torch.stack(slow.latent_logps(prefix, latent))
+                torch.testing.assert_close(torch.tensor(latent.logps), wanted, atol=tolerance, rtol=0)
+
+
+# ---- exactness, by architecture ----
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_branch_engine_equals_plain_forwards(model_type, tiny_model, tokenizers, document, slow_path):
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model(model_type, tokenizer)
+    before = plain_forward(model, document.input_ids)
+    assert not model_type.startswith(("mistral", "gemma")) or len(document.input_ids) > 2 * model.config.sliding_window
+    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites[1::2], 2, 3, KEY)
+    slow = slow_path(model, tokenizer)
+    assert_group_is_exact(group, slow, horizon=3)
+    assert_latents_are_exact(group, slow)
+    # Afterwards the model attends as before.
+    assert model.config._attn_implementation == "eager" != NAME
+    assert torch.equal(plain_forward(model, document.input_ids), before)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_expand_engine_samples_and_scores_the_same(model_type, tiny_model, tokenizers, document):
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model(model_type, tokenizer)
+    branch = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 2, KEY)
+    expand = engine_of(ExpandEngine, model, tokenizer).rollout(document, document.sites, 2, 2, KEY)
+    assert_same_groups(branch, expand)
+
+
+def slow_objective(slow, group, weight_T, weight_n):
+    """A loss with a different weight on each gate and each symbol, from plain forwards."""
+    loss, n = 0.0, 0
+    for t, site in enumerate(group.sites):
+        action = group.document.actions[site]
+        prefix = [*group.document.input_ids[: action.start], *action.boundary.think]
+        loss = loss + weight_T[t] * slow.gate(group.document, site)
+        for latent in group.latents[t]:
+            for logp in slow.latent_logps(prefix, latent):
+                loss = loss + weight_n[n] * logp
+                n += 1
+    return loss
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_agree(found, wanted, tolerance: float = 1e-4) -> None:
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    assert largest > 0 and set(wanted) == set(found)
+    for name, gradient in wanted.items():
+        assert float((found[name] - gradient).abs().max()) <= tolerance * largest, name
+
+
+def weights(group):
+    generator = torch.Generator().manual_seed(0)
+    count = sum(len(z.logps) for row in group.latents for z in row)
+    return torch.randn(len(group.sites), generator=generator), torch.randn(count, generator=generator)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokenizers, document, slow_path):
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model(model_type, tokenizer)
+    engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
+    group = engine.rollout(document, document.sites[2:5], 2, 1, KEY, score=False)
+    weight_T, weight_n = weights(group)
+    slow = slow_path(model, tokenizer, max_length=3)
+    wanted = gradients(model, slow_objective(slow, group, weight_T, weight_n))
+    for kind in (BranchEngine, ExpandEngine):
+        logps = engine_of(kind, model, tokenizer, max_length=3).log_probs(group, slice(0, 3))
+        loss = (logps.gate_T * weight_T).sum() + (logps.token_n * weight_n).sum()
+        assert_gradients_agree(gradients(model, loss), wanted)
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_recomputed_log_probs_are_the_sampled_ones(kind, llama, tokenizers, document):
+    engine = engine_of(kind, llama, tokenizers["newline_indent"])
+    group = engine.rollout(document, document.sites, 3, 1, KEY)
+    logps = engine.log_probs(group, slice(0, len(group.sites)))
+    sampled = [logp for row in group.latents for z in row for logp in z.logps]
+    torch.testing.assert_close(logps.token_n.detach(), torch.tensor(sampled), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps.gate_T.detach(), group.gate_logps_A[list(group.sites)], atol=1e-4, rtol=0)
+    counts = [len(z.logps) for row in group.latents for z in row]
+    assert logps.branch_n.tolist() == [m for m, n in enumerate(counts) for _ in range(n)]
+    # A part of the sites: branches are counted from the first of them.
+    part = engine.log_probs(group, slice(1, 3))
+    skipped = sum(counts[:3])
+    torch.testing.assert_close(part.token_n, logps.token_n[skipped : skipped + sum(counts[3:9])], atol=1e-4, rtol=0)
+    assert part.branch_n.tolist() == [m for m, n in enumerate(counts[3:9]) for _ in range(n)]
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_gradients_go_through_a_wrapper(kind, llama, tokenizers, document):
+    """With `through` the wrapper's own forward runs (DDP arms its reduction there) and the numbers stay."""
+
+    class Wrapper(torch.nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.module = llama
+
+        def forward(self, **inputs):
+            self.calls += 1
+            return self.module(**inputs)
+
+    engine = engine_of(kind, llama, tokenizers["newline_indent"])
+    group = engine.rollout(document, document.sites[:3], 2, 1, KEY)
+    plain = engine.log_probs(group, slice(0, 3))
+    wrapper = Wrapper()
+    wrapped = engine.log_probs(group, slice(0, 3), through=wrapper)
+    assert wrapper.calls == 1
+    torch.testing.assert_close(wrapped.token_n, plain.token_n, atol=1e-5, rtol=0)
+    assert_gradients_agree(gradients(llama, wrapped.token_n.sum()), gradients(llama, plain.token_n.sum()))
+
+
+def test_entropy_is_that_of_the_distribution_drawn_from(llama, tokenizers, document, slow_path):
+    tokenizer = tokenizers["newline_indent"]
+    engine = engine_of(BranchEngine, llama, tokenizer, temperature=0.8)
+    group = engine.rollout(document, document.sites[:2], 2, 1, KEY)
+    found = engine.log_probs(group, slice(0, 2), entropy=True).entropy_n
+    slow, wanted = slow_path(llama, tokenizer, temperature=0.8), []
+    for site, row in zip(group.sites, group.latents, strict=True):
+        action = document.actions[site]
+        prefix = [*document.input_ids[: action.start], *action.boundary.think]
+        for latent in row:
+            for j in range(len(latent.logps)):
+                logps = slow.symbols(prefix, latent.token_ids[:j])
+                wanted.append(-float((logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum()))
+    torch.testing.assert_close(found.detach(), torch.tensor(wanted), atol=1e-4, rtol=0)
+    assert (engine.log_probs(group, slice(0, 2)).entropy_n == 0).all()
+
+
+def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
+    """Forward and gradients of an adapter; only the adapter has gradients."""
+    tokenizer = tokenizers["newline_indent"]
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama", tokenizer), config).eval()
+    engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
+    group = engine.rollout(document, document.sites[1:4], 2, 2, KEY)
+    slow = slow_path(model, tokenizer, max_length=3)
+    assert_group_is_exact(group, slow, horizon=2)
+    assert_latents_are_exact(group, slow)
+    weight_T, weight_n = weights(group)
+    wanted = gradients(model, slow_objective(slow, group, weight_T, weight_n))
+    assert wanted and all("lora_" in name for name in wanted)
+    for through in (None, model):
+        logps = engine.log_probs(group, slice(0, 3), through)
+        assert_gradients_agree(gradients(model, (logps.gate_T * weight_T).sum() + (logps.token_n * weight_n).sum()), wanted)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(engine.trunk(document).line_logps_A, group.line_logps_A, atol=1e-2)
+    expand = engine_of(ExpandEngine, model, tokenizer, max_length=3).rollout(document, document.sites[1:4], 2, 2, KEY)
+    assert_same_groups(group, expand)
+
+
+def test_bfloat16_within_its_tolerance(tiny_model, tokenizers, document):
+    """bfloat16 has 8 bits: 2^-8 relative a rounding. On logits of a few nats a token's log-prob is off by some 0.02,
+    so engine and plain forward (both in bfloat16) may differ by 0.1 a token on average."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("llama", tokenizer).to(torch.bfloat16)
+    trunk = engine_of(BranchEngine, model, tokenizer).trunk(document)
+    rows = plain_forward(model, document.input_ids)
+    for action, found in zip(document.actions, trunk.line_logps_A.tolist(), strict=True):
+        span = range(max(action.start, 1), action.end)
+        wanted = sum(float(rows[p - 1, document.input_ids[p]]) for p in span)
+        assert abs(found - wanted) < 0.1 * len(span)
+
+
+# ---- tokenizers and side runs ----
+
+
+def test_every_tokenizer_and_horizon_one(tokenizer, tiny_model, segmenter, slow_path):
+    model = tiny_model("llama", tokenizer)
+    (document,) = segmenter(tokenizer)(0, CODE)
+    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY)
+    slow = slow_path(model, tokenizer)
+    assert_group_is_exact(group, slow, horizon=1)
+    assert_latents_are_exact(group, slow)
+
+
+def test_multi_token_prefixes_need_side_runs_and_are_exact(tokenizers, tiny_model, segmenter, slow_path):
+    """`newline_alone`: think = (11 spaces, " #"). Before a dedent the expert's next token is another: a side run."""
+    tokenizer = tokenizers["newline_alone"]
+    (document,) = segmenter(tokenizer)(0, "if a:\n    if b:\n        c = 1\nd = 2\nif e:\n    f = 3\ng = 4\n")
+    thinks = [document.actions[s].boundary.think for s in document.sites]
+    assert max(map(len, thinks)) >= 2
+    plans = [plan_site(document, site, 3) for site in document.sites]
+    assert any((p.sees <= np.arange(len(p.tokens))).any() for p in plans), "no side run in this test"
+    model = tiny_model("qwen2", tokenizer)
+    for kind in (BranchEngine, ExpandEngine):
+        group = engine_of(kind, model, tokenizer).rollout(document, document.sites, 2, 3, KEY)
+        assert_group_is_exact(group, slow_path(model, tokenizer), horizon=3)
+
+
+def test_spliced_documents_are_scored_as_any_other(llama, tokenizers, document, slow_path):
+    """Annotation rolls out on a text that has latents already."""
+    tokenizer = tokenizers["newline_indent"]
+    engine = engine_of(BranchEngine, llama, tokenizer)
+    first = engine.rollout(document, document.sites[:2], 1, 1, KEY)
+    spliced = splice(document, {s: row[0] for s, row in zip(first.sites, first.latents, strict=True)}).document
+    group = engine.rollout(spliced, spliced.sites[2:], 1, 2, KEY)
+    assert_group_is_exact(group, slow_path(llama, tokenizer), horizon=2)
+
+
+def test_chunks_with_context(llama, tokenizers, segmenter, slow_path):
+    """Later chunks, prompts: the first action's line and gate are predicted from the context."""
+    tokenizer = tokenizers["newline_indent"]
+    chunk = segmenter(tokenizer, 40)(0, CODE * 2)[1]
+    (prompted,) = segmenter(tokenizer)(0, CODE, CODE.index("    # kept"))
+    for document in (chunk, prompted):
+        group = engine_of(BranchEngine, llama, tokenizer).rollout(document, document.sites, 1, 2, KEY)
+        assert_group_is_exact(group, slow_path(llama, tokenizer), horizon=2)
+
+
+# ---- plans ----
+
+
+def test_the_horizon_ends_at_the_document_and_at_a_kept_comment(document):
+    comment = next(i for i, a in enumerate(document.actions) if a.comment)
+    assert horizon_lines(document, comment - 2, 5) == 2
+    assert horizon_lines(document, len(document.actions) - 1, 5) == 1
+    assert horizon_lines(document, comment + 1, 2) == 2
+
+
+def test_lines_beyond_the_horizon_are_zero_and_without_gate(llama, tokenizers, document):
+    group = engine_of(BranchEngine, llama, tokenizers["newline_indent"]).rollout(document, document.sites, 1, 3, KEY)
+    for t, site in enumerate(document.sites):
+        lines = horizon_lines(document, site, 3)
+        assert (group.latent_line_logps_TGH[t, :, :lines] < 0).all() and (group.latent_line_logps_TGH[t, :, lines:] == 0).all()
+        assert torch.isneginf(group.latent_gate_logps_TGH[t, :, lines:]).all()
+
+
+# ---- the same whatever the grouping ----
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_score_after_rollout_equals_score_from_scratch(kind, llama, tokenizers, document):
+    engine = engine_of(kind, llama, tokenizers["newline_indent"])
+    group = engine.rollout(document, document.sites, 2, 3, KEY)
+    assert_same_groups(group, engine.score(document, document.sites, group.latents, 3))
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("most", [1, 60, 10**6])
+def test_any_max_branch_tokens_gives_the_same(kind, most, llama, tokenizers, document):
+    tokenizer = tokenizers["newline_indent"]
+    wanted = engine_of(kind, llama, tokenizer).rollout(document, document.sites, 3, 2, KEY)
+    engine = engine_of(kind, llama, tokenizer, max_branch_tokens=most)
+    assert_same_groups(engine.rollout(document, document.sites, 3, 2, KEY), wanted)
+    parts = engine.split(wanted)
+    assert [t for part in parts for t in range(part.start, part.stop)] == list(range(len(wanted.sites)))
+    assert len(parts) == (1 if most == 10**6 else len(wanted.sites)) or most == 60
+    whole = gradients(llama, engine.log_probs(wanted, slice(0, len(wanted.sites))).token_n.sum())
+    llama.zero_grad(set_to_none=True)
+    for part in parts:
+        engine.log_probs(wanted, part).token_n.sum().backward()
+    assert_gradients_agree({n: p.grad for n, p in llama.named_parameters() if p.grad is not None}, whole)
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_a_latent_does_not_depend_on_its_company(kind, llama, tokenizers, document):
+    """Fewer sites, fewer latents, one more phase: only the key decides."""
+    engine = engine_of(kind, llama, tokenizers["newline_indent"])
+    group = engine.rollout(document, document.sites, 3, 1, KEY)
+    alone = engine.rollout(document, document.sites[3:4], 2, 1, KEY)
+    assert [z.token_ids for z in alone.latents[0]] == [z.token_ids for z in group.latents[3][:2]]
+    other = engine.rollout(document, document.sites, 3, 1, replace(KEY, step=4))
+    assert [[z.token_ids for z in r] for r in other.latents] != [[z.token_ids for z in r] for r in group.latents]
+    # Latents of a group differ among themselves.
+    assert len({z.token_ids for row in group.latents for z in row}) > len(group.sites)
+
+
+def test_no_sites(llama, tokenizers, segmenter, document):
+    for kind in (BranchEngine, ExpandEngine):
+        engine = engine_of(kind, llama, tokenizers["newline_indent"])
+        group = engine.rollout(document, (), 3, 2, KEY)
+        assert group.sites == () and group.latent_line_logps_TGH.shape[0] == 0
+        torch.testing.assert_close(group.line_logps_A, engine.trunk(document).line_logps_A)
+        (one_line,) = segmenter(tokenizers["newline_indent"])(0, "x = 1\n")
+        assert engine.trunk(one_line).gate_logps_A.tolist() == [-math.inf]
+        assert engine.split(group) == []
+
+
+def test_branches_longer_than_the_room_for_own_keys(tiny_model, tokenizers, segmenter):
+    """The branch engine keeps room for 1024 own keys of a block; a line of more tokens must still be right."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("llama", tokenizer)
+    (document,) = segmenter(tokenizer)(0, "a = 0\nx = [" + "1, 23, " * 260 + "]\nb = 2\n")
+    assert document.actions[1].end - document.actions[1].start > 1030
+    branch = engine_of(BranchEngine, model, tokenizer).rollout(document, (1,), 1, 1, KEY)
+    expand = engine_of(ExpandEngine, model, tokenizer).rollout(document, (1,), 1, 1, KEY)
+    assert_same_groups(branch, expand, tolerance=2e-2)  # a sum over 1000 tokens
+
+
+def test_settings_of_the_models_generation_config_do_not_leak_in(tiny_model, tokenizers, document):
+    """Checkpoints ship repetition penalties and top-k (Qwen: 1.1 and 20); the policy is the plain softmax."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("llama", tokenizer)
+    wanted = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY)
+    model.generation_config.update(
+        repetition_penalty=3.0, do_sample=True, temperature=0.1, top_k=1, min_new_tokens=4, suppress_tokens=[5, 6]
+    )
+    assert_same_groups(engine_of(ExpandEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY), wanted)
+
+
+# ---- what latents are made of ----
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("max_length", [1, 2, 3, 6])
+def test_latents_are_legal_text(kind, max_length, tokenizer, tiny_model, segmenter):
+    """Never empty or blank, no newline, carriage return or NUL, UTF-8 even when cut: from a model that loves bytes."""
+    model = tiny_model("llama", tokenizer, seed=3)
+    engine = engine_of(kind, model, tokenizer, max_length=max_length, temperature=3.0)
+    (document,) = segmenter(tokenizer)(0, CODE)
+    group = engine.rollout(document, document.sites, 24 if kind is BranchEngine else 6, 1, KEY)
+    latents, data = [z for row in group.latents for z in row], engine.table.token_bytes
+    for latent in latents:
+        text = b"".join(data[i] for i in latent.token_ids).decode("utf-8", "strict")
+        assert text.strip() and not set(text) & set("\n\r\0")
+        assert len(latent.token_ids) <= max_length
+        assert len(latent.logps) == len(latent.token_ids) + latent.stopped
+        assert latent.stopped or len(latent.token_ids) == max_length
+    if max_length == 6 and kind is BranchEngine:
+        assert any(not b"".join(data[i] for i in z.token_ids).isascii() for z in latents)
+
+
+def test_no_path_leads_to_a_blank_latent(tokenizer):
+    """Also not through bytes: C2 A0 is a no-break space, E3 80 80 an ideographic one."""
+    table = build_token_table(tokenizer, len(tokenizer))
+    distribution = LatentDistribution(table, SamplingParams(max_length=4))
+    for character in ("\u00a0", "\u3000", "\u2003"):
+        ids = [table.token_bytes.index(bytes([b])) for b in character.encode()]
+        state, legal = 0, True
+        for step, token in enumerate(ids):
+            legal = legal and bool(distribution.allowed(state, step)[token])
+            state = int(table.next_state_SV[state, token])
+        stop = legal and bool(distribution.allowed(state, len(ids))[table.stop_id])
+        assert not stop, f"a latent may be {character!r} alone"
+
+
+def test_the_stop_is_one_symbol(llama, tokenizers, document, slow_path):
+    """Its log-prob is the log-sum-exp over all newline-bearing tokens and EOS; the others of them are closed."""
+    tokenizer = tokenizers["newline_indent"]
+    table = build_token_table(tokenizer, len(tokenizer))
+    distribution = LatentDistribution(table, SamplingParams(max_length=4))
+    logits = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(0))
+    scaled = distribution(logits, torch.tensor([0]), torch.tensor([1]))[0]
+    stop_ids = slow_path(llama, tokenizer).stop_ids
+    assert len(stop_ids) > 3
+    assert float(scaled[table.stop_id]) == pytest.approx(math.log(sum(math.exp(float(logits[0, i])) for i in stop_ids)), abs=1e-5)
+    assert torch.isneginf(scaled[[i for i in stop_ids if i != table.stop_id]]).all()
+    # No stop at the first token, and none inside a character.
+    assert torch.isneginf(distribution(logits, torch.tensor([0]), torch.tensor([0]))[0, stop_ids]).all()
+    assert torch.isneginf(distribution(logits, torch.tensor([2]), torch.tensor([1]))[0, stop_ids]).all()
+
+
+# ---- the distribution sampled from ----
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.5}, {"temperature": 2.0, "top_k": 5}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.8}]
+)
+def test_log_probs_are_of_the_truncated_distribution(kind, params, llama, tokenizers, document, slow_path):
+    tokenizer = tokenizers["newline_indent"]
+    engine = engine_of(kind, llama, tokenizer, **params)
+    group = engine.rollout(document, document.sites[:3], 4, 1, KEY)
+    assert_latents_are_exact(group, slow_path(llama, tokenizer, **params))
+    logps = engine.log_probs(group, slice(0, 3)).token_n
+    sampled = torch.tensor([logp for row in group.latents for z in row for logp in z.logps])
+    torch.testing.assert_close(logps.detach(), sampled, atol=1e-4, rtol=0)
+    for latent in (z for row in group.latents for z in row):
+        if "top_k" not in params and "top_p" not in params:
+            assert latent.kept is None
+            continue
+        symbols = [*latent.token_ids, engine.table.stop_id][: len(latent.logps)]
+        assert len(latent.kept) == len(symbols)
+        assert all(s in kept.tolist() for s, kept in zip(symbols, latent.kept, strict=True))
+        assert all(len(kept) <= params.get("top_k", 10**6) for kept in latent.kept)
+
+
+def test_a_stored_kept_set_stays_finite_under_other_weights(tiny_model, tokenizers, document):
+    """A recomputed nucleus under new weights may leave out the very symbol that was drawn; the stored set does not."""
+    tokenizer = tokenizers["newline_indent"]
+    old, new = tiny_model("llama", tokenizer), tiny_model("llama", tokenizer, seed=9)
+    group = engine_of(BranchEngine, old, tokenizer, top_k=2).rollout(document, document.sites, 3, 1, KEY)
+    engine = engine_of(BranchEngine, new, tokenizer, top_k=2)
+    logps = engine.log_probs(group, slice(0, len(group.sites))).token_n
+    assert torch.isfinite(logps).all()
+    # Two symbols are kept: their probabilities sum to 1, so a kept pair that is a coin toss is at most log 1.
+    assert (logps <= 1e-6).all()
+    dropped = [Latent(z.token_ids, z.stopped, z.logps) for z in group.latents[0]]
+    assert dropped[0].kept is None
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.5}])
+def test_frequencies_of_first_tokens(params, llama, tokenizers, document, slow_path):
+    """n = 3000 draws: a frequency has standard deviation sqrt(p (1-p) / n), at most 0.009; 5 of them are allowed (a
+    right sampler passes with probability 1 - 600 * 6e-7), plus one draw for the rarest tokens."""
+    tokenizer, n = tokenizers["newline_indent"], 3000
+    site = document.sites[2]
+    action = document.actions[site]
+    engine = engine_of(BranchEngine, llama, tokenizer, max_length=1, **params)
+    group = engine.rollout(document, (site,), n, 1, KEY, score=False)
+    prefix = [*document.input_ids[: action.start], *action.boundary.think]
+    with torch.no_grad():
+        exact = slow_path(llama, tokenizer, max_length=1, **params).symbols(prefix, []).exp()
+    counts = torch.bincount(torch.tensor([z.token_ids[0] for z in group.latents[0]]), minlength=len(exact))
+    assert not any(z.stopped for z in group.latents[0])
+    tolerance = 5 * (exact * (1 - exact) / n).sqrt() + 1 / n
+    assert ((counts / n - exact).abs() <= tolerance).all()
+    assert (counts[exact == 0] == 0).all()
+    assert len(exact[exact > 0.05]) >= 2, "too flat or too sharp to show anything"
+
+
+def test_frequencies_of_whole_latents(llama, tokenizers, document, slow_path):
+    """All pairs (first token, second symbol or stop) under top-k 3: at most 9 outcomes, exact by enumeration."""
+    tokenizer, n, params = tokenizers["newline_indent"], 3000, {"top_k": 3, "temperature": 1.5}
+    site = document.sites[1]
+    action = document.actions[site]
+    engine = engine_of(BranchEngine, llama, tokenizer, max_length=2, **params)
+    # A model that likes to stop: raise the bias-free head's rows of newline tokens towards the present hidden state.
+    group = engine.rollout(document, (site,), n, 1, KEY, score=False)
+    slow, exact = slow_path(llama, tokenizer, max_length=2, **params), {}
+    prefix = [*document.input_ids[: action.start], *action.boundary.think]
+    with torch.no_grad():
+        first = slow.symbols(prefix, []).exp()
+        for a in first.nonzero()[:, 0].tolist():
+            second = slow.symbols(prefix, [a]).exp()
+            for b in second.nonzero()[:, 0].tolist():
+                exact[a, b] = float(first[a] * second[b])
+    assert 5 <= len(exact) <= 9 and sum(exact.values()) == pytest.approx(1, abs=1e-5)
+    counts = dict.fromkeys(exact, 0)
+    for z in group.latents[0]:
+        counts[(*z.token_ids, engine.table.stop_id)[:2]] += 1
+    for pair, p in exact.items():
+        assert abs(counts[pair] / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 1 / n
+
+
+# ---- noise ----
+
+
+def test_noise_depends_on_the_key_alone():
+    index = np.array([3, 1, 2])
+    together = KEY.uniform(7, index, 0, 5)
+    assert together.tolist() == [float(KEY.uniform(7, int(i), 0, 5)) for i in index]
+    keys = [(1, 2, 3, 7, 1, 0, 5), (2, 2, 3, 7, 1, 0, 5), (1, 3, 3, 7, 1, 0, 5), (1, 2, 4, 7, 1, 0, 5)]
+    keys += [(1, 2, 3, 8, 1, 0, 5), (1, 2, 3, 7, 2, 0, 5), (1, 2, 3, 7, 1, 1, 5), (1, 2, 3, 7, 1, 0, 6), (1, 2, 3, 7, 1, -1, 5)]
+    assert len({float(keyed_uniform(*key)) for key in keys}) == len(keys)
+    assert float(keyed_uniform(1, 2)) != float(keyed_uniform(2, 1))
+
+
+def test_noise_is_pinned():
+    """A change here changes every run: splitmix64 over the keys, by Python integers."""
+
+    def by_hand(*keys: int) -> float:
+        mask, state = 2**64 - 1, 0
+        for key in keys:
+            state = ((state ^ (key & mask)) + 0x9E3779B97F4A7C15) & mask
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+            state ^= state >> 31
+        return ((state >> 11) + 0.5) * 2.0**-53
+
+    for keys in [(0,), (42, 0, 1, 2, 3, 4, 5), (-1, 2**40), (1, 2, 3, 7, 1, -2, 0)]:
+        assert float(keyed_uniform(*keys)) == by_hand(*keys)
+    # The first output of splitmix64 with seed 0 is 0xE220A8397B1DCDAF; its top 53 bits over 2^53.
+    assert float(keyed_uniform(0)) == ((0xE220A8397B1DCDAF >> 11) + 0.5) / 2**53
+
+
+def test_noise_is_uniform_and_uncorrelated():
+    """40,000 numbers: each tenth holds 4000 +- 60 (5 standard deviations: 300); neighbours' correlation +- 0.005."""
+    u = keyed_uniform(0, 0, 0, 0, np.arange(200)[:, None], np.arange(200)[None], 0)
+    assert u.min() > 0 and u.max() < 1
+    counts = np.histogram(u, bins=10, range=(0, 1))[0]
+    assert np.abs(counts - 4000).max() < 300
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.025

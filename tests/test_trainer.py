@@ -1,0 +1,316 @@
+"""What must always hold of a run (docs/design.md, "What must always hold"), on tiny models, CPU, offline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from ra3_trl import RA3Config, RA3MidTrainer
+
+
+TEXTS = [
+    f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    for k in range(y):\n        y -= k\n    return y\n"
+    for i in range(12)
+]
+
+
+@pytest.fixture
+def tokenizer(tokenizers) -> PreTrainedTokenizerFast:
+    return tokenizers["newline_indent"]
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, tiny_model):
+    """`make(e_steps=2, ...)`: a trainer on TEXTS, a new copy of the same random model each time."""
+
+    def trainer(texts=TEXTS, model=None, peft_config=None, eval_texts=None, **settings) -> RA3MidTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
+            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        return RA3MidTrainer(
+            model or tiny_model("llama", tokenizer),
+            RA3Config(**defaults | settings),
+            Dataset.from_dict({"text": texts}),
+            None if eval_texts is None else Dataset.from_dict({"text": eval_texts}),
+            tokenizer,
+            peft_config=peft_config,
+        )
+
+    return trainer
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_without_e_steps_it_is_sft(make, tokenizer, tiny_model, tmp_path, packing):
+    """Invariant 2: losses and weights of TRL's SFTTrainer after 20 updates, float32, at most 1e-5 apart."""
+    shared = {
+        "max_length": 256, "learning_rate": 1e-3, "per_device_train_batch_size": 3, "max_steps": 20,
+        "lr_scheduler_type": "linear", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3,
+        "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    sft = SFTTrainer(
+        tiny_model("llama", tokenizer),
+        SFTConfig(output_dir=str(tmp_path / "sft"), bf16=False, gradient_checkpointing=False, packing=False, **shared),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=tokenizer,
+    )
+    before = weights(sft.model)
+    sft.train()
+    ours = make(e_steps=0, m_steps=-1, packing=packing, **shared)
+    ours.train()
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (sft, ours)]
+    assert len(losses[0]) == len(losses[1]) == 20
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+    assert furthest(weights(sft.model), weights(ours.model)) < 1e-5
+    assert furthest(before, weights(ours.model)) > 1e-3  # both did move
+
+
+def test_infinite_penalty_is_next_token_prediction(make):
+    a, b = make(penalty=float("inf"), m_steps=3), make(e_steps=0, m_steps=3)
+    a.train(), b.train()
+    assert furthest(weights(a.model), weights(b.model)) == 0
+
+
+@pytest.mark.parametrize("phase", ["E", "M"])
+def test_every_parameter_learns(make, phase):
+    trainer = make(e_steps=2, m_steps=0) if phase == "E" else make(e_steps=0, m_steps=2)
+    before = weights(trainer.model)
+    trainer.train()
+    stuck = [name for name, p in weights(trainer.model).items() if torch.equal(p, before[name])]
+    assert not stuck
+
+
+def test_accumulation_equals_a_large_batch(make):
+    """Invariant 5: 4 x 1 = 2 x 2 = 1 x 4 documents an update, in both phases. Plain SGD shows gradients as they are."""
+    runs = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = make(
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, optim="sgd",
+            learning_rate=0.05, e_learning_rate=0.05,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(weights(trainer.model))
+    assert furthest(runs[0], runs[1]) < 1e-5
+    assert furthest(runs[0], runs[2]) < 1e-5
+
+
+def test_any_bound_on_branches_gives_the_same_update(make):
+    runs = []
+    for bound in (16, 100_000):
+        trainer = make(max_branch_tokens=bound, optim="sgd", learning_rate=0.05, e_learning_rate=0.05)
+        trainer.train()
+        runs.append(weights(trainer.model))
+    assert furthest(*runs) < 1e-5
+
+
+@pytest.mark.parametrize("reward_model", ["live", "frozen"])
+def test_resumed_run_is_the_run_left_alone(make, tmp_path, reward_model):
+    """Invariant 4: from a checkpoint in the E-phase (1, 2 = its end) and in the M-phase (4): bit for bit."""
+    alone = make(e_steps=2, m_steps=4, save_strategy="steps", save_steps=1, reward_model=reward_model)
+    alone.train()
+    log = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in alone.state.log_history]
+    for step in (1, 2, 4):
+        folder = tmp_path / f"resumed{step}"
+        shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        trainer = make(e_steps=2, m_steps=4, output_dir=str(folder), reward_model=reward_model)
+        trainer.train(resume_from_checkpoint=True)
+        assert furthest(weights(alone.model), weights(trainer.model)) == 0
+        again = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history]
+        assert again[:-1] == log[:-1]
+
+
+KILLED = """
+import os, signal, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from ra3_trl import RA3Config, RA3MidTrainer
+
+folder, out, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+args = RA3Config(output_dir=out, max_length=256, e_steps=3, m_steps=3, num_latents=2, max_latent_length=4, save_steps=2,
+                 report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True, e_learning_rate=1e-3)
+texts = [f"def f{i}(x):\\n    y = x + {i}\\n    return y\\n" for i in range(8)]
+model = AutoModelForCausalLM.from_pretrained(folder)
+trainer = RA3MidTrainer(model, args, Dataset.from_dict({"text": texts}), processing_class=AutoTokenizer.from_pretrained(folder),
+                        callbacks=[Kill()])
+trainer.train(resume_from_checkpoint=os.path.isdir(out) and at == 99)
+trainer.save_model(out + "/final")
+"""
+
+
+def test_a_run_killed_by_sigkill_goes_on(tmp_path, tokenizer, tiny_model):
+    folder = tmp_path / "model"
+    tiny_model("llama", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def run(out: str, at: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(at)]
+        return subprocess.run(command, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+
+    assert run("alone", 98) == 0
+    assert run("killed", 5) == -signal.SIGKILL  # in the M-phase, one update after the checkpoint of update 4
+    assert run("killed", 99) == 0
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / out / "final") for out in ("alone", "killed"))
+    assert furthest(weights(a), weights(b)) == 0
+
+
+def test_an_incomplete_checkpoint_is_skipped(make, tmp_path):
+    make(save_strategy="steps", save_steps=2).train()
+    run = tmp_path / "run"
+    assert not (run / "_incomplete").exists()
+    (run / "_incomplete" / "checkpoint-9").mkdir(parents=True)
+    trainer = make(m_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    (run / "checkpoint-4" / "ra3_state.json").unlink()
+    with pytest.raises(ValueError, match=r"ra3_state.json is missing"):
+        make(m_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_saved_checkpoint_is_a_plain_one(make, tmp_path, tokenizer):
+    """Invariant 6: plain transformers loads it, same logits, no key missing or left over."""
+    trainer = make()
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset_name="a test")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    assert "a test" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_lora_trains_the_adapter_alone(make):
+    trainer = make(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"]), reward_model="frozen")
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {n for n, p in weights(trainer.model).items() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_evaluate_alone(make):
+    trainer = make(eval_texts=TEXTS[:3])
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_ce"]
+    # Jensen: the ELBO is the looser bound, so its negative is the larger number.
+    assert metrics["eval_elbo"] >= metrics["eval_bound_multi"]
+    assert 0 < metrics["eval_think_rate"] < 1
+    again = trainer.evaluate()
+    assert {k: v for k, v in again.items() if "second" not in k and "runtime" not in k} == {
+        k: v for k, v in metrics.items() if "second" not in k and "runtime" not in k
+    }
+
+
+def test_logs_have_the_promised_names(make):
+    trainer = make()
+    trainer.train()
+    names = {name for entry in trainer.state.log_history for name in entry}
+    promised = ("reward", "gain", "think_rate", "latent_length", "duration", "entropy", "elbo")
+    assert {f"estep/{name}" for name in promised} <= names
+    assert {"mstep/loss", "mstep/code_loss", "mstep/latent_loss", "tokens", "seconds/rollout", "seconds/update"} <= names
+
+
+def test_a_damaged_likelihood_stops_the_run(make, caplog):
+    trainer = make(e_steps=12, e_learning_rate=0.3, max_grad_norm=0, kl_coef=0, code_loss_tolerance=0.05)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step < 12
+    assert "code_loss_tolerance" in caplog.text
+
+
+def test_latents_are_written_as_parquet(make, tmp_path):
+    make(log_latents_steps=1).train()
+    table = Dataset.from_parquet(str(tmp_path / "run" / "latents" / "step_000001.parquet"))
+    assert {"latent", "line", "gain", "think_prob"} <= set(table.column_names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_latents": 1}, "num_latents"),
+        ({"penalty": -0.1}, "penalty"),
+        ({"penalty": float("nan")}, "penalty"),
+        ({"horizon": 0}, "horizon"),
+        ({"discount": 1.5}, "discount"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"annotation": "best"}, "annotation"),
+        ({"annotation_think_prob": 2.0}, "annotation_think_prob"),
+        ({"max_length": 100_000}, "max_length"),
+        ({"max_length": 20, "max_latent_length": 10}, "max_length"),
+        ({"m_steps": -1, "max_steps": 1}, "max_steps"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(make, settings, says, tmp_path):
+    with pytest.raises(ValueError, match=f"`{says}`"):
+        make(**settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [([], "empty"), (["", ""], "empty texts"), (["x = 1\n"], "no place where a latent may stand")],
+)
+def test_bad_data_is_refused(make, texts, says):
+    with pytest.raises(ValueError, match=says):
+        make(texts=texts)
+
+
+def test_odd_documents_are_counted_and_trained(make):
+    odd = [*TEXTS[:2], "", "x = 1\n", "def f(:\n  '''", "s = 'é漢字😀'\r\nt = s\r\n", "\ta = (\n1)", "x = 1\n" * 300]
+    trainer = make(texts=odd, m_steps=-1, e_steps=1)
+    counts = trainer.counts["train"]
+    assert counts["documents"] == 8 == sum(counts[k] for k in ("with_actions", "no_boundary", "plain", "lossy", "empty"))
+    assert counts["empty"] == 1 and counts["plain"] >= 1 and counts["chunks"] > 8
+    trainer.train()
+
+
+def test_eval_set_without_actions(make):
+    metrics = make(eval_texts=["x = 1\n"]).evaluate()
+    assert metrics["eval_elbo"] == metrics["eval_ce"]
+
+
+def test_expand_engine_trains_to_the_same_weights(make):
+    runs = []
+    for engine in ("branch", "expand"):
+        trainer = make(engine=engine, optim="sgd", learning_rate=0.05, e_learning_rate=0.05)
+        trainer.train()
+        runs.append(weights(trainer.model))
+    assert furthest(*runs) < 1e-4
+
+
+def test_checkpoint_folder_is_whole(make, tmp_path):
+    make(save_strategy="steps", save_steps=1, save_total_limit=2, reward_model="frozen").train()
+    kept = sorted(p.name for p in Path(tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-3", "checkpoint-4"]
+    assert {"ra3_state.json", "ra3_frozen.safetensors", "trainer_state.json"} <= {
+        p.name for p in Path(tmp_path / "run" / "checkpoint-3").iterdir()
+    }
