@@ -26,20 +26,24 @@ from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, Samp
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, standard_library
 
 
-_EXPAND_TOKENS = 40_000  # most tokens the expand engine is timed on for one document, more or less
-_PLAIN_TOKENS = 4_096  # tokens the plain forward is timed on; `_UPDATE_TOKENS` likewise with backward
+_EXPAND_TOKENS = 24_000  # most tokens the expand engine is timed on for one document, more or less
+_PLAIN_TOKENS = 2_048  # tokens the plain forward is timed on; `_UPDATE_TOKENS` likewise with backward
 _UPDATE_TOKENS = 1_024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the demo's SmolLM2-135M, converted once)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048], help="document tokens")
-    parser.add_argument("--module", default="shutil.py", help="file of the standard library that is cut into documents")
+    parser.add_argument(
+        "--module", default="shutil.py", help="file of the standard library that is cut into documents"
+    )
     parser.add_argument("--num_latents", type=int, default=8, help="latents per boundary (G)")
     parser.add_argument("--latent_tokens", type=int, default=12, help="longest latent (K)")
     parser.add_argument("--horizon", type=int, default=1, help="lines scored under a latent (H)")
     parser.add_argument("--max_branch_tokens", type=int, default=8192, help="bound of the rollout")
-    parser.add_argument("--update_branch_tokens", type=int, default=2048, help="bound of the packed forward + backward")
+    parser.add_argument(
+        "--update_branch_tokens", type=int, default=2048, help="bound of the packed forward + backward"
+    )
     parser.add_argument("--update_length", type=int, default=256, help="document tokens of the update")
     parser.add_argument("--repeats", type=int, default=1, help="interleaved rounds; the best of each side counts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the keyed noise")
@@ -215,7 +219,7 @@ class PeakMemory:
 def measure_memory(bench: Bench, document: Document) -> dict:
     """Peak of a rollout, and what it takes beyond the model, for bounds on the branches in flight."""
     bound, above = bench.branch.max_branch_tokens, {}
-    for tokens in (bound // 4, bound // 2, bound):
+    for tokens in (bound // 16, bound // 8, bound):
         bench.branch.max_branch_tokens = tokens
         with PeakMemory() as memory:
             bench.rollout(bench.branch, document)

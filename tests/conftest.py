@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from slow_path import SlowPath
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
@@ -36,7 +46,10 @@ def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
     return tokenizer
@@ -80,7 +93,9 @@ def _sentencepiece() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), to_metaspace])
     strip = decoders.Strip(content=" ", left=1, right=0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (BOS, EOS, PAD)])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
     return tokenizer
@@ -135,7 +150,13 @@ _SETTINGS = {
     "phi": {**_GQA, "num_key_value_heads": 4},
     "starcoder2": {**_GQA, "sliding_window": None},
     "mistral": {**_GQA, "sliding_window": 12},
-    "gemma2": {**_GQA, "head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gemma2": {
+        **_GQA,
+        "head_dim": 16,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+    },
 }
 ARCHITECTURES = tuple(_SETTINGS)
 
@@ -148,7 +169,11 @@ def tiny_model():
     """
 
     def make(model_type: str, tokenizer, seed: int = 0, **overrides):
-        special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        special = {
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         settings = {**_SETTINGS[model_type], **special, "vocab_size": len(tokenizer), **overrides}
         config = AutoConfig.for_model(model_type, **settings)
         torch.manual_seed(seed)

@@ -23,7 +23,7 @@ from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
 
 
-RIGHT = 0.15
+RIGHT, AGREE = 0.15, 0.8
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 PIECES = ("\n", "#", "x=", "pass", "assert x==", *"0123456789")
 
@@ -47,11 +47,13 @@ def program(rng: random.Random, stanzas: int, careless: bool) -> str:
             if careless and rng.random() < 0.02:
                 lines.append(f"#{rng.randrange(10)}")
             lines.append(line)
-        stated = rng.randrange(10) if careless else value
         if careless and rng.random() < 0.4:
-            stated = value if rng.random() < RIGHT else (value + rng.randrange(1, 10)) % 10
-            lines.append(f"#{stated}")
-        lines.append(f"assert x=={stated}")
+            comment = value if rng.random() < RIGHT else (value + rng.randrange(1, 10)) % 10
+            lines.append(f"#{comment}")
+            value = comment if rng.random() < AGREE else rng.randrange(10)
+        elif careless:
+            value = rng.randrange(10)
+        lines.append(f"assert x=={value}")
     return "\n".join(lines) + "\n"
 
 
@@ -61,7 +63,7 @@ def expert(seed: int, count: int, stanzas: int = 8) -> Dataset:
     return Dataset.from_list([{"text": program(rng, stanzas, careless=False)} for _ in range(count)])
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> LlamaForCausalLM:
+def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 400) -> LlamaForCausalLM:
     """A Llama of two layers, pre-trained on careless programs."""
     torch.manual_seed(seed)
     config = LlamaConfig(

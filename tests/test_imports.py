@@ -65,7 +65,9 @@ def wrong_imports(source: str, path: Path) -> list[str]:
             continue
         if LEVEL[there] > LEVEL[here]:
             wrong.append(f"{path}: {here} imports upward from {there}")
-        elif LEVEL[there] == LEVEL[here] and here not in LEVELS[-1] and here not in LEVELS[0] and here not in LEVELS[2]:
+        elif (
+            LEVEL[there] == LEVEL[here] and here not in LEVELS[-1] and here not in LEVELS[0] and here not in LEVELS[2]
+        ):
             wrong.append(f"{path}: {here} imports sideways from {there}")
     return wrong
 

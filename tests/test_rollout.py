@@ -61,7 +61,9 @@ def assert_same_groups(one, other, tolerance: float = 2e-4) -> None:
     for a, b in zip([z for r in one.latents for z in r], [z for r in other.latents for z in r], strict=True):
         torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), atol=tolerance, rtol=0)
     for name in ("line_logps_A", "gate_logps_A", "latent_line_logps_TGH", "latent_gate_logps_TGH"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(one, name), getattr(other, name), atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) -> None:
@@ -71,7 +73,7 @@ def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) ->
     with torch.no_grad():
         torch.testing.assert_close(group.line_logps_A, torch.stack(slow.line_A(document)), atol=tolerance, rtol=1e-5)
         for i, action in enumerate(document.actions):
-            wanted = slow.gate(document, i) if action.boundary else -torch.inf
+            wanted = slow.gate(document, i) if action.boundary else torch.tensor(-torch.inf)
             assert float(group.gate_logps_A[i]) == pytest.approx(float(wanted), abs=tolerance)
         for t, site in enumerate(group.sites):
             for g, latent in enumerate(group.latents[t]):
@@ -79,8 +81,12 @@ def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) ->
                 for k in range(horizon):
                     line, gate = scores[k] if k < len(scores) else (0.0, None)
                     wanted = -torch.inf if gate is None else float(gate)
-                    assert float(group.latent_line_logps_TGH[t, g, k]) == pytest.approx(float(line), abs=tolerance, rel=1e-5)
-                    assert float(group.latent_gate_logps_TGH[t, g, k]) == pytest.approx(wanted, abs=tolerance, rel=1e-5)
+                    assert float(group.latent_line_logps_TGH[t, g, k]) == pytest.approx(
+                        float(line), abs=tolerance, rel=1e-5
+                    )
+                    assert float(group.latent_gate_logps_TGH[t, g, k]) == pytest.approx(
+                        wanted, abs=tolerance, rel=1e-5
+                    )
 
 
 def assert_latents_are_exact(group, slow, tolerance: float = 1e-4) -> None:
@@ -148,7 +154,8 @@ def assert_gradients_agree(found, wanted, tolerance: float = 1e-4) -> None:
         assert float((found[name] - gradient).abs().max()) <= tolerance * largest, name
 
 
-def weights(group):
+def random_weights(group):
+    """One number for each gate and each symbol."""
     generator = torch.Generator().manual_seed(0)
     count = sum(len(z.logps) for row in group.latents for z in row)
     return torch.randn(len(group.sites), generator=generator), torch.randn(count, generator=generator)
@@ -160,7 +167,7 @@ def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokeniz
     model = tiny_model(model_type, tokenizer)
     engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
     group = engine.rollout(document, document.sites[2:5], 2, 1, KEY, score=False)
-    weight_T, weight_n = weights(group)
+    weight_T, weight_n = random_weights(group)
     slow = slow_path(model, tokenizer, max_length=3)
     wanted = gradients(model, slow_objective(slow, group, weight_T, weight_n))
     for kind in (BranchEngine, ExpandEngine):
@@ -231,7 +238,9 @@ def test_entropy_is_that_of_the_distribution_drawn_from(llama, tokenizers, docum
 def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
     """Forward and gradients of an adapter; only the adapter has gradients."""
     tokenizer = tokenizers["newline_indent"]
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llama", tokenizer), config).eval()
     engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
@@ -239,12 +248,15 @@ def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
     slow = slow_path(model, tokenizer, max_length=3)
     assert_group_is_exact(group, slow, horizon=2)
     assert_latents_are_exact(group, slow)
-    weight_T, weight_n = weights(group)
+    weight_T, weight_n = random_weights(group)
     wanted = gradients(model, slow_objective(slow, group, weight_T, weight_n))
     assert wanted and all("lora_" in name for name in wanted)
     for through in (None, model):
         logps = engine.log_probs(group, slice(0, 3), through)
-        assert_gradients_agree(gradients(model, (logps.gate_T * weight_T).sum() + (logps.token_n * weight_n).sum()), wanted)
+        assert_gradients_agree(
+            gradients(model, (logps.gate_T * weight_T).sum() + (logps.token_n * weight_n).sum()), wanted
+        )
+    # The adapter is really in use.
     with model.disable_adapter(), torch.no_grad():
         assert not torch.allclose(engine.trunk(document).line_logps_A, group.line_logps_A, atol=1e-2)
     expand = engine_of(ExpandEngine, model, tokenizer, max_length=3).rollout(document, document.sites[1:4], 2, 2, KEY)
@@ -324,7 +336,9 @@ def test_lines_beyond_the_horizon_are_zero_and_without_gate(llama, tokenizers, d
     group = engine_of(BranchEngine, llama, tokenizers["newline_indent"]).rollout(document, document.sites, 1, 3, KEY)
     for t, site in enumerate(document.sites):
         lines = horizon_lines(document, site, 3)
-        assert (group.latent_line_logps_TGH[t, :, :lines] < 0).all() and (group.latent_line_logps_TGH[t, :, lines:] == 0).all()
+        assert (group.latent_line_logps_TGH[t, :, :lines] < 0).all() and (
+            group.latent_line_logps_TGH[t, :, lines:] == 0
+        ).all()
         assert torch.isneginf(group.latent_gate_logps_TGH[t, :, lines:]).all()
 
 
@@ -446,7 +460,9 @@ def test_the_stop_is_one_symbol(llama, tokenizers, document, slow_path):
     scaled = distribution(logits, torch.tensor([0]), torch.tensor([1]))[0]
     stop_ids = slow_path(llama, tokenizer).stop_ids
     assert len(stop_ids) > 3
-    assert float(scaled[table.stop_id]) == pytest.approx(math.log(sum(math.exp(float(logits[0, i])) for i in stop_ids)), abs=1e-5)
+    assert float(scaled[table.stop_id]) == pytest.approx(
+        math.log(sum(math.exp(float(logits[0, i])) for i in stop_ids)), abs=1e-5
+    )
     assert torch.isneginf(scaled[[i for i in stop_ids if i != table.stop_id]]).all()
     # No stop at the first token, and none inside a character.
     assert torch.isneginf(distribution(logits, torch.tensor([0]), torch.tensor([0]))[0, stop_ids]).all()
@@ -486,10 +502,12 @@ def test_a_stored_kept_set_stays_finite_under_other_weights(tiny_model, tokenize
     engine = engine_of(BranchEngine, new, tokenizer, top_k=2)
     logps = engine.log_probs(group, slice(0, len(group.sites))).token_n
     assert torch.isfinite(logps).all()
-    # Two symbols are kept: their probabilities sum to 1, so a kept pair that is a coin toss is at most log 1.
-    assert (logps <= 1e-6).all()
-    dropped = [Latent(z.token_ids, z.stopped, z.logps) for z in group.latents[0]]
-    assert dropped[0].kept is None
+    # The distribution is that of the kept set: its two symbols share all the mass under the new weights too.
+    kept = group.latents[0][0].kept[0].tolist()
+    assert len(kept) == 2
+    both = [Latent((k,), False, (0.0,), (group.latents[0][0].kept[0],)) for k in kept]
+    pair = replace(group, sites=group.sites[:1], latents=(tuple(both),))
+    assert float(engine.log_probs(pair, slice(0, 1)).token_n.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.5}])
@@ -509,7 +527,7 @@ def test_frequencies_of_first_tokens(params, llama, tokenizers, document, slow_p
     tolerance = 5 * (exact * (1 - exact) / n).sqrt() + 1 / n
     assert ((counts / n - exact).abs() <= tolerance).all()
     assert (counts[exact == 0] == 0).all()
-    assert len(exact[exact > 0.05]) >= 2, "too flat or too sharp to show anything"
+    assert len(exact[exact > 0.01]) >= 2, "too flat or too sharp to show anything"
 
 
 def test_frequencies_of_whole_latents(llama, tokenizers, document, slow_path):
@@ -518,7 +536,6 @@ def test_frequencies_of_whole_latents(llama, tokenizers, document, slow_path):
     site = document.sites[1]
     action = document.actions[site]
     engine = engine_of(BranchEngine, llama, tokenizer, max_length=2, **params)
-    # A model that likes to stop: raise the bias-free head's rows of newline tokens towards the present hidden state.
     group = engine.rollout(document, (site,), n, 1, KEY, score=False)
     slow, exact = slow_path(llama, tokenizer, max_length=2, **params), {}
     prefix = [*document.input_ids[: action.start], *action.boundary.think]
@@ -544,7 +561,13 @@ def test_noise_depends_on_the_key_alone():
     together = KEY.uniform(7, index, 0, 5)
     assert together.tolist() == [float(KEY.uniform(7, int(i), 0, 5)) for i in index]
     keys = [(1, 2, 3, 7, 1, 0, 5), (2, 2, 3, 7, 1, 0, 5), (1, 3, 3, 7, 1, 0, 5), (1, 2, 4, 7, 1, 0, 5)]
-    keys += [(1, 2, 3, 8, 1, 0, 5), (1, 2, 3, 7, 2, 0, 5), (1, 2, 3, 7, 1, 1, 5), (1, 2, 3, 7, 1, 0, 6), (1, 2, 3, 7, 1, -1, 5)]
+    keys += [
+        (1, 2, 3, 8, 1, 0, 5),
+        (1, 2, 3, 7, 2, 0, 5),
+        (1, 2, 3, 7, 1, 1, 5),
+        (1, 2, 3, 7, 1, 0, 6),
+        (1, 2, 3, 7, 1, -1, 5),
+    ]
     assert len({float(keyed_uniform(*key)) for key in keys}) == len(keys)
     assert float(keyed_uniform(1, 2)) != float(keyed_uniform(2, 1))
 

@@ -101,7 +101,10 @@ def standard_library_sources() -> list[str]:
 
 def test_tokenizers_have_the_property_of_their_name(tokenizers):
     text = "def f(x):\n    if x:\n        return 1\n\n\ny = 2\n"
-    pieces = {name: [text[a:b] for a, b in t(text, return_offsets_mapping=True)["offset_mapping"]] for name, t in tokenizers.items()}
+    pieces = {
+        name: [text[a:b] for a, b in t(text, return_offsets_mapping=True)["offset_mapping"]]
+        for name, t in tokenizers.items()
+    }
     assert [p for p in pieces["newline_alone"] if "\n" in p] == ["\n"] * 6
     assert "\n   " in pieces["newline_indent"] and "\n       " in pieces["newline_indent"]
     assert "):\n" in pieces["newline_punctuation"] and any(p.startswith("\n\n") for p in pieces["newline_punctuation"])
@@ -168,7 +171,10 @@ def test_no_boundary_inside_a_logical_line(tokenizer, segmenter, text):
     (document,) = segmenter(tokenizer)(0, text)
     starts = [len(body_text(tokenizer, document.input_ids[: document.actions[s].start])) for s in document.sites]
     # Three logical lines; the first has a boundary only where nothing stands in front (never here: see below).
-    assert [s for s in starts if s] == [text.index("x = ") if "x = " in text else text.index("f("), text.index("b = 1")]
+    assert [s for s in starts if s] == [
+        text.index("x = ") if "x = " in text else text.index("f("),
+        text.index("b = 1"),
+    ]
 
 
 def test_no_boundary_at_the_start_without_bos_and_none_before_eos(tokenizer, segmenter):
@@ -187,7 +193,9 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
 
     backend = tokenizers["newline_punctuation"].backend_tokenizer
     copy = type(backend).from_str(backend.to_str())
-    copy.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, copy.token_to_id(EOS))])
+    copy.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, copy.token_to_id(EOS))]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token=EOS, bos_token=EOS)
     (document,) = segmenter(tokenizer)(0, "x = 1\ny = 2\n")
     assert document.context == 1 and document.sites == (0, 1)
@@ -271,7 +279,12 @@ def test_think_prefix_and_closure_by_hand(tokenizers, segmenter):
     before " return"): carry 7, so think = 1 space + "#", close = "\\n" + 7 spaces.
     """
     text = "def f(x):\n    if x:\n        return 1\n"
-    expected = {"newline_alone": (8, 0), "newline_indent": (1, 7), "newline_punctuation": (8, 0), "sentencepiece": (8, 0)}
+    expected = {
+        "newline_alone": (8, 0),
+        "newline_indent": (1, 7),
+        "newline_punctuation": (8, 0),
+        "sentencepiece": (8, 0),
+    }
     for kind, (spaces, carry) in expected.items():
         tokenizer = tokenizers[kind]
         (document,) = segmenter(tokenizer)(0, text)
@@ -285,7 +298,14 @@ def test_think_prefix_and_closure_by_hand(tokenizers, segmenter):
 def test_the_prefix_does_not_peek_at_the_next_line(tokenizer, segmenter):
     """What stands before the boundary's token fixes the prefix; the next line shows in the carry alone."""
     head = "def f(x):\n    while x:\n        if x:\n"
-    nexts = ["            return 1\n", "        pass\n", "    y = 2\n", "z = 3\n", "                w\n", "\n\nq = 1\n"]
+    nexts = [
+        "            return 1\n",
+        "        pass\n",
+        "    y = 2\n",
+        "z = 3\n",
+        "                w\n",
+        "\n\nq = 1\n",
+    ]
     seen: dict[str, set[tuple[int, ...]]] = {}
     for following in nexts:
         text = head + following
@@ -457,7 +477,9 @@ def test_dataset_forms_and_round_trip(tokenizers, segmenter):
     assert row_to_document(by_text[1]) == make(1, "x = 1\n")[0]
     named = segment_dataset(Dataset.from_dict({"source": [CODE]}), make, text_field="source")
     assert row_to_document(named[0]) == document
-    made = segment_dataset(Dataset.from_dict({"a": [CODE[:10]], "b": [CODE[10:]]}), make, formatting_func=lambda e: e["a"] + e["b"])
+    made = segment_dataset(
+        Dataset.from_dict({"a": [CODE[:10]], "b": [CODE[10:]]}), make, formatting_func=lambda e: e["a"] + e["b"]
+    )
     assert row_to_document(made[0]) == document
     halves = Dataset.from_dict({"prompt": [CODE[:10]], "completion": [CODE[10:]]})
     assert row_to_document(segment_dataset(halves, make)[0]) == make(0, CODE, 10)[0]
@@ -523,13 +545,17 @@ def test_counts_add_up(tokenizer, segmenter):
 
 def test_load_code_directory(tmp_path, caplog):
     (tmp_path / "LICENSE").write_text("\n  MIT License\n\nCopyright\n")
-    (tmp_path / "good.py").write_text(f"import os\n\n\n@deco\n{CODE}    # tail\n\nclass C:\n    a = 1\n    b = 2\n    c = 3\n")
+    (tmp_path / "good.py").write_text(
+        f"import os\n\n\n@deco\n{CODE}    # tail\n\nclass C:\n    a = 1\n    b = 2\n    c = 3\n"
+    )
     package = tmp_path / "package"
     package.mkdir()
     (package / "tagged.py").write_text(f"# SPDX-License-Identifier: Apache-2.0\n{CODE}    z = 1\n    w = 2\n")
     (package / "crlf.py").write_bytes(b"def g():\r\n    a = 1\r\n    b = 2\r\n    return a\r\n")
     (package / "bad.py").write_text("def f(:\n")
-    (package / "latin.py").write_bytes("# -*- coding: latin-1 -*-\ndef f():\n    x = 'é'\n    y = 1\n    return x\n".encode("latin-1"))
+    (package / "latin.py").write_bytes(
+        "# -*- coding: latin-1 -*-\ndef f():\n    x = 'é'\n    y = 1\n    return x\n".encode("latin-1")
+    )
     (package / "empty.py").write_text("")
     with caplog.at_level(logging.WARNING):
         dataset = load_code_directory(tmp_path)

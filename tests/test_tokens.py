@@ -26,7 +26,16 @@ def assert_automaton_agrees(data: bytes) -> None:
 
 def test_pending_bytes_by_hand():
     """The judge itself: é is C3 A9, the euro sign E2 82 AC, surrogates (ED A0 80) and C0 80 are no UTF-8."""
-    answers = {b"a": 0, b"\xc3": 1, b"\xc3\xa9": 0, b"\xe2": 2, b"\xe2\x82": 1, b"\xf0": 3, b"\xf0\x9f": 2, b"\xa9": None}
+    answers = {
+        b"a": 0,
+        b"\xc3": 1,
+        b"\xc3\xa9": 0,
+        b"\xe2": 2,
+        b"\xe2\x82": 1,
+        b"\xf0": 3,
+        b"\xf0\x9f": 2,
+        b"\xa9": None,
+    }
     answers |= {b"\xed\xa0": None, b"\xc0": None, b"\xe0\x80": None, b"\xf4\x90": None, b"\xf5": None, b"\xe2a": None}
     assert {data: pending_bytes(data) for data in answers} == answers
 
@@ -35,14 +44,53 @@ def test_automaton_on_all_strings_of_one_and_two_bytes():
     for a in range(256):
         assert_automaton_agrees(bytes([a]))
     # All second bytes after each kind of first byte, the edges of every range included.
-    for a in (0x00, 0x7F, 0x80, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF):
+    for a in (
+        0x00,
+        0x7F,
+        0x80,
+        0xC1,
+        0xC2,
+        0xDF,
+        0xE0,
+        0xE1,
+        0xEC,
+        0xED,
+        0xEE,
+        0xEF,
+        0xF0,
+        0xF1,
+        0xF3,
+        0xF4,
+        0xF5,
+        0xFF,
+    ):
         for b in range(256):
             assert_automaton_agrees(bytes([a, b]))
 
 
 def test_automaton_on_random_strings():
     rng = random.Random(0)
-    edges = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4]
+    edges = [
+        0x41,
+        0x7F,
+        0x80,
+        0x8F,
+        0x90,
+        0x9F,
+        0xA0,
+        0xBF,
+        0xC2,
+        0xDF,
+        0xE0,
+        0xE1,
+        0xEC,
+        0xED,
+        0xEE,
+        0xEF,
+        0xF0,
+        0xF1,
+        0xF4,
+    ]
     valid = 0
     for _ in range(3000):
         data = bytes(rng.choices(edges, k=rng.choice([3, 3, 4, 5])))
@@ -55,7 +103,9 @@ def test_automaton_goes_over_token_borders(tokenizer):
     """From the state one token leads to, the next one goes on as if both were one string."""
     table = build_token_table(tokenizer, len(tokenizer))
     rng, data = random.Random(1), table.token_bytes
-    interesting = [i for i, b in enumerate(data) if b and not b.isascii()] + [i for i, b in enumerate(data) if b == b"a"]
+    interesting = [i for i, b in enumerate(data) if b and not b.isascii()] + [
+        i for i, b in enumerate(data) if b == b"a"
+    ]
     for _ in range(1000):
         first, second = rng.choices(interesting, k=2)
         state = int(table.next_state_SV[0, first])

@@ -136,7 +136,9 @@ def test_resumed_run_is_the_run_left_alone(make, tmp_path, reward_model):
         trainer = make(e_steps=2, m_steps=4, output_dir=str(folder), reward_model=reward_model)
         trainer.train(resume_from_checkpoint=True)
         assert furthest(weights(alone.model), weights(trainer.model)) == 0
-        again = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history]
+        again = [
+            {k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history
+        ]
         assert again[:-1] == log[:-1]
 
 
@@ -236,7 +238,14 @@ def test_logs_have_the_promised_names(make):
     names = {name for entry in trainer.state.log_history for name in entry}
     promised = ("reward", "gain", "think_rate", "latent_length", "duration", "entropy", "elbo")
     assert {f"estep/{name}" for name in promised} <= names
-    assert {"mstep/loss", "mstep/code_loss", "mstep/latent_loss", "tokens", "seconds/rollout", "seconds/update"} <= names
+    assert {
+        "mstep/loss",
+        "mstep/code_loss",
+        "mstep/latent_loss",
+        "tokens",
+        "seconds/rollout",
+        "seconds/update",
+    } <= names
 
 
 def test_a_damaged_likelihood_stops_the_run(make, caplog):
@@ -288,7 +297,9 @@ def test_odd_documents_are_counted_and_trained(make):
     odd = [*TEXTS[:2], "", "x = 1\n", "def f(:\n  '''", "s = 'é漢字😀'\r\nt = s\r\n", "\ta = (\n1)", "x = 1\n" * 300]
     trainer = make(texts=odd, m_steps=-1, e_steps=1)
     counts = trainer.counts["train"]
-    assert counts["documents"] == 8 == sum(counts[k] for k in ("with_actions", "no_boundary", "plain", "lossy", "empty"))
+    assert (
+        counts["documents"] == 8 == sum(counts[k] for k in ("with_actions", "no_boundary", "plain", "lossy", "empty"))
+    )
     assert counts["empty"] == 1 and counts["plain"] >= 1 and counts["chunks"] > 8
     trainer.train()
 

@@ -43,7 +43,9 @@ def without(argv: list[str], removed: list[str]) -> list[str]:
 def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     """The `accelerate launch` command for `argv`, `None` if it is not asked for."""
     names = parser.option_names() | {"env"}
-    config = [word for key, value in read_config(argv).items() if key not in names for word in (f"--{key}", str(value))]
+    config = [
+        word for key, value in read_config(argv).items() if key not in names for word in (f"--{key}", str(value))
+    ]
     if "--accelerate_config" not in [*argv, *config]:
         return None
     plain = without(argv, ["--config", argv[argv.index("--config") + 1]]) if "--config" in argv else argv

@@ -14,11 +14,13 @@ from trl import TrlParser
 from ..config import RA3Config
 
 
-_USAGE = "ra3 train --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] [OPTION ...]"
+_USAGE = (
+    "ra3 train --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] [OPTION ...]"
+)
 _FILES = """--config FILE is a YAML file of the options below (`num_latents: 8`), which options on the command line
 override; its `env:` section sets environment variables. --accelerate_config NAME_OR_FILE runs the command through
-`accelerate launch` with a YAML file of `accelerate config`, or one that trl brings along: single_gpu, multi_gpu, fsdp1,
-fsdp2, zero1, zero2, zero3; further options of `accelerate launch` (--num_processes 2) go there."""
+`accelerate launch` with a YAML file of `accelerate config`, or one that trl brings along: single_gpu, multi_gpu,
+fsdp1, fsdp2, zero1, zero2, zero3; further options of `accelerate launch` (--num_processes 2) go there."""
 
 
 class TrainParser(TrlParser):
@@ -32,13 +34,19 @@ class TrainParser(TrlParser):
         return {field.name for dtype in self.dataclass_types for field in fields(dtype) if field.init}
 
     def set_defaults_with_config(self, **config) -> list[str]:
-        """As in TRL, but numbers go through the type of their option as on the command line: 2.5 latents are refused."""
-        as_text = {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()}
+        """As in TRL, but numbers are read as on the command line, so that 2.5 latents are refused."""
+        as_text = {
+            k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()
+        }
         return super().set_defaults_with_config(**as_text)
 
     def format_help(self) -> str:
         """RA3's own options before the many of `TrainingArguments`."""
-        inherited = {field.name for field in fields(TrainingArguments)} - {"learning_rate", "logging_steps", "output_dir"}
+        inherited = {field.name for field in fields(TrainingArguments)} - {
+            "learning_rate",
+            "logging_steps",
+            "output_dir",
+        }
         own = {field.name for field in fields(RA3Config)} - inherited
         script = {field.name for field in fields(self.dataclass_types[0])}
         sections: dict[str, list] = {

@@ -26,8 +26,12 @@ from trl import (
 from ..config import RA3Config
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_splits
+from .estimate import estimate, render
 from .launch import LAUNCHED, launch, launch_command
-from .parser import TrainParser, normalise, refuse_unknown
+from .parser import TrainParser, normalise, read_config, refuse_unknown
+
+
+_UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
 
 
 @dataclass
@@ -78,7 +82,9 @@ class RA3ScriptArguments(ScriptArguments):
 def make_parser(prog: str = "ra3 train") -> TrainParser:
     """The parser of script, config, model and mixture arguments."""
     types = (RA3ScriptArguments, RA3Config, ModelConfig, DatasetMixtureConfig)
-    return TrainParser(types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3.")
+    return TrainParser(
+        types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3."
+    )
 
 
 def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: int) -> tuple[Any, Any]:
@@ -98,6 +104,12 @@ def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: i
     if test is None or script.eval_fraction is not None:
         return hold_out(train, script.eval_documents, script.eval_fraction, seed)
     return train, limit(test, script.eval_documents)
+
+
+def source_name(script: RA3ScriptArguments, mixture: DatasetMixtureConfig) -> str:
+    """What the model card calls the data: Hub ids, the name of a local folder or file (not its path)."""
+    names = [d.path for d in mixture.datasets] or [script.dataset_name or script.code_dir or STANDARD_LIBRARY]
+    return ", ".join(Path(name).resolve().name if Path(name).exists() else name for name in names)
 
 
 def build_trainer(
@@ -135,12 +147,14 @@ def resume_point(args: RA3Config) -> bool | str | None:
     if str(value).lower() in ("true", "yes"):
         if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
             raise ValueError(
-                f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir!r} holds no checkpoint; leave it "
-                "out to start anew."
+                f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir!r} holds no checkpoint; "
+                "leave it out to start anew."
             )
         return True
     if not Path(value).is_dir():
-        raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no folder; use `true` or a checkpoint's path.")
+        raise ValueError(
+            f"`resume_from_checkpoint` is {value!r}, which is no folder; use `true` or a checkpoint's path."
+        )
     return value
 
 
@@ -180,8 +194,6 @@ def _stopped(args: RA3Config, typed: str) -> str:
 
 def _dry_run(script, args: RA3Config, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
     """Prints the estimate. The run's folder is not made and nothing leaves the machine."""
-    from .estimate import estimate, render
-
     args.push_to_hub, args.report_to = False, []
     with tempfile.TemporaryDirectory() as aside:
         args.output_dir = aside
@@ -196,20 +208,20 @@ def main(argv: list[str] | None = None) -> int:
     argv = normalise(list(sys.argv[1:] if argv is None else argv))
     typed = os.environ.get(LAUNCHED) or shlex.join(["ra3", "train", *argv])
     parser = make_parser()
-    dry = any(word in ("--dry_run", "--dry-run") for word in argv)
-    command = None if LAUNCHED in os.environ or dry else launch_command(parser, argv)
-    if command is not None:
+    dry = "--dry_run" in argv or "--dry-run" in argv or read_config(argv).get("dry_run") is True
+    command = None if LAUNCHED in os.environ else launch_command(parser, argv)
+    if command is not None and not dry:
         return launch(command, typed)
     *parts, in_file, unknown = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    if LAUNCHED not in os.environ:  # else they were options of `accelerate launch`
+    if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
         refuse_unknown([*unknown, *in_file], parser.option_names())
     script, args, model_args, mixture = parts
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
-    if args.output_dir == RA3Config().output_dir:
+    if args.output_dir == _UNNAMED:
         args.output_dir = f"{Path(name.rstrip('/')).name}-RA3"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if script.dry_run:
@@ -218,9 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     trainer = build_trainer(script, args, model_args, mixture)
     if resume is None and get_last_checkpoint(args.output_dir) is not None:
         logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
-    source = script.dataset_name or script.code_dir or ", ".join(d.path for d in mixture.datasets) or STANDARD_LIBRARY
     try:
-        run(trainer, source, resume)
+        run(trainer, source_name(script, mixture), resume)
     except KeyboardInterrupt:
         if trainer.is_world_process_zero():
             print(_stopped(args, typed), file=sys.stderr)

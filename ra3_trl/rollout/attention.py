@@ -114,8 +114,10 @@ class BranchState:
         self.blocks: list[_Block] = []
         self.document_length = 0
         self._tokens: BranchTokens | None = None
-        self._order: torch.Tensor | None = None
         self._own_row: torch.Tensor | None = None
+        self._query_row: torch.Tensor | None = None
+        self._out_row: torch.Tensor | None = None
+        self._sizes: list[int] = []
 
     @property
     def layers(self) -> int:
@@ -149,10 +151,12 @@ class BranchState:
             while j < len(ids) and j - i < most and ids[j] - ids[i] < most:
                 j += 1
             self.blocks.append(self._block(tokens, position_n, ids[i:j], bounds[i : j + 1], slots))
-            row = self.blocks[-1].row_MS
-            rows.append(row[row >= 0])
+            rows.append(self.blocks[-1].row_MS.flatten())
             i = j
-        self._order = torch.argsort(torch.cat(rows))
+        row = torch.cat(rows)
+        self._query_row, self._sizes = row.clamp(min=0), [len(r) for r in rows]
+        self._out_row = torch.empty_like(tokens.branch_n)
+        self._out_row[row[row >= 0]] = (row >= 0).nonzero()[:, 0]
 
     def _block(self, tokens, position_n, ids: list[int], bounds: list[int], slots: int) -> _Block:
         device = position_n.device
@@ -207,7 +211,7 @@ class BranchState:
             kept[:, self._tokens.branch_n, self._tokens.slot_n] = new
 
     def _keys(self, block: _Block, own: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
-        mine = own[:, block.first : block.last, : block.slots].flatten(1, 2)
+        mine = own[:, :, : block.slots].flatten(1, 2)
         if not self.cached:
             return torch.cat([mine, document[:, : block.document]], 1)
         room = max(_OWN_KEYS, self.slots)
@@ -218,18 +222,22 @@ class BranchState:
     def _attend_blocks(
         self, layer: int, q: torch.Tensor, scale, window: int | None, cap: float | None
     ) -> torch.Tensor:
+        # Gathered once and split: the backward of a slice fills a tensor of the whole's size, for every block.
+        queries = q[:, self._query_row].split(self._sizes, 1)
+        own_k, own_v = self._own[layer]
+        if self.cached:
+            owns = [(own_k[:, b.first : b.last], own_v[:, b.first : b.last]) for b in self.blocks]
+        else:
+            counts = [b.last - b.first for b in self.blocks]
+            owns = zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True)
         outputs = []
-        for block in self.blocks:
-            k, v = (
-                self._keys(block, own, doc) for own, doc in zip(self._own[layer], self._document[layer], strict=True)
-            )
+        for block, query, own in zip(self.blocks, queries, owns, strict=True):
+            k, v = (self._keys(block, x, doc) for x, doc in zip(own, self._document[layer], strict=True))
             repeat = len(q) // len(k)
             mask = block.mask(window, repeat, q.dtype)
-            queries = q[:, block.row_MS.clamp(min=0).flatten()]  # [heads, M*S, D]
-            grouped = queries.reshape(len(k), repeat * queries.shape[1], -1)
-            out = _fused(grouped, k, v, mask, scale, cap).reshape(len(q), *block.row_MS.shape, -1)
-            outputs.append(out[:, block.row_MS >= 0])
-        return torch.cat(outputs, 1)[:, self._order]
+            grouped = query.reshape(len(k), repeat * query.shape[1], -1)
+            outputs.append(_fused(grouped, k, v, mask, scale, cap).reshape(len(q), query.shape[1], -1))
+        return torch.cat(outputs, 1)[:, self._out_row]
 
 
 def _branch_attention(

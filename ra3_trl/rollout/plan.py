@@ -19,8 +19,8 @@ class SitePlan:
     prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen
     by nobody else: token `i` sees the main slots below `sees[i]` and its own run from `run[i]` on.
 
-    Example: closure `[c]`, line `[a, b]`, prefix `[x, y]` gives tokens `[c, a, b, x]`, with `x` seeing `c` only, and
-    four wanted log-probs: `a` and `x` after `c`, `b` after `a`, `y` after `x`.
+    Example: closure `[c]`, line `[a, b]`, prefix `[x, y]` gives tokens `[c, a, x]`, with `x` seeing `c` only, and four
+    wanted log-probs: `a` and `x` after `c`, `b` after `a`, `y` after `x`.
     """
 
     start: int
@@ -67,7 +67,8 @@ def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
     chain = [*action.boundary.close]
     for later in document.actions[site : site + count]:
         chain += document.input_ids[later.start : later.end]
-    tokens, sees, run = list(chain), list(range(1, len(chain) + 1)), list(range(len(chain)))
+    fed = chain[:-1]  # nothing is predicted from the last token
+    tokens, sees, run = list(fed), list(range(1, len(fed) + 1)), list(range(len(fed)))
     wanted: list[tuple[int, int, int, bool]] = []
     slot, undecided = len(action.boundary.close) - 1, []
     for k, later in enumerate(document.actions[site : site + count]):
@@ -76,7 +77,7 @@ def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
         if later.boundary is None:
             undecided.append(k)
         else:
-            following = tuple(chain[slot + 1 :])
+            following = tuple(fed[slot + 1 :])
             pairs, side = gate_targets(later.boundary, slot, following, len(tokens))
             wanted += [(predictor, target, k, True) for predictor, target in pairs]
             run += [len(tokens)] * len(side)
