@@ -26,7 +26,8 @@ from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, Samp
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, standard_library
 
 
-_EXPAND_TOKENS = 24_000  # most tokens the expand engine is timed on for one document, more or less
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_EXPAND_TOKENS = 12_000  # most tokens the expand engine is timed on for one document, more or less
 _PLAIN_TOKENS = 2_048  # tokens the plain forward is timed on; `_UPDATE_TOKENS` likewise with backward
 _UPDATE_TOKENS = 1_024
 
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--update_length", type=int, default=256, help="document tokens of the update")
     parser.add_argument("--repeats", type=int, default=1, help="interleaved rounds; the best of each side counts")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="`cpu` with `--threads 1` on a shared machine")
     parser.add_argument("--seed", type=int, default=0, help="seed of the keyed noise")
 
 
@@ -59,6 +62,18 @@ class Bench:
     branch: BranchEngine
     expand: ExpandEngine
 
+    def best_of(self, repeats: int, *functions: Callable[[], object]) -> tuple[list[float], list]:
+        """Shortest time of each function, run in turns, and the last results."""
+        clock = CLOCKS[self.args.clock]
+        times = [float("inf")] * len(functions)
+        results: list = [None] * len(functions)
+        for _ in range(repeats):
+            for i, function in enumerate(functions):
+                begin = clock()
+                results[i] = function()
+                times[i] = min(times[i], clock() - begin)
+        return times, results
+
     @property
     def noise(self) -> NoiseKey:
         return NoiseKey(self.args.seed, 0, 0)
@@ -71,6 +86,8 @@ class Bench:
 
 def run(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     folder = args.model or _default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -86,7 +103,7 @@ def run(args: argparse.Namespace) -> dict:
     result["max_logprob_diff"] = max(result["max_logprob_diff"].values())
     result |= measure_memory(bench, documents[min(documents)])
     result |= measure_update(bench, pick_document(tokenizer, args.module, args.update_length))
-    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "seed": args.seed}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "clock": args.clock, "seed": args.seed}
     return result | {"benchmark_seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -134,18 +151,6 @@ def counted_tokens(bench: Bench) -> Iterator[list[int]]:
         handle.remove()
 
 
-def best_of(repeats: int, *functions: Callable[[], object]) -> tuple[list[float], list]:
-    """Shortest time of each function, run in turns, and the last results."""
-    times = [float("inf")] * len(functions)
-    results: list = [None] * len(functions)
-    for _ in range(repeats):
-        for i, function in enumerate(functions):
-            begin = time.perf_counter()
-            results[i] = function()
-            times[i] = min(times[i], time.perf_counter() - begin)
-    return times, results
-
-
 def measure_rollout(bench: Bench, document: Document) -> dict:
     args, length = bench.args, len(document.input_ids)
     sampled = sample_sites(document, args)
@@ -158,18 +163,18 @@ def measure_rollout(bench: Bench, document: Document) -> dict:
             bench.model(input_ids=row[None], use_cache=False)
 
     with counted_tokens(bench) as counts:
-        times, (_, group) = best_of(args.repeats, plain_forward, lambda: bench.rollout(bench.branch, document))
+        times, (_, group) = bench.best_of(args.repeats, plain_forward, lambda: bench.rollout(bench.branch, document))
     tokens = sum(counts) // args.repeats - plain.numel()
     say(f"{length} tokens, {len(document.sites)} sites: branch {times[1]:.1f} s for {tokens} tokens")
     floor = times[0] * tokens / plain.numel()
     latents = [group.latents[i] for i in chosen]
-    (generate, score), (drawn, scored) = best_of(
+    (generate, score), (drawn, scored) = bench.best_of(
         1,
         lambda: bench.rollout(bench.expand, sampled, score=False),
         lambda: bench.expand.score(sampled, sampled.sites, latents, args.horizon),
     )
     # Both calls run the document's own rows; once is enough.
-    trunk = best_of(1, lambda: bench.expand.trunk(sampled))[0][0]
+    trunk = bench.best_of(1, lambda: bench.expand.trunk(sampled))[0][0]
     share = len(document.sites) / len(chosen)
     expand = (generate + score - trunk) * share
     say(f"{length} tokens: expand {generate + score - trunk:.1f} s for {len(chosen)} sites; floor {floor:.1f} s")
@@ -247,7 +252,7 @@ def measure_update(bench: Bench, document: Document) -> dict:
         bench.model.zero_grad()
 
     with counted_tokens(bench) as counts, PeakMemory() as memory:
-        times, _ = best_of(max(2, args.repeats), plain, update)
+        times, _ = bench.best_of(max(2, args.repeats), plain, update)
     bench.branch.max_branch_tokens = bound
     tokens = sum(counts) // max(2, args.repeats) - rows.numel()
     say(f"update: {times[1]:.1f} s for {tokens} tokens, plain {times[0]:.1f} s for {rows.numel()}")

@@ -184,8 +184,8 @@ class RA3Config(TrainingArguments):
                 raise ValueError(f"`{name}` is {values[name]}; it must be at least {least}.")
         if self.num_latents < 2 and self.baseline == "leave_one_out" and self.e_steps and self.penalty < math.inf:
             raise ValueError(
-                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it or "
-                "set `baseline='no_think'`."
+                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
+                "or set `baseline='no_think'`."
             )
         for name in ("discount", "top_p", "prior_alpha"):
             if not 0 < values[name] <= 1:

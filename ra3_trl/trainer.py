@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,7 +39,6 @@ from .em import (
     estep_backward,
     evaluate_documents,
     finish_metrics,
-    latent_alarms,
     mstep_loss,
     pack,
     plan_schedule,
@@ -48,8 +46,9 @@ from .em import (
     rollout_metrics,
 )
 from .em.checkpoint import CheckpointMixin
+from .em.watch import WatchMixin
 from .hub import write_model_card
-from .models import FrozenWeights
+from .models import FrozenWeights, context_length, disable_dropout, load_model
 from .records import AnnotatedExample, Document
 from .report import LatentLog
 from .rollout import Backbone, NoiseKey, SamplingParams, build_engine
@@ -65,14 +64,13 @@ from .segmentation import (
 
 
 logger = logging.getLogger(__name__)
-_PROBE_DOCUMENTS = 8
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
-class RA3MidTrainer(CheckpointMixin, Trainer):
+class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -129,14 +127,12 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
-        model = _load_model(model, args, peft_config)
+        model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(model)
         self.ra3_args = args
         self.backbone = Backbone(model)
         self.engine = self._build_engine(args, tokenizer)
@@ -168,8 +164,6 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
         self.metrics = MetricSums()
         self.frozen: dict[str, FrozenWeights] = {}
         self.probe_baseline: float | None = None
-        self._probe: list[Document] = []
-        self._alarmed: set[str] = set()
         self.latent_log = LatentLog(Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps)
 
     # ---- set-up ----
@@ -183,17 +177,16 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
 
     def _chunk_tokens(self, args: RA3Config) -> int:
         """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any."""
-        config = self.backbone.causal_lm.config.get_text_config().to_dict()
-        context = config.get("max_position_embeddings") or config.get("n_positions") or args.max_length
+        context = context_length(self.backbone.causal_lm) or args.max_length
         if args.max_length > context:
             raise ValueError(
-                f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower `max_length`."
+                f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."
             )
         room = max(args.max_length // 5, args.max_latent_length + 8) if args.uses_latents else 0
         if args.max_length - room < 8:
             raise ValueError(
-                f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens leave "
-                "no room for text; raise `max_length`."
+                f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens "
+                "leave no room for text; raise `max_length`."
             )
         return args.max_length - room
 
@@ -206,7 +199,7 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
         )
         if isinstance(segmented, Dataset):
             self.counts[split] = counts = count_documents(dataset, segmented)
-            logger.warning("%s: %s", split, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
+            logger.info("%s: %s", split, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
             if not len(segmented):
                 raise ValueError(
                     f"`{split}_dataset` has {len(dataset)} rows and all are empty texts; give it some code."
@@ -360,8 +353,9 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
         if sites:
             self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
         for e in examples:
-            again = self.processing_class(self._decode(e.input_ids), add_special_tokens=False)["input_ids"]
-            self.metrics.add("mstep/retokenized_differs", float(tuple(again) != e.input_ids))
+            ids = e.input_ids[e.document.context :]
+            again = self.processing_class(self._decode(ids), add_special_tokens=False)["input_ids"]
+            self.metrics.add("mstep/retokenized_differs", float(tuple(again) != ids))
 
     def _decode(self, ids) -> str:
         return self.processing_class.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -369,47 +363,10 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
     def _count_tokens(self, tokens: int) -> None:
         self.state.num_input_tokens_seen += int(tokens) * self.accelerator.num_processes
 
-    # ---- watching ----
-
-    def _alarm(self, named: dict[str, float]) -> None:
-        alarms = latent_alarms(named)
-        if self.gate_hold.holds and self.gate_hold.mode == "auto":
-            alarms.append(
-                "the model's own latents cost more than they bring where it thinks: P(think) is held up until they pay "
-                "(gate_hold='auto')."
-            )
-        for alarm in alarms:
-            if alarm not in self._alarmed:
-                self._alarmed.add(alarm)
-                logger.warning("update %d: %s", self.state.global_step, alarm)
-
-    def _probe_loss(self) -> float:
-        """Cross-entropy per code token without latents on a few training documents, always the same ones."""
-        if not self._probe:
-            rows = (row_to_document(row) for row in self.train_dataset)
-            self._probe = [d for _, d in zip(range(_PROBE_DOCUMENTS), (r for r in rows if r.sites), strict=False)]
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
-            groups = [self.engine.trunk(document) for document in self._probe]
-        tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
-        return -sum(float(g.line_logps_A.double().sum()) for g in groups) / max(tokens, 1)
-
-    def _watch_code_loss(self) -> None:
-        """Every tenth of an E-phase: stop when the likelihood of the code itself has been damaged."""
-        phase = self.schedule.phase_at(self.state.global_step)
-        if phase.step == 0 or phase.step % max(1, phase.length // 10):
-            return
-        rise = self._probe_loss() - self.probe_baseline
-        self.metrics.add("estep/code_loss_rise", rise)
-        if rise > self.args.code_loss_tolerance:
-            logger.warning(
-                "update %d: the cross-entropy of code without latents rose by %.3f nats per token in this E-phase, past "
-                "code_loss_tolerance=%s; training stops. Lower `e_learning_rate` (now %g) or raise `kl_coef`.",
-                self.state.global_step, rise, self.args.code_loss_tolerance, self.args.e_learning_rate,
-            )  # fmt: skip
-            self.control.should_training_stop = True
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if not self.state.log_history:  # where every text went, once
+                logs |= {f"data/{name}": float(value) for name, value in self.counts.get("train", {}).items()}
             logs |= self.metrics.pop() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
@@ -446,15 +403,3 @@ class RA3MidTrainer(CheckpointMixin, Trainer):
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
         if self.is_world_process_zero():
             write_model_card(self.args, self.state, self.backbone, self.counts, model_name, dataset_name, kwargs)
-
-
-def _load_model(model: str | PreTrainedModel | PeftModel, args: RA3Config, peft_config: PeftConfig | None):
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32"} | (args.model_init_kwargs or {}))
-    elif args.model_init_kwargs:
-        raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
-    if peft_config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
-    return get_peft_model(model, peft_config)

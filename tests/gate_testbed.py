@@ -23,7 +23,7 @@ from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
 
 
-RIGHT, AGREE = 0.15, 0.8
+RIGHT, AGREE = 0.1, 0.8
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 PIECES = ("\n", "#", "x=", "pass", "assert x==", *"0123456789")
 
@@ -38,20 +38,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def program(rng: random.Random, stanzas: int, careless: bool) -> str:
-    """One program; `careless` as in the corpus of the pre-training, else the expert's."""
+def program(rng: random.Random, stanzas: int, think: float = 0.0, right: float = 1.0, agree: float = 1.0) -> str:
+    """One program, with comments before a share `think` of the assertions (none: the expert's), of which a share
+    `right` states the value, and a share `agree` is followed by an assertion that agrees with it."""
     lines = []
     for _ in range(stanzas):
         value = rng.randrange(10)
         for line in (f"x={value}", "pass"):
-            if careless and rng.random() < 0.02:
+            if think and rng.random() < 0.02:
                 lines.append(f"#{rng.randrange(10)}")
             lines.append(line)
-        if careless and rng.random() < 0.4:
-            comment = value if rng.random() < RIGHT else (value + rng.randrange(1, 10)) % 10
+        if rng.random() < think:
+            comment = value if rng.random() < right else (value + rng.randrange(1, 10)) % 10
             lines.append(f"#{comment}")
-            value = comment if rng.random() < AGREE else rng.randrange(10)
-        elif careless:
+            value = comment if rng.random() < agree else rng.randrange(10)
+        elif think:
             value = rng.randrange(10)
         lines.append(f"assert x=={value}")
     return "\n".join(lines) + "\n"
@@ -60,10 +61,10 @@ def program(rng: random.Random, stanzas: int, careless: bool) -> str:
 def expert(seed: int, count: int, stanzas: int = 8) -> Dataset:
     """The expert's programs, all assertions true."""
     rng = random.Random(seed)
-    return Dataset.from_list([{"text": program(rng, stanzas, careless=False)} for _ in range(count)])
+    return Dataset.from_list([{"text": program(rng, stanzas)} for _ in range(count)])
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 400) -> LlamaForCausalLM:
+def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> LlamaForCausalLM:
     """A Llama of two layers, pre-trained on careless programs."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -74,8 +75,9 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 400) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     rng = random.Random(seed)
-    for _ in range(steps):
-        texts = [program(rng, 8, careless=True) + EOS for _ in range(8)]
+    for step in range(steps):
+        corpus = (0.8, 1.0, 1.0) if step < steps // 2 else (0.4, RIGHT, AGREE)
+        texts = [program(rng, 8, *corpus) + EOS for _ in range(8)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss

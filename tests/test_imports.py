@@ -25,7 +25,7 @@ PRIVATE = ("trl.trainer", "trl.models", "trl.experimental")
 
 
 def room_of(path: Path) -> str | None:
-    """`ra3_trl/em/estep.py` -> em, `ra3_trl/trainer.py` -> trainer, `examples/x.py` -> examples, `__init__` -> None."""
+    """`ra3_trl/em/estep.py` -> em, `ra3_trl/trainer.py` -> trainer, `examples/x.py` -> examples; `__init__`: None."""
     parts = path.relative_to(ROOT).parts
     if parts[0] != PACKAGE.name:
         return parts[0]

@@ -30,7 +30,7 @@ LOG2 = math.log(2)
 
 
 def document_of(*kinds: str, tokens: int = 2) -> Document:
-    """Lines of two tokens each after one of context: `"."` a first line, `"|"` one with a boundary, `"#"` a comment."""
+    """Lines of two tokens after one of context: `"."` without a boundary, `"|"` with one, `"#"` a comment."""
     actions = tuple(
         Action(i, 1 + i * tokens, 1 + (i + 1) * tokens, BOUNDARY if kind == "|" else None, kind == "#")
         for i, kind in enumerate(kinds)
@@ -112,7 +112,7 @@ def test_returns_are_renormalised_on_both_sides():
 
 
 def test_a_useless_latent_gains_nothing():
-    """A latent that changes nothing but the gate (nobody thinks twice): raw line -1 + log(1 - p) without it, -1 with."""
+    """It changes nothing but the gate (nobody thinks twice): raw line -1 + log(1 - p) without it, -1 with it."""
     p = 0.3
     group = group_of(document_of(".", "|"), [0.0, -1 + math.log(1 - p)], [0.0, p], [[[-1.0]]], [[[0.0]]])
     assert float(compute_returns(group, 1, 1.0).gain_TG) == pytest.approx(0, abs=1e-6)

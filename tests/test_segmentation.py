@@ -65,8 +65,9 @@ ODD = {
     "decorators": "@a\n@b(\n    1,\n)\nclass C:\n    @property\n    def f(self):\n        return 1\n",
     "comment after the colon": "def f(x):\n    if x: # c\n        return 1 # d\n    else: # e\n        return 2\n",
     "async": "async def f(x):\n    async with x as y:\n        await y\n    async for z in y:\n        yield z\n",
-    "match": "def f(x):\n    match x:\n        case [1, _]:\n            return 1\n        case {'a': b}:\n            return b\n",
-    "nested f-strings": "def f(x, y):\n    a = f\"{x!r:>{y}} {f'{x + 1}'}\"\n    b = f'''{\n        x\n    } # no'''\n    return a + b\n",
+    "match": "match x:\n    case [1, _]:\n        y = 1\n    case {'a': b}:\n        y = b\n",
+    "nested f-strings": "def f(x, y):\n    a = f\"{x!r:>{y}} {f'{x + 1}'}\"\n"
+    "    b = f'''{\n        x\n    } # no'''\n    return a + b\n",
     "docstrings": 'def f():\n    """One.\n\n    # not a comment\n        Two:\n    """\n    return """a\nb"""\n',
     "brackets": "x = [\n    1,\n    # inside\n    2,\n]\ny = {\n'a':\n1}\nz = (x,\n     y)\n",
     "backslash": "x = 1 + \\\n    2\nassert x, \\\n  'a'\nif x and \\\n   x:\n    y = 1\n",
@@ -125,7 +126,7 @@ def assert_splices_keep_the_program(tokenizer, document, text: str, one_by_one: 
             assert tree(spliced) == program, spliced
 
 
-@pytest.mark.parametrize("name", [name for name in ODD])
+@pytest.mark.parametrize("name", list(ODD))
 def test_splicing_keeps_the_program_in_odd_texts(tokenizer, segmenter, name):
     text = ODD[name]
     (document,) = segmenter(tokenizer)(0, text)
@@ -324,9 +325,9 @@ def test_the_prefix_does_not_peek_at_the_next_line(tokenizer, segmenter):
 
 def test_the_expected_indent_follows_from_the_lines_before():
     text = "if a:\n  if b:\n    c\nd\nif e:\n\tf\n\tif g:\n\t\th\nfor i in j: k\nl = {\n1: 2}\nm\n"
-    # After a colon one unit deeper, else as the line before; never the line's own indent. The unit is 4 spaces, Python's
-    # habit, until one is seen: 2 spaces at `if b` (so `c` at 2 + 2), a tab at `f` (so `h` at two tabs). `d`, `if e` ...
-    # `for` and `l` are expected where the line before them stood.
+    # After a colon one unit deeper, else as the line before; never the line's own indent. The unit is 4 spaces,
+    # Python's habit, until one is seen: 2 spaces at `if b` (so `c` at 2 + 2), a tab at `f` (so `h` at two tabs).
+    # `d`, `for` and `l` are expected where the line before them stood.
     expected = ["", "    ", "    ", "    ", "", "  ", "\t", "\t\t", "\t\t", "", ""]
     assert [line.indent for line in segment_python(text)] == expected
 

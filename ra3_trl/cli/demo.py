@@ -129,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     train, held_out = _corpus(options, tokenizer, 4 * (e_steps + m_steps), per_eval)
     console.print(f"{len(train)} documents to train on, {len(held_out)} held out. Model: {Path(name).name}")
 
-    ra3 = RA3MidTrainer(name, _config(output, options.seed, e_steps=e_steps, m_steps=m_steps), train, held_out, tokenizer)
+    ra3 = RA3MidTrainer(
+        name, _config(output, options.seed, e_steps=e_steps, m_steps=m_steps), train, held_out, tokenizer
+    )
     console.rule("RA3: before")
     base = ra3.evaluate()
     console.rule(f"RA3: {e_steps} E-updates, then {m_steps} M-updates")
@@ -176,7 +178,9 @@ def _results(name, ra3, base, after_e, final, plain, seconds: float) -> dict[str
         "documents": ra3.counts["train"]["documents"],
         "tokens": int(ra3.state.num_input_tokens_seen),
         "seconds": round(seconds, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)),
+        "peak_mb": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+        ),
         "gain_first": base["eval_gain"],
         "gain_last": after_e["eval_gain"],
         "think_rate": final["eval_think_rate"],

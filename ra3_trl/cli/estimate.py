@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -46,8 +47,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds measured on this machine: per branch (E-update), per boundary (annotation), per token (M-update)."""
+    """Seconds measured on this machine: per document and per branch more (E-update), per boundary (annotation), per
+    token (M-update)."""
 
+    e_per_chunk: float
     e_per_branch: float
     annotate_per_boundary: float
     m_per_token: float
@@ -80,7 +83,7 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
     work = count_work(trainer)
     timing = time_updates(trainer)
     hours = {
-        "E-phase": work.e_branches * timing.e_per_branch / 3600,
+        "E-phase": (work.e_chunks * timing.e_per_chunk + work.e_branches * timing.e_per_branch) / 3600,
         "annotation": work.annotated_boundaries * timing.annotate_per_boundary / 3600,
         "M-phase": work.m_tokens * timing.m_per_token / 3600,
     }
@@ -157,20 +160,22 @@ def time_updates(trainer: RA3MidTrainer) -> Timing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     with trainer.compute_loss_context_manager():
         _time_mstep(trainer, [splice(documents[0], {})])  # what happens the first time only stays out of the timing
-        e_per_branch = _time_estep(trainer, documents, start) if args.e_steps else 0.0
+        e_step = _time_estep(trainer, documents, start) if args.e_steps else (0.0, 0.0)
         annotate_per_boundary, examples = 0.0, [splice(document, {}) for document in documents]
         if args.uses_latents:
             annotate_per_boundary, examples[0] = _time_annotation(trainer, documents[0])
         m_per_token = _time_mstep(trainer, examples)
     model.zero_grad(set_to_none=True)
-    return Timing(e_per_branch, annotate_per_boundary, m_per_token, _peak_bytes(args.device))
+    return Timing(*e_step, annotate_per_boundary, m_per_token, _peak_bytes(args.device))
 
 
-def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: FrozenWeights | None) -> float:
-    """Seconds per branch of an E-update without its optimizer step; the first of two rounds is to warm up."""
+def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: FrozenWeights | None) -> tuple[float, float]:
+    """Seconds per document and per branch of an E-update without its optimizer step: a line through an update with
+    one boundary a document (the second such, the first warms up) and one with more."""
     args, noise, sites = trainer.args, NoiseKey(trainer.args.seed, 0, 0), trainer.args.max_sites
-    for most in (1, _MOST_SITES):
-        args.max_sites = min(sites or most, most)
+    points = []
+    for most in (1, 1, min(sites or _MOST_SITES, _MOST_SITES)):
+        args.max_sites = most
         begin = time.perf_counter()
         trainer.model.eval()
         with torch.no_grad():
@@ -181,9 +186,11 @@ def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: Frozen
             trainer.engine, rollouts, args, float(count), trainer.gate_hold.holds, start,
             lambda loss, last: loss.backward(),
         )  # fmt: skip
-        seconds = _elapsed(begin, args.device)
+        points.append((count * args.num_latents, _elapsed(begin, args.device)))
     args.max_sites = sites
-    return seconds / (count * args.num_latents)
+    (few, low), (many, high) = points[1:]
+    slope = max(high - low, 0.0) / (many - few) if many > few else low / few
+    return max(low - slope * few, 0.0) / len(documents), slope
 
 
 def _time_annotation(trainer: RA3MidTrainer, document: Document) -> tuple[float, AnnotatedExample]:
@@ -207,13 +214,13 @@ def _time_mstep(trainer: RA3MidTrainer, examples: list[AnnotatedExample]) -> flo
 
 
 def _average_documents(data: Dataset, with_sites: bool) -> list[Document]:
-    """Two chunks whose number of tokens is nearest to the mean, with boundaries where latents are wanted."""
+    """Two chunks whose tokens and boundaries are nearest to the mean, with a boundary where latents are wanted."""
     rows = data.select_columns(["think", "input_ids"])
-    sizes = [(i, len(row["input_ids"]), any(row["think"])) for i, row in enumerate(rows)]
-    wanted = [(i, size) for i, size, sites in sizes if sites or not with_sites]
-    mean = sum(size for _, size in wanted) / len(wanted)
-    nearest = sorted(wanted, key=lambda pair: abs(pair[1] - mean))[:2]
-    return [row_to_document(data[i]) for i, _ in nearest]
+    sizes = np.array([(len(row["input_ids"]), sum(1 for think in row["think"] if think)) for row in rows])
+    wanted = np.flatnonzero(sizes[:, 1] > 0) if with_sites else np.arange(len(sizes))
+    mean = np.maximum(sizes[wanted].mean(0), 1)
+    distance = np.abs(sizes[wanted] / mean - 1).sum(1)
+    return [row_to_document(data[int(i)]) for i in wanted[distance.argsort(kind="stable")[:2]]]
 
 
 def _elapsed(begin: float, device: torch.device) -> float:

@@ -69,7 +69,7 @@ def _decide_by_policy(
 def _decide_by_resampling(
     engine: RolloutEngine, context: Document, sites: Sequence[int], args: RA3Config, noise: NoiseKey
 ) -> dict[int, Latent]:
-    """At each boundary <act> or one of G latents, drawn from the posterior weights; sums over the lines, no penalty."""
+    """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
     group = engine.rollout(context, sites, args.num_latents, args.horizon, noise)
     returns = compute_returns(group, args.horizon, args.discount)
     prob = args.annotation_think_prob

@@ -80,9 +80,9 @@ def estep_backward(
         num_sites (`float`):
             Sites of the whole accumulation window and all processes: the loss's denominator.
         hold (`bool`):
-            Whether the gate may only be pushed up.
+            Whether the gate is held at its value under `start`.
         start ([`FrozenWeights`], *optional*):
-            Weights that the KL term is measured to.
+            Weights that the KL term is measured to, and the gate while it is held.
         backward (`Callable`):
             Takes a chunk's loss and whether it is the last one.
 
@@ -92,8 +92,9 @@ def estep_backward(
     chunks = [(r, part) for r in rollouts for part in engine.split(r.group)]
     total, parts = 0.0, {}
     for i, (rollout, part) in enumerate(chunks):
-        with torch.no_grad(), start.applied() if args.kl_coef else nullcontext():
-            ref = engine.log_probs(rollout.group, part).token_n if args.kl_coef else None
+        wants_start = start is not None and (args.kl_coef or hold)
+        with torch.no_grad(), start.applied() if wants_start else nullcontext():
+            ref = engine.log_probs(rollout.group, part) if wants_start else None
         logps = engine.log_probs(rollout.group, part, through, entropy=args.entropy_coef > 0)
         terms = _terms(rollout, part, args, hold, logps.gate_T)
         loss, named = estep_loss(
@@ -102,12 +103,13 @@ def estep_backward(
             logps.token_n,
             logps.branch_n,
             gate_coef=args.gate_coef,
-            ref_token_logps_n=ref,
+            ref_token_logps_n=ref.token_n if wants_start else None,
             kl_coef=args.kl_coef,
             entropy_n=logps.entropy_n,
             entropy_coef=args.entropy_coef,
             prior_think=1 - args.prior_alpha,
             gate_kl_coef=args.gate_kl_coef,
+            anchor_gate_logps_T=ref.gate_T if wants_start and hold else None,
         )
         loss = loss / num_sites
         backward(loss, i + 1 == len(chunks))

@@ -64,7 +64,7 @@ def plan_schedule(
             )
     if m_steps < 0 or e_steps + m_steps < 1:
         raise ValueError(
-            f"`max_steps` is {max_steps}: too few for em_iterations={iterations} times e_steps={e_steps} updates; raise "
-            "it or lower `e_steps`."
+            f"`max_steps` is {max_steps}: too few for em_iterations={iterations} times e_steps={e_steps} updates; "
+            "raise it or lower `e_steps`."
         )
     return Schedule(iterations, e_steps, m_steps)

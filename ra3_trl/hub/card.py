@@ -15,8 +15,9 @@ from ..rollout import Backbone
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 _SHOWN = (
-    "em_iterations", "e_steps", "m_steps", "max_steps", "learning_rate", "e_learning_rate", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_length", "num_latents", "max_latent_length", "horizon", "discount", "penalty",
+    "em_iterations", "e_steps", "m_steps", "max_steps", "learning_rate", "e_learning_rate",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_latents",
+    "max_latent_length", "horizon", "discount", "penalty",
     "line_reduction", "baseline", "reward_model", "gate_hold", "kl_coef", "annotation", "prior_alpha",
     "existing_comments", "temperature", "seed",
 )  # fmt: skip

@@ -48,7 +48,7 @@ def code_bounds(group: RolloutGroup) -> CodeBounds:
 
 
 def resampling_logits(act_T: torch.Tensor, latent_TG: torch.Tensor, log_think_T: torch.Tensor) -> torch.Tensor:
-    """Unnormalised log-weights `[T, 1 + G]` of <act> and of each latent: `log(1-rho) + G_act`, `log rho - log G + G_g`.
+    """Log-weights `[T, 1 + G]` of <act> and of each latent: `log(1-rho) + G_act`, `log rho - log G + G_g`.
 
     No penalty: the prior `rho` is its place here. `log_think_T` is log rho.
     """

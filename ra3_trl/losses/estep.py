@@ -23,13 +23,18 @@ class EStepTerms:
 
 
 def gate_slope(gain_TG: torch.Tensor, penalty: float, hold: bool) -> torch.Tensor:
-    """Slope of the gate's objective in P(think), `[T]`.
-
-    While the gate is held it is only ever pushed up: comments that still harm would push it to never thinking before
-    they can improve, and from there nothing comes back.
-    """
+    """Slope of the gate's objective in P(think), `[T]`; zero while the gate is held, see [`gate_anchor`]."""
     slope = gain_TG.mean(1) - penalty
-    return slope.clamp(min=0) if hold else slope
+    return torch.zeros_like(slope) if hold else slope
+
+
+def gate_anchor(gate_logps_T: torch.Tensor, start_gate_logps_T: torch.Tensor) -> torch.Tensor:
+    """KL(Bernoulli(P(think) at the start) || Bernoulli(P(think))), `[T]`: what holds a held gate still.
+
+    Its slope in the gate's log-odds is `p - p_start`: at most 1, and not vanishing where p has collapsed.
+    """
+    log_p, log_q = start_gate_logps_T, log1mexp(start_gate_logps_T)
+    return log_p.exp() * (log_p - gate_logps_T) + log_q.exp() * (log_q - log1mexp(gate_logps_T))
 
 
 def estep_loss(
@@ -45,6 +50,7 @@ def estep_loss(
     entropy_coef: float = 0.0,
     prior_think: float = 0.3,
     gate_kl_coef: float = 0.0,
+    anchor_gate_logps_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over sites of the negative objective; the caller divides by the sites of the whole window.
 
@@ -60,6 +66,9 @@ def estep_loss(
             `r - 1 - log r` with `r = pi_ref / pi`, as in GRPO: never negative, unbiased.
         entropy_n (`torch.Tensor`, *optional*):
             Entropy of the distribution each symbol was drawn from.
+        anchor_gate_logps_T (`torch.Tensor`, *optional*):
+            log P(think) under the weights at the start, given while the gate is held: [`gate_anchor`] is then added,
+            with weight `gate_coef`.
 
     Returns:
         The loss and its parts, all summed over sites (KL and entropy averaged over the latents of a site).
@@ -81,6 +90,9 @@ def estep_loss(
     if gate_kl_coef:
         parts["gate_kl"] = bernoulli_kl(gate_logps_T, prior_think).sum()
         loss = loss + gate_kl_coef * parts["gate_kl"]
+    if anchor_gate_logps_T is not None:
+        parts["gate_anchor"] = gate_anchor(gate_logps_T, anchor_gate_logps_T).sum()
+        loss = loss + gate_coef * parts["gate_anchor"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 

@@ -36,7 +36,9 @@ def plot_run(logs: dict[str, list[dict]], bars: dict[str, dict[str, float]], pat
     axes[1].set_ylim(bottom=0)
     for color, (name, log) in zip(colors, logs.items(), strict=False):
         points = [(entry["step"], entry["mstep/code_loss"]) for entry in log if "mstep/code_loss" in entry]
-        axes[2].plot(*zip(*points, strict=True) if points else ([], []), color=color, marker="o", markersize=3, label=name)
+        axes[2].plot(
+            *zip(*points, strict=True) if points else ([], []), color=color, marker="o", markersize=3, label=name
+        )
     axes[2].set_title("M-phase: loss of code tokens (nats)", fontsize=10)
     axes[2].set_xlabel("update")
     axes[2].legend(frameon=False, fontsize=9)

@@ -103,8 +103,8 @@ def build_token_table(
     newline = [i for i, b in enumerate(data) if b is not None and b"\n" in b]
     if not newline:
         raise ValueError(
-            f"`processing_class` ({type(tokenizer).__name__}) has no token that holds a newline, so a comment line can "
-            "neither be ended nor be told from code; use a tokenizer that keeps newlines."
+            f"`processing_class` ({type(tokenizer).__name__}) has no token that holds a newline, so a comment line "
+            "can neither be ended nor be told from code; use a tokenizer that keeps newlines."
         )
     next_state = torch.full((8, vocab_size), -1, dtype=torch.int8)
     blank = torch.zeros(vocab_size, dtype=torch.bool)
