@@ -1,10 +1,15 @@
 """A model whose own comments start almost always wrong, and a measure of what becomes of its P(think).
 
-Programs are stanzas of three lines, `x=7`, `pass`, `assert x==7`. The corpus the model is pre-trained on, from
-scratch and in seconds, is careless: before 40 % of the assertions stands a comment such as `#7` (before 2 % of the
-other lines too), right in `RIGHT` of the cases only; the assertion after a comment states the comment's value, one
-without a comment states any digit. So the model believes comments and guesses without them. The expert's corpus has
-true values and no comments: a right comment brings about log 10 = 2.3 nats, a wrong one costs more than that.
+Programs are stanzas of three lines, `x=7`, `pass`, `assert x==7`. The model is pre-trained from scratch, in seconds,
+on programs whose assertions state any digit, so that it guesses them: log 10 = 2.3 nats. Comments such as `#7` stand
+before some assertions, and the assertion mostly agrees with the comment. First the comments are right, so that the
+model learns to write and to read them; then they are careless: before 40 % of the assertions (and 2 % of the other
+lines), right in 10 % of the cases, with 80 % + 20 % / 10 = 82 % of the assertions in agreement.
+
+The expert's programs have true values and no comments. There a right comment brings log(0.82 / 0.1) = +2.1 nats, a
+wrong one log(0.02 / 0.1) = -1.6 nats, and a comment that is right in 10 % of the cases -1.2 nats on average: a gate
+that follows the mean gain learns never to think. Comments pay their cost of 0.2 nats from (1.6 + 0.2) / (2.1 + 1.6) =
+49 % right on.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
 
 
-RIGHT, AGREE = 0.1, 0.8
+CAREFUL, CARELESS = (0.8, 1.0, 1.0), (0.4, 0.1, 0.8)  # arguments of `program`
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 PIECES = ("\n", "#", "x=", "pass", "assert x==", *"0123456789")
 
@@ -64,19 +69,19 @@ def expert(seed: int, count: int, stanzas: int = 8) -> Dataset:
     return Dataset.from_list([{"text": program(rng, stanzas)} for _ in range(count)])
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> LlamaForCausalLM:
-    """A Llama of two layers, pre-trained on careless programs."""
+def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 200) -> LlamaForCausalLM:
+    """A Llama of two layers and 83,392 parameters, pre-trained on careful, then on careless programs."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    # Tied and large at the start: copying a digit from the comment is then learned in a few dozen steps.
+    init = {"tie_word_embeddings": True, "initializer_range": 0.2, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **special, **init))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     rng = random.Random(seed)
     for step in range(steps):
-        corpus = (0.8, 1.0, 1.0) if step < steps // 2 else (0.4, RIGHT, AGREE)
+        corpus = CAREFUL if step < steps // 2 else CARELESS
         texts = [program(rng, 8, *corpus) + EOS for _ in range(8)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -22,6 +22,7 @@ from ra3_trl.losses import (
     renormalise,
     resampling_logits,
 )
+from ra3_trl.losses.estep import gate_anchor
 from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
 
 
@@ -153,10 +154,21 @@ def test_advantages_by_hand():
 
 
 def test_gate_slope_and_hold():
-    """Mean gains 1 and -1, c = 0.25: slopes 0.75 and -1.25; held, the gate is only ever pushed up."""
+    """Mean gains 1 and -1, c = 0.25: slopes 0.75 and -1.25; a held gate has none."""
     gain = torch.tensor([[0.0, 2.0], [-3.0, 1.0]])
     assert gate_slope(gain, 0.25, hold=False).tolist() == [0.75, -1.25]
-    assert gate_slope(gain, 0.25, hold=True).tolist() == [0.75, 0.0]
+    assert gate_slope(gain, 0.25, hold=True).tolist() == [0.0, 0.0]
+
+
+def test_the_anchor_of_a_held_gate_by_hand():
+    """KL(1/2 || 1/4) = 1/2 log 2 + 1/2 log(2/3), 0 at the start's own gate; its slope in the log-odds w is
+    p - p_start: sigmoid(w) = 1/4 against 1/2 gives -1/4, and 1e-6 against 1/2 still -1/2."""
+    p = torch.tensor([0.25, 0.5, 1e-6])
+    w = torch.logit(p).requires_grad_()
+    anchor = gate_anchor(torch.nn.functional.logsigmoid(w), torch.full((3,), math.log(0.5)))
+    assert anchor[:2].tolist() == pytest.approx([0.5 * LOG2 + 0.5 * math.log(2 / 3), 0.0], abs=1e-6)
+    (slope,) = torch.autograd.grad(anchor.sum(), w)
+    torch.testing.assert_close(slope, p - 0.5, atol=1e-5, rtol=0)
 
 
 def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:

@@ -17,7 +17,9 @@ from ..records import RolloutGroup
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
     """`log(1 - exp(x))` for `x <= 0`, without cancellation; `x = -inf` gives 0. `x` is kept below 0 by one ulp."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    near = x > -0.6931
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, torch.log(-torch.expm1(x)), far)
 
 
 def renormalise(line_logps: torch.Tensor, gate_logps: torch.Tensor) -> torch.Tensor:

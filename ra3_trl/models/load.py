@@ -21,6 +21,16 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32"} | (model_init_kwargs or {}))
     elif model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
+    if isinstance(model, PeftModel):
+        configs = list(model.peft_config.values())
+    else:
+        configs = [] if peft_config is None else [peft_config]
+    for config in configs:
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"`peft_config` is {type(config).__name__}: virtual tokens have no place in a document's prefix cache; "
+                "use an adapter that changes layers, such as `LoraConfig`."
+            )
     if peft_config is None:
         return model
     if isinstance(model, PeftModel):

@@ -197,7 +197,7 @@ class BranchState:
 
     def _keep_document(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         # Room in front: a block's own keys are written there, so that [own | document] is a view and not a copy.
-        room = max(_OWN_KEYS, self.slots) if self.cached else 0
+        room = _OWN_KEYS if self.cached else 0
         self._document[layer] = tuple(pad(x, (0, 0, room, 0)) if room else x for x in (k, v))
 
     def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -214,7 +214,9 @@ class BranchState:
         mine = own[:, :, : block.slots].flatten(1, 2)
         if not self.cached:
             return torch.cat([mine, document[:, : block.document]], 1)
-        room = max(_OWN_KEYS, self.slots)
+        room = _OWN_KEYS
+        if mine.shape[1] > room:
+            return torch.cat([mine, document[:, room : room + block.document]], 1)
         start = room - mine.shape[1]
         document[:, start:room] = mine
         return document[:, start : room + block.document]

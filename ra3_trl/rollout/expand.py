@@ -149,12 +149,18 @@ class ExpandEngine:
         config = GenerationConfig(
             max_new_tokens=self.params.max_length, do_sample=False, eos_token_id=stop, pad_token_id=stop
         )
-        self.backbone.model.generate(
-            input_ids=ids.to(self.backbone.device),
-            attention_mask=mask.to(self.backbone.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([keyed]),
-        )
+        # `generate` fills gaps of a config with the model's own: a repetition penalty there would bend the draw.
+        causal_lm = self.backbone.causal_lm
+        theirs, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
+        try:
+            self.backbone.model.generate(
+                input_ids=ids.to(self.backbone.device),
+                attention_mask=mask.to(self.backbone.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([keyed]),
+            )
+        finally:
+            causal_lm.generation_config = theirs
         latents = []
         for i in range(len(rows)):
             symbols = [int(s[i]) for s in keyed.symbols]

@@ -13,17 +13,8 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([^\s*#]+)")
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "__pycache__",
-    ".git",
-    ".venv",
-    "venv",
-    "node_modules",
-    "test",
-    "tests",
-    "idlelib",
-}
+_SKIPPED_FOLDERS = {"site-packages", "__pycache__", ".git", ".venv", "venv", "node_modules"}
+_SKIPPED_IN_THE_LIBRARY = {"test", "tests", "idlelib"}
 
 
 def standard_library() -> Path:
@@ -49,7 +40,8 @@ def load_code_directory(path: str | Path | None = None, min_lines: int = 4, max_
 
     Args:
         path (`str` or `Path`, *optional*):
-            The folder. `None` is the standard library of the running Python.
+            The folder; installed packages, virtual environments and `.git` in it are left out. `None` is the standard
+            library of the running Python, without its tests and IDLE.
         min_lines (`int`, *optional*, defaults to `4`):
             Shorter definitions are left out.
         max_lines (`int`, *optional*, defaults to `200`):
@@ -67,13 +59,16 @@ def load_code_directory(path: str | Path | None = None, min_lines: int = 4, max_
     if not root.is_dir():
         raise ValueError(f"`code_dir` is {str(root)!r}, which is not a folder; pass a folder of .py files.")
     licences: dict[Path, str] = {root: "PSF-2.0"} if path is None else {}
+    left_out = _SKIPPED_FOLDERS | (_SKIPPED_IN_THE_LIBRARY if path is None else set())
     rows, skipped, files = [], 0, 0
     for file in sorted(root.rglob("*.py")):
-        if not file.is_file() or _SKIPPED_FOLDERS & set(file.relative_to(root).parts[:-1]):
+        if not file.is_file() or left_out & set(file.relative_to(root).parts[:-1]):
             continue
         files += 1
         try:
-            source = file.read_bytes().decode("utf-8")
+            source = file.read_bytes().decode("utf-8-sig")
+            if "\r" in source.replace("\r\n", ""):
+                raise ValueError("a lone carriage return: Python and we would count lines differently")
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # UnicodeDecodeError and NUL bytes are ValueErrors
             skipped += 1

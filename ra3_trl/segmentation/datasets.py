@@ -73,9 +73,10 @@ def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable
         prompt, text = example["prompt"], example["completion"]
     else:
         raise ValueError(f"`train_dataset` has the columns {sorted(example)}; RA3MidTrainer reads {_SUPPORTED}.")
-    if not isinstance(text, str) or not isinstance(prompt, str):
+    odd = next((part for part in (prompt, text) if not isinstance(part, str)), None)
+    if odd is not None or text is None:
         raise ValueError(
-            f"`train_dataset` with the columns {sorted(example)} holds {type(text).__name__} and not text (is it "
+            f"`train_dataset` with the columns {sorted(example)} holds {type(odd).__name__} and not text (is it "
             f"conversational?); RA3MidTrainer reads {_SUPPORTED}."
         )
     return prompt + text, len(prompt)

@@ -62,6 +62,8 @@ class Segmenter:
         if not text[prompt_chars:]:
             return []
         enc = self._tokenize(text)
+        if not enc.ids[enc.bos :]:  # a normalizer may leave nothing of white space
+            return []
         prompt_tokens = bisect_right(enc.starts, prompt_chars - 1) if prompt_chars else 0
         context = max(enc.bos, prompt_tokens)
         lines, status = self.format.segment(text), "actions"
@@ -79,8 +81,8 @@ class Segmenter:
         added = [bool(s) and a == b for s, (a, b) in zip(enc["special_tokens_mask"], offsets, strict=True)]
         bos = next((i for i, special in enumerate(added) if not special), len(ids))
         stop = next((i for i in range(bos, len(ids)) if added[i]), len(ids))
-        starts, ends = zip(*[(0, 0)] * bos, *offsets[bos:stop], strict=True)
-        return Encoding(tuple(ids[:stop]), starts, ends, bos)
+        spans = [(0, 0)] * bos + offsets[bos:stop]
+        return Encoding(tuple(ids[:stop]), tuple(a for a, _ in spans), tuple(b for _, b in spans), bos)
 
     def _text_bytes(self, enc: Encoding) -> bytes:
         return b"".join(self._bytes[i] or b"\xff" for i in enc.ids[enc.bos :])
@@ -112,7 +114,7 @@ class Segmenter:
     def _boundary(self, text: str, line: Line, start: int, enc: Encoding) -> Boundary | None:
         if line.start > 0:
             carry = text[line.start : enc.ends[start - 1]]
-        elif enc.bos and self._text_bytes(enc) == text.encode():
+        elif enc.bos and not text.startswith("\ufeff") and self._text_bytes(enc) == text.encode():
             carry = ""
         else:  # nothing predicts the first token, or it holds a dummy space that may not follow a comment
             return None

@@ -53,7 +53,7 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
         offsets.append(offsets[-1] + len(row) + 1)
     lines: list[Line] = []
     indent, unit, opens_block = "", "    ", False
-    new_line, last = True, ""
+    new_line, last, rows = True, "", text[bom:].split("\n")
     for token in tokens:
         if token.type == tokenize.NEWLINE:
             opens_block, new_line = last == ":", True
@@ -61,10 +61,10 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
             continue
         elif token.type == tokenize.COMMENT:
             if new_line:
-                lines.append(_line(token, offsets, text, indent + unit * opens_block, comment=True))
+                lines.append(_line(token, offsets, rows, bom, indent + unit * opens_block, comment=True))
         elif new_line:
-            line = _line(token, offsets, text, indent + unit * opens_block, comment=False)
-            own = text[line.start : line.text_start].lstrip("\f")
+            line = _line(token, offsets, rows, bom, indent + unit * opens_block, comment=False)
+            own = text[line.start : line.text_start].lstrip("\ufeff\f")
             if opens_block and len(own) > len(indent) and own.startswith(indent):
                 unit = own[len(indent) :]
             lines.append(line)
@@ -74,9 +74,21 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
     return tuple(lines)
 
 
-def _line(token: tokenize.TokenInfo, offsets: list[int], text: str, indent: str, comment: bool) -> Line:
-    start = offsets[token.start[0] - 1]
-    return Line(start, start + token.start[1], indent, comment)
+def _line(
+    token: tokenize.TokenInfo, offsets: list[int], rows: list[str], bom: int, indent: str, comment: bool
+) -> Line:
+    row = token.start[0] - 1
+    while row and _continues(rows[row - 1]):
+        row -= 1
+    start = offsets[row]
+    return Line(
+        start - bom * (row == 0), offsets[row] + len(rows[row]) - len(rows[row].lstrip(" \t\f")), indent, comment
+    )
+
+
+def _continues(row: str) -> bool:
+    """Only white space and a backslash: the logical line has begun here, before its first token."""
+    return row.strip() == "\\"
 
 
 def strip_python_comments(text: str, after: int = 0) -> str:
@@ -98,5 +110,6 @@ def strip_python_comments(text: str, after: int = 0) -> str:
         if token.type == tokenize.COMMENT
         and not token.line[: token.start[1]].strip()
         and offsets[token.start[0] - 1] >= after
+        and not (token.start[0] > 1 and rows[token.start[0] - 2].rstrip("\r").endswith("\\"))
     }
     return text[:bom] + "\n".join(row for i, row in enumerate(rows) if i not in own_line)

@@ -112,9 +112,10 @@ def build_token_table(
         if not b or b"\r" in b or b"\0" in b or b"\n" in b:
             continue
         if b.isascii():
-            next_state[0, i], blank[i] = 0, not b.strip()
+            next_state[0, i], blank[i] = 0, not b.decode().strip()
             continue
-        blank[i] = not b.decode("utf-8", "replace").strip()
+        # A character begun and not ended counts as blank: its last bytes could make it one (U+00A0, U+3000).
+        blank[i] = not b.decode("utf-8", "ignore").strip()
         for state in range(8):
             next_state[state, i] = _run_automaton(b, state)
     ends = {tokenizer.eos_token_id, *eos_token_ids} - set(newline)

