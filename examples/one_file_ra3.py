@@ -1,5 +1,4 @@
 """RA3 in one file, on a toy, in plain torch: `python examples/one_file_ra3.py` (seconds, on one core).
-
 Paper: Learning to Reason as Action Abstractions with Scalable Mid-Training RL, https://huggingface.co/papers/2509.25810
 
 The expert writes blocks of two lines, given a state (kind, u, v). An easy block copies u. A hard one depends on u + v
@@ -7,9 +6,8 @@ mod K, which the policy cannot compute while it writes a line (additive in u and
 latent z is drawn from a table over (u, v), and the lines see z. That is rigged on purpose: it is the situation that
 RA3 is for, and says nothing about how common it is in real code.
 
-The base model has read code with comments, so it knows what follows a comment, but its own comments are random. In a
-language model the gate is the probability of "#" and every line is divided by the probability of not thinking; here
-the gate is a head of its own and lines need no such renormalisation.
+The base has read code with comments and knows what follows one, but its own are random. In a language model the gate
+is the probability of "#", and lines are divided by that of not thinking; here the gate is a head of its own.
 """
 
 from copy import deepcopy
@@ -44,8 +42,7 @@ class Policy(nn.Module):
         """log pi of each expert line `[B, H]` under latents `z` `[B]`; the latent persists over the lines."""
         kind, u, v = s
         logits = self.of_u(kind * K + u) + self.of_v(kind * K + v) + self.of_z(kind * (K + 1) + z)
-        logps = logits.view(-1, LINES, K).log_softmax(-1)
-        return logps.gather(-1, lines_BH[..., None])[..., 0]
+        return logits.view(-1, LINES, K).log_softmax(-1).gather(-1, lines_BH[..., None])[..., 0]
 
 
 def expert(noise, count=BATCH):
@@ -95,11 +92,10 @@ def e_phase(policy, noise):
         p_B = policy.gate(s[0])[:, 0].sigmoid()
         # J = (1 - p) G_act + p (mean_g G_g - c) goes through p alone, analytically. While latents are mostly wrong it
         # would push p to 0 and nothing would be learned from thinking: until they pay, p may only go up.
-        slope_B = gain_B - PENALTY
         gains = float((p_B * gain_B).sum().detach() / p_B.sum().detach())
         average = gains if average is None else 0.8 * average + 0.2 * gains
         hold = hold and average <= PENALTY
-        gate = (p_B * (slope_B.clamp(min=0) if hold else slope_B)).mean()
+        gate = (p_B * (gain_B - PENALTY).clamp(min=0 if hold else None, max=1e9)).mean()
         policy_gradient = (advantage_BG * policy.latent_logps(s).gather(1, z_BG)).mean()
         optimizer.zero_grad()
         (-gate - policy_gradient).backward()

@@ -35,6 +35,7 @@ from .em import (
     GateHold,
     MetricSums,
     Phase,
+    Rollout,
     annotate,
     estep_backward,
     evaluate_documents,
@@ -260,10 +261,8 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         prepare = self._prepare_e if phase.kind == "E" else self._prepare_m
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
             batches = [prepare(batch["documents"], noise) for batch in batches]
-        if phase.kind == "E" and self.is_world_process_zero():
-            self.latent_log.add(self.state.global_step, [r for batch in batches for r in batch["rollouts"]])
         if phase.kind == "E":
-            self._watch_code_loss()
+            self._observe([r for batch in batches for r in batch["rollouts"]])
         count = torch.tensor(float(sum(batch["count"] for batch in batches)), device=device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1.0)
 
@@ -309,7 +308,7 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         if args.reset_optimizer and self.state.global_step > 0:
             self.optimizer.state.clear()
         if phase.kind == "E":
-            if args.kl_coef and "start" not in self.frozen:
+            if (args.kl_coef or self.gate_hold.holds) and "start" not in self.frozen:
                 self.frozen["start"] = FrozenWeights(self.backbone.model)
             if args.reward_model == "frozen":
                 self.frozen["reward"] = FrozenWeights(self.backbone.model)
@@ -325,16 +324,21 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         begin = time.perf_counter()
         rollouts = roll_out(self.engine, documents, self.args, noise, self.frozen.get("reward"))
         self.metrics.add("seconds/rollout", time.perf_counter() - begin)
+        self._count_tokens(sum(len(d.input_ids) for d in documents))
+        return {"rollouts": rollouts, "count": sum(len(r.group.sites) for r in rollouts)}
+
+    def _observe(self, rollouts: list[Rollout]) -> None:
+        """Metrics, gate and alarms of one update's rollouts, all micro-batches together."""
         named = rollout_metrics(rollouts, self._decode)
-        sites = sum(len(r.group.sites) for r in rollouts)
         for name, value in named.items():
-            self.metrics.add(f"estep/{name}", value, sites)
+            self.metrics.add(f"estep/{name}", value)
         if named:
             self.gate_hold.update(named["gate_weighted_gain"])
             self.metrics.add("estep/gate_held", float(self.gate_hold.holds))
             self._alarm(named)
-        self._count_tokens(sum(len(d.input_ids) for d in documents))
-        return {"rollouts": rollouts, "count": sites}
+        if self.is_world_process_zero():
+            self.latent_log.add(self.state.global_step, rollouts)
+        self._watch_code_loss()
 
     def _prepare_m(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
         examples = [splice(document, {}) for document in documents]

@@ -28,7 +28,7 @@ def load_model(
     for config in configs:
         if config.is_prompt_learning:
             raise ValueError(
-                f"`peft_config` is {type(config).__name__}: virtual tokens have no place in a document's prefix cache; "
+                f"`peft_config` is {type(config).__name__}: virtual tokens have no place in a prefix cache; "
                 "use an adapter that changes layers, such as `LoraConfig`."
             )
     if peft_config is None:
