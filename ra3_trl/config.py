@@ -72,15 +72,15 @@ class RA3Config(TrainingArguments):
         baseline (`str`, *optional*, defaults to `"leave_one_out"`): Or `"no_think"`: the return without latent.
         latent_weight (`str`, *optional*, defaults to `"one"`): Weight of a latent's gradient; `"gate"` is P(think).
         gate_hold (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` does not push P(think) down until latents gain more than they cost where the model thinks.
+            `"auto"` holds P(think) where it began until latents gain more than they cost where the model thinks.
         gate_coef (`float`, *optional*, defaults to `1.0`): Weight of the gate's objective.
         prior_alpha (`float`, *optional*, defaults to `0.7`): Prior probability of <act>, below 1 to resample.
         gate_kl_coef (`float`, *optional*, defaults to `0.0`): Weight of KL(Bernoulli gate, prior).
         entropy_coef (`float`, *optional*, defaults to `0.0`): Weight of the latents' token entropy.
         kl_coef (`float`, *optional*, defaults to `0.05`): Weight of the latents' KL to the weights at the start.
         code_loss_tolerance (`float`, *optional*, defaults to `0.1`):
-            Training stops with a warning when the code's cross-entropy without latents, on a probe of training
-            documents, rises by more than this many nats per token in an E-phase.
+            Training stops with a warning when the code's cross-entropy under <act> (renormalised by the gate), on a
+            probe of training documents, rises by more than this many nats per token in an E-phase.
 
     M-step:
         annotation (`str`, *optional*, defaults to `"resample"`): Or `"policy"`, the paper's way.
@@ -141,7 +141,7 @@ class RA3Config(TrainingArguments):
     reward_model: str = _help("Weights that score the lines: live or frozen.", "live")
     baseline: str = _help("leave_one_out or no_think.", "leave_one_out")
     latent_weight: str = _help("Weight of a latent's gradient: one or gate.", "one")
-    gate_hold: str = _help("Hold P(think) up until latents pay: auto, never or always.", "auto")
+    gate_hold: str = _help("Hold P(think) where it began until latents pay: auto, never or always.", "auto")
     gate_coef: float = _help("Weight of the gate's objective.", 1.0)
     prior_alpha: float = _help("Prior probability of <act>.", 0.7)
     gate_kl_coef: float = _help("Weight of KL(gate, prior).", 0.0)

@@ -308,7 +308,7 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         if args.reset_optimizer and self.state.global_step > 0:
             self.optimizer.state.clear()
         if phase.kind == "E":
-            if (args.kl_coef or self.gate_hold.holds) and "start" not in self.frozen:
+            if args.kl_coef or self.gate_hold.holds:
                 self.frozen["start"] = FrozenWeights(self.backbone.model)
             if args.reward_model == "frozen":
                 self.frozen["reward"] = FrozenWeights(self.backbone.model)
@@ -333,7 +333,10 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         for name, value in named.items():
             self.metrics.add(f"estep/{name}", value)
         if named:
+            held = self.gate_hold.holds
             self.gate_hold.update(named["gate_weighted_gain"])
+            if held and not self.gate_hold.holds:
+                logger.info("update %d: latents pay where the model thinks; P(think) is free", self.state.global_step)
             self.metrics.add("estep/gate_held", float(self.gate_hold.holds))
             self._alarm(named)
         if self.is_world_process_zero():

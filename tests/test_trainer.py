@@ -21,7 +21,8 @@ from ra3_trl import RA3Config, RA3MidTrainer
 
 
 TEXTS = [
-    f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    for k in range(y):\n        y -= k\n    return y\n"
+    f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n"
+    "    for k in range(y):\n        y -= k\n    return y\n"
     for i in range(12)
 ]
 
@@ -102,7 +103,7 @@ def test_every_parameter_learns(make, phase):
 
 
 def test_accumulation_equals_a_large_batch(make):
-    """Invariant 5: 4 x 1 = 2 x 2 = 1 x 4 documents an update, in both phases. Plain SGD shows gradients as they are."""
+    """Invariant 5: 4 x 1 = 2 x 2 = 1 x 4 documents an update, in both phases. Plain SGD shows the gradients."""
     runs = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         trainer = make(
@@ -155,12 +156,12 @@ class Kill(TrainerCallback):
         if state.global_step == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-args = RA3Config(output_dir=out, max_length=256, e_steps=3, m_steps=3, num_latents=2, max_latent_length=4, save_steps=2,
-                 report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True, e_learning_rate=1e-3)
+args = RA3Config(output_dir=out, max_length=256, e_steps=3, m_steps=3, num_latents=2, max_latent_length=4,
+                 save_steps=2, report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True, e_learning_rate=1e-3)
 texts = [f"def f{i}(x):\\n    y = x + {i}\\n    return y\\n" for i in range(8)]
 model = AutoModelForCausalLM.from_pretrained(folder)
-trainer = RA3MidTrainer(model, args, Dataset.from_dict({"text": texts}), processing_class=AutoTokenizer.from_pretrained(folder),
-                        callbacks=[Kill()])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+trainer = RA3MidTrainer(model, args, Dataset.from_dict({"text": texts}), None, tokenizer, callbacks=[Kill()])
 trainer.train(resume_from_checkpoint=os.path.isdir(out) and at == 99)
 trainer.save_model(out + "/final")
 """

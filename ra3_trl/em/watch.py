@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from ..losses import renormalise
 from ..records import Document
 from ..segmentation import row_to_document
 from .monitor import latent_alarms
@@ -25,8 +26,8 @@ class WatchMixin:
         alarms = latent_alarms(named)
         if self.gate_hold.holds and self.gate_hold.mode == "auto":
             alarms.append(
-                "the model's own latents cost more than they bring where it thinks: P(think) is held up until they "
-                "pay (gate_hold='auto')."
+                "the model's own latents cost more than they bring where it thinks: P(think) is held where it "
+                "began until they pay (gate_hold='auto')."
             )
         for alarm in alarms:
             if alarm not in self._alarmed:
@@ -42,7 +43,8 @@ class WatchMixin:
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
             groups = [self.engine.trunk(document) for document in self._probe]
         tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
-        return -sum(float(g.line_logps_A.double().sum()) for g in groups) / max(tokens, 1)
+        # Renormalised: a gate that opens takes mass from the raw lines without harming the code.
+        return -sum(float(renormalise(g.line_logps_A, g.gate_logps_A).double().sum()) for g in groups) / max(tokens, 1)
 
     def _watch_code_loss(self) -> None:
         """Every tenth of an E-phase: stop when the likelihood of the code itself has been damaged."""
