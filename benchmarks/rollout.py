@@ -224,6 +224,7 @@ class PeakMemory:
 def measure_memory(bench: Bench, document: Document) -> dict:
     """Peak of a rollout, and what it takes beyond the model, for bounds on the branches in flight."""
     bound, above = bench.branch.max_branch_tokens, {}
+    bench.branch.trunk(document)  # touches the weights, which are mapped from the file
     for tokens in (bound // 16, bound // 8, bound):
         bench.branch.max_branch_tokens = tokens
         with PeakMemory() as memory:

@@ -95,7 +95,7 @@ def e_phase(policy, noise):
         gains = float((p_B * gain_B).sum().detach() / p_B.sum().detach())
         average = gains if average is None else 0.8 * average + 0.2 * gains
         hold = hold and average <= PENALTY
-        gate = (p_B * (gain_B - PENALTY).clamp(min=0 if hold else None, max=1e9)).mean()
+        gate = (p_B * ((gain_B - PENALTY).clamp(min=0) if hold else gain_B - PENALTY)).mean()
         policy_gradient = (advantage_BG * policy.latent_logps(s).gather(1, z_BG)).mean()
         optimizer.zero_grad()
         (-gate - policy_gradient).backward()

@@ -31,7 +31,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .config import RA3Config
 from .em import (
-    EVAL_NOISE,
     GateHold,
     MetricSums,
     Phase,
@@ -293,12 +292,10 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
                 loss, parts = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
                 backward(loss, True)
                 loss = loss.detach()
-                code, latent = (float(parts["code_count"]), float(parts["latent_count"]))
-                self.metrics.add("mstep/code_loss", float(parts["code_sum"]) / max(code, 1), code)
-                self.metrics.add("mstep/latent_loss", float(parts["latent_sum"]) / max(latent, 1), latent)
-                self.metrics.add(
-                    "mstep/loss", float(parts["code_sum"] + parts["latent_sum"]) / (code + latent), code + latent
-                )
+                code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
+                both = (code[0] + latent[0], code[1] + latent[1])
+                for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
+                    self.metrics.add(f"mstep/{name}", total / max(count, 1), count)
         self.metrics.add("seconds/update", time.perf_counter() - begin)
         return loss * scale if scale > 1 else loss
 
@@ -399,12 +396,6 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         metrics = finish_metrics(dict(zip(names, totals, strict=True)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
-
-    def annotate(self, dataset: Dataset) -> list[AnnotatedExample]:
-        """Annotates every text of `dataset` with the present weights, as the M-step would; one example a chunk."""
-        segmented = segment_dataset(dataset, self.segmenter, self.args.dataset_text_field)
-        with torch.no_grad(), self._evaluating():
-            return [annotate(self.engine, row_to_document(row), self.args, EVAL_NOISE) for row in segmented]
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""

@@ -109,9 +109,10 @@ def _corpus(options: argparse.Namespace, tokenizer, train: int, held_out: int) -
 def _config(output: Path, seed: int, **changes) -> RA3Config:
     settings = {
         "output_dir": str(output), "seed": seed, "max_length": 320, "per_device_train_batch_size": 4,
-        "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_sites": 5,
-        "eval_max_sites": 6, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
-        "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "dataset_license": "PSF-2.0",
+        "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_sites": 4,
+        "eval_max_sites": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
+        "save_strategy": "no", "report_to": "none", "dataloader_pin_memory": torch.cuda.is_available(),
+        "log_latents_steps": 0, "dataset_license": "PSF-2.0",
     }  # fmt: skip
     return RA3Config(**settings | changes)
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.captureWarnings(True)
     begin = time.time()
     output = Path(options.output_dir)
-    e_steps, m_steps, per_eval = (2, 1, 2) if options.smoke else (8, 8, 14)
+    e_steps, m_steps, per_eval = (2, 1, 2) if options.smoke else (6, 5, 8)
     name = options.model_name_or_path or str(default_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     train, held_out = _corpus(options, tokenizer, 4 * (e_steps + m_steps), per_eval)
