@@ -1,14 +1,29 @@
 """RA3 (Reasoning as Action Abstractions) mid-training for causal language models, in the manner of TRL."""
 
+import importlib
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from .config import RA3Config
-from .records import AnnotatedExample, Document, Latent, RolloutGroup
-from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory
-from .trainer import RA3MidTrainer
 
+if TYPE_CHECKING:
+    from .config import RA3Config
+    from .records import AnnotatedExample, Document, Latent, RolloutGroup
+    from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory
+    from .trainer import RA3MidTrainer
 
 __version__ = metadata.version("ra3-trl")
+# Loaded when first asked for, as in transformers and trl: `ra3 --help` must not wait for torch.
+_HOMES = {
+    "RA3Config": "config",
+    "AnnotatedExample": "records",
+    "Document": "records",
+    "Latent": "records",
+    "RolloutGroup": "records",
+    "ACTION_FORMATS": "segmentation",
+    "ActionFormat": "segmentation",
+    "load_code_directory": "segmentation",
+    "RA3MidTrainer": "trainer",
+}
 __all__ = [
     "ACTION_FORMATS",
     "ActionFormat",
@@ -21,3 +36,9 @@ __all__ = [
     "__version__",
     "load_code_directory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

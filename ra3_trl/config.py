@@ -192,6 +192,13 @@ class RA3Config(TrainingArguments):
                 raise ValueError(f"`{name}` is {values[name]}; it must be above 0 and at most 1.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}; it must be above 0.")
+        if self.prior_alpha == 1 and self.annotation == "resample" and self.annotation_think_prob is None:
+            raise ValueError(
+                "`prior_alpha` is 1, so that resampling would never place a latent; lower it, set "
+                "`annotation_think_prob`, or `penalty=inf` for next-token prediction."
+            )
+        if self.prior_alpha == 1 and self.gate_kl_coef:
+            raise ValueError("`prior_alpha` is 1: the KL that `gate_kl_coef` weighs is infinite; lower `prior_alpha`.")
         prob = self.annotation_think_prob
         if prob is not None and prob != -1 and not 0 < prob < 1:
             raise ValueError(

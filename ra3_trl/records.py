@@ -118,7 +118,7 @@ class TokenTable:
     """What the sampler must know of a vocabulary of `V` ids.
 
     `next_state_SV` is the UTF-8 automaton over whole tokens: from state `S` (0 = between characters) a token leads to
-    a state or to -1 (forbidden: invalid UTF-8, carriage return, NUL, special token, id outside the tokenizer).
+    a state or to -1 (forbidden: invalid UTF-8, control character, special token, id outside the tokenizer).
     `pending_S` is how many bytes a state still waits for. `stop_ids` are all newline-bearing and end-of-text tokens:
     together they are ONE stop symbol, represented by `stop_ids[0]`.
     """

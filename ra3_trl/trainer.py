@@ -20,7 +20,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -48,7 +47,7 @@ from .em import (
 from .em.checkpoint import CheckpointMixin
 from .em.watch import WatchMixin
 from .hub import write_model_card
-from .models import FrozenWeights, context_length, disable_dropout, load_model
+from .models import FrozenWeights, context_length, disable_dropout, load_model, load_tokenizer
 from .records import AnnotatedExample, Document
 from .report import LatentLog
 from .rollout import Backbone, NoiseKey, SamplingParams, build_engine
@@ -128,7 +127,7 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
         model = load_model(model, args.model_init_kwargs, peft_config)
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if args.disable_dropout:

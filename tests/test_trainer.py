@@ -157,7 +157,8 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 args = RA3Config(output_dir=out, max_length=256, e_steps=3, m_steps=3, num_latents=2, max_latent_length=4,
-                 save_steps=2, report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True, e_learning_rate=1e-3)
+                 save_steps=2, report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True,
+                 e_learning_rate=1e-3)
 texts = [f"def f{i}(x):\\n    y = x + {i}\\n    return y\\n" for i in range(8)]
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,15 @@ def write_model_card(
     is_hub_id = bool(base) and not Path(base).exists() and base.count("/") == 1 and " " not in base
     evaluations = [entry for entry in state.log_history if "eval_ce" in entry]
     tags = extra.get("tags") or []
+    named = extra.get("dataset") or []
+    named = [dataset_name, *([named] if isinstance(named, str) else named)]
     data = ModelCardData(
         base_model=base if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=extra.get("license"),
         language=extra.get("language"),
-        datasets=dataset_name or extra.get("dataset"),
+        datasets=[name for name in named if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)] or None,
         tags=sorted({"ra3", "trl", "generated_from_trainer", *([tags] if isinstance(tags, str) else tags)}),
     )
     card = ModelCard.from_template(

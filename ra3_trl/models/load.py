@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -36,6 +36,13 @@ def load_model(
     if isinstance(model, PeftModel):
         raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
     return get_peft_model(model, peft_config)
+
+
+def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file)."""
+    shared = ("revision", "subfolder", "gguf_file", "trust_remote_code", "token")
+    options = model_init_kwargs or {}
+    return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in shared if key in options})
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -109,7 +109,7 @@ def build_token_table(
     next_state = torch.full((8, vocab_size), -1, dtype=torch.int8)
     blank = torch.zeros(vocab_size, dtype=torch.bool)
     for i, b in enumerate(data):
-        if not b or b"\r" in b or b"\0" in b or b"\n" in b:
+        if not b or any(c < 0x20 and c != 0x09 for c in b):  # newline, carriage return, NUL, other control characters
             continue
         if b.isascii():
             next_state[0, i], blank[i] = 0, not b.decode().strip()
