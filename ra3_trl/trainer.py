@@ -317,9 +317,11 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
                 logger.warning(self.gate_hold.message)
 
     def _prepare_e(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
-        begin = time.perf_counter()
+        begin, scored = time.perf_counter(), self.engine.score_seconds
         rollouts = roll_out(self.engine, documents, self.args, noise, self.frozen.get("reward"))
-        self.metrics.add("seconds/rollout", time.perf_counter() - begin)
+        scored = self.engine.score_seconds - scored
+        self.metrics.add("seconds/score", scored)
+        self.metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
         self._count_tokens(sum(len(d.input_ids) for d in documents))
         return {"rollouts": rollouts, "count": sum(len(r.group.sites) for r in rollouts)}
 

@@ -246,6 +246,8 @@ def test_logs_have_the_promised_names(make):
         "mstep/latent_loss",
         "tokens",
         "seconds/rollout",
+        "seconds/score",
+        "seconds/annotate",
         "seconds/update",
     } <= names
 

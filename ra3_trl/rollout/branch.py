@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ class BranchEngine:
         self.distribution = LatentDistribution(self.table, params)
         self.params = params
         self.max_branch_tokens = max_branch_tokens
+        self.score_seconds = 0.0
 
     # ---- no gradients: document, sampling, scoring ----
 
@@ -147,7 +149,9 @@ class BranchEngine:
             for i, row in zip(part, found, strict=True):
                 drawn[i] = row
             if score:
+                begin = time.perf_counter()
                 lines[part], gates[part] = flight.score(horizon)
+                self.score_seconds += time.perf_counter() - begin
         return replace(
             group,
             sites=sites,

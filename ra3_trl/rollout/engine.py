@@ -32,6 +32,7 @@ class RolloutEngine(Protocol):
     """Samples latents at many boundaries of a document and scores expert lines under them."""
 
     name: str
+    score_seconds: float  # spent on scoring so far, for the log
 
     def trunk(self, document: Document) -> RolloutGroup:
         """Line and gate log-probs of a document as it stands: a group without sites."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ class ExpandEngine:
         self.distribution = LatentDistribution(self.table, params)
         self.params = params
         self.max_branch_tokens = max_branch_tokens
+        self.score_seconds = 0.0
 
     @torch.no_grad()
     def trunk(self, document: Document) -> RolloutGroup:
@@ -175,6 +177,7 @@ class ExpandEngine:
     def score(
         self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
+        begin = time.perf_counter()
         group = self.trunk(document)
         num_latents = len(latents[0]) if latents else 0
         plans = [plan_site(document, site, horizon) for site in sites for _ in range(num_latents)]
@@ -188,6 +191,7 @@ class ExpandEngine:
             lines, gates = collect_scores(plans, logps, line, gate, num_latents, horizon)
         else:
             lines = gates = torch.zeros(len(sites), num_latents, horizon)
+        self.score_seconds += time.perf_counter() - begin
         return replace(
             group, sites=tuple(sites), latents=tuple(map(tuple, latents)),
             latent_line_logps_TGH=lines, latent_gate_logps_TGH=gates,
