@@ -7,6 +7,7 @@ change little. The numbers say so.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -139,19 +140,20 @@ def main(argv: list[str] | None = None) -> int:
     after_e = _train_with_middle(ra3, e_steps)
     final = ra3.evaluate()
     ra3.save_model()
+    ra3.create_model_card(dataset_name=options.dataset_name or options.code_dir or "Python's standard library")
     console.print(_best_latents(ra3))
+    facts, log = _facts(name, ra3), ra3.state.log_history
+    del ra3  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
+    gc.collect()
 
     console.rule(f"Next-token prediction: {e_steps + m_steps} updates on the same documents")
-    config = _config(output / "ntp", options.seed, e_steps=0, m_steps=e_steps + m_steps, max_length=320)
+    config = _config(output / "ntp", options.seed, e_steps=0, m_steps=e_steps + m_steps)
     ntp = RA3MidTrainer(name, config, train, held_out, tokenizer)
     ntp.train()
-    plain = ntp.evaluate()
-    results = _results(name, ra3, base, after_e, final, plain, time.time() - begin)
-    output.mkdir(parents=True, exist_ok=True)
+    results = _results(facts, {"base": base, "ntp": ntp.evaluate(), "ra3": final}, after_e, time.time() - begin)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    ra3.create_model_card(dataset_name=options.dataset_name or options.code_dir or "Python's standard library")
     bars = {m: {k: results[f"{m}_{k}"] for k in ("base", "ntp", "ra3")} for m in ("ce", "elbo")}
-    plot_run({"RA3": ra3.state.log_history, "NTP": ntp.state.log_history}, bars, output / "curves.png")
+    plot_run({"RA3": log, "NTP": ntp.state.log_history}, bars, output / "curves.png")
     _say(results, output)
     return 0
 
@@ -171,23 +173,28 @@ def _best_latents(trainer: RA3MidTrainer) -> Table:
     return latent_table(rows, f"Held-out functions: the best of {len(rows)} latents")
 
 
-def _results(name, ra3, base, after_e, final, plain, seconds: float) -> dict[str, float | int | str]:
-    logs = [entry for entry in ra3.state.log_history if "mstep/annotated_rate" in entry]
-    models = {"base": base, "ntp": plain, "ra3": final}
+def _facts(name: str, ra3: RA3MidTrainer) -> dict[str, float | int | str]:
+    rates = [e["mstep/annotated_rate"] for e in ra3.state.log_history if "mstep/annotated_rate" in e]
     return {
         "model": Path(name).name,
         "documents": ra3.counts["train"]["documents"],
         "tokens": int(ra3.state.num_input_tokens_seen),
+        "annotated_rate": sum(rates) / max(len(rates), 1),
+    }
+
+
+def _results(
+    facts: dict[str, float | int | str], models: dict[str, dict[str, float]], after_e: dict[str, float], seconds: float
+) -> dict[str, float | int | str]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return facts | {
         "seconds": round(seconds, 1),
-        "peak_mb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
-        ),
-        "gain_first": base["eval_gain"],
+        "peak_mb": round(peak),
+        "gain_first": models["base"]["eval_gain"],
         "gain_last": after_e["eval_gain"],
-        "think_rate": final["eval_think_rate"],
+        "think_rate": models["ra3"]["eval_think_rate"],
         **{f"ce_{key}": m["eval_ce"] for key, m in models.items()},
         **{f"elbo_{key}": m["eval_elbo"] for key, m in models.items()},
-        "annotated_rate": sum(e["mstep/annotated_rate"] for e in logs) / max(len(logs), 1),
     }
 
 
