@@ -163,6 +163,7 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         self.metrics = MetricSums()
         self.frozen: dict[str, FrozenWeights] = {}
         self.probe_baseline: float | None = None
+        self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
         self.latent_log = LatentLog(Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps)
 
     # ---- set-up ----
@@ -396,9 +397,13 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         totals = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
         metrics = finish_metrics(dict(zip(names, totals, strict=True)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if "eval_ce" in metrics:
+            self.evaluations.append({**metrics, "step": self.state.global_step})
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
         if self.is_world_process_zero():
-            write_model_card(self.args, self.state, self.backbone, self.counts, model_name, dataset_name, kwargs)
+            logged = [entry for entry in self.state.log_history if "eval_ce" in entry]
+            evaluations = self.evaluations or logged  # a resumed run has only those of the log
+            write_model_card(self.args, evaluations, self.backbone, self.counts, model_name, dataset_name, kwargs)

@@ -199,8 +199,10 @@ def test_an_incomplete_checkpoint_is_skipped(make, tmp_path):
 
 def test_saved_checkpoint_is_a_plain_one(make, tmp_path, tokenizer):
     """Invariant 6: plain transformers loads it, same logits, no key missing or left over."""
-    trainer = make()
+    trainer = make(eval_texts=TEXTS[:2])
+    trainer.evaluate()
     trainer.train()
+    trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card(dataset_name="a test")
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -210,7 +212,9 @@ def test_saved_checkpoint_is_a_plain_one(make, tmp_path, tokenizer):
     ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
-    assert "a test" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Trained on a test" in card and "datasets:" not in card  # no Hub id, so not in the metadata
+    assert "first evaluation (update 0)" in card and "last evaluation (update 4)" in card
 
 
 def test_lora_trains_the_adapter_alone(make):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import TrainerState
 
 from ..config import RA3Config
 from ..rollout import Backbone
@@ -26,7 +25,7 @@ _SHOWN = (
 
 def write_model_card(
     args: RA3Config,
-    state: TrainerState,
+    evaluations: list[dict[str, float]],
     backbone: Backbone,
     counts: dict[str, dict[str, int]],
     model_name: str | None = None,
@@ -36,8 +35,10 @@ def write_model_card(
     """Renders `README.md` in `args.output_dir`.
 
     Args:
-        args ([`RA3Config`]), state ([`~transformers.TrainerState`]):
-            Settings and log of the run; the last evaluation in the log is what the card reports.
+        args ([`RA3Config`]):
+            Settings of the run.
+        evaluations (`list[dict]`):
+            Metrics of the evaluations with their `step`; the card reports the first and the last.
         backbone ([`Backbone`]):
             The model, for the name of its base.
         counts (`dict`):
@@ -51,7 +52,6 @@ def write_model_card(
     extra = extra or {}
     base = extra.get("finetuned_from") or backbone.causal_lm.config._name_or_path
     is_hub_id = bool(base) and not Path(base).exists() and base.count("/") == 1 and " " not in base
-    evaluations = [entry for entry in state.log_history if "eval_ce" in entry]
     tags = extra.get("tags") or []
     named = extra.get("dataset") or []
     named = [dataset_name, *([named] if isinstance(named, str) else named)]
@@ -68,6 +68,7 @@ def write_model_card(
         data,
         template_path=str(TEMPLATE),
         model_name=model_name or Path(args.output_dir).name,
+        model_id=args.hub_model_id or args.output_dir,
         base_model_name=Path(base).name if base else "a model without a name",
         dataset_name=dataset_name,
         dataset_license=args.dataset_license,
