@@ -77,6 +77,9 @@ def codecs_alphabet() -> dict[str, int]:
     return out
 
 
+CONTROLS = [c for c in range(0x20) if c != 0x09]  # newline, carriage return, NUL, ...
+
+
 class SlowPath:
     """Scores and latent distributions of one model, each number from its own forward."""
 
@@ -96,7 +99,7 @@ class SlowPath:
         left = self.max_length - len(latent) - 1
         out = torch.full_like(scaled, float("-inf"))
         for i, b in enumerate(self.data):
-            if b is None or b"\n" in b or b"\r" in b or b"\0" in b:
+            if b is None or any(c in b for c in CONTROLS):
                 continue
             waits = pending_bytes(so_far + b)
             if waits is None or waits > left or (not latent and self.blank[i]):

@@ -429,7 +429,7 @@ def test_latents_are_legal_text(kind, max_length, tokenizer, tiny_model, segment
     latents, data = [z for row in group.latents for z in row], engine.table.token_bytes
     for latent in latents:
         text = b"".join(data[i] for i in latent.token_ids).decode("utf-8", "strict")
-        assert text.strip() and not set(text) & set("\n\r\0")
+        assert text.strip() and not set(text) & {chr(c) for c in range(0x20) if c != 0x09}
         assert len(latent.token_ids) <= max_length
         assert len(latent.logps) == len(latent.token_ids) + latent.stopped
         assert latent.stopped or len(latent.token_ids) == max_length
