@@ -103,6 +103,7 @@ class RA3Config(TrainingArguments):
     # Values that differ from TrainingArguments
     learning_rate: float = _help("Peak learning rate of the M-phase.", 2e-5)
     logging_steps: float = _help("Updates between log lines.", 1)
+    dataloader_pin_memory: bool = _help("Pin batches in memory; of no use here, they hold documents.", False)
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of `from_pretrained`, as JSON.", None)

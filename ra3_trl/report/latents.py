@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from pyarrow import Table, parquet
+from rich import table as rich_table
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 
@@ -38,9 +38,9 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
     return rows
 
 
-def latent_table(rows: Sequence[dict], title: str, limit: int = 8) -> Table:
+def latent_table(rows: Sequence[dict], title: str, limit: int = 8) -> rich_table.Table:
     """A rich table of the rows with the largest gains."""
-    table = Table(title=title, title_justify="left")
+    table = rich_table.Table(title=title, title_justify="left")
     for name, justify in (("gain (nats)", "right"), ("P(think)", "right"), ("latent", "left"), ("next line", "left")):
         table.add_column(name, justify=justify, overflow="fold")
     for row in sorted(rows, key=lambda r: -r["gain"])[:limit]:
@@ -73,5 +73,5 @@ class LatentLog:
         if not rows:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows).to_parquet(self.folder / f"step_{step:06d}.parquet")
+        parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
         Console(stderr=True).print(latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}"))
