@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 def _corpus(options: argparse.Namespace, tokenizer, train: int, held_out: int) -> tuple[Dataset, Dataset]:
     """Short functions, shuffled by the seed; held-out ones come from other files."""
     if options.dataset_name:
-        data = load_dataset(options.dataset_name, split="train").rename_column(options.dataset_text_field, "text")
+        data = load_dataset(options.dataset_name, split="train").select_columns(options.dataset_text_field)
+        data = (
+            data.rename_columns({options.dataset_text_field: "text"}) if options.dataset_text_field != "text" else data
+        )
     else:
         console.print(f"Reading functions of {options.code_dir or standard_library()} ...")
         data = load_code_directory(options.code_dir, min_lines=5)
@@ -113,7 +116,7 @@ def _config(output: Path, seed: int, **changes) -> RA3Config:
         "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_sites": 4,
         "eval_max_sites": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
         "save_strategy": "no", "report_to": "none",
-        "log_latents_steps": 0, "dataset_license": "PSF-2.0",
+        "log_latents_steps": 0,
     }  # fmt: skip
     return RA3Config(**settings | changes)
 
@@ -129,10 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     name = options.model_name_or_path or str(default_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     train, held_out = _corpus(options, tokenizer, 4 * (e_steps + m_steps), per_eval)
+    licence = None if options.dataset_name or options.code_dir else "PSF-2.0"
     console.print(f"{len(train)} documents to train on, {len(held_out)} held out. Model: {Path(name).name}")
 
     ra3 = RA3MidTrainer(
-        name, _config(output, options.seed, e_steps=e_steps, m_steps=m_steps), train, held_out, tokenizer
+        name,
+        _config(output, options.seed, e_steps=e_steps, m_steps=m_steps, dataset_license=licence),
+        train,
+        held_out,
+        tokenizer,
     )
     console.rule("RA3: before")
     base = ra3.evaluate()

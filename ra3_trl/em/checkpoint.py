@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -86,12 +85,11 @@ class CheckpointMixin:
             self._load_em_state(Path(checkpoint))
 
     def _load_em_state(self, folder: Path) -> None:
-        for needed in [folder / _STATE]:
-            if not needed.is_file():
-                raise ValueError(
-                    f"`resume_from_checkpoint`: {needed} is missing; the folder is no checkpoint of RA3MidTrainer (or "
-                    "was saved with `save_only_model`). Start anew from its weights with `model=...`."
-                )
+        if not (folder / _STATE).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder / _STATE} is missing; this is no checkpoint of RA3MidTrainer "
+                "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
+            )
         state = json.loads((folder / _STATE).read_text())
         self.metrics.sums = state["metrics"]
         self.gate_hold = type(self.gate_hold)(**state["gate_hold"])
@@ -105,4 +103,4 @@ class CheckpointMixin:
             for kind in state["frozen"]:
                 values = {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}
                 self.frozen[kind] = FrozenWeights(self.backbone.model)
-                self.frozen[kind].load({name: v.to(torch.get_default_device()) for name, v in values.items()})
+                self.frozen[kind].load(values)
