@@ -130,7 +130,7 @@ def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logp
 def rollout_metrics(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str]) -> dict[str, float]:
     """Numbers of a batch of rollouts, each an average over sites or latents (see README, "What is logged")."""
     p, gain, reward, gates_gain, copied, alike, wordless, lengths, logps, symbols = ([] for _ in range(10))
-    elbo = code = 0.0
+    elbo = code = thinks = 0.0
     tokens = lines = 0
     for r in rollouts:
         bounds = code_bounds(r.group)
@@ -144,6 +144,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[
         gates_gain += (gate * mean_gain).tolist()
         reward += r.returns.latent_TG.mean(1).tolist()
         lines += sum(not action.comment for action in r.group.document.actions)
+        thinks += float(r.group.gate_logps_A.exp().sum())  # all boundaries, not only those tried (`max_sites`)
         for site, row in zip(r.group.sites, r.group.latents, strict=True):
             action = r.group.document.actions[site]
             line = token_text(r.group.document.input_ids[action.start : action.end])
@@ -163,7 +164,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[
         "gate_weighted_gain": sum(gates_gain) / max(sum(p), 1e-12),
         "think_rate": mean(p),
         "latent_length": mean(lengths),
-        "duration": lines / max(sum(p), 1e-12),
+        "duration": lines / max(thinks, 1e-12),
         "entropy": sum(logps) / sum(symbols),
         "copy_rate": mean(copied),
         "same_rate": mean(alike),
