@@ -10,15 +10,22 @@ from transformers import TrainingArguments
 
 
 _CHOICES = {
-    "action_format": ("python",),
     "existing_comments": ("keep", "strip"),
     "engine": ("auto", "branch", "expand"),
-    "reward_model": ("live", "frozen"),
+    "reward_model": ("live", "frozen", "base"),
     "line_reduction": ("sum", "mean"),
     "baseline": ("leave_one_out", "no_think"),
     "latent_weight": ("one", "gate"),
     "gate_hold": ("auto", "never", "always"),
     "annotation": ("resample", "policy"),
+}
+
+
+_UNSUPPORTED = {
+    "torch_compile": "forwards change their length at each update and carry branches, so graphs would be built anew",
+    "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
+    "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
+    "group_by_length": "documents of one length would share their boundaries' number; rows are packed instead",
 }
 
 
@@ -37,7 +44,9 @@ class RA3Config(TrainingArguments):
             Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.
         dataset_text_field (`str`, *optional*, defaults to `"text"`): Column that holds the text.
         dataset_num_proc (`int`, *optional*): Processes for cutting the texts.
-        action_format (`str`, *optional*, defaults to `"python"`): How texts are cut into actions.
+        action_format (`str`, *optional*, defaults to `"python"`):
+            How texts are cut into actions: `"python"`, `"slashes"`, `"prose"`, `"tags"` or one of your own in
+            `ra3_trl.segmentation.ACTION_FORMATS`.
         existing_comments (`str`, *optional*, defaults to `"keep"`): `"keep"` the expert's comments or `"strip"` them.
         disable_dropout (`bool`, *optional*, defaults to `True`): Sets all dropout to 0.
 
@@ -68,7 +77,12 @@ class RA3Config(TrainingArguments):
         penalty (`float`, *optional*, defaults to `0.2`):
             Cost c of a latent in nats (nats per token with `"mean"`, where 0.05 is the paper's). `inf` is next-token
             prediction.
-        reward_model (`str`, *optional*, defaults to `"live"`): Weights that score the lines.
+        reward_model (`str`, *optional*, defaults to `"live"`):
+            Weights that score the lines: `"live"`, `"frozen"` at the E-phase's start, or `"base"`, the model with its
+            adapter switched off.
+        likelihood_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.
+        reward_weights (`list[float]`, *optional*): Weights of the `reward_funcs`; `None` is 1 for each.
         baseline (`str`, *optional*, defaults to `"leave_one_out"`): Or `"no_think"`: the return without latent.
         latent_weight (`str`, *optional*, defaults to `"one"`): Weight of a latent's gradient; `"gate"` is P(think).
         gate_hold (`str`, *optional*, defaults to `"auto"`):
@@ -86,6 +100,8 @@ class RA3Config(TrainingArguments):
         annotation (`str`, *optional*, defaults to `"resample"`): Or `"policy"`, the paper's way.
         annotation_think_prob (`float`, *optional*):
             Prior P(think) of resampling. `None` is `1 - prior_alpha`; `-1` is the model's own gate.
+        router_aux_loss_coef (`float`, *optional*):
+            Weight of the router loss of a mixture of experts, in both phases. `None` is the model's own.
         packing (`bool`, *optional*, defaults to `True`): Put several documents in a row; nothing is dropped.
 
     Evaluation and logs:
@@ -112,7 +128,7 @@ class RA3Config(TrainingArguments):
     max_length: int = _help("Longest row in tokens, latents included.", 1024)
     dataset_text_field: str = _help("Column that holds the text.", "text")
     dataset_num_proc: int | None = _help("Processes for cutting the texts.", None)
-    action_format: str = _help("How texts are cut into actions: python.", "python")
+    action_format: str = _help("How texts are cut into actions: python, slashes, prose, tags.", "python")
     existing_comments: str = _help("The expert's own comment lines: keep or strip.", "keep")
     disable_dropout: bool = _help("Set all dropout to 0.", True)
 
@@ -139,7 +155,9 @@ class RA3Config(TrainingArguments):
     discount: float = _help("Discount of later lines.", 0.9)
     line_reduction: str = _help("sum or mean over a line's tokens.", "sum")
     penalty: float = _help("Cost of a latent in nats; inf is next-token prediction.", 0.2)
-    reward_model: str = _help("Weights that score the lines: live or frozen.", "live")
+    reward_model: str = _help("Weights that score the lines: live, frozen or base (adapter off).", "live")
+    likelihood_weight: float = _help("Weight of the log-likelihood in the reward, beside reward_funcs.", 1.0)
+    reward_weights: list[float] | None = _help("Weights of the reward_funcs; 1 for each if left out.", None)
     baseline: str = _help("leave_one_out or no_think.", "leave_one_out")
     latent_weight: str = _help("Weight of a latent's gradient: one or gate.", "one")
     gate_hold: str = _help("Hold P(think) where it began until latents pay: auto, never or always.", "auto")
@@ -153,6 +171,7 @@ class RA3Config(TrainingArguments):
     # M-step
     annotation: str = _help("How latents are chosen for the M-step: resample or policy.", "resample")
     annotation_think_prob: float | None = _help("Prior P(think) of resampling; -1 is the model's gate.", None)
+    router_aux_loss_coef: float | None = _help("Weight of a mixture's router loss; its own if left out.", None)
     packing: bool = _help("Put several documents in a row.", True)
 
     # Evaluation and logs
@@ -165,21 +184,35 @@ class RA3Config(TrainingArguments):
         self._check()
         if self.penalty == math.inf:
             self.e_steps = 0
-        if self.metric_for_best_model in ("elbo", "eval_elbo") and self.greater_is_better is None:
-            self.greater_is_better = False  # logged as a negative bound, as losses are
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "elbo"
+        best = self.metric_for_best_model or ""
+        if best.endswith(("elbo", "bound_multi", "ce", "ce_policy")) and self.greater_is_better is None:
+            self.greater_is_better = False  # logged as negative bounds, as losses are
+        if self.ddp_find_unused_parameters is None:  # every weight has a gradient in every pass
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
 
     def _check(self) -> None:
         values = vars(self)
+        for name, reason in _UNSUPPORTED.items():
+            if values.get(name):
+                raise ValueError(f"`{name}` is {values[name]!r}, which RA3 can't work with ({reason}); leave it out.")
         for name, choices in _CHOICES.items():
             if values[name] not in choices:
                 raise ValueError(f"`{name}` is {values[name]!r}; use one of {', '.join(map(repr, choices))}.")
         at_least = {"em_iterations": 1, "e_steps": 0, "max_latent_length": 1, "horizon": 1, "top_k": 0, "max_sites": 0}
         at_least |= {"max_branch_tokens": 1, "eval_num_latents": 1, "eval_max_sites": 0, "log_latents_steps": 0}
         at_least |= {"penalty": 0, "gate_coef": 0, "gate_kl_coef": 0, "entropy_coef": 0, "kl_coef": 0, "m_steps": -1}
-        at_least |= {"e_learning_rate": 0, "code_loss_tolerance": 0, "max_length": 16, "num_latents": 1}
+        at_least |= {
+            "likelihood_weight": 0,
+            "e_learning_rate": 0,
+            "code_loss_tolerance": 0,
+            "max_length": 16,
+            "num_latents": 1,
+        }
         for name, least in at_least.items():
             if not values[name] >= least:  # NaN fails too
                 raise ValueError(f"`{name}` is {values[name]}; it must be at least {least}.")

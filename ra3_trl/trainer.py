@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -26,31 +31,39 @@ from transformers import (
     TrainerCallback,
     get_scheduler,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import RA3Config
 from .em import (
     GateHold,
     MetricSums,
-    Phase,
-    Rollout,
-    annotate,
+    RewardFunc,
+    RewardPlugIns,
     estep_backward,
     evaluate_documents,
     finish_metrics,
     mstep_loss,
-    pack,
     plan_schedule,
-    roll_out,
-    rollout_metrics,
 )
 from .em.checkpoint import CheckpointMixin
+from .em.preempt import PreemptionCallback
+from .em.stream import StreamMixin, own_share
 from .em.watch import WatchMixin
+from .em.window import WindowMixin
 from .hub import write_model_card
-from .models import FrozenWeights, context_length, disable_dropout, load_model, load_tokenizer
-from .records import AnnotatedExample, Document
+from .models import (
+    BaseWeights,
+    FrozenWeights,
+    check_trainable,
+    check_vocabulary,
+    context_length,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+)
+from .records import Document
 from .report import LatentLog
-from .rollout import Backbone, NoiseKey, SamplingParams, build_engine
+from .rollout import Backbone, SamplingParams, build_engine
 from .segmentation import (
     ACTION_FORMATS,
     Segmenter,
@@ -58,7 +71,6 @@ from .segmentation import (
     count_documents,
     row_to_document,
     segment_dataset,
-    splice,
 )
 
 
@@ -69,7 +81,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
-class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
+class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -106,6 +118,10 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
             Wraps the model in an adapter.
         formatting_func (`Callable`, *optional*):
             Makes the text of an example.
+        reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
+            [`~ra3_trl.em.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose weight
+            is `args.likelihood_weight`.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
@@ -123,22 +139,29 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
         model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
+        check_vocabulary(model, tokenizer)
+        if train_dataset is not None:
+            check_trainable(model)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if args.disable_dropout:
             disable_dropout(model)
         self.ra3_args = args
-        self.backbone = Backbone(model)
+        self.backbone = Backbone(model, args.router_aux_loss_coef)
         self.engine = self._build_engine(args, tokenizer)
         self.segmenter = Segmenter(
             tokenizer, ACTION_FORMATS[args.action_format], self._chunk_tokens(args), args.existing_comments
         )
         self.counts: dict[str, dict[str, int]] = {}
+        if args.reward_model == "base":
+            BaseWeights(model)  # refuses a model without adapter
+        self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
         train_dataset = self._segment(train_dataset, "train", formatting_func)
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: self._segment(value, key, formatting_func) for key, value in eval_dataset.items()}
@@ -165,6 +188,9 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         self.probe_baseline: float | None = None
         self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
         self.latent_log = LatentLog(Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps)
+        self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
+        self.preemption = PreemptionCallback()
+        self.add_callback(self.preemption)
 
     # ---- set-up ----
 
@@ -173,7 +199,15 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos)
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
-        return build_engine(args.engine, self.backbone, self.table, params, args.max_branch_tokens)
+        with self.backbone.gathered():
+            return build_engine(args.engine, self.backbone, self.table, params, args.max_branch_tokens)
+
+    @staticmethod
+    def _plug_ins(args: RA3Config, tokenizer: PreTrainedTokenizerBase, funcs) -> RewardPlugIns | None:
+        funcs = [] if funcs is None else [funcs] if callable(funcs) else list(funcs)
+        if not funcs and args.likelihood_weight == 1 and args.reward_weights is None:
+            return None
+        return RewardPlugIns(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
     def _chunk_tokens(self, args: RA3Config) -> int:
         """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any."""
@@ -194,15 +228,18 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         if dataset is None:
             return None
         args = self.ra3_args
+        if isinstance(dataset, IterableDataset):
+            dataset = own_share(dataset, args.process_index, args.world_size)
         segmented = segment_dataset(
             dataset, self.segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
         )
         if isinstance(segmented, Dataset):
-            self.counts[split] = counts = count_documents(dataset, segmented)
-            logger.info("%s: %s", split, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
+            name = split if split in ("train", "eval") else f"eval_{split}"
+            self.counts[name] = counts = count_documents(dataset, segmented)
+            logger.info("%s: %s", name, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
             if not len(segmented):
                 raise ValueError(
-                    f"`{split}_dataset` has {len(dataset)} rows and all are empty texts; give it some code."
+                    f"`{name}_dataset` has {len(dataset)} rows and all are empty texts; give it some code."
                 )
             if split == "train" and args.e_steps and not counts["boundaries"]:
                 raise ValueError(
@@ -246,136 +283,85 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # ---- the loop: E-step, annotate, M-step ----
+    # ---- the loop; the documents of an update come from em/window.py ----
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        phase = self.schedule.phase_at(self.state.global_step)
-        if phase.step == 0:
-            self._begin(phase)
-        noise = NoiseKey(self.args.seed, phase.number, self.state.global_step)
-        prepare = self._prepare_e if phase.kind == "E" else self._prepare_m
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
-            batches = [prepare(batch["documents"], noise) for batch in batches]
-        if phase.kind == "E":
-            self._observe([r for batch in batches for r in batch["rollouts"]])
-        count = torch.tensor(float(sum(batch["count"] for batch in batches)), device=device)
-        return batches, self.accelerator.reduce(count, "sum").clamp(min=1.0)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As `Trainer.train`. A SIGTERM ends it with `SystemExit(143)` after the next update, which is saved.
+
+        Raises:
+            `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
+        """
+        self.check_resumable(resume_from_checkpoint)
+        with self.preemption.listening():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.preemption.asked:
+            logger.warning("Stopped by SIGTERM after update %d, which is saved. Go on with %s.",
+                           self.state.global_step, self.resume_hint)  # fmt: skip
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         model.train()
         through = model if model is not self.backbone.model else None
         scale = self.accelerator.num_processes  # processes average their gradients, the count is over all of them
+        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         begin = time.perf_counter()
 
-        def backward(loss: torch.Tensor, last: bool) -> None:
-            if last:
-                self.accelerator.backward(loss * scale)
-            else:
-                with self.accelerator.no_sync(model):
-                    self.accelerator.backward(loss * scale)
+        def backward(loss: torch.Tensor) -> None:
+            self.accelerator.backward(loss * scale, **options)
 
         with self.compute_loss_context_manager():
             if "rollouts" in inputs:
-                args = self.args
                 loss, parts = estep_backward(
-                    self.engine, inputs["rollouts"], args, float(num_items_in_batch), self.gate_hold.holds,
-                    self.frozen.get("start"), backward, through,
+                    self.engine, inputs["rollouts"], self.args, float(num_items_in_batch), self.gate_hold.holds,
+                    backward, partial(self._syncing, model), through, inputs["chunks"],
                 )  # fmt: skip
-                loss = torch.tensor(loss, device=args.device)
+                loss = torch.tensor(loss, device=self.args.device)
+                share = sum(len(r.group.sites) for r in inputs["rollouts"]) / float(num_items_in_batch)
                 for name, value in parts.items():
-                    self.metrics.add(f"estep/loss_{name}", value)
+                    self.metrics.add_total(f"estep/loss_{name}", value, share)
+            elif inputs["rows"] is None:
+                loss = self.backbone.idle(through)
+                backward(loss)
             else:
                 loss, parts = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
-                backward(loss, True)
-                loss = loss.detach()
+                backward(loss)
                 code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
                 both = (code[0] + latent[0], code[1] + latent[1])
                 for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
-                    self.metrics.add(f"mstep/{name}", total / max(count, 1), count)
+                    self.metrics.add_total(f"mstep/{name}", total, count)
         self.metrics.add("seconds/update", time.perf_counter() - begin)
-        return loss * scale if scale > 1 else loss
+        return loss.detach() * scale
 
-    def _begin(self, phase: Phase) -> None:
-        """A phase starts: take the snapshots it needs, forget optimizer state, measure the probe."""
-        args = self.args
-        if args.reset_optimizer and self.state.global_step > 0:
-            self.optimizer.state.clear()
-        if phase.kind == "E":
-            if args.kl_coef or self.gate_hold.holds:
-                self.frozen["start"] = FrozenWeights(self.backbone.model)
-            if args.reward_model == "frozen":
-                self.frozen["reward"] = FrozenWeights(self.backbone.model)
-            self.probe_baseline = self._probe_loss()
-        elif args.uses_latents:
-            if phase.iteration + 1 == self.schedule.iterations:  # no E-phase comes that would need these
-                self.frozen.clear()
-            self.frozen["annotator"] = FrozenWeights(self.backbone.model)
-            if args.e_steps and self.gate_hold.holds:
-                logger.warning(self.gate_hold.message)
-
-    def _prepare_e(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
-        begin, scored = time.perf_counter(), self.engine.score_seconds
-        rollouts = roll_out(self.engine, documents, self.args, noise, self.frozen.get("reward"))
-        scored = self.engine.score_seconds - scored
-        self.metrics.add("seconds/score", scored)
-        self.metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
-        self._count_tokens(sum(len(d.input_ids) for d in documents))
-        return {"rollouts": rollouts, "count": sum(len(r.group.sites) for r in rollouts)}
-
-    def _observe(self, rollouts: list[Rollout]) -> None:
-        """Metrics, gate and alarms of one update's rollouts, all micro-batches together."""
-        named = rollout_metrics(rollouts, self._decode)
-        for name, value in named.items():
-            self.metrics.add(f"estep/{name}", value)
-        if named:
-            held = self.gate_hold.holds
-            self.gate_hold.update(named["gate_weighted_gain"])
-            if held and not self.gate_hold.holds:
-                logger.info("update %d: latents pay where the model thinks; P(think) is free", self.state.global_step)
-            self.metrics.add("estep/gate_held", float(self.gate_hold.holds))
-            self._alarm(named)
-        if self.is_world_process_zero():
-            self.latent_log.add(self.state.global_step, rollouts)
-        self._watch_code_loss()
-
-    def _prepare_m(self, documents: list[Document], noise: NoiseKey) -> dict[str, Any]:
-        examples = [splice(document, {}) for document in documents]
-        if self.args.uses_latents:
-            begin = time.perf_counter()
-            with self.frozen["annotator"].applied():
-                examples = [annotate(self.engine, document, self.args, noise) for document in documents]
-            self.metrics.add("seconds/annotate", time.perf_counter() - begin)
-            self._log_annotation(examples)
-        rows = pack(examples, self.args.max_length, self.args.packing)
-        self._count_tokens(rows.num_tokens)
-        return {"rows": rows, "count": rows.num_tokens}
-
-    def _log_annotation(self, examples: list[AnnotatedExample]) -> None:
-        sites = sum(len(e.document.sites) for e in examples)
-        if sites:
-            self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
-        for e in examples:
-            ids = e.input_ids[e.document.context :]
-            again = self.processing_class(self._decode(ids), add_special_tokens=False)["input_ids"]
-            self.metrics.add("mstep/retokenized_differs", float(tuple(again) != ids))
-
-    def _decode(self, ids) -> str:
-        return self.processing_class.decode(list(ids), clean_up_tokenization_spaces=False)
-
-    def _count_tokens(self, tokens: int) -> None:
-        self.state.num_input_tokens_seen += int(tokens) * self.accelerator.num_processes
+    @contextmanager
+    def _syncing(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients of several backward passes add up; processes exchange them in the last one."""
+        if last:
+            yield
+            return
+        before = self.accelerator.sync_gradients
+        self.accelerator.sync_gradients = False  # DeepSpeed would step after each backward pass
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            self.accelerator.sync_gradients = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
                 logs |= {f"data/{name}": float(value) for name, value in self.counts.get("train", {}).items()}
-            logs |= self.metrics.pop() | {"tokens": self.state.num_input_tokens_seen}
+            together = MetricSums()
+            for sums in gather_object([self.metrics.sums]):
+                together.add_sums(sums)
+            self.metrics.pop()
+            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """Mixed precision for the engines, which call decoder and head apart; accelerate wraps `model.forward`."""
+        return self.accelerator.autocast()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: what a rollout costs is not 6 N tokens."""
@@ -387,17 +373,18 @@ class RA3MidTrainer(CheckpointMixin, WatchMixin, Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
-        names, totals, seen = [], None, 0
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
+        sums, seen = MetricSums(), 0
+        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             for batch in dataloader:
-                sums = evaluate_documents(self.engine, batch["documents"], self.args)
-                names, values = list(sums), torch.tensor(list(sums.values()), dtype=torch.float64)
-                totals = values if totals is None else totals + values
+                found = evaluate_documents(self.engine, batch["documents"], self.args)
+                sums.add_sums({name: [value, 1] for name, value in found.items()})
                 seen += len(batch["documents"])
-        totals = self.accelerator.reduce(totals.to(self.args.device).float(), "sum").tolist()
-        metrics = finish_metrics(dict(zip(names, totals, strict=True)))
+        totals: Counter[str] = Counter()
+        for other in gather_object([sums.sums]):
+            totals.update({name: total for name, (total, _) in other.items()})
+        metrics = finish_metrics(totals)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        if "eval_ce" in metrics:
+        if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
 

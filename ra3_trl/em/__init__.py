@@ -1,10 +1,11 @@
 """The EM loop's parts: schedule, E-step, annotation, M-step, evaluation of bounds."""
 
 from .annotate import annotate
-from .estep import Rollout, choose_sites, estep_backward, roll_out, rollout_metrics
+from .estep import Rollout, choose_sites, count_chunks, estep_backward, roll_out, rollout_sums
 from .evaluate import EVAL_NOISE, evaluate_documents, finish_metrics
 from .monitor import GateHold, MetricSums, latent_alarms
 from .mstep import Rows, mstep_loss, pack, split_example
+from .rewards import RewardFunc, RewardPlugIns
 from .schedule import Phase, Schedule, plan_schedule
 
 
@@ -13,11 +14,14 @@ __all__ = [
     "GateHold",
     "MetricSums",
     "Phase",
+    "RewardFunc",
+    "RewardPlugIns",
     "Rollout",
     "Rows",
     "Schedule",
     "annotate",
     "choose_sites",
+    "count_chunks",
     "estep_backward",
     "evaluate_documents",
     "finish_metrics",
@@ -26,6 +30,6 @@ __all__ = [
     "pack",
     "plan_schedule",
     "roll_out",
-    "rollout_metrics",
+    "rollout_sums",
     "split_example",
 ]

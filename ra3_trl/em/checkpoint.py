@@ -7,16 +7,34 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from ..config import RA3Config
 from ..models import FrozenWeights
+from .monitor import Sums
 
 
 _STATE, _FROZEN, _ASIDE = "ra3_state.json", "ra3_frozen.safetensors", "_incomplete"
+# Settings that a resumed run may change: what is logged and evaluated, memory, learning rates, and the run's length,
+# which `check_resumable` looks at by itself.
+_FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
+_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_sites", "e_learning_rate", "em_iterations", "m_steps"}
+_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def run_settings(args: RA3Config) -> dict[str, Any]:
+    """Settings that a resumed run must share with the one that wrote the checkpoint."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = [field.name for field in fields(args) if field.name not in inherited | _FREE]
+    return {name: getattr(args, name) for name in (*own, *_SHARED)} | {"world_size": args.world_size}
 
 
 class CheckpointMixin:
@@ -50,9 +68,11 @@ class CheckpointMixin:
         finally:
             self.args.save_total_limit, self.args.push_to_hub, self._saving_aside = limit, push, False
         aside, final = run / _ASIDE / name, run / name
+        metrics = gather_object([self.metrics.sums])
+        frozen = {f"{kind}/{name}": v for kind, f in self.frozen.items() for name, v in f.whole_values().items()}
         if self.args.should_save:
             if not self.args.save_only_model:
-                self._save_em_state(aside)
+                self._save_em_state(aside, metrics, frozen)
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if self.state.best_global_step and (best == final or best.exists()):
                 self.state.best_model_checkpoint = str(best)
@@ -67,17 +87,61 @@ class CheckpointMixin:
         if self.args.should_save:
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _save_em_state(self, folder: Path) -> None:
+    def _save_em_state(self, folder: Path, metrics: list[Sums], frozen: dict[str, torch.Tensor]) -> None:
+        phase = self.schedule.phase_at(self.state.global_step - 1)
         state = {
-            "metrics": self.metrics.sums,
+            "settings": run_settings(self.args),
+            "last_update": [phase.kind, phase.iteration, phase.step],
+            "metrics": metrics,  # of each process
             "gate_hold": asdict(self.gate_hold),
             "probe_baseline": self.probe_baseline,
             "frozen": sorted(self.frozen),
         }
         (folder / _STATE).write_text(json.dumps(state, indent=2))
-        if self.frozen:
-            tensors = {f"{kind}/{name}": v for kind, f in self.frozen.items() for name, v in f.values.items()}
-            save_file(tensors, folder / _FROZEN)
+        if frozen:
+            save_file(frozen, folder / _FROZEN)
+
+    def check_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Refuses a checkpoint that this run can't go on from exactly, before anything is loaded or written.
+
+        Raises:
+            `ValueError`: if a file is missing, or the checkpoint is of another configuration or number of processes.
+        """
+        if not resume_from_checkpoint:
+            return
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if found is None:
+            return  # `Trainer.train` says so
+        folder = Path(found)
+        if not (folder / _STATE).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder / _STATE} is missing; this is no checkpoint of RA3MidTrainer "
+                "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
+            )
+        state = json.loads((folder / _STATE).read_text())
+        if state["frozen"] and not (folder / _FROZEN).is_file():
+            raise ValueError(f"`resume_from_checkpoint`: {folder / _FROZEN} is missing; take an earlier checkpoint.")
+        now = json.loads(json.dumps(run_settings(self.args)))
+        for name, value in state["settings"].items():
+            if name == "world_size" and now[name] != value:
+                raise ValueError(
+                    f"`resume_from_checkpoint`: {folder} was written by {value} processes and this run has "
+                    f"{now[name]}; go on with {value}, or start anew from its weights with `model=...`."
+                )
+            if now.get(name) != value:
+                raise ValueError(
+                    f"`{name}` is {now.get(name)!r}, but {folder} was written with {value!r}; set it back, or start "
+                    "anew from the checkpoint's weights with `model=...`."
+                )
+        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        phase = self.schedule.phase_at(step - 1)
+        if [phase.kind, phase.iteration, phase.step] != state["last_update"] or step > self.schedule.total:
+            raise ValueError(
+                f"`m_steps` or `em_iterations`: update {step} of {folder} was number {state['last_update'][2] + 1} of "
+                f"{state['last_update'][0]}-phase {state['last_update'][1] + 1}, and is not in this run of "
+                f"{self.schedule.iterations} x ({self.schedule.e_steps} + {self.schedule.m_steps}) updates; only the "
+                "last M-phase may be made longer."
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -85,22 +149,12 @@ class CheckpointMixin:
             self._load_em_state(Path(checkpoint))
 
     def _load_em_state(self, folder: Path) -> None:
-        if not (folder / _STATE).is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint`: {folder / _STATE} is missing; this is no checkpoint of RA3MidTrainer "
-                "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
-            )
         state = json.loads((folder / _STATE).read_text())
-        self.metrics.sums = state["metrics"]
+        self.metrics.sums = state["metrics"][self.args.process_index]
         self.gate_hold = type(self.gate_hold)(**state["gate_hold"])
         self.probe_baseline = state["probe_baseline"]
-        if state["frozen"]:
-            if not (folder / _FROZEN).is_file():
-                raise ValueError(
-                    f"`resume_from_checkpoint`: {folder / _FROZEN} is missing; take an earlier checkpoint."
-                )
-            tensors = load_file(folder / _FROZEN)
-            for kind in state["frozen"]:
-                values = {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}
-                self.frozen[kind] = FrozenWeights(self.backbone.model)
-                self.frozen[kind].load(values)
+        tensors = load_file(folder / _FROZEN) if state["frozen"] else {}
+        for kind in state["frozen"]:
+            values = {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}
+            self.frozen[kind] = FrozenWeights(self.backbone.model)
+            self.frozen[kind].load(values)

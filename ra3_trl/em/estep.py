@@ -8,8 +8,8 @@ ratio), live or frozen reward model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch import nn
 
 from ..config import RA3Config
 from ..losses import EStepTerms, Returns, advantages, code_bounds, compute_returns, estep_loss, gate_slope
-from ..models import FrozenWeights
+from ..models import BaseWeights, FrozenWeights
 from ..records import Document, RolloutGroup
-from ..rollout import NoiseKey, RolloutEngine, keyed_uniform
+from ..rollout import NoiseKey, PolicyLogProbs, RolloutEngine, keyed_uniform
+from .monitor import MetricSums, Sums
+from .rewards import RewardPlugIns
 
 
 _SITES = -3  # keys the choice of sites, beside the latents' numbers of noise.py
@@ -27,10 +29,13 @@ _SITES = -3  # keys the choice of sites, beside the latents' numbers of noise.py
 
 @dataclass(frozen=True)
 class Rollout:
-    """A group with its returns."""
+    """A group with its returns; `terms` holds the reward's terms apart, `[T, G]` each, where there are several;
+    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites."""
 
     group: RolloutGroup
     returns: Returns
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    references: tuple[PolicyLogProbs, ...] = ()
 
 
 def choose_sites(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
@@ -48,20 +53,33 @@ def roll_out(
     documents: Sequence[Document],
     args: RA3Config,
     noise: NoiseKey,
-    reward: FrozenWeights | None,
+    reward: FrozenWeights | BaseWeights | None,
+    plug_ins: RewardPlugIns | None = None,
+    start: FrozenWeights | None = None,
 ) -> list[Rollout]:
-    """Samples under the live weights and scores under `reward` (`None`: the live weights, on the same cache)."""
-    rollouts = []
-    for document in documents:
-        sites = choose_sites(document, args.max_sites, noise)
-        live = reward is None
-        group = engine.rollout(document, sites, args.num_latents, args.horizon, noise, score=live)
-        if not live:
-            with reward.applied():
-                group = engine.score(document, sites, group.latents, args.horizon)
-        returns = compute_returns(group, args.horizon, args.discount, args.line_reduction)
-        rollouts.append(Rollout(group, returns))
-    return rollouts
+    """Samples under the live weights and scores under `reward` (`None`: the live weights, on the same cache); what was
+    sampled is also scored under `start`, which the KL term is measured to and the gate anchored at."""
+    sites = [choose_sites(document, args.max_sites, noise) for document in documents]
+    with engine.backbone.gathered():
+        groups = [
+            engine.rollout(document, tried, args.num_latents, args.horizon, noise, score=reward is None)
+            for document, tried in zip(documents, sites, strict=True)
+        ]
+    if reward is not None:
+        with reward.applied(), engine.backbone.gathered():
+            groups = [engine.score(g.document, g.sites, g.latents, args.horizon) for g in groups]
+    returns = [compute_returns(group, args.horizon, args.discount, args.line_reduction) for group in groups]
+    found = [(r, {}) if plug_ins is None else plug_ins(g, r) for g, r in zip(groups, returns, strict=True)]
+    references = [()] * len(groups)
+    if start is not None:
+        with torch.no_grad(), start.applied(), engine.backbone.gathered():
+            references = [tuple(engine.log_probs(g, part) for part in engine.split(g)) for g in groups]
+    return [Rollout(g, *rewarded, ref) for g, rewarded, ref in zip(groups, found, references, strict=True)]
+
+
+def count_chunks(engine: RolloutEngine, rollouts: Sequence[Rollout]) -> int:
+    """Forwards with gradients that [`estep_backward`] does for these rollouts."""
+    return sum(len(engine.split(r.group)) for r in rollouts)
 
 
 def estep_backward(
@@ -70,9 +88,10 @@ def estep_backward(
     args: RA3Config,
     num_sites: float,
     hold: bool,
-    start: FrozenWeights | None,
-    backward: Callable[[torch.Tensor, bool], None],
+    backward: Callable[[torch.Tensor], None],
+    syncing: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext(),
     through: nn.Module | None = None,
+    chunks: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Loss and gradients of a batch, chunk by chunk.
 
@@ -80,43 +99,68 @@ def estep_backward(
         num_sites (`float`):
             Sites of the whole accumulation window and all processes: the loss's denominator.
         hold (`bool`):
-            Whether the gate is held at its value under `start`.
-        start ([`FrozenWeights`], *optional*):
-            Weights that the KL term is measured to, and the gate while it is held.
+            Whether the gate is held at its value at the start.
         backward (`Callable`):
-            Takes a chunk's loss and whether it is the last one.
+            Takes a chunk's loss.
+        syncing (`Callable`, *optional*):
+            Context of a chunk's forward and backward pass, told whether it is the last one.
+        through (`nn.Module`, *optional*):
+            The wrapped model whose forward must run.
+        chunks (`int`, *optional*, defaults to `0`):
+            Do at least so many forwards, with a loss of 0 where there is nothing left: as many as other processes.
 
     Returns:
         The loss and its parts, both divided by `num_sites`.
     """
-    chunks = [(r, part) for r in rollouts for part in engine.split(r.group)]
-    total, parts = 0.0, {}
-    for i, (rollout, part) in enumerate(chunks):
-        wants_start = start is not None and (args.kl_coef or hold)
-        with torch.no_grad(), start.applied() if wants_start else nullcontext():
-            ref = engine.log_probs(rollout.group, part) if wants_start else None
-        logps = engine.log_probs(rollout.group, part, through, entropy=args.entropy_coef > 0)
-        terms = _terms(rollout, part, args, hold, logps.gate_T)
-        loss, named = estep_loss(
-            terms,
-            logps.gate_T,
-            logps.token_n,
-            logps.branch_n,
-            gate_coef=args.gate_coef,
-            ref_token_logps_n=ref.token_n if wants_start else None,
-            kl_coef=args.kl_coef,
-            entropy_n=logps.entropy_n,
-            entropy_coef=args.entropy_coef,
-            prior_think=1 - args.prior_alpha,
-            gate_kl_coef=args.gate_kl_coef,
-            anchor_gate_logps_T=ref.gate_T if wants_start and hold else None,
-        )
-        loss = loss / num_sites
-        backward(loss, i + 1 == len(chunks))
-        total += float(loss.detach())
+    pieces = [
+        (r, part, r.references[i] if r.references else None)
+        for r in rollouts
+        for i, part in enumerate(engine.split(r.group))
+    ]
+    total, parts, chunks = 0.0, {}, max(chunks, len(pieces))
+    for i in range(chunks):
+        if i >= len(pieces):
+            with syncing(i + 1 == chunks):
+                backward(engine.backbone.idle(through))
+            continue
+        with syncing(i + 1 == chunks), engine.gradients():
+            loss, named = _chunk_loss(engine, *pieces[i], args, hold, through)
+            backward(loss / num_sites)
+        total += float(loss.detach()) / num_sites
         for name, value in named.items():
             parts[name] = parts.get(name, 0.0) + float(value) / num_sites
     return total, parts
+
+
+def _chunk_loss(
+    engine: RolloutEngine,
+    rollout: Rollout,
+    part: slice,
+    reference: PolicyLogProbs | None,
+    args: RA3Config,
+    hold: bool,
+    through: nn.Module | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of some sites of a rollout, summed over them."""
+    logps = engine.log_probs(rollout.group, part, through, entropy=args.entropy_coef > 0)
+    loss, named = estep_loss(
+        _terms(rollout, part, args, hold, logps.gate_T),
+        logps.gate_T,
+        logps.token_n,
+        logps.branch_n,
+        gate_coef=args.gate_coef,
+        ref_token_logps_n=None if reference is None else reference.token_n,
+        kl_coef=args.kl_coef,
+        entropy_n=logps.entropy_n,
+        entropy_coef=args.entropy_coef,
+        prior_think=1 - args.prior_alpha,
+        gate_kl_coef=args.gate_kl_coef,
+        anchor_gate_logps_T=reference.gate_T if reference is not None and hold else None,
+    )
+    if logps.router is not None:
+        named["router"] = logps.router.detach() * len(logps.gate_T)
+        loss = loss + logps.router * len(logps.gate_T)
+    return loss, named
 
 
 def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logps_T: torch.Tensor) -> EStepTerms:
@@ -127,51 +171,43 @@ def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logp
     return EStepTerms(gate_slope(returns.gain_TG, args.penalty, hold).to(device), advantage.to(device), weight)
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str]) -> dict[str, float]:
-    """Numbers of a batch of rollouts, each an average over sites or latents (see README, "What is logged")."""
-    p, gain, reward, gates_gain, copied, alike, wordless, lengths, logps, symbols = ([] for _ in range(10))
-    elbo = code = thinks = 0.0
-    tokens = lines = 0
+def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str]) -> Sums:
+    """Numbers of a batch of rollouts (see README, "What is logged"): total and weight, so that batches and processes
+    can be added up."""
+    sums = MetricSums()
     for r in rollouts:
         bounds = code_bounds(r.group)
-        elbo, code, tokens = elbo + bounds.elbo, code + bounds.log_likelihood, tokens + bounds.tokens
+        sums.add_total("elbo", bounds.elbo, bounds.tokens)
+        sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not r.group.sites:
             continue
-        gate = r.group.gate_logps_A[list(r.group.sites)].exp()
-        mean_gain = r.returns.gain_TG.mean(1)
-        p += gate.tolist()
-        gain += mean_gain.tolist()
-        gates_gain += (gate * mean_gain).tolist()
-        reward += r.returns.latent_TG.mean(1).tolist()
-        lines += sum(not action.comment for action in r.group.document.actions)
-        thinks += float(r.group.gate_logps_A.exp().sum())  # all boundaries, not only those tried (`max_sites`)
-        for site, row in zip(r.group.sites, r.group.latents, strict=True):
-            action = r.group.document.actions[site]
-            line = token_text(r.group.document.input_ids[action.start : action.end])
-            texts = [token_text(z.token_ids) for z in row]
-            copied += [copy_rate(text, line) for text in texts]
-            wordless += [not any(c.isalnum() for c in text) for text in texts]
-            alike.append(1 - (len(set(texts)) - 1) / max(len(texts) - 1, 1))
-            lengths += [len(z.token_ids) for z in row]
-            logps.append(-sum(sum(z.logps) for z in row))
-            symbols.append(sum(len(z.logps) for z in row))
-    if not p:
-        return {}
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    return {
-        "reward": mean(reward),
-        "gain": mean(gain),
-        "gate_weighted_gain": sum(gates_gain) / max(sum(p), 1e-12),
-        "think_rate": mean(p),
-        "latent_length": mean(lengths),
-        "duration": lines / max(thinks, 1e-12),
-        "entropy": sum(logps) / sum(symbols),
-        "copy_rate": mean(copied),
-        "same_rate": mean(alike),
-        "wordless_rate": mean(wordless),
-        "elbo": elbo / max(tokens, 1),
-        "code_loss": -code / max(tokens, 1),
-    }
+        gate, gain = r.group.gate_logps_A[list(r.group.sites)].exp(), r.returns.gain_TG.mean(1)
+        sums.add_total("reward", float(r.returns.latent_TG.mean(1).sum()), len(gate))
+        sums.add_total("gain", float(gain.sum()), len(gate))
+        sums.add_total("gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
+        sums.add_total("think_rate", float(gate.sum()), len(gate))
+        lines = sum(not action.comment for action in r.group.document.actions)
+        sums.add_total(
+            "duration", lines, float(r.group.gate_logps_A.exp().sum())
+        )  # all boundaries, not only tried ones
+        for name, term_TG in r.terms.items():
+            sums.add_total(f"rewards/{name}/mean", float(term_TG.sum()), term_TG.numel())
+            sums.add_total(f"rewards/{name}/std", float(term_TG.std(1, correction=0).sum()), len(term_TG))
+        _add_latents(sums, r.group, token_text)
+    return sums.sums
+
+
+def _add_latents(sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str]) -> None:
+    for site, row in zip(group.sites, group.latents, strict=True):
+        action = group.document.actions[site]
+        line = token_text(group.document.input_ids[action.start : action.end])
+        texts = [token_text(z.token_ids) for z in row]
+        sums.add_total("same_rate", 1 - (len(set(texts)) - 1) / max(len(texts) - 1, 1), 1)
+        for z, text in zip(row, texts, strict=True):
+            sums.add_total("latent_length", len(z.token_ids), 1)
+            sums.add_total("entropy", -sum(z.logps), len(z.logps))
+            sums.add_total("copy_rate", copy_rate(text, line), 1)
+            sums.add_total("wordless_rate", not any(c.isalnum() for c in text), 1)
 
 
 def copy_rate(latent: str, line: str) -> float:

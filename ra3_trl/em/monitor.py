@@ -5,20 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+Sums = dict[str, list[float]]  # name -> [total, weight]; the metric is total / weight
+
+
 @dataclass
 class MetricSums:
     """Weighted averages since the last log line; part of the checkpoint, so that a resumed log is the same."""
 
-    sums: dict[str, list[float]] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        total = self.sums.setdefault(name, [0.0, 0.0])
-        total[0] += value * weight
-        total[1] += weight
+        """Takes an average `value` over something of `weight`."""
+        self.add_total(name, value * weight, weight)
+
+    def add_total(self, name: str, total: float, weight: float) -> None:
+        """Takes a sum over something of `weight`."""
+        kept = self.sums.setdefault(name, [0.0, 0.0])
+        kept[0] += total
+        kept[1] += weight
+
+    def add_sums(self, sums: Sums, prefix: str = "") -> None:
+        for name, (total, weight) in sums.items():
+            self.add_total(prefix + name, total, weight)
+
+    def averages(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self.sums.items() if weight > 0}
 
     def pop(self) -> dict[str, float]:
         """The averages; starts anew."""
-        out = {name: total / weight for name, (total, weight) in self.sums.items() if weight > 0}
+        out = self.averages()
         self.sums = {}
         return out
 
@@ -68,7 +83,7 @@ class GateHold:
 
 
 def latent_alarms(metrics: dict[str, float]) -> list[str]:
-    """What is wrong with a batch of latents, in words; `metrics` are those of `rollout_metrics`."""
+    """What is wrong with a batch of latents, in words; `metrics` are averages of `rollout_sums`."""
     alarms = []
     if metrics.get("wordless_rate", 0) > 0.5:
         alarms.append("more than half of the latents hold no letter or digit (drift into emptiness): raise `kl_coef`.")

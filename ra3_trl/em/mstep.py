@@ -30,6 +30,14 @@ class Rows:
         """Tokens that are predicted: those with a label that are not the first of their row."""
         return int((self.labels[:, 1:] != -100).sum())
 
+    def flat(self) -> Rows:
+        """All rows behind each other as one, without padding. The first token of a row has no label, as before."""
+        real = (self.position_ids > 0) | (self.labels != -100)
+        real[:, :-1] |= self.position_ids[:, 1:] == 1  # the first token of an example of two or more
+        labels = self.labels.clone()
+        labels[:, 0] = -100
+        return Rows(*(x[real][None] for x in (self.input_ids, self.position_ids, labels, self.is_latent)))
+
 
 def split_example(example: AnnotatedExample, max_length: int) -> list[tuple[tuple, tuple, tuple]]:
     """Pieces (ids, labels, is_latent) of at most `max_length` tokens; a later piece begins with the token before it
@@ -84,13 +92,19 @@ def mstep_loss(
     """Next-token loss of a batch of rows; logits only where there is a label, a bounded chunk at a time.
 
     Documents of a row are kept apart by their position ids (which needs `use_cache=False` and no attention mask);
-    padding starts its own "document" at each position 0 and has no labels.
+    padding starts its own "document" at each position 0 and has no labels. The router loss of a mixture of experts is
+    added with the batch's share of `num_tokens`, and is computed without padding.
     """
+    rows = rows.flat() if backbone.wants_flat_rows else rows
     device = backbone.device
     hidden = backbone.hidden(through, input_ids=rows.input_ids.to(device), position_ids=rows.position_ids.to(device))[
         :, :-1
     ]
+    router = backbone.router_loss
     labels = rows.labels[:, 1:].to(device)
     wanted = labels != -100
     logps = backbone.token_logps(hidden[wanted], labels[wanted])
-    return next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens)
+    loss, parts = next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens)
+    if router is not None:
+        loss = loss + router * (rows.num_tokens / num_tokens)
+    return loss, parts

@@ -40,7 +40,7 @@ class WatchMixin:
             rows = (row_to_document(row) for row in self.train_dataset)
             with_sites = (document for document in rows if document.sites)
             self._probe = tuple(d for _, d in zip(range(_PROBE_DOCUMENTS), with_sites, strict=False))
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager():
+        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             groups = [self.engine.trunk(document) for document in self._probe]
         tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
         # Renormalised: a gate that opens takes mass from the raw lines without harming the code.

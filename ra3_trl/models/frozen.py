@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Gives a parameter other contents: another storage, or a copy where FSDP2 holds on to the storage it shards."""
+    if isinstance(parameter, DTensor):
+        with torch.no_grad():
+            parameter.copy_(value)
+    else:
+        parameter.data = value
 
 
 class FrozenWeights:
@@ -26,14 +37,20 @@ class FrozenWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the snapshot's weights inside; for use without gradients."""
-        live = {name: p.data for name, p in self._parameters.items()}
+        live = {name: p.detach().clone() if isinstance(p, DTensor) else p.data for name, p in self._parameters.items()}
         try:
             for name, p in self._parameters.items():
-                p.data = self.values[name]
+                _put(p, self.values[name])
+            torch.clear_autocast_cache()  # it holds casts by parameter, not by contents
             yield
         finally:
             for name, p in self._parameters.items():
-                p.data = live[name]
+                _put(p, live[name])
+            torch.clear_autocast_cache()
+
+    def whole_values(self) -> dict[str, torch.Tensor]:
+        """The snapshot on the CPU, put together where it is sharded; every process must call it."""
+        return {name: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for name, v in self.values.items()}
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Puts saved `values` in place of the snapshot.
@@ -47,4 +64,39 @@ class FrozenWeights:
                 f"frozen weights of another model: {odd} differ; resume with the model the run began with."
             )
         for name, value in values.items():
-            self.values[name].copy_(value)
+            kept = self.values[name]
+            if isinstance(kept, DTensor):
+                value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
+            kept.copy_(value)
+
+
+class BaseWeights:
+    """The model without its adapter, to be put in its place for a while; it holds no weights of its own.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+
+    Raises:
+        `ValueError`: if it has no adapter.
+    """
+
+    def __init__(self, model: nn.Module):
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"`reward_model` is 'base', the model without its adapter, but `model` is a {type(model).__name__}; "
+                "pass a `peft_config`, or use 'frozen'."
+            )
+        self._model = model
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The adapter is off inside; for use without gradients."""
+        # peft sets `requires_grad` anew on the way out, also of what the user had frozen (LoRA-FA, other adapters).
+        trained = [(p, p.requires_grad) for p in self._model.parameters()]
+        try:
+            with self._model.disable_adapter():
+                yield
+        finally:
+            for p, requires_grad in trained:
+                p.requires_grad_(requires_grad)

@@ -7,11 +7,13 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -21,17 +23,37 @@ class Backbone:
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, not wrapped for several processes.
+            The model, not wrapped for several processes (sharded in place by FSDP2 it is the same object).
+        router_aux_loss_coef (`float`, *optional*):
+            Weight of the router loss of a mixture of experts; `None` is the model's own.
+
+    Attributes:
+        router_loss (`torch.Tensor` or `None`):
+            The weighted router loss of the last forward with gradients; `None` where there is none.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, router_aux_loss_coef: float | None = None):
         self.model = model
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.base_model
+        if self.decoder is causal_lm:
+            raise ValueError(
+                f"`model` is a {type(causal_lm).__name__}, which does not keep its decoder apart from its head; use "
+                "another architecture."
+            )
         forward = inspect.signature(causal_lm.forward).parameters
         self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         config = causal_lm.config.get_text_config().to_dict()
+        own = config.get("router_aux_loss_coef") if "output_router_logits" in forward else None
+        self._router_coef = (own or 0.0) if router_aux_loss_coef is None else router_aux_loss_coef
+        if self._router_coef and own is None:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
+                "loss; leave it out."
+            )
+        self.router_loss: torch.Tensor | None = None
+        self._settled = False
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
         self._softcap = config.get("final_logit_softcapping")  # Gemma 2
@@ -41,28 +63,81 @@ class Backbone:
         return self.causal_lm.device
 
     @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the weights."""
+        return isinstance(self.model, FSDPModule)
+
+    @property
     def vocab_size(self) -> int:
         return self.causal_lm.get_output_embeddings().weight.shape[0]
+
+    @property
+    def wants_flat_rows(self) -> bool:
+        """Flash attention keeps packed documents apart in a batch of one row only; a router loss counts padding."""
+        return bool(self._router_coef) or "flash" in (self.causal_lm.config._attn_implementation or "")
 
     def hidden(self, through: nn.Module | None = None, **inputs) -> torch.Tensor:
         """Last hidden states `[rows, L, hidden_size]`.
 
         `through` is the wrapped model whose forward must be the one that runs (DDP arms its gradient reduction there);
-        the hidden states are then caught on their way to the head.
+        the hidden states are then caught on their way to the head. So they are where the router loss is wanted, which
+        the model's own forward computes, and where FSDP2 gathers the weights in that forward.
         """
-        if through is None:
+        self.router_loss = None
+        routed = bool(self._router_coef) and torch.is_grad_enabled()
+        if through is None and not routed and not self.sharded:
             return self.decoder(use_cache=False, **inputs)[0]
+        if self.sharded and not self._settled:
+            self._reshard_layers_only()
         caught: list[torch.Tensor] = []
         handle = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+        options = self._one_logit | ({"output_router_logits": True} if routed else {})
         try:
-            through(use_cache=False, **self._one_logit, **inputs)
+            output = (through or self.model)(use_cache=False, **options, **inputs)
         finally:
             handle.remove()
+        if routed and output.aux_loss is not None:
+            self.router_loss = self._router_coef * output.aux_loss
         return caught[0]
+
+    def idle(self, through: nn.Module | None = None) -> torch.Tensor:
+        """A loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so that
+        all processes do the same number of them."""
+        hidden = self.hidden(through, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))[0]
+        router = 0.0 if self.router_loss is None else self.router_loss
+        return 0.0 * (hidden.float().sum() + self.logits(hidden).sum() + router)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every process has the whole weights, so that forwards exchange nothing and each process may do as
+        many as it likes. Without sharding nothing happens. Not while gradients are being added up."""
+        shards, self._settled = self._shards(), True
+        for shard in shards:
+            shard.set_reshard_after_forward(False, recurse=False)
+            shard.unshard()
+        try:
+            yield
+        finally:
+            self._reshard_layers_only()
+            if shards:
+                self.model.reset_iter_state()  # forgets these forwards, or the backward pass would prefetch for them
+
+    def _shards(self) -> list[FSDPModule]:
+        return [m for m in self.model.modules() if isinstance(m, FSDPModule)] if self.sharded else []
+
+    def _reshard_layers_only(self) -> None:
+        """Layers give their weights back after a forward; embeddings and head keep them until the backward pass, since
+        the head is applied behind the forward."""
+        layers = {m for modules in self.model.modules() if isinstance(modules, nn.ModuleList) for m in modules}
+        for shard in self._shards():
+            shard.set_reshard_after_forward(shard in layers, recurse=False)
+        self._settled = True
 
     def logits(self, hidden_nD: torch.Tensor) -> torch.Tensor:
         """Logits `[n, V]` in float32 of hidden states `[n, hidden_size]`."""
-        logits = self.causal_lm.get_output_embeddings()(hidden_nD).float()
+        head = self.causal_lm.get_output_embeddings()
+        # Not as a module of FSDP2, whose hooks count on one call within the model's forward.
+        logits = (head.forward if self.sharded else head)(hidden_nD).float()
         if self._divide != 1.0 or self._multiply != 1.0:
             logits = logits * (self._multiply / self._divide)
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits

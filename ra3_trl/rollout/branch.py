@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -172,6 +173,9 @@ class BranchEngine:
             widest = max(widest, length)
         return [*slices, slice(begin, len(group.sites))] if group.sites else []
 
+    def gradients(self) -> AbstractContextManager[None]:
+        return branch_attention(self.backbone.causal_lm)
+
     def log_probs(
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
     ) -> PolicyLogProbs:
@@ -188,7 +192,7 @@ class BranchEngine:
         with branch_attention(self.backbone.causal_lm):
             positions = state.begin(tokens, len(prefix))
             inputs = {"input_ids": row[None], "position_ids": positions[None], "ra3": state}
-            hidden = self.backbone.hidden(through, **inputs)[0]
+            hidden, router = self.backbone.hidden(through, **inputs)[0], self.backbone.router_loss
         first = len(prefix) + np.cumsum([0, *map(len, chains)])[:-1]
         gate_T = self._packed_gates(hidden, actions, first[:: max(group.num_latents, 1)])
         rows = np.concatenate(
@@ -199,7 +203,7 @@ class BranchEngine:
         token_n, entropy_n = symbol_logps(
             self.backbone, self.distribution, hidden[self._long(rows)], targets, state_n, step_n, kept, entropy
         )
-        return PolicyLogProbs(gate_T, token_n, branch_n, entropy_n)
+        return PolicyLogProbs(gate_T, token_n, branch_n, entropy_n, router)
 
     def _packed_gates(self, hidden: torch.Tensor, actions, first: np.ndarray) -> torch.Tensor:
         rows, targets, owner = [], [], []

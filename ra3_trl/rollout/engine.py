@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..records import Document, Latent, RolloutGroup
+from .backbone import Backbone
 from .noise import NoiseKey
 
 
@@ -19,19 +21,21 @@ class PolicyLogProbs:
 
     `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
     `branch_n` its branch `t * G + g` (counted from the first of the sites), `entropy_n` the entropy there (zero unless
-    asked for).
+    asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
     """
 
     gate_T: torch.Tensor
     token_n: torch.Tensor
     branch_n: torch.Tensor
     entropy_n: torch.Tensor
+    router: torch.Tensor | None = None
 
 
 class RolloutEngine(Protocol):
     """Samples latents at many boundaries of a document and scores expert lines under them."""
 
     name: str
+    backbone: Backbone
     score_seconds: float  # spent on scoring so far, for the log
 
     def trunk(self, document: Document) -> RolloutGroup:
@@ -55,6 +59,10 @@ class RolloutEngine(Protocol):
 
     def split(self, group: RolloutGroup) -> list[slice]:
         """Slices of the group's sites whose branches may be in flight together."""
+
+    def gradients(self) -> AbstractContextManager[None]:
+        """Where `log_probs` and the backward pass belong together: activation checkpointing runs forwards anew in the
+        backward pass, which must attend as the first ones did."""
 
     def log_probs(
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False

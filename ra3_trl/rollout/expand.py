@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -202,6 +203,9 @@ class ExpandEngine:
         fit = max(1, self.max_branch_tokens // (longest * max(group.num_latents, 1)))
         return [slice(i, min(i + fit, len(group.sites))) for i in range(0, len(group.sites), fit)]
 
+    def gradients(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def log_probs(
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
     ) -> PolicyLogProbs:
@@ -217,6 +221,7 @@ class ExpandEngine:
                 positions.append(action.start - 1 + j)
                 targets.append(token)
                 owner.append(t)
+        router = self.backbone.router_loss
         owner, targets = (torch.as_tensor(x, device=hidden.device) for x in (owner, targets))
         logps = self.backbone.token_logps(hidden[rows, positions], targets)
         gate_T = logps.new_zeros(len(actions)).index_add(0, owner, logps)
@@ -228,7 +233,7 @@ class ExpandEngine:
         token_n, entropy_n = symbol_logps(
             self.backbone, self.distribution, hidden[branches, at], symbols, states, steps, kept, entropy
         )
-        return PolicyLogProbs(gate_T, token_n, branches, entropy_n)
+        return PolicyLogProbs(gate_T, token_n, branches, entropy_n, router)
 
 
 def _branch_rows(rows: list, head: tuple[int, ...], plan: SitePlan) -> list[tuple[tuple[int, int, int], int, bool]]:

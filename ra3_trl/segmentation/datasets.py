@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,11 @@ def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable
     return prompt + text, len(prompt)
 
 
+def content_id(text: str) -> int:
+    """A document's number in a stream: 63 bits of its content, the same in whichever shard or pass it comes."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
+
+
 def segment_dataset(
     dataset: Dataset | IterableDataset,
     segmenter: Segmenter,
@@ -111,20 +117,28 @@ def segment_dataset(
         raise ValueError("`train_dataset` (or `eval_dataset`) is empty; give it at least one row.")
     _text_of(first, text_field, formatting_func)
 
-    def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def cut(batch: dict[str, list], indices: list[int] | None = None) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in FEATURES}
-        for position, doc_id in enumerate(indices):
+        for position in range(len(next(iter(batch.values())))):
             example = {name: column[position] for name, column in batch.items()}
             text, prompt_chars = _text_of(example, text_field, formatting_func)
+            doc_id = content_id(text) if indices is None else indices[position]
             for document in segmenter(doc_id, text, prompt_chars):
                 for name, value in document_to_row(document).items():
                     out[name].append(value)
         return out
 
-    options: dict[str, Any] = {"batched": True, "with_indices": True, "features": FEATURES, "batch_size": 64}
-    options["remove_columns"] = list(first)
+    options: dict[str, Any] = {"batched": True, "features": FEATURES, "remove_columns": list(first)}
     if isinstance(dataset, Dataset):
-        options |= {"num_proc": num_proc, "desc": "Cutting text into actions", "load_from_cache_file": False}
+        options |= {
+            "with_indices": True,
+            "batch_size": 64,
+            "num_proc": num_proc,
+            "desc": "Cutting text into actions",
+            "load_from_cache_file": False,
+        }
+    else:
+        options["batch_size"] = 8  # little is read ahead
     return dataset.map(cut, **options)
 
 

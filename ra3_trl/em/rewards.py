@@ -1,0 +1,117 @@
+"""Reward plug-ins: further terms of the E-step's reward, in the manner of TRL's `reward_funcs`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from ..losses import Returns
+from ..records import RolloutGroup
+from ..rollout import horizon_lines
+
+
+LIKELIHOOD = "log_likelihood"
+RewardFunc = Callable[..., Sequence[float | None]]
+
+
+class RewardPlugIns:
+    """The E-step's reward as a weighted sum: the lines' log-likelihood and what `funcs` return.
+
+    A function is called once for each document, by keyword, with lists of one entry for each latent of each boundary:
+
+    - `prompts` (`str`): the text before the latent, think prefix included;
+    - `completions` (`str`), `completion_ids` (`list[int]`): the latent;
+    - `expert_lines` (`str`): the lines that the latent is credited with;
+    - `log_likelihood`, `log_likelihood_no_think` (`float`): return of these lines with and without the latent, nats;
+    - `trainer_state` ([`~transformers.TrainerState`]): not a list.
+
+    It takes `**kwargs`, since more may come, and returns one number for each latent; `None` counts as 0.
+
+    Args:
+        funcs (`Sequence[Callable]`):
+            The functions.
+        weights (`Sequence[float]`, *optional*):
+            Their weights; `None` is 1 for each.
+        likelihood_weight (`float`):
+            Weight of the log-likelihood; 0 replaces it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            To read the texts.
+        horizon (`int`):
+            Lines that a latent is credited with.
+
+    Raises:
+        `ValueError`: for a coroutine function, two functions of one name, or a wrong number of weights.
+    """
+
+    def __init__(
+        self,
+        funcs: Sequence[RewardFunc],
+        weights: Sequence[float] | None,
+        likelihood_weight: float,
+        tokenizer: PreTrainedTokenizerBase,
+        horizon: int,
+    ):
+        self.funcs = {_name(func): func for func in funcs}
+        if len(self.funcs) < len(funcs) or LIKELIHOOD in self.funcs:
+            raise ValueError(
+                f"`reward_funcs` has the names {[_name(f) for f in funcs]}; each function needs a name of its own, "
+                f"other than {LIKELIHOOD!r}: set `__name__`."
+            )
+        if odd := next((name for name, func in self.funcs.items() if inspect.iscoroutinefunction(func)), None):
+            raise ValueError(f"`reward_funcs`: {odd} is a coroutine function; pass a plain one.")
+        if weights is not None and len(weights) != len(funcs):
+            raise ValueError(
+                f"`reward_weights` has {len(weights)} numbers for {len(funcs)} `reward_funcs`; give one each."
+            )
+        self.weights = dict(zip(self.funcs, weights or [1.0] * len(funcs), strict=True))
+        self.likelihood_weight = likelihood_weight
+        self.tokenizer = tokenizer
+        self.horizon = horizon
+        self.state: TrainerState | None = None
+
+    def __call__(self, group: RolloutGroup, returns: Returns) -> tuple[Returns, dict[str, torch.Tensor]]:
+        """Returns under the whole reward, and its terms `[T, G]`, not weighted."""
+        terms = {LIKELIHOOD: returns.latent_TG}
+        if group.sites:
+            given = self._given(group, returns)
+            terms |= {name: self._call(name, given, returns.latent_TG) for name in self.funcs}
+        latent_TG = self.likelihood_weight * returns.latent_TG
+        for name, weight in self.weights.items():
+            latent_TG = latent_TG + weight * terms.get(name, 0.0)
+        return Returns(self.likelihood_weight * returns.act_T, latent_TG), terms
+
+    def _given(self, group: RolloutGroup, returns: Returns) -> dict[str, Any]:
+        ids, actions = group.document.input_ids, group.document.actions
+        given: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", "expert_lines")}
+        for site, row in zip(group.sites, group.latents, strict=True):
+            action = actions[site]
+            end = actions[site + horizon_lines(group.document, site, self.horizon) - 1].end
+            given["prompts"] += [self._text([*ids[: action.start], *action.boundary.think])] * len(row)
+            given["expert_lines"] += [self._text(ids[action.start : end])] * len(row)
+            given["completions"] += [self._text(z.token_ids) for z in row]
+            given["completion_ids"] += [list(z.token_ids) for z in row]
+        given["log_likelihood"] = returns.latent_TG.flatten().tolist()
+        given["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
+        return given | {"trainer_state": self.state}
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def _call(self, name: str, given: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
+        found = list(self.funcs[name](**given))
+        values = torch.tensor([0.0 if value is None else float(value) for value in found], dtype=like_TG.dtype)
+        if len(values) != like_TG.numel() or not torch.isfinite(values).all():
+            raise ValueError(
+                f"`reward_funcs`: {name} returned {len(values)} numbers, "
+                f"{int((~torch.isfinite(values)).sum())} of them not finite, for {like_TG.numel()} latents; "
+                "return one finite number (or None) for each."
+            )
+        return values.view_as(like_TG)
+
+
+def _name(func: RewardFunc) -> str:
+    return getattr(func, "__name__", type(func).__name__)
