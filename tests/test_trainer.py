@@ -62,29 +62,48 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_without_e_steps_it_is_sft(make, tokenizer, tiny_model, tmp_path, packing):
-    """Invariant 2: losses and weights of TRL's SFTTrainer after 20 updates, float32, at most 1e-5 apart."""
+@pytest.mark.parametrize(("packing", "architecture"), [(True, "llama"), (False, "llama"), (True, "qwen3_moe")])
+def test_without_e_steps_it_is_sft(make, tokenizer, tiny_model, tmp_path, packing, architecture):
+    """Invariant 2: losses and weights of TRL's SFTTrainer after 20 updates, float32, at most 1e-5 apart. A mixture of
+    experts keeps its router loss, as there."""
     shared = {
         "max_length": 256, "learning_rate": 1e-3, "per_device_train_batch_size": 3, "max_steps": 20,
         "lr_scheduler_type": "linear", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3,
         "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
     sft = SFTTrainer(
-        tiny_model("llama", tokenizer),
-        SFTConfig(output_dir=str(tmp_path / "sft"), bf16=False, gradient_checkpointing=False, packing=False, **shared),
+        tiny_model(architecture, tokenizer),
+        SFTConfig(
+            output_dir=str(tmp_path / "sft"), bf16=False, activation_checkpointing=False, packing=False, **shared
+        ),
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         processing_class=tokenizer,
     )
     before = weights(sft.model)
     sft.train()
-    ours = make(e_steps=0, m_steps=-1, packing=packing, **shared)
+    ours = make(model=tiny_model(architecture, tokenizer), e_steps=0, m_steps=-1, packing=packing, **shared)
     ours.train()
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (sft, ours)]
     assert len(losses[0]) == len(losses[1]) == 20
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
     assert furthest(weights(sft.model), weights(ours.model)) < 1e-5
     assert furthest(before, weights(ours.model)) > 1e-3  # both did move
+
+
+def test_the_router_loss_can_be_weighed_or_left_out(make, tokenizer, tiny_model):
+    """Its own weight (0.001), a hundred times as much, none: in an E-phase and an M-phase the routers learn otherwise.
+    In the log it stands apart; 0 is no router loss at all."""
+    runs = {}
+    for coef in (None, 0.1, 0.0):
+        trainer = make(model=tiny_model("qwen3_moe", tokenizer), router_aux_loss_coef=coef, optim="sgd", e_steps=1,
+                       m_steps=1, learning_rate=0.05, e_learning_rate=0.05)  # fmt: skip
+        trainer.train()
+        runs[coef] = weights(trainer.model), trainer.state.log_history[0].get("estep/loss_router")
+    assert runs[0.0][1] is None and runs[0.1][1] == pytest.approx(100 * runs[None][1], rel=1e-3)
+    assert furthest(runs[None][0], runs[0.0][0]) > 1e-7
+    assert furthest(runs[0.1][0], runs[0.0][0]) > 10 * furthest(runs[None][0], runs[0.0][0])
+    with pytest.raises(ValueError, match="`router_aux_loss_coef` is 0.1, but LlamaForCausalLM has no router loss"):
+        make(router_aux_loss_coef=0.1)
 
 
 def test_infinite_penalty_is_next_token_prediction(make):
@@ -284,6 +303,9 @@ def test_latents_are_written_as_parquet(make, tmp_path):
         ({"max_length": 100_000}, "max_length"),
         ({"max_length": 20, "max_latent_length": 10}, "max_length"),
         ({"m_steps": -1, "max_steps": 1}, "max_steps"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"reward_model": "base"}, "reward_model"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make, settings, says, tmp_path):

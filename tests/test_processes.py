@@ -1,0 +1,125 @@
+"""Two processes: the weights of one with twice the batch, no waiting for ever, streams, resuming, FSDP2.
+
+One launch runs all scenarios of worker.py, another those of worker_fsdp.py: starting two Pythons with PyTorch takes
+longer than the scenarios. Both launches assert their world size.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ra3_trl import RA3Config
+
+
+HERE = Path(__file__).parent
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file",
+          str(HERE.parent / "examples" / "accelerate_configs" / "multi_process.yaml")]  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    try:
+        out, _ = process.communicate(timeout=240)  # a hang fails here
+    finally:
+        process.kill()
+    assert process.returncode == 0, out[-5000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
+    """Where every scenario left its file, from two processes and from one."""
+    path = tmp_path_factory.mktemp("processes")
+    tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(path / "model")
+    tokenizers["newline_indent"].save_pretrained(path / "model")
+    one = start(str(HERE / "worker.py"), str(path))
+    finish(start(*LAUNCH, str(HERE / "worker.py"), str(path)))
+    finish(start(*TORCHRUN, str(HERE / "worker_fsdp.py"), str(path)))
+    finish(one)
+    return path
+
+
+def load(folder: Path, name: str) -> dict:
+    return torch.load(folder / f"{name}.pt", weights_only=False)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert set(a) == set(b)
+    return max(float((a[name].detach() - b[name].detach()).abs().max()) for name in a)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scenario", ["same", "uneven"])
+def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
+    """Invariant 5, float tolerance. "uneven": texts of different length, every second one without a boundary, several
+    chunks of branches for a batch on one rank and none on the other, and accumulation."""
+    one, first, second = (load(folder, f"{scenario}-{rank}") for rank in ("1-0", "2-0", "2-1"))
+    assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
+    assert furthest(first["weights"], second["weights"]) == 0
+    assert furthest(one["weights"], first["weights"]) < 1e-6
+    assert one["held"] == pytest.approx(first["held"], abs=1e-5) and first["held"] == second["held"]
+
+
+@pytest.mark.parametrize("scenario", ["same", "uneven"])
+def test_the_log_is_that_of_all_processes(folder, scenario):
+    one, first = (load(folder, f"{scenario}-{rank}")["log"] for rank in ("1-0", "2-0"))
+    assert len(one) == len(first) > 4
+    for wanted, found in zip(one, first, strict=True):
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_two_processes_resume_exactly(folder, step):
+    for rank in (0, 1):
+        alone, again = load(folder, f"left-2-{rank}"), load(folder, f"resumed{step}-2-{rank}")
+        assert furthest(alone["weights"], again["weights"]) == 0
+        assert alone["log"][:-1] == again["log"][:-1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_whose_stream_is_dry_does_not_stop_the_other(folder, workers):
+    """Of 11 documents in 2 shards one process has 10 and the other 1: 4 updates of one document on each. The second
+    process has empty batches after the first update."""
+    seen = [load(folder, f"seen{workers}-2-{rank}") for rank in (0, 1)]
+    assert [len(ids) for ids in seen] == [10, 1]
+    assert len({*seen[0], *seen[1]}) == 11
+    assert {*seen[0], *seen[1]} == set(load(folder, f"seen{workers}-1-0"))  # ids are those of the content
+    first, second = (load(folder, f"stream{workers}-2-{rank}") for rank in (0, 1))
+    assert furthest(first["weights"], second["weights"]) == 0
+    assert [e["step"] for e in first["log"]][:4] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("sharded", "whole"), [("sharded", "same"), ("sharded_uneven", "uneven")])
+def test_fsdp2_gives_the_weights_of_one_process(folder, sharded, whole):
+    """Rollouts, frozen rewards, the KL's start, updates and the full checkpoint under native `fully_shard` on gloo."""
+    assert load(folder, f"{sharded}-0")["world"] == 2
+    model, info = AutoModelForCausalLM.from_pretrained(folder / sharded, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert furthest(dict(model.named_parameters()), load(folder, f"{whole}-1-0")["weights"]) < 1e-6
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, tokenizers):
+    """Exactness asks for the same number of processes; nothing is overwritten."""
+    from worker import TEXTS, make
+
+    checkpoint = folder / "left-2" / "checkpoint-3"
+    before = {p: p.stat().st_mtime_ns for p in checkpoint.iterdir()}
+    trainer = make(folder, TEXTS, "left", batch=2, optim="adamw_torch", m_steps=3)
+    assert isinstance(trainer.args, RA3Config)
+    with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert {p: p.stat().st_mtime_ns for p in checkpoint.iterdir()} == before

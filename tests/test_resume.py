@@ -1,0 +1,296 @@
+"""Going on: what is refused, what is not done twice, SIGTERM, streams, the best checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from ra3_trl import RA3Config, RA3MidTrainer
+
+
+TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(12)]
+
+
+@pytest.fixture
+def make(tmp_path, tokenizers, tiny_model):
+    """`make(e_steps=2, ...)`: a trainer on TEXTS, a new copy of the same random model each time."""
+    tokenizer = tokenizers["newline_indent"]
+
+    def trainer(data=TEXTS, eval_data=None, callbacks=None, **settings) -> RA3MidTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 3, "num_latents": 2,
+            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        data = Dataset.from_dict({"text": data}) if isinstance(data, list) else data
+        eval_data = Dataset.from_dict({"text": eval_data}) if isinstance(eval_data, list) else eval_data
+        model = tiny_model("llama", tokenizer)
+        return RA3MidTrainer(model, RA3Config(**defaults | settings), data, eval_data, tokenizer, callbacks)
+
+    return trainer
+
+
+def weights(trainer: RA3MidTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def folders(path: Path) -> dict[str, float]:
+    """Every file with its time of change."""
+    return {str(p): p.stat().st_mtime_ns for p in path.rglob("*")}
+
+
+# ---- what is refused, with nothing overwritten ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"horizon": 3}, r"`horizon` is 3, but .*checkpoint-4 was written with 2"),
+        ({"penalty": 1.0}, "`penalty` is 1.0"),
+        ({"reward_model": "frozen"}, "`reward_model` is 'frozen'"),
+        ({"seed": 7}, "`seed` is 7"),
+        ({"per_device_train_batch_size": 4}, "`per_device_train_batch_size` is 4"),
+        ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` is 2"),
+        ({"e_steps": 3}, "`e_steps` is 3"),
+        ({"m_steps": 1}, "`m_steps` or `em_iterations`: update 4 of .* was number 2 of M-phase 1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(make, tmp_path, settings, says):
+    make(save_strategy="steps", save_steps=4).train()
+    before = folders(tmp_path / "run")
+    trainer = make(**settings)
+    with pytest.raises(ValueError, match=says):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert folders(tmp_path / "run") == before
+
+
+def test_what_may_change_may_change(make, tmp_path):
+    """A longer last M-phase, other learning rates, logs and memory bounds."""
+    make(save_strategy="steps", save_steps=4).train()
+    trainer = make(m_steps=5, learning_rate=5e-4, e_learning_rate=1e-4, max_branch_tokens=64, logging_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 7
+
+
+def test_missing_frozen_weights_and_other_numbers_of_processes_are_refused(make, tmp_path):
+    make(save_strategy="steps", save_steps=1, reward_model="frozen").train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    frozen = (folder / "ra3_frozen.safetensors").read_bytes()
+    (folder / "ra3_frozen.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"ra3_frozen.safetensors is missing; take an earlier checkpoint"):
+        make(reward_model="frozen").train(resume_from_checkpoint=str(folder))
+    (folder / "ra3_frozen.safetensors").write_bytes(frozen)
+    state = json.loads((folder / "ra3_state.json").read_text())
+    assert state["settings"]["world_size"] == 1
+    state["settings"]["world_size"] = 2
+    (folder / "ra3_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
+        make(reward_model="frozen").train(resume_from_checkpoint=str(folder))
+
+
+# ---- what is not done twice ----
+
+
+def test_batches_already_consumed_are_not_rolled_out_again(make, tmp_path, monkeypatch):
+    make(e_steps=4, m_steps=2, save_strategy="steps", save_steps=3).train()
+    trainer = make(e_steps=4, m_steps=2)
+    seen = []
+    rollout = trainer.engine.rollout
+
+    def watched(document, sites, num_latents, horizon, noise, score=True):
+        seen.append((noise.phase, noise.step))
+        return rollout(document, sites, num_latents, horizon, noise, score)
+
+    monkeypatch.setattr(trainer.engine, "rollout", watched)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    # One E-update (number 3) of two documents is left; annotation of the two M-updates follows (phase 1, 4 and 5).
+    assert [key for key in seen if key[0] == 0] == [(0, 3)] * 2
+    assert {key[1] for key in seen if key[0] == 1} == {4, 5}
+
+
+# ---- streams ----
+
+
+def stream(count: int = 12, shards: int = 3) -> IterableDataset:
+    def rows(part: list[int]):
+        for i in part:
+            yield {"text": TEXTS[i]}
+
+    return IterableDataset.from_generator(rows, gen_kwargs={"part": list(range(count))}) if shards > 1 else None
+
+
+def test_a_stream_trains_as_the_same_data_does(make):
+    """The stream is read in order; with the shuffling of a map-style data set off the batches are the same. Noise is
+    keyed by content in a stream, so next-token prediction is compared."""
+    streamed = make(stream(), e_steps=0, m_steps=4)
+    listed = make(e_steps=0, m_steps=4, train_sampling_strategy="sequential")
+    streamed.train(), listed.train()
+    assert furthest(weights(streamed), weights(listed)) == 0
+
+
+def test_nothing_of_a_stream_is_materialised(make):
+    """A stream without end trains, and little more is read than is used."""
+    read = []
+
+    def rows():
+        i = 0
+        while True:
+            read.append(i)
+            yield {"text": TEXTS[i % 12].replace("def f", f"def g{i}_")}
+            i += 1
+
+    trainer = make(IterableDataset.from_generator(rows), e_steps=1, m_steps=2)
+    trainer.train()
+    # First look: 1 row. Probe: 8 documents and training: 3 updates of 2, each read in maps of 8 rows.
+    assert trainer.state.global_step == 3 and len(read) <= 1 + 2 * 16
+
+
+def test_a_stream_needs_a_length(make):
+    with pytest.raises(ValueError, match="set `max_steps` or `m_steps`"):
+        make(stream(), m_steps=-1)
+    assert make(stream(), m_steps=-1, max_steps=5).schedule.m_steps == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_see_every_document_once(make, workers):
+    trainer = make(stream(), dataloader_num_workers=workers)
+    seen = [d.doc_id for batch in trainer.get_train_dataloader() for d in batch["documents"]]
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_a_stream_is_resumed_exactly(make, tmp_path):
+    alone = make(stream(), save_strategy="steps", save_steps=1)
+    alone.train()
+    for step in (1, 3):
+        trainer = make(stream(), output_dir=str(tmp_path / f"resumed{step}"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert furthest(weights(alone), weights(trainer)) == 0
+
+
+def test_a_stream_evaluates(make):
+    found, wanted = make(eval_data=stream(4)).evaluate(), make(eval_data=TEXTS[:4]).evaluate()
+    assert found["eval_ce"] == pytest.approx(wanted["eval_ce"], abs=1e-6)
+    assert found["eval_code_tokens"] == wanted["eval_code_tokens"]
+
+
+# ---- the best checkpoint, stopping early, several evaluation sets ----
+
+
+def test_the_best_checkpoint_by_elbo_is_loaded(make, tmp_path):
+    trainer = make(
+        eval_data=TEXTS[:2], load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, save_total_limit=2, m_steps=4, learning_rate=0.05,
+    )  # fmt: skip
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("elbo", False)
+    trainer.train()
+    scores = {e["step"]: e["eval_elbo"] for e in trainer.evaluations}
+    best = min(scores, key=scores.get)
+    assert trainer.state.best_global_step == best
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "run" / f"checkpoint-{best}"
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert furthest(weights(trainer), dict(loaded.named_parameters())) == 0
+
+
+def test_early_stopping_by_elbo(make):
+    """A learning rate of 0 never gets better: the evaluation after update 1 is the best, patience 2 ends after 3."""
+    trainer = make(
+        eval_data=TEXTS[:2], callbacks=[EarlyStoppingCallback(2)], learning_rate=0.0, e_learning_rate=0.0,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, m_steps=8,
+        load_best_model_at_end=True, metric_for_best_model="eval_elbo",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_several_evaluation_sets(make):
+    sets = {name: Dataset.from_dict({"text": texts}) for name, texts in (("a", TEXTS[:2]), ("b", TEXTS[2:5]))}
+    trainer = make(eval_data=sets, metric_for_best_model="eval_b_elbo")
+    metrics = trainer.evaluate()
+    assert {"eval_a_elbo", "eval_b_elbo", "eval_a_ce", "eval_b_bound_multi"} <= set(metrics)
+    assert trainer.args.greater_is_better is False
+    assert metrics["eval_a_elbo"] == pytest.approx(make(eval_data=TEXTS[:2]).evaluate()["eval_elbo"], abs=1e-6)
+
+
+# ---- SIGTERM ----
+
+
+class Terminate(TrainerCallback):
+    """Sends this process a SIGTERM in update `at`."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at):
+    """In an E-phase and in an M-phase; the resumed run ends as one left alone."""
+    alone = make(output_dir=str(tmp_path / "alone"))
+    alone.train()
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make(callbacks=[Terminate(at)])
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143  # 128 + SIGTERM, as a shell reports it
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{at}"]
+    assert f"after update {at}" in caplog.text and "trainer.train(resume_from_checkpoint=True)" in caplog.text
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert furthest(weights(alone), weights(again)) == 0
+
+
+SLEEPER = """
+import sys, time
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from ra3_trl import RA3Config, RA3MidTrainer
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        print("update", state.global_step, flush=True)
+        time.sleep(0.3)
+
+folder, out = sys.argv[1:]
+args = RA3Config(output_dir=out, max_length=256, e_steps=50, m_steps=50, num_latents=2, max_latent_length=4,
+                 save_strategy="no", report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True)
+data = Dataset.from_dict({"text": [f"def f{i}(x):\\n    y = x + {i}\\n    return y\\n" for i in range(8)]})
+model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))
+RA3MidTrainer(model, args, data, None, tokenizer, callbacks=[Slow()]).train()
+print("came to the end")
+"""
+
+
+def test_a_real_sigterm_from_outside(tmp_path, tokenizers, tiny_model):
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", SLEEPER, str(tmp_path / "model"), str(tmp_path / "run")]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        while "update 1" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "came to the end" not in out
+    assert "Stopped by SIGTERM after update" in err
+    assert len(list((tmp_path / "run").glob("checkpoint-*/ra3_state.json"))) == 1
+    assert time.monotonic() - begin < 30  # at the next step, not after the 98 that were left

@@ -1,0 +1,134 @@
+"""Reward plug-ins: what they are given, that they add to or replace the likelihood, that each is logged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ra3_trl import RA3Config, RA3MidTrainer
+
+
+TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(6)]
+
+
+def shortness(completion_ids, **kwargs):
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+@pytest.fixture
+def make(tmp_path, tokenizers, tiny_model):
+    tokenizer = tokenizers["newline_indent"]
+
+    def trainer(reward_funcs=None, **settings) -> RA3MidTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 0, "num_latents": 3,
+            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        data = Dataset.from_dict({"text": TEXTS})
+        args = RA3Config(**defaults | settings)
+        return RA3MidTrainer(tiny_model("llama", tokenizer), args, data, None, tokenizer, reward_funcs=reward_funcs)
+
+    return trainer
+
+
+def test_what_a_function_is_given(make, tokenizers):
+    calls = []
+
+    def spy(**given):
+        calls.append(given)
+        return [0.0] * len(given["completions"])
+
+    trainer = make(spy, e_steps=1, horizon=2)
+    trainer.train()
+    assert len(calls) == 2  # one for each document of the update
+    given = calls[0]
+    assert given.pop("trainer_state") is trainer.state
+    assert set(given) == {"prompts", "completions", "completion_ids", "expert_lines", "log_likelihood",
+                          "log_likelihood_no_think"}  # fmt: skip
+    # Five lines after the first (the tokenizer adds no BOS): 4 boundaries, 3 latents each.
+    assert {len(column) for column in given.values()} == {4 * 3}
+    text = next(t for t in TEXTS if t.startswith(given["prompts"][0].split("\n")[0]))
+    for prompt, completion, ids, lines in zip(
+        given["prompts"], given["completions"], given["completion_ids"], given["expert_lines"], strict=True
+    ):
+        before = prompt.rstrip(" #")
+        assert prompt.endswith("#") and text.startswith(before.rstrip())
+        assert lines.strip() and lines.strip("\n") in text and lines.count("\n") <= 2
+        assert tokenizers["newline_indent"].decode(ids) == completion
+    assert len(set(given["log_likelihood_no_think"][:3])) == 1  # of one boundary
+    assert all(value < 0 for value in given["log_likelihood"])
+
+
+def test_terms_are_logged_each_on_its_own(make):
+    trainer = make([shortness, lambda completions, **kwargs: [None] * len(completions)], reward_weights=[2.0, 1.0],
+                   e_steps=1)  # fmt: skip
+    trainer.train()
+    log = next(e for e in trainer.state.log_history if "estep/reward" in e)
+    assert log["estep/rewards/shortness/mean"] == pytest.approx(-log["estep/latent_length"])
+    assert log["estep/rewards/<lambda>/mean"] == 0 == log["estep/rewards/<lambda>/std"]
+    # The reward is the weighted sum: likelihood + 2 * shortness.
+    wanted = log["estep/rewards/log_likelihood/mean"] + 2 * log["estep/rewards/shortness/mean"]
+    assert log["estep/reward"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_term_that_replaces_the_likelihood_is_what_is_learned(make):
+    """With the likelihood's weight at 0 and a reward for short latents, latents get shorter."""
+    trainer = make(shortness, likelihood_weight=0.0, e_steps=30, e_learning_rate=3e-3, kl_coef=0.0, num_latents=6,
+                   gate_hold="always", code_loss_tolerance=100.0)  # fmt: skip
+    trainer.train()
+    lengths = [e["estep/latent_length"] for e in trainer.state.log_history if "estep/latent_length" in e]
+    assert sum(lengths[-5:]) / 5 < sum(lengths[:5]) / 5 - 0.7  # of at most 4 tokens, 3.8 at the start
+
+
+def test_a_constant_term_changes_no_gradient(make):
+    """Leave-one-out advantages do not see a constant, and a held gate does not either."""
+    runs = []
+    for func in (None, lambda completions, **kwargs: [5.0] * len(completions)):
+        trainer = make(func, gate_hold="always", optim="sgd", e_learning_rate=0.05)
+        trainer.train()
+        runs.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+    assert max(float((runs[0][name] - runs[1][name]).abs().max()) for name in runs[0]) < 1e-5
+
+
+async def later(**kwargs):
+    return []
+
+
+@pytest.mark.parametrize(
+    ("funcs", "settings", "says"),
+    [
+        ([shortness, shortness], {}, "a name of its own"),
+        (later, {}, "coroutine"),
+        (shortness, {"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 numbers for 1"),
+        (None, {"likelihood_weight": -1.0}, "`likelihood_weight` is -1.0"),
+    ],
+)
+def test_bad_plug_ins_are_refused_at_once(make, funcs, settings, says):
+    with pytest.raises(ValueError, match=says):
+        make(funcs, **settings)
+
+
+@pytest.mark.parametrize("found", [[1.0], [float("nan")] * 12])
+def test_bad_answers_are_named(make, found):
+    def broken(**kwargs):
+        return found
+
+    with pytest.raises(ValueError, match=r"`reward_funcs`: broken returned"):
+        make(broken).train()
+
+
+def test_mean_of_terms_is_over_latents(make):
+    """Slow path: the logged mean is that of all numbers the function returned."""
+    returned = []
+
+    def letters(completions, **kwargs):
+        values = [float(sum(c.isalpha() for c in text)) for text in completions]
+        returned.extend(values)
+        return values
+
+    trainer = make(letters, e_steps=1)
+    trainer.train()
+    log = next(e for e in trainer.state.log_history if "estep/rewards/letters/mean" in e)
+    assert log["estep/rewards/letters/mean"] == pytest.approx(float(torch.tensor(returned).mean()), abs=1e-5)

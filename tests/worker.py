@@ -1,0 +1,100 @@
+"""What tests/test_processes.py runs in two processes: one scenario after the other, each leaving a file.
+
+`python -m accelerate.commands.launch --config_file examples/accelerate_configs/multi_process.yaml tests/worker.py
+FOLDER`, where FOLDER holds `model` (a tiny checkpoint with its tokenizer). Without a launcher the same scenarios run
+in one process, with twice the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ra3_trl import RA3Config, RA3MidTrainer
+
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+TEXTS = [
+    f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n"
+    "    for k in range(y):\n        y -= k\n    return y\n"
+    for i in range(16)
+]
+# Of very different length; the short ones have no boundary at all (the tokenizer adds no BOS).
+UNEVEN = [text * (3 if i % 4 == 0 else 1) if i % 2 == 0 else f"x = {i}\n" for i, text in enumerate(TEXTS)]
+
+
+def stream(count: int, shards: int) -> IterableDataset:
+    """`count` texts in `shards` shards, of which the first has all but one for each of the others."""
+
+    def rows(starts: list[int]):
+        for start in starts:
+            for i in range(count - shards + 1) if start == 0 else [count - shards + start]:
+                yield {"text": TEXTS[i]}
+
+    return IterableDataset.from_generator(rows, gen_kwargs={"starts": list(range(shards))})
+
+
+def make(folder: Path, data, name: str, batch: int = 4, model=None, **settings) -> RA3MidTrainer:
+    """A trainer with a global batch of `batch` documents a micro-batch."""
+    defaults = {
+        "output_dir": str(folder / f"{name}-{PartialState().num_processes}"), "max_length": 256, "e_steps": 2,
+        "m_steps": 2, "num_latents": 2, "max_latent_length": 4, "optim": "sgd", "learning_rate": 0.05,
+        "e_learning_rate": 0.05, "save_strategy": "no", "report_to": "none", "log_latents_steps": 0,
+        "disable_tqdm": True, "use_cpu": True,
+        "per_device_train_batch_size": batch // PartialState().num_processes,
+    }  # fmt: skip
+    model = model or AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    if isinstance(data, list):
+        data = Dataset.from_dict({"text": data})
+    return RA3MidTrainer(model, RA3Config(**defaults | settings), data, None, tokenizer)
+
+
+def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
+    """Writes weights, log and world size of this process."""
+    state = PartialState()
+    log = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history]
+    weights = {n: p.detach().clone() for n, p in trainer.backbone.model.named_parameters()}
+    found = {"weights": weights, "log": log, "world": trainer.args.world_size, "held": trainer.gate_hold.average}
+    torch.save(found, folder / f"{name}-{state.num_processes}-{state.process_index}.pt")
+
+
+def main(folder: Path) -> None:
+    state = PartialState(cpu=True)
+    # 1. Two processes are one with twice the batch.
+    trainer = make(folder, TEXTS, "same", reward_model="frozen")
+    trainer.train()
+    keep(trainer, folder, "same")
+    # 2. Documents of different length and number of boundaries, small chunks, accumulation.
+    trainer = make(folder, UNEVEN, "uneven", max_branch_tokens=64, gradient_accumulation_steps=2, m_steps=2)
+    trainer.train()
+    keep(trainer, folder, "uneven")
+    # 3. A run that goes on.
+    if state.num_processes == 2:
+        trainer = make(folder, TEXTS, "left", optim="adamw_torch", save_strategy="steps", save_steps=1, m_steps=3)
+        trainer.train()
+        keep(trainer, folder, "left")
+        for step in (1, 3):
+            trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", m_steps=3)
+            trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
+            keep(trainer, folder, f"resumed{step}")
+    # 4. Streams: a process that runs dry goes on with empty batches; no document twice.
+    for workers in (0, 2):
+        data = stream(11, 2)
+        settings = {"dataloader_num_workers": workers, "m_steps": 3, "e_steps": 1, "max_steps": 4, "batch": 2}
+        trainer = make(folder, data, f"stream{workers}", **settings)
+        seen = [d.doc_id for batch in trainer.get_train_dataloader() for d in batch["documents"]]
+        trainer.train()
+        keep(trainer, folder, f"stream{workers}")
+        torch.save(seen, folder / f"seen{workers}-{state.num_processes}-{state.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
