@@ -161,6 +161,46 @@ _SETTINGS = {
 ARCHITECTURES = tuple(_SETTINGS)
 
 
+_SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_SCALED = {"logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "residual_multiplier": 0.7}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_SETTINGS |= {  # tests/test_architectures.py
+    "qwen2_moe": {**_GQA, **_MOE, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**_GQA, **_MOE, "head_dim": 16},
+    "mixtral": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+    "ministral": {**_GQA, **_SLIDING, "head_dim": 8},
+    "phi3": {**_GQA, "sliding_window": 12, "original_max_position_embeddings": 2048},
+    "granite": {**_GQA, **_SCALED},
+    "olmo2": _GQA,
+    "olmo3": {**_GQA, **_SLIDING},
+    "smollm3": {**_GQA, "no_rope_layers": [1, 0]},
+    "gpt_bigcode": _GPT,
+    "gemma": {**_GQA, "head_dim": 16},
+    "gemma3_text": {**_GQA, **_SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "cohere": {**_GQA, "logit_scale": 0.25},
+    "cohere2": {**_GQA, **_SLIDING, "head_dim": 8, "logit_scale": 0.25},
+    "deepseek_v3": {
+        **_GQA, **_MLA, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1,
+    },
+    "hunyuan_v1_dense": {**_GQA, "head_dim": 8},
+    "ernie4_5": {**_GQA, "head_dim": 8},
+    "seed_oss": {**_GQA, "head_dim": 8},
+    "glm4": {**_GQA, "head_dim": 8},
+    "exaone4": {**_GQA, **_SLIDING},
+    "gpt_oss": {**_GQA, **_SLIDING, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"]},
+    "stablelm": _GQA,
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """Factory of random models: `tiny_model("llama", tokenizer)`; weights so large that no distribution is flat.

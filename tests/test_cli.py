@@ -405,10 +405,7 @@ def test_launch_command(tmp_path):
 
 @pytest.mark.slow
 def test_train_in_two_processes(model, code, tmp_path):
-    file, output = tmp_path / "accelerate.yaml", tmp_path / "out"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
-    )
+    output, file = tmp_path / "out", ROOT / "examples" / "accelerate_configs" / "multi_process.yaml"
     argv = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--output_dir", str(output)]
     command = [sys.executable, "-m", "ra3_trl.cli.main", *argv, "--accelerate_config", str(file)]
     done = subprocess.run(
@@ -416,6 +413,28 @@ def test_train_in_two_processes(model, code, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (output / "model.safetensors").is_file()
+    # 7 documents at 2 for each of 2 processes are 2 updates, so 3 updates are 1.5 epochs (one process: 4, so 0.75).
+    assert json.loads((output / "trainer_state.json").read_text())["epoch"] == 1.5
+
+
+@pytest.mark.slow
+def test_a_real_sigterm_in_two_processes(model, code, tmp_path):
+    """`ra3 train` hands it on: the run is saved, says how to go on, and the code is that of the signal."""
+    output, file = tmp_path / "out", ROOT / "examples" / "accelerate_configs" / "multi_process.yaml"
+    argv = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--output_dir", str(output)]
+    argv += ["--m_steps", "100000", "--accelerate_config", str(file)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ra3_trl.cli.main", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        for line in process.stdout:  # the first log line: training is under way
+            if "loss" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert f"`ra3 {shlex.join(argv)} --resume_from_checkpoint true`" in said
+    assert [path.name for path in output.glob("checkpoint-*")]
 
 
 def test_env_names_versions_and_no_secrets(capsys, monkeypatch):

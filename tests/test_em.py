@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ra3_trl import RA3Config
-from ra3_trl.em import GateHold, annotate, pack, plan_schedule, split_example
+from ra3_trl.em import GateHold, annotate, mstep_loss, pack, plan_schedule, split_example
 from ra3_trl.records import AnnotatedExample, Document, Latent
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
@@ -65,6 +65,19 @@ def test_packing_loses_nothing(packing):
     assert rows.num_tokens == len(trained)
     starts = (rows.position_ids == 0) & (rows.labels == -100)
     assert int(starts.sum()) >= 5  # each of the 5 pieces starts at position 0
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_flat_rows_are_the_same_text_without_padding(setting, packing):
+    """What flash attention and a router loss get: one row, the same loss."""
+    _, engine, document = setting
+    pieces = [splice(document, {}), example(5, 100), example(3, 200), example(4, 300)]
+    rows = pack(pieces, len(document.input_ids) + 6, packing)  # packed: the document and 5, then 4 and 3
+    flat = rows.flat()
+    assert flat.input_ids.shape == (1, len(document.input_ids) + 12)  # 5 + 3 + 4 tokens and no padding
+    assert (rows.position_ids == 0).sum() > (flat.position_ids == 0).sum() == 4
+    losses = [mstep_loss(engine.backbone, r, 50.0)[0].item() for r in (rows, flat)]
+    assert rows.num_tokens == flat.num_tokens and losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_a_split_piece_begins_with_the_token_before_it():

@@ -62,10 +62,11 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scenario", ["same", "uneven"])
+@pytest.mark.parametrize("scenario", ["same", "uneven", "adapter"])
 def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
     """Invariant 5, float tolerance. "uneven": texts of different length, every second one without a boundary, several
-    chunks of branches for a batch on one rank and none on the other, and accumulation."""
+    chunks of branches for a batch on one rank and none on the other, and accumulation. "adapter": LoRA rewarded by the
+    model without it, with activation checkpointing, on the expand engine."""
     one, first, second = (load(folder, f"{scenario}-{rank}") for rank in ("1-0", "2-0", "2-1"))
     assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
     assert furthest(first["weights"], second["weights"]) == 0

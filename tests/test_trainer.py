@@ -175,32 +175,37 @@ class Kill(TrainerCallback):
         if state.global_step == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-args = RA3Config(output_dir=out, max_length=256, e_steps=3, m_steps=3, num_latents=2, max_latent_length=4,
+args = RA3Config(output_dir=out, max_length=256, e_steps=4, m_steps=3, num_latents=2, max_latent_length=4,
                  save_steps=2, report_to="none", log_latents_steps=0, disable_tqdm=True, use_cpu=True,
                  e_learning_rate=1e-3)
 texts = [f"def f{i}(x):\\n    y = x + {i}\\n    return y\\n" for i in range(8)]
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 trainer = RA3MidTrainer(model, args, Dataset.from_dict({"text": texts}), None, tokenizer, callbacks=[Kill()])
-trainer.train(resume_from_checkpoint=os.path.isdir(out) and at == 99)
+trainer.train(resume_from_checkpoint=at == 99)
 trainer.save_model(out + "/final")
 """
 
 
 def test_a_run_killed_by_sigkill_goes_on(tmp_path, tokenizer, tiny_model):
+    """Killed in the E-phase (update 3) and in the M-phase (update 5), each one update after a checkpoint."""
     folder = tmp_path / "model"
     tiny_model("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-    def run(out: str, at: int) -> int:
+    def start(out: str, at: int) -> subprocess.Popen:
         command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(at)]
-        return subprocess.run(command, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
-    assert run("alone", 98) == 0
-    assert run("killed", 5) == -signal.SIGKILL  # in the M-phase, one update after the checkpoint of update 4
-    assert run("killed", 99) == 0
-    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / out / "final") for out in ("alone", "killed"))
-    assert furthest(weights(a), weights(b)) == 0
+    first = [start("alone", 98), start("in_e", 3), start("in_m", 5)]
+    assert [process.wait() for process in first] == [0, -signal.SIGKILL, -signal.SIGKILL]
+    assert sorted(p.name for p in (tmp_path / "in_e").glob("checkpoint-*")) == ["checkpoint-2"]
+    assert sorted(p.name for p in (tmp_path / "in_m").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert [process.wait() for process in [start("in_e", 99), start("in_m", 99)]] == [0, 0]
+    alone, *others = (AutoModelForCausalLM.from_pretrained(tmp_path / o / "final") for o in ("alone", "in_e", "in_m"))
+    for other in others:
+        assert furthest(weights(alone), weights(other)) == 0
 
 
 def test_an_incomplete_checkpoint_is_skipped(make, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ra3_trl import RA3Config, RA3MidTrainer
@@ -41,7 +42,7 @@ def stream(count: int, shards: int) -> IterableDataset:
     return IterableDataset.from_generator(rows, gen_kwargs={"starts": list(range(shards))})
 
 
-def make(folder: Path, data, name: str, batch: int = 4, model=None, **settings) -> RA3MidTrainer:
+def make(folder: Path, data, name: str, batch: int = 4, model=None, peft_config=None, **settings) -> RA3MidTrainer:
     """A trainer with a global batch of `batch` documents a micro-batch."""
     defaults = {
         "output_dir": str(folder / f"{name}-{PartialState().num_processes}"), "max_length": 256, "e_steps": 2,
@@ -54,7 +55,8 @@ def make(folder: Path, data, name: str, batch: int = 4, model=None, **settings) 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if isinstance(data, list):
         data = Dataset.from_dict({"text": data})
-    return RA3MidTrainer(model, RA3Config(**defaults | settings), data, None, tokenizer)
+    torch.manual_seed(0)  # an adapter begins at random
+    return RA3MidTrainer(model, RA3Config(**defaults | settings), data, None, tokenizer, peft_config=peft_config)
 
 
 def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
@@ -76,7 +78,14 @@ def main(folder: Path) -> None:
     trainer = make(folder, UNEVEN, "uneven", max_branch_tokens=64, gradient_accumulation_steps=2, m_steps=2)
     trainer.train()
     keep(trainer, folder, "uneven")
-    # 3. A run that goes on.
+    # 3. An adapter scored by its base, activation checkpointing, the expand engine.
+    adapter = {"reward_model": "base", "activation_checkpointing": True, "engine": "expand"}
+    trainer = make(
+        folder, TEXTS, "adapter", peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), **adapter
+    )
+    trainer.train()
+    keep(trainer, folder, "adapter")
+    # 4. A run that goes on.
     if state.num_processes == 2:
         trainer = make(folder, TEXTS, "left", optim="adamw_torch", save_strategy="steps", save_steps=1, m_steps=3)
         trainer.train()
@@ -85,7 +94,7 @@ def main(folder: Path) -> None:
             trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", m_steps=3)
             trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
             keep(trainer, folder, f"resumed{step}")
-    # 4. Streams: a process that runs dry goes on with empty batches; no document twice.
+    # 5. Streams: a process that runs dry goes on with empty batches; no document twice.
     for workers in (0, 2):
         data = stream(11, 2)
         settings = {"dataloader_num_workers": workers, "m_steps": 3, "e_steps": 1, "max_steps": 4, "batch": 2}

@@ -1,0 +1,50 @@
+"""`python -m benchmarks phases` on a tiny random model: every figure is there, and what must be exact is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+
+
+SMALL = [
+    "--num_latents", "2", "--latent_tokens", "3", "--row_tokens", "256", "--row_documents", "2", "--repeats", "1",
+    "--mstep_updates", "1", "--document_tokens", "96", "--sampled_boundaries", "2", "--process_tokens", "64",
+    "--process_rounds", "1", "--resume_tokens", "64", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model, tokenizers) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def figures(capsys, folder: Path, *parts: str) -> dict:
+    main(["phases", "--json", "--model", str(folder), "--parts", *parts, *SMALL])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_phases_in_one_process(capsys, folder):
+    found = figures(capsys, folder, "mstep", "estep", "resume")
+    for name in ("mstep_vs_sft", "mstep_vs_sft_annotated", "estep_vs_grpo"):
+        assert found[name] > 0
+    assert found["mstep_loss_diff"] < 1e-4  # the same tokens in the same rows, on both sides
+    assert found["mstep_annotated_loss_diff"] < 1e-4
+    assert found["estep_boundaries"] >= found["grpo_sampled_boundaries"] == 2
+    assert found["resume_rollouts"] == 0
+    assert found["resume_update_rollouts"] == [2, 2]
+    assert found["resume_loss_diff"] == 0
+    assert {"torch", "trl", "transformers", "threads", "seed", "model", "commit"} <= set(found)
+
+
+def test_two_processes(capsys, folder):
+    found = figures(capsys, folder, "processes")
+    assert found["two_process_speedup"] > 0
+    assert set(found["process_update_seconds"]) == {"E1", "E2", "M1", "M2"}
