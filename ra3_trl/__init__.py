@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import RA3Config
     from .records import AnnotatedExample, Document, Latent, RolloutGroup
-    from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory
+    from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory, tagged
     from .trainer import RA3MidTrainer
 
 __version__ = metadata.version("ra3-trl")
@@ -22,6 +22,7 @@ _HOMES = {
     "ACTION_FORMATS": "segmentation",
     "ActionFormat": "segmentation",
     "load_code_directory": "segmentation",
+    "tagged": "segmentation",
     "RA3MidTrainer": "trainer",
 }
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RolloutGroup",
     "__version__",
     "load_code_directory",
+    "tagged",
 ]
 
 

@@ -45,7 +45,8 @@ class RA3Config(TrainingArguments):
         dataset_text_field (`str`, *optional*, defaults to `"text"`): Column that holds the text.
         dataset_num_proc (`int`, *optional*): Processes for cutting the texts.
         action_format (`str`, *optional*, defaults to `"python"`):
-            How texts are cut into actions: `"python"`, `"slashes"`, `"prose"`, `"tags"` or one of your own in
+            How texts are cut into actions: `"python"`, `"slashes"` (C, Java, JavaScript, Rust,
+            ...), `"prose"`, `"tags"`, `"python_tags"` or one of your own in
             `ra3_trl.segmentation.ACTION_FORMATS`.
         existing_comments (`str`, *optional*, defaults to `"keep"`): `"keep"` the expert's comments or `"strip"` them.
         disable_dropout (`bool`, *optional*, defaults to `True`): Sets all dropout to 0.
@@ -128,7 +129,7 @@ class RA3Config(TrainingArguments):
     max_length: int = _help("Longest row in tokens, latents included.", 1024)
     dataset_text_field: str = _help("Column that holds the text.", "text")
     dataset_num_proc: int | None = _help("Processes for cutting the texts.", None)
-    action_format: str = _help("How texts are cut into actions: python, slashes, prose, tags.", "python")
+    action_format: str = _help("How texts are cut into actions: python, slashes, prose, tags, python_tags.", "python")
     existing_comments: str = _help("The expert's own comment lines: keep or strip.", "keep")
     disable_dropout: bool = _help("Set all dropout to 0.", True)
 

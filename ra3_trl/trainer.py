@@ -9,7 +9,6 @@ update. Where we deviate from the paper, or it is silent, docs/design.md says so
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections import Counter
@@ -29,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    get_scheduler,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -43,17 +41,18 @@ from .em import (
     evaluate_documents,
     finish_metrics,
     mstep_loss,
-    plan_schedule,
 )
 from .em.checkpoint import CheckpointMixin
+from .em.phases import PhaseMixin
 from .em.preempt import PreemptionCallback
 from .em.stream import StreamMixin, own_share
 from .em.watch import WatchMixin
 from .em.window import WindowMixin
-from .hub import write_model_card
+from .hub import all_evaluations, write_model_card
 from .models import (
     BaseWeights,
     FrozenWeights,
+    add_tags,
     check_trainable,
     check_vocabulary,
     context_length,
@@ -62,13 +61,14 @@ from .models import (
     load_tokenizer,
 )
 from .records import Document
-from .report import LatentLog
+from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
 from .rollout import Backbone, SamplingParams, build_engine
 from .segmentation import (
-    ACTION_FORMATS,
+    ActionFormat,
     Segmenter,
     build_token_table,
     count_documents,
+    find_format,
     row_to_document,
     segment_dataset,
 )
@@ -81,7 +81,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
-class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Trainer):
+class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, StreamMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -143,8 +143,15 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
-        model = load_model(model, args.model_init_kwargs, peft_config)
+        check_trackers(args.report_to)
+        check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
+        action_format = find_format(args.action_format)
+        model = load_model(model, args.model_init_kwargs, None)
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
+        add_tags(model, tokenizer, action_format.tags)
+        if peft_config is not None:
+            model = load_model(model, None, peft_config)
+            add_tags(model, tokenizer, action_format.tags)  # refuses an adapter that does not train them
         check_vocabulary(model, tokenizer)
         if train_dataset is not None:
             check_trainable(model)
@@ -154,10 +161,8 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
             disable_dropout(model)
         self.ra3_args = args
         self.backbone = Backbone(model, args.router_aux_loss_coef)
-        self.engine = self._build_engine(args, tokenizer)
-        self.segmenter = Segmenter(
-            tokenizer, ACTION_FORMATS[args.action_format], self._chunk_tokens(args), args.existing_comments
-        )
+        self.engine = self._build_engine(args, tokenizer, action_format)
+        self.segmenter = Segmenter(tokenizer, action_format, self._chunk_tokens(args), args.existing_comments)
         self.counts: dict[str, dict[str, int]] = {}
         if args.reward_model == "base":
             BaseWeights(model)  # refuses a model without adapter
@@ -187,17 +192,20 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
         self.frozen: dict[str, FrozenWeights] = {}
         self.probe_baseline: float | None = None
         self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
-        self.latent_log = LatentLog(Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps)
+        self.latent_log = LatentLog(
+            Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps, action_format.think
+        )
         self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
         self.preemption = PreemptionCallback()
         self.add_callback(self.preemption)
+        self.add_callback(PhaseProgressCallback(self.schedule, self.callback_handler))
 
     # ---- set-up ----
 
-    def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase):
+    def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat):
         eos = self.backbone.causal_lm.generation_config.eos_token_id
         eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos)
+        self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos, action_format)
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
         with self.backbone.gathered():
             return build_engine(args.engine, self.backbone, self.table, params, args.max_branch_tokens)
@@ -248,41 +256,6 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
                 )
         return segmented
 
-    def _plan(self, args: RA3Config, train_dataset: Dataset | IterableDataset | None) -> None:
-        updates = None
-        if isinstance(train_dataset, Dataset):
-            per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-            updates = math.ceil(len(train_dataset) / per_update)
-        elif train_dataset is None:
-            updates = 1  # evaluation only
-        self.schedule = plan_schedule(
-            args.em_iterations, args.e_steps, args.m_steps, args.max_steps, args.num_train_epochs, updates
-        )
-        args.max_steps = self.schedule.total
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Each phase has its own learning rate and schedule, by transformers' own functions of the step."""
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-        args, schedule = self.args, self.schedule
-        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-
-        def factor_of(kind: str, length: int) -> Callable[[int], float]:
-            warmup = args.get_warmup_steps(length)
-            return get_scheduler(kind, dummy, warmup, max(length, 1), args.lr_scheduler_kwargs).lr_lambdas[0]
-
-        e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps)
-        m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps)
-        ratio = args.e_learning_rate / args.learning_rate if args.learning_rate else 0.0
-
-        def factor(step: int) -> float:
-            phase = schedule.phase_at(step)
-            return ratio * e_factor(phase.step) if phase.kind == "E" else m_factor(phase.step)
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
     # ---- the loop; the documents of an update come from em/window.py ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
@@ -297,6 +270,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
         if self.preemption.asked:
             logger.warning("Stopped by SIGTERM after update %d, which is saved. Go on with %s.",
                            self.state.global_step, self.resume_hint)  # fmt: skip
+            self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
@@ -374,11 +348,13 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
     ) -> EvalLoopOutput:
         """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
         sums, seen = MetricSums(), 0
+        self.callback_handler.eval_dataloader = dataloader
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             for batch in dataloader:
                 found = evaluate_documents(self.engine, batch["documents"], self.args)
                 sums.add_sums({name: [value, 1] for name, value in found.items()})
                 seen += len(batch["documents"])
+                self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
         totals: Counter[str] = Counter()
         for other in gather_object([sums.sums]):
             totals.update({name: total for name, (total, _) in other.items()})
@@ -391,6 +367,5 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, StreamMixin, Train
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
         if self.is_world_process_zero():
-            logged = [entry for entry in self.state.log_history if "eval_ce" in entry]
-            evaluations = self.evaluations or logged  # a resumed run has only those of the log
+            evaluations = all_evaluations(self.state.log_history, self.evaluations)
             write_model_card(self.args, evaluations, self.backbone, self.counts, model_name, dataset_name, kwargs)

@@ -28,8 +28,8 @@ from .data import load_splits
 
 _SETTINGS = (
     "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
-    "temperature", "top_k", "top_p", "existing_comments", "max_length", "dataset_text_field", "engine",
-    "max_branch_tokens", "seed",
+    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "dataset_text_field",
+    "engine", "max_branch_tokens", "seed",
 )  # fmt: skip
 _FEATURES = Features(
     {
@@ -117,7 +117,9 @@ def annotate_dataset(trainer: RA3MidTrainer, dataset: Dataset) -> Dataset:
 
     Texts that can't be annotated (empty, not of the format, not given back by the tokenizer) stay as they are.
     """
-    args, data = trainer.args, token_bytes(trainer.processing_class)
+    args, data = trainer.args, list(token_bytes(trainer.processing_class))
+    for tag in trainer.segmenter.format.tags:
+        data[trainer.processing_class.convert_tokens_to_ids(tag)] = tag.encode()
     if taken := set(_FEATURES) & set(dataset.column_names):
         raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
     segmented = segment_dataset(dataset, trainer.segmenter, args.dataset_text_field)

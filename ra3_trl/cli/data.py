@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig, get_dataset
 
 from ..segmentation import load_code_directory
 
@@ -62,6 +64,47 @@ def _load(name: str, config: str | None, split: str, streaming: bool):
     if path.is_dir() and not streaming and any(path.glob("**/*.py")) and not any(path.glob("**/*.json*")):
         raise ValueError(f"`dataset_name` is {name!r}, a folder of Python files; pass it as `code_dir`.")
     return load_dataset(name, config, split=wanted, streaming=streaming)
+
+
+def load_mixture(mixture: DatasetMixtureConfig, seed: int) -> Splits:
+    """The split `train` of a mixture, and `test` where it has a `test_split_size`.
+
+    As `trl.get_dataset`, but a json, jsonl, parquet or csv file may stand as `path`, and the split is keyed by `seed`:
+    trl's is another one in every process and after every resume.
+
+    Args:
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            The sources.
+        seed (`int`):
+            Of the split.
+
+    Raises:
+        `ValueError`: if a source can't be read, or a stream is to be split.
+    """
+    size = mixture.test_split_size
+    if size is not None and mixture.streaming:
+        raise ValueError(
+            f"`test_split_size` is {size} and `streaming` is true, but a stream can't be split; set `eval_documents`."
+        )
+    sources = [_as_reader(source, f"datasets[{i}]") for i, source in enumerate(mixture.datasets)]
+    try:
+        whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]
+    except FileNotFoundError as error:
+        raise ValueError(f"`datasets`: {error}; each `path`, or its `data_files`, must exist.") from error
+    if size is None:
+        return {"train": whole}
+    return whole.train_test_split(size if size < 1 else int(size), seed=seed)
+
+
+def _as_reader(source, name: str):
+    """A file that stands as `path` as the reader of its kind with the file as `data_files`."""
+    path = Path(source.path)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in _READERS or source.data_files:
+        return source
+    if not path.is_file():
+        raise ValueError(f"`{name}.path` is {source.path!r}, but there is no such file.")
+    return replace(source, path=_READERS[suffix], data_files=source.path)
 
 
 def hold_out(

@@ -10,10 +10,11 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..em import annotate, estep_backward, mstep_loss, pack, roll_out
 from ..models import FrozenWeights
@@ -23,6 +24,7 @@ from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
 
 
+_LOOKED_AT = 256  # chunks of a stream
 _MOST_SITES = 16  # boundaries of a document in the timing
 _STATES = {"sgd": 0.0, "adafactor": 0.1, "adamw_8bit": 0.5, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5}
 
@@ -69,19 +71,21 @@ class Estimate:
     timing: Timing
     hours: dict[str, float]
     machine: str
+    streams: bool
 
 
 def estimate(trainer: RA3MidTrainer) -> Estimate:
-    """Counts, arithmetic and a short timing; the weights stay as they are.
+    """Counts, arithmetic and a short timing; the weights stay as they are. Of a stream the first chunks are counted
+    and stand for the rest.
 
     Raises:
-        `ValueError`: if the data is a stream, which can't be counted.
+        `ValueError`: if a stream is empty.
     """
-    if not isinstance(trainer.train_dataset, Dataset):
-        raise ValueError("`dry_run` counts documents, and `dataset_streaming` gives a stream; leave one of them out.")
     args, schedule = trainer.args, trainer.schedule
-    work = count_work(trainer)
-    timing = time_updates(trainer)
+    streams = not isinstance(trainer.train_dataset, Dataset)
+    rows = first_rows(trainer.train_dataset) if streams else trainer.train_dataset
+    work = count_work(trainer, rows)
+    timing = time_updates(trainer, rows)
     hours = {
         "E-phase": (work.e_chunks * timing.e_per_chunk + work.e_branches * timing.e_per_branch) / 3600,
         "annotation": work.annotated_boundaries * timing.annotate_per_boundary / 3600,
@@ -94,21 +98,45 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
         if args.device.type == "cuda"
         else f"{args.device.type}, {torch.get_num_threads()} threads"
     )
-    held_out = trainer.counts.get("eval", {"documents": 0})["documents"]
-    return Estimate(trainer.counts["train"], held_out, updates, work, count_memory(trainer), timing, hours, machine)
+    held_out = sum(counts["documents"] for split, counts in trainer.counts.items() if split != "train")
+    counts = count_chunks(rows) if streams else trainer.counts["train"]
+    memory = count_memory(trainer)
+    return Estimate(counts, held_out, updates, work, memory, timing, hours, machine, streams)
 
 
-def count_work(trainer: RA3MidTrainer) -> Workload:
-    """The [`Workload`] of a run, from its data and schedule."""
+def first_rows(stream: IterableDataset) -> Dataset:
+    """The first chunks of a segmented stream.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    rows = list(islice(stream, _LOOKED_AT))
+    if not rows:
+        raise ValueError("`train_dataset` is a stream that gives no row; give it some code.")
+    return Dataset.from_list(rows)
+
+
+def count_chunks(rows: Dataset) -> dict[str, int]:
+    """Chunks, boundaries and tokens of segmented rows, of which more is not known."""
+    return {
+        "chunks": len(rows),
+        "boundaries": sum(1 for row in rows for think in row["think"] if think),
+        "tokens": sum(len(row["input_ids"]) - max(row["context"], 1) for row in rows),
+    }
+
+
+def count_work(trainer: RA3MidTrainer, rows: Dataset) -> Workload:
+    """The [`Workload`] of a run, from its segmented data and schedule."""
     args, schedule = trainer.args, trainer.schedule
-    rows = trainer.train_dataset.select_columns(["think", "input_ids", "context"])
+    rows = rows.select_columns(["think", "input_ids", "context"])
     sites = [sum(1 for think in row["think"] if think) for row in rows]
     tried = [min(count, args.max_sites or count) for count in sites]
     tokens = [len(row["input_ids"]) - max(row["context"], 1) for row in rows]
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     e_chunks = schedule.iterations * schedule.e_steps * per_update
     m_chunks = schedule.iterations * schedule.m_steps * per_update
-    if args.num_train_epochs * len(rows) < m_chunks < args.num_train_epochs * len(rows) + per_update:
+    whole = isinstance(trainer.train_dataset, Dataset)
+    if whole and args.num_train_epochs * len(rows) < m_chunks < args.num_train_epochs * len(rows) + per_update:
         m_chunks = round(args.num_train_epochs * len(rows))  # the last update of an epoch is a smaller one
     e_branches = round(e_chunks * sum(tried) / len(rows) * args.num_latents)
     boundaries = round(m_chunks * sum(sites) / len(rows)) if args.uses_latents else 0
@@ -151,10 +179,10 @@ def count_memory(trainer: RA3MidTrainer) -> dict[str, int]:
     }
 
 
-def time_updates(trainer: RA3MidTrainer) -> Timing:
+def time_updates(trainer: RA3MidTrainer, rows: Dataset) -> Timing:
     """Times one E-update and one M-update, forwards and backwards, on two chunks of about average size."""
     args, model = trainer.args, trainer.model
-    documents = _average_documents(trainer.train_dataset, with_sites=args.uses_latents)
+    documents = _average_documents(rows, with_sites=args.uses_latents)
     start = FrozenWeights(model) if args.kl_coef and args.e_steps else None
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -174,17 +202,19 @@ def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: Frozen
     one boundary a document (the second such, the first warms up) and one with more."""
     args, noise, sites = trainer.args, NoiseKey(trainer.args.seed, 0, 0), trainer.args.max_sites
     points = []
+    if trainer.plug_ins is not None:
+        trainer.plug_ins.state = trainer.state
     for most in (1, 1, min(sites or _MOST_SITES, _MOST_SITES)):
         args.max_sites = most
         begin = time.perf_counter()
         trainer.model.eval()
         with torch.no_grad():
-            rollouts = roll_out(trainer.engine, documents, args, noise, None)
+            rollouts = roll_out(trainer.engine, documents, args, noise, None, trainer.plug_ins, start)
         trainer.model.train()
         count = sum(len(rollout.group.sites) for rollout in rollouts)
         estep_backward(
-            trainer.engine, rollouts, args, float(count), trainer.gate_hold.holds, start,
-            lambda loss, last: loss.backward(),
+            trainer.engine, rollouts, args, float(count), trainer.gate_hold.holds,
+            lambda loss: loss.backward(),
         )  # fmt: skip
         points.append((count * args.num_latents, _elapsed(begin, args.device)))
     args.max_sites = sites
@@ -238,17 +268,16 @@ def _peak_bytes(device: torch.device) -> int:
 def render(found: Estimate) -> str:
     """The estimate as text."""
     c, w, t = found.counts, found.workload, found.timing
-    kinds = ", ".join(
-        f"{c[k]:,} {k.replace('_', ' ')}" for k in ("with_actions", "no_boundary", "plain", "lossy", "empty") if c[k]
-    )
     memory = "; ".join(f"{name} {_bytes(size)}" for name, size in found.memory.items() if size)
     hours = ", ".join(f"{phase} {_duration(h)}" for phase, h in found.hours.items() if h)
+    over = f"the first {c['chunks']:,} chunks" if found.streams else "a pass over the data"
+    kept = "" if found.streams else f"; {c['kept_comments']:,} comments kept"
     lines = {
-        "Documents": f"{c['documents']:,} to train on ({kinds}), {c['chunks']:,} chunks; {found.held_out:,} held out",
-        "Boundaries": f"{c['boundaries']:,} in a pass over the data; {c['kept_comments']:,} comments kept",
+        "Documents": _documents(found),
+        "Boundaries": f"{c['boundaries']:,} in {over}{kept}",
         "Updates": found.updates,
         "Branches": f"{w.e_branches:,} in the E-phase, about {w.annotation_branches:,} to annotate",
-        "Tokens": f"{c['tokens']:,} in a pass; M-phase {w.m_tokens:,} of the expert's; E-phase {w.e_tokens:,} of "
+        "Tokens": f"{c['tokens']:,} in {over}; M-phase {w.m_tokens:,} of the expert's; E-phase {w.e_tokens:,} of "
         "latents at most",
         "Memory": f"about {_bytes(sum(found.memory.values()))}: {memory}",
         "": f"({_bytes(t.peak_bytes)} at most in the timing, without optimizer)",
@@ -256,6 +285,16 @@ def render(found: Estimate) -> str:
         " ": f"({found.machine}; evaluation and saving not counted)",
     }
     return "\n".join(f"{name:11} {text}" for name, text in lines.items())
+
+
+def _documents(found: Estimate) -> str:
+    c = found.counts
+    if found.streams:
+        return f"a stream; its first {c['chunks']:,} chunks stand for the rest"
+    kinds = ", ".join(
+        f"{c[k]:,} {k.replace('_', ' ')}" for k in ("with_actions", "no_boundary", "plain", "lossy", "empty") if c[k]
+    )
+    return f"{c['documents']:,} to train on ({kinds}), {c['chunks']:,} chunks; {found.held_out:,} held out"
 
 
 def _bytes(count: float) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
+from types import FrameType
+
+import psutil
+import yaml
 
 from .parser import TrainParser, read_config
 
 
 LAUNCHED = "RA3_LAUNCHED"  # set in the processes that accelerate starts; holds the user's command
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def config_file(name: str) -> Path:
@@ -53,15 +60,80 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     options = [*config, *unknown]
     at = options.index("--accelerate_config")
     file, options = config_file(options[at + 1]), options[:at] + options[at + 2 :]
+    own = without(argv, unknown)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *options]
-    return [*launcher, "-m", "ra3_trl.cli.train", *without(argv, unknown)]
+    return [*launcher, "-m", "ra3_trl.cli.train", *own, *_on_cpu(file, own)]
+
+
+def _on_cpu(file: Path, argv: list[str]) -> list[str]:
+    """`--use_cpu` where accelerate's file says so: each of its processes would take itself for the only one else."""
+    settings = yaml.safe_load(file.read_text("utf-8"))
+    said = any(word.partition("=")[0] in ("--use_cpu", "--use-cpu") for word in argv)
+    wanted = isinstance(settings, dict) and settings.get("use_cpu") is True
+    return ["--use_cpu"] if wanted and not said else []
+
+
+def check_world(world_size: int) -> None:
+    """Refuses processes that do not know of each other, which would all write the same checkpoints.
+
+    Args:
+        world_size (`int`):
+            How many processes the training arguments found.
+
+    Raises:
+        `ValueError`: if the launcher started more.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and world_size == 1:
+        raise ValueError(
+            f"`use_cpu` is False and there is no accelerator for the {started} processes that were started: pass "
+            "`--use_cpu`, or start one process."
+        )
 
 
 def launch(command: list[str], typed: str) -> int:
-    """Runs `command`; `typed` is what the user typed, for the message of an interrupted run."""
-    with subprocess.Popen(command, env={**os.environ, LAUNCHED: typed}) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the processes got it too; they say how to go on
-            process.wait()
-            return 130
+    """Runs `command`; SIGINT (Ctrl-C), SIGTERM and SIGHUP go on to the training processes, which save and say how to
+    go on.
+
+    They go past `accelerate launch`: it would kill its processes 30 seconds later, saved or not.
+
+    Args:
+        command (`list[str]`):
+            An `accelerate launch` command.
+        typed (`str`):
+            What the user typed, for the message of an interrupted run.
+
+    Returns:
+        `int`: the command's exit code; after a signal that ended it 128 + its number, as shells say it.
+    """
+    sent: list[int] = []
+    # In a session of its own, so that a terminal's Ctrl-C does not come twice.
+    process = subprocess.Popen(command, env={**os.environ, LAUNCHED: typed}, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        sent.append(number)
+        for child in _training_processes(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    heeded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, forward) for number in heeded}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code and sent:
+        name = signal.Signals(sent[-1]).name
+        print(f"{name} went on to the training; what it said is above the launcher's report.", file=sys.stderr)
+        return 128 + sent[-1]
+    return code if code >= 0 else 128 - code
+
+
+def _training_processes(launcher: int) -> list[psutil.Process]:
+    """The processes that `accelerate launch` has started, or itself before it has."""
+    try:
+        process = psutil.Process(launcher)
+        return process.children() or [process]
+    except psutil.NoSuchProcess:
+        return []

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
 from ..config import RA3Config
+from .values import is_list, is_mapping, read_value, takes_none
 
 
 _USAGE = (
     "ra3 train --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] [OPTION ...]"
 )
 _FILES = """--config FILE is a YAML file of the options below (`num_latents: 8`), which options on the command line
-override; its `env:` section sets environment variables. --accelerate_config NAME_OR_FILE runs the command through
-`accelerate launch` with a YAML file of `accelerate config`, or one that trl brings along: single_gpu, multi_gpu,
-fsdp1, fsdp2, zero1, zero2, zero3; further options of `accelerate launch` (--num_processes 2) go there."""
+override; its `env:` section sets environment variables. A mapping is written as JSON ('{"key": 1}'; in YAML as such),
+a list as several words or JSON, and `none` is None. --accelerate_config FILE_OR_NAME runs the command through
+`accelerate launch` with a YAML file of `accelerate config` (there are some in examples/accelerate_configs), or one
+that trl brings along: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3; further options of `accelerate launch`
+(--num_processes 2) go there."""
 
 
 class TrainParser(TrlParser):
-    """[`~trl.TrlParser`] whose errors do not repeat two hundred options."""
+    """[`~trl.TrlParser`] whose errors do not repeat two hundred options, and which reads lists and mappings as JSON
+    or YAML, see `values.py`."""
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, **kwargs)
+        hints = {name: hint for dtype in self.dataclass_types for name, hint in get_type_hints(dtype).items()}
+        self._hints = {name: hints[name] for name in self.option_names()}
+        for action in self._actions:
+            hint = self._hints.get(action.dest)
+            if is_list(hint):
+                action.type, action.nargs = str, "+"
+            elif is_mapping(hint):
+                action.type = str
+            elif takes_none(hint) and action.type is not None:
+                action.type = _or_none(action.type)
+                action.choices = [*action.choices, "none"] if action.choices else None
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for name, hint in self._hints.items():
+            setattr(namespace, name, read_value(name, hint, vars(namespace)[name]))
+        return namespace, unknown
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
@@ -34,11 +59,15 @@ class TrainParser(TrlParser):
         return {field.name for dtype in self.dataclass_types for field in fields(dtype) if field.init}
 
     def set_defaults_with_config(self, **config) -> list[str]:
-        """As in TRL, but numbers are read as on the command line, so that 2.5 latents are refused."""
-        as_text = {
-            k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in config.items()
-        }
-        return super().set_defaults_with_config(**as_text)
+        """As in TRL, but numbers are read as on the command line, so that 2.5 latents are refused. YAML reads a bare
+        `no` as false; where `no` is a choice, that is meant."""
+        choices = {action.dest: action.choices or () for action in self._actions}
+        for name, value in config.items():
+            if value is False and "no" in choices.get(name, ()):
+                config[name] = "no"
+            elif isinstance(value, (bool, int, float)):
+                config[name] = str(value)
+        return super().set_defaults_with_config(**config)
 
     def format_help(self) -> str:
         """RA3's own options before the many of `TrainingArguments`."""
@@ -70,6 +99,16 @@ class TrainParser(TrlParser):
             formatter.add_arguments(actions)
             formatter.end_section()
         return formatter.format_help()
+
+
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`convert`, but `none` and `null` pass, to be read by `read_value`."""
+
+    def read(text: str) -> Any:
+        return text if text.lower() in ("none", "null") else convert(text)
+
+    read.__name__ = convert.__name__  # argparse's messages name the type
+    return read
 
 
 def normalise(argv: list[str]) -> list[str]:

@@ -14,21 +14,22 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_bitsandbytes_available
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
 from ..config import RA3Config
 from ..trainer import RA3MidTrainer
-from .data import STANDARD_LIBRARY, hold_out, limit, load_splits
+from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
 from .estimate import estimate, render
-from .launch import LAUNCHED, launch, launch_command
+from .launch import LAUNCHED, check_world, launch, launch_command
 from .parser import TrainParser, normalise, read_config, refuse_unknown
+from .rewards import load_reward_funcs
 
 
 _UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
@@ -46,6 +47,8 @@ class RA3ScriptArguments(ScriptArguments):
         eval_documents (`int`, *optional*), eval_fraction (`float`, *optional*):
             Documents to hold out of the training data, or to take from the test split where there is one. With
             neither it is one in twenty, at most 64.
+        reward_funcs (`list[str]`, *optional*):
+            Import paths of reward functions; modules of the current folder are found.
         dry_run (`bool`, *optional*, defaults to `False`):
             Say what the run would take, and end.
 
@@ -65,6 +68,12 @@ class RA3ScriptArguments(ScriptArguments):
         metadata={"help": "Documents to hold out (0: none). Default: one in twenty, at most 64."},
     )
     eval_fraction: float | None = field(default=None, metadata={"help": "Share of the documents to hold out."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Import paths of reward functions, such as my_module.my_func; weigh them with reward_weights."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Print documents, boundaries, branches, tokens, memory and hours, and end."},
@@ -90,7 +99,10 @@ def make_parser(prog: str = "ra3 train") -> TrainParser:
 def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: int) -> tuple[Any, Any]:
     """Training and evaluation data; the latter may be `None`."""
     if mixture.datasets:
-        splits = get_dataset(mixture)
+        for name in ("dataset_name", "code_dir"):
+            if vars(script)[name]:
+                raise ValueError(f"`datasets` and `{name}` {vars(script)[name]!r} are both set; pass one of the two.")
+        splits = load_mixture(mixture, seed)
         train, test = splits["train"], splits.get("test")
     else:
         splits = load_splits(
@@ -108,19 +120,43 @@ def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: i
 
 def source_name(script: RA3ScriptArguments, mixture: DatasetMixtureConfig) -> str:
     """What the model card calls the data: Hub ids, the name of a local folder or file (not its path)."""
-    names = [d.path for d in mixture.datasets] or [script.dataset_name or script.code_dir or STANDARD_LIBRARY]
+    names = [script.dataset_name or script.code_dir or STANDARD_LIBRARY]
+    if mixture.datasets:
+        names = [name for source in mixture.datasets for name in _files(source.data_files) or [source.path]]
     return ", ".join(Path(name).resolve().name if Path(name).exists() else name for name in names)
+
+
+def _files(data_files: str | list[str] | dict[str, str] | None) -> list[str]:
+    """`data_files` of `load_dataset` as a list."""
+    if isinstance(data_files, dict):
+        return [name for value in data_files.values() for name in _files(value)]
+    return [data_files] if isinstance(data_files, str) else list(data_files or [])
+
+
+def quantization(model_args: ModelConfig):
+    """The quantization that the flags ask for, or `None`.
+
+    Raises:
+        `ValueError`: if bitsandbytes is not installed.
+    """
+    flag = next((name for name in ("load_in_4bit", "load_in_8bit") if vars(model_args)[name]), None)
+    if flag and not is_bitsandbytes_available():
+        raise ValueError(
+            f"`{flag}` is true, but bitsandbytes is not installed: `pip install bitsandbytes`, or leave it out."
+        )
+    return get_quantization_config(model_args)
 
 
 def build_trainer(
     script: RA3ScriptArguments, args: RA3Config, model_args: ModelConfig, mixture: DatasetMixtureConfig
 ) -> RA3MidTrainer:
     """The trainer that the arguments describe."""
+    reward_funcs = load_reward_funcs(script.reward_funcs)
     options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        "quantization_config": get_quantization_config(model_args),
+        "quantization_config": quantization(model_args),
     }
     if options["quantization_config"] is not None:
         options["device_map"] = {"": PartialState().local_process_index}
@@ -136,7 +172,13 @@ def build_trainer(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        reward_funcs=reward_funcs,
     )
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """As `get_last_checkpoint`, for a folder that may not be there (another process makes it)."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def resume_point(args: RA3Config) -> bool | str | None:
@@ -145,7 +187,7 @@ def resume_point(args: RA3Config) -> bool | str | None:
     if value is None or str(value).lower() in ("false", "none", "no", ""):
         return None
     if str(value).lower() in ("true", "yes"):
-        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
+        if last_checkpoint(args.output_dir) is None:
             raise ValueError(
                 f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir!r} holds no checkpoint; "
                 "leave it out to start anew."
@@ -177,19 +219,24 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) ->
     trainer.end()
 
 
+def resume_command(typed: str) -> str:
+    """`typed`, the user's command, with `--resume_from_checkpoint true` in the place of any other."""
+    words = [word for word in shlex.split(typed) if not word.startswith("--resume_from_checkpoint=")]
+    if "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join([*words, "--resume_from_checkpoint", "true"])
+
+
 def _stopped(args: RA3Config, typed: str) -> str:
     """What to say after Ctrl-C: which checkpoint there is, and the command that goes on from it."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = last_checkpoint(args.output_dir)
     if last is None:
         return (
             f"Stopped before the first checkpoint (save_steps={args.save_steps:g}, save_strategy="
             f"{str(args.save_strategy)}): nothing to resume. With a smaller `--save_steps` there would be."
         )
-    words = shlex.split(typed)
-    if "--resume_from_checkpoint" in words:
-        at = words.index("--resume_from_checkpoint")
-        words = words[:at] + words[at + 2 :]
-    return f"Stopped; {last} is whole. Go on with:\n  {shlex.join([*words, '--resume_from_checkpoint', 'true'])}"
+    return f"Stopped; {last} is whole. Go on with:\n  {resume_command(typed)}"
 
 
 def _dry_run(script, args: RA3Config, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
@@ -218,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
         refuse_unknown([*unknown, *in_file], parser.option_names())
     script, args, model_args, mixture = parts
+    check_world(args.world_size)
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
@@ -228,8 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         return _dry_run(script, args, model_args, mixture)
     resume = resume_point(args)
     trainer = build_trainer(script, args, model_args, mixture)
-    if resume is None and get_last_checkpoint(args.output_dir) is not None:
+    if resume is None and trainer.is_world_process_zero() and last_checkpoint(args.output_dir) is not None:
         logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
+    trainer.resume_hint = f"`{resume_command(typed)}`"  # for the message after a SIGTERM
     try:
         run(trainer, source_name(script, mixture), resume)
     except KeyboardInterrupt:

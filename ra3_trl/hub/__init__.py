@@ -1,6 +1,6 @@
 """Model card and push."""
 
-from .card import write_model_card
+from .card import all_evaluations, write_model_card
 
 
-__all__ = ["write_model_card"]
+__all__ = ["all_evaluations", "write_model_card"]

@@ -1,12 +1,27 @@
-"""Models as TRL's trainers take them: a name, a model, an adapter."""
+"""Models as TRL's trainers take them: a name, a model, an adapter; what can't be trained is refused with its cure."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch._dynamo import OptimizedModule
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import find_adapter_config_file
+
+
+_SHARED = ("revision", "subfolder", "gguf_file", "trust_remote_code", "token")  # config's, tokenizer's and model's
 
 
 def load_model(
@@ -14,14 +29,107 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """The model itself, loaded in float32 unless `model_init_kwargs` has a `dtype`, wrapped in an adapter if asked.
 
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A folder, a Hub id or a model. Of a `PeftModel` with several adapters the active one is trained.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `quantization_config`, ...).
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter. On a quantized model its weights are bfloat16 but for DoRA's magnitudes, as in TRL.
+
     Raises:
-        `ValueError`: for `model_init_kwargs` without a name to load, or an adapter on an adapter.
+        `ValueError`: for `model_init_kwargs` without a name to load, an adapter on an adapter or one of virtual
+        tokens, a compiled model, one that is no causal language model of text alone, a quantization whose library is
+        missing, or quantized weights without an adapter.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32"} | (model_init_kwargs or {}))
+        model = _from_name(model, {"dtype": "float32"} | (model_init_kwargs or {}))
     elif model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(base, OptimizedModule) or base._compiled_call_impl is not None:
+        raise ValueError(
+            "`model` is compiled: the forwards of an E-step change their length at every update and carry Python "
+            "state, so it would be compiled anew each time; pass the model as it was before `torch.compile`."
+        )
+    _check_kind(base.config, type(base).__name__)
+    _check_adapter(model, peft_config)
+    quantized = getattr(base, "is_quantized", False)  # transformers sets it on quantized models only
+    if quantized and peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`model` has weights quantized by {base.config.quantization_config.quant_method}, which full fine-tuning "
+            "can't change; pass a `peft_config` such as `LoraConfig()`, or load plain weights (of a GGUF file with "
+            "`quantization_config=GgufConfig(dequantize=True)`)."
+        )
+    if peft_config is None:
+        return model
+    model = get_peft_model(model, peft_config)
+    if quantized:
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_magnitude_vector" not in name:  # its updates are too small for bfloat16
+                p.data = p.data.to(torch.bfloat16)
+    return model
+
+
+def _config(name: str, shared: dict[str, Any]) -> PretrainedConfig:
+    """The configuration; of an adapter that of its base model."""
+    place = {key: shared[key] for key in ("revision", "subfolder", "token") if key in shared}
+    if find_adapter_config_file(name, **place) is None:
+        return AutoConfig.from_pretrained(name, **shared)
+    rest = {key: value for key, value in shared.items() if key not in ("revision", "subfolder")}
+    return AutoConfig.from_pretrained(PeftConfig.from_pretrained(name, **place).base_model_name_or_path, **rest)
+
+
+def _from_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Loads by name; what can be known to fail fails before any weights are fetched."""
+    shared = {key: options[key] for key in _SHARED if key in options}
+    config = options.get("config") or _config(name, shared)
+    _check_kind(config, name)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        config.to_dict().get("auto_map") or {}
+    )
+    if not known:
+        raise ValueError(
+            f"`model` {name!r} is a {type(config).__name__}, which is no causal language model; use one that "
+            "`AutoModelForCausalLM` loads."
+        )
+    own = config.to_dict().get("quantization_config")
+    quantization, where = options.get("quantization_config"), "`model_init_kwargs['quantization_config']`"
+    if quantization is None and own is not None:
+        quantization, where = own, f"the `quantization_config` of {name!r}"
+    if quantization is not None and "gguf_file" not in options:
+        try:
+            AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None).validate_environment(
+                device_map=options.get("device_map")
+            )
+        except (ImportError, RuntimeError) as error:
+            kind = quantization["quant_method"] if isinstance(quantization, dict) else type(quantization).__name__
+            raise ValueError(f"{where} is {kind}, which can't run here: {error}") from error
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def _check_kind(config: PretrainedConfig, name: str) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` {name!r} is an encoder-decoder ({type(config).__name__}); latents stand between lines of one "
+            "text, so use a decoder-only causal language model."
+        )
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"`model` {name!r} is multimodal ({type(config).__name__}); pass its language model alone: "
+            "`AutoModelForCausalLM.from_config(model.config.get_text_config())` with the weights of "
+            "`model.get_decoder()` and `model.lm_head`."
+        )
+
+
+def _check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig` such as `LoraConfig(r=16)`."
+        )
     if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
         configs = list(model.peft_config.values())
     else:
         configs = [] if peft_config is None else [peft_config]
@@ -31,28 +139,82 @@ def load_model(
                 f"`peft_config` is {type(config).__name__}: virtual tokens have no place in a prefix cache; "
                 "use an adapter that changes layers, such as `LoraConfig`."
             )
-    if peft_config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
-    return get_peft_model(model, peft_config)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuses weights that no update could change.
+
+    Raises:
+        `ValueError`: if no parameter is trainable, or a trainable one is float16.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "`model` has no trainable parameter; load an adapter with "
+            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`."
+        )
+    if any(p.dtype == torch.float16 for p in trained):
+        raise ValueError(
+            "`model` has trainable weights in float16, whose gradients and optimizer state underflow (6e-8 is the "
+            "smallest number); load it with `dtype='float32'` and set `fp16=True` or `bf16=True`, or with "
+            "`dtype='bfloat16'`."
+        )
 
 
 def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file)."""
-    shared = ("revision", "subfolder", "gguf_file", "trust_remote_code", "token")
+    """The tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file).
+
+    Raises:
+        `ValueError`: if there is none.
+    """
     options = model_init_kwargs or {}
-    return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in shared if key in options})
+    if not name:
+        raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by; pass one.")
+    try:
+        return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in _SHARED if key in options})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`processing_class` is missing, and no tokenizer loads from {name!r}; pass the model's. ({error})"
+        ) from error
+
+
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding).
+
+    Raises:
+        `ValueError`: naming the largest id and how to make room for it.
+    """
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"`processing_class` has ids up to {largest}, but the model embeds {rows} tokens; pass the model's own "
+            f"tokenizer, or call `model.resize_token_embeddings({largest + 1})` first."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets all dropout to 0, so that the policy that is trained is the one that sampled."""
+    """Sets all dropout to 0, so that the policy that is trained is the one that sampled.
+
+    Some models (OPT, Bloom, Llama's attention) keep the rate as a number and call the function. Falcon reads its own
+    from the config, where it is 0 in all released checkpoints.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model's context holds, `None` if its config does not say."""
+    """Tokens that the model's context holds, `None` if its config does not say.
+
+    With LongRoPE (Phi-3 and Phi-4 of 128k) the angles of *all* positions change once a text is longer than the
+    original context, so a cached prefix would be another one than the plain forward's: the original context counts.
+    """
     config = model.config.get_text_config().to_dict()
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    lengths = [config.get("max_position_embeddings") or config.get("n_positions")]
+    rope = config.get("rope_parameters") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # some have one for each layer type
+    lengths += [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]
+    return min((length for length in lengths if length), default=None)

@@ -38,13 +38,13 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
     return rows
 
 
-def latent_table(rows: Sequence[dict], title: str, limit: int = 8) -> rich_table.Table:
+def latent_table(rows: Sequence[dict], title: str, think: str = "#", limit: int = 8) -> rich_table.Table:
     """A rich table of the rows with the largest gains."""
     table = rich_table.Table(title=title, title_justify="left")
     for name, justify in (("gain (nats)", "right"), ("P(think)", "right"), ("latent", "left"), ("next line", "left")):
         table.add_column(name, justify=justify, overflow="fold")
     for row in sorted(rows, key=lambda r: -r["gain"])[:limit]:
-        cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", "#" + row["latent"], row["line"].split("\n")[0]]
+        cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
 
@@ -59,12 +59,15 @@ class LatentLog:
             To read the latents.
         every (`int`):
             Updates between tables.
+        think (`str`, *optional*, defaults to `"#"`):
+            What opens a latent.
     """
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, every: int):
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, every: int, think: str = "#"):
         self.folder = folder
         self.tokenizer = tokenizer
         self.every = every
+        self.think = think
 
     def add(self, step: int, rollouts: Sequence) -> None:
         if not self.every or step % self.every:
@@ -74,4 +77,6 @@ class LatentLog:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
-        Console(stderr=True).print(latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}"))
+        Console(stderr=True).print(
+            latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}", self.think)
+        )

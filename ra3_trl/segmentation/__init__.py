@@ -3,23 +3,31 @@
 from .corpus import load_code_directory, standard_library
 from .datasets import count_documents, document_to_row, row_to_document, segment_dataset
 from .documents import Segmenter, splice
-from .format import ACTION_FORMATS, PYTHON, ActionFormat
+from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
+from .lines import Line
 from .tokens import FragmentEncoder, build_token_table, token_bytes
 
 
 __all__ = [
     "ACTION_FORMATS",
+    "PROSE",
     "PYTHON",
+    "PYTHON_TAGS",
+    "SLASHES",
+    "TAGS",
     "ActionFormat",
     "FragmentEncoder",
+    "Line",
     "Segmenter",
     "build_token_table",
     "count_documents",
     "document_to_row",
+    "find_format",
     "load_code_directory",
     "row_to_document",
     "segment_dataset",
     "splice",
     "standard_library",
+    "tagged",
     "token_bytes",
 ]

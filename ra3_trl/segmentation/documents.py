@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..records import Action, AnnotatedExample, Boundary, Document, Latent
 from .format import ActionFormat
-from .python import Line
-from .tokens import FragmentEncoder, token_bytes
+from .lines import Line
+from .tokens import FragmentEncoder, require_tags, token_bytes
 
 
 class Encoding(NamedTuple):
@@ -34,7 +34,7 @@ class Segmenter:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             A fast tokenizer. BOS is there iff the tokenizer adds one by default; one EOS ends each text.
         action_format ([`ActionFormat`]):
-            How the text is cut and what a latent looks like.
+            How the text is cut and what a latent looks like. The tokenizer must have its tags, if it has any.
         max_tokens (`int`):
             Longest chunk, in tokens.
         existing_comments (`str`, *optional*, defaults to `"keep"`):
@@ -52,6 +52,7 @@ class Segmenter:
         self.format = action_format
         self.max_tokens = max_tokens
         self.existing_comments = existing_comments
+        require_tags(tokenizer, action_format)
         self.fragment = FragmentEncoder(tokenizer)
         self._bytes = token_bytes(tokenizer)
 
@@ -108,8 +109,9 @@ class Segmenter:
         """Index of the first token of `line` after the carry, `None` when a token straddles the line's start."""
         if line.start == 0:
             return enc.bos
-        newline = bisect_right(enc.ends, line.start - 1)
-        return newline + 1 if enc.ends[newline] <= line.text_start else None
+        last = bisect_right(enc.ends, line.start - 1)  # the first token that holds the last character before
+        last = bisect_right(enc.ends, enc.ends[last]) - 1  # a character of several bytes may be of several tokens
+        return last + 1 if enc.ends[last] <= line.text_start else None
 
     def _boundary(self, text: str, line: Line, start: int, enc: Encoding) -> Boundary | None:
         if line.start > 0:

@@ -1,15 +1,19 @@
 """`ActionFormat`: how a kind of text is cut into actions and what a latent looks like in it.
 
 Another language, prose or tagged latents are other instances of it, not other code: only `segment` and the markers
-differ, and nothing outside this room knows which one is in use.
+differ, and nothing outside this room knows which one is in use. The paper tried Python only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from .python import Line, segment_python, strip_python_comments
+from .lines import Line, keep_text, segment_lines
+from .prose import segment_prose, strip_asides
+from .python import segment_python, strip_python_comments
+from .slashes import segment_slashes, strip_slashes
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,114 @@ class ActionFormat:
         think (`str`):
             Marker that opens a latent, after the indentation (`"#"` on Python).
         end (`str`):
-            What ends a latent. Tokens that hold it are the stop symbol.
-        strip (`Callable[[str, int], str]`):
-            Removes the expert's own comments from a text, from a character on.
+            What ends a latent: one ASCII character, or a special token of `tags`. Tokens that hold it are the stop
+            symbol.
+        strip (`Callable[[str, int], str]`, *optional*):
+            Removes the expert's own comments from a text, from a character on. The default removes nothing.
+        first (`str`, *optional*, defaults to `""`):
+            Characters one of which must begin a latent; empty is any but white space alone.
+        forbidden (`str`, *optional*, defaults to `""`):
+            Characters that a latent never holds, besides control characters.
+        tags (`Mapping[str, tuple[str, ...]]`, *optional*):
+            Special tokens of the format, `think` and `end`, each with the words whose mean embedding it begins as
+            ([`~ra3_trl.models.add_tags`]). Empty where the markers are plain text.
+
+    Raises:
+        `ValueError`: for an `end` that tokens can't be told by, or tags other than `think` and `end`.
     """
 
     name: str
     segment: Callable[[str], tuple[Line, ...] | None]
     think: str
     end: str
-    strip: Callable[[str, int], str]
+    strip: Callable[[str, int], str] = keep_text
+    first: str = ""
+    forbidden: str = ""
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.tags and set(self.tags) != {self.think, self.end}:
+            raise ValueError(
+                f"`tags` of the action format {self.name!r} are {sorted(self.tags)}; they must be its `think` "
+                f"({self.think!r}) and its `end` ({self.end!r})."
+            )
+        if not self.tags and (len(self.end) != 1 or not self.end.isascii()):
+            raise ValueError(
+                f"`end` of the action format {self.name!r} is {self.end!r}; use one ASCII character, which can't be "
+                "spread over tokens, or special tokens (`tagged`)."
+            )
 
     def think_text(self, indent: str, carry: str) -> str:
         """Text of the think prefix where `indent` is expected and the boundary token already holds `carry`.
 
-        Example: `think_text("    ", "   ") == " #"`.
+        Example: `think_text("    ", "   ") == " #"`. A tag is the tag alone: a tokenizer reads it as one wherever it
+        stands.
         """
+        if self.tags:
+            return self.think
         rest = indent[len(carry) :] if indent.startswith(carry) else ""
         return rest + self.think
 
     def close_text(self, carry: str) -> str:
-        """Text that ends a latent and gives the expert's next tokens the context they were tokenized in."""
-        return self.end + carry
+        """Text that ends a latent and gives the expert's next tokens the context they were tokenized in.
+
+        The carry stands once more where the latent's end has begun a new line; a tag begins none, so that what stood
+        before the latent still stands there.
+        """
+        return self.end if self.tags else self.end + carry
+
+
+def _without_comments(segment: Callable[[str], tuple[Line, ...] | None], text: str) -> tuple[Line, ...] | None:
+    lines = segment(text)
+    return None if lines is None else tuple(replace(line, comment=False) for line in lines)
+
+
+def tagged(
+    base: ActionFormat, name: str, words: tuple[str, ...], think: str = "<think>", end: str = "</think>"
+) -> ActionFormat:
+    """`base` with latents between two special tokens, in front of its lines.
+
+    The expert's own comments are lines as any other, or stripped if asked. A text that holds the tags themselves is
+    trained as it is, without latents. Latents are of one line: the end tag begins as the newline's embedding, so that
+    a model ends a thought where it would have ended a line.
+
+    Args:
+        base ([`ActionFormat`]):
+            What cuts the text.
+        name (`str`):
+            Name of the new format.
+        words (`tuple[str, ...]`):
+            Words whose mean embedding the opening tag begins as.
+        think (`str`, *optional*, defaults to `"<think>"`), end (`str`, *optional*, defaults to `"</think>"`):
+            The tags.
+    """
+    segment = partial(_without_comments, base.segment)
+    return ActionFormat(name, segment, think, end, base.strip, tags={think: words, end: ("\n",)})
 
 
 PYTHON = ActionFormat("python", segment_python, "#", "\n", strip_python_comments)
-ACTION_FORMATS = {PYTHON.name: PYTHON}
+# A comment begins with a space: `///` and `//!` are documentation in Rust, `//go:` and `//line` orders to a compiler.
+# A backslash would carry it to the next line in C and is read in Java's comments (`\u000a`). The other three are line
+# ends in JavaScript or C#.
+SLASHES = ActionFormat(
+    "slashes", segment_slashes, "//", "\n", strip_slashes, first=" ", forbidden="\\\u0085\u2028\u2029"
+)
+# An aside holds no bracket and no line end, so that a reader finds where it began and ended.
+PROSE = ActionFormat("prose", segment_prose, "[", "]", strip_asides, forbidden="[")
+TAGS = tagged(ActionFormat("lines", segment_lines, "", "\n"), "tags", ("think", "reason"))
+PYTHON_TAGS = tagged(PYTHON, "python_tags", ("#",))
+ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, TAGS, PYTHON_TAGS)}
+
+
+def find_format(name: str) -> ActionFormat:
+    """The action format called `name`.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if name not in ACTION_FORMATS:
+        raise ValueError(
+            f"`action_format` is {name!r}; use one of {', '.join(map(repr, ACTION_FORMATS))}, or register your own: "
+            f"`ACTION_FORMATS[{name!r}] = ActionFormat(...)`."
+        )
+    return ACTION_FORMATS[name]

@@ -8,24 +8,11 @@ from __future__ import annotations
 
 import io
 import tokenize
-from dataclasses import dataclass
+
+from .lines import Line
 
 
 _LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A logical line that begins at character `start` (column 0) with its first code at character `text_start`.
-
-    `indent` is the indentation that the lines before it lead one to expect: that of the line before, one unit deeper
-    after a colon. The line's own indentation is not looked at, or a latent would tell what follows.
-    """
-
-    start: int
-    text_start: int
-    indent: str
-    comment: bool
 
 
 def _tokens(text: str) -> list[tokenize.TokenInfo] | None:

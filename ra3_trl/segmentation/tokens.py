@@ -1,7 +1,8 @@
 """Facts about a tokenizer: the bytes of each token, the stop symbol, what a latent must not hold, fragments.
 
 Tokenizers differ at line ends (GPT-2 keeps "\\n" alone, SmolLM2 merges it with indentation, Qwen with punctuation),
-so nothing here asks for a newline *token*: every token whose bytes hold a newline is newline-bearing.
+so nothing here asks for a newline *token*: every token whose bytes hold a newline is newline-bearing. Likewise for the
+end marker of any other format of plain text; that of a tagged one is a special token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..records import TokenTable
+from .format import PYTHON, ActionFormat
 
 
 # UTF-8 automaton: state -> [(low byte, high byte, next state)]. 0 is "between characters"; 1, 2, 3 wait for that many
@@ -72,16 +74,79 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
     return tuple(out)
 
 
-def _run_automaton(data: bytes, state: int) -> int:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens that stand in a tokenizer as one id, by their text."""
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _run_automaton(data: bytes, state: int, edges: dict[int, list[tuple[int, int, int]]] = _UTF8) -> int:
     for byte in data:
-        state = next((to for low, high, to in _UTF8[state] if low <= byte <= high), -1)
+        state = next((to for low, high, to in edges[state] if low <= byte <= high), -1)
         if state < 0:
             return -1
     return state
 
 
+def _automaton_without(characters: str) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
+    """The UTF-8 automaton with no way through `characters`, and how many bytes each of its states waits for.
+
+    The lead bytes of a character lead to states of their own, copies of the usual ones that lack one edge.
+    """
+    edges, pending = {state: list(rows) for state, rows in _UTF8.items()}, list(_PENDING)
+    for character in characters:
+        *lead, last = character.encode()
+        state = 0
+        for byte in lead:
+            after = _run_automaton(bytes([byte]), state, edges)
+            if after < len(_PENDING):  # not a state of our own yet
+                own = len(pending)
+                pending.append(pending[after])
+                edges[own] = list(edges[after])
+                edges[state].insert(0, (byte, byte, own))
+                after = own
+            state = after
+        edges[state].insert(0, (last, last, -1))
+    return edges, pending
+
+
+def _end_ids(
+    data: tuple[bytes | None, ...], tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat
+) -> list[int]:
+    """Tokens that end a latent: the end tag, or all that hold the end marker."""
+    if action_format.tags:
+        return [require_tags(tokenizer, action_format)[action_format.end]]
+    end = action_format.end.encode()
+    found = [i for i, b in enumerate(data) if b is not None and end in b]
+    if not found:
+        marker = "a newline" if end == b"\n" else repr(action_format.end)
+        raise ValueError(
+            f"`processing_class` ({type(tokenizer).__name__}) has no token that holds {marker}, so a latent of the "
+            f"format {action_format.name!r} can neither be ended nor be told from text; use a tokenizer that keeps it."
+        )
+    return found
+
+
+def require_tags(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> dict[str, int]:
+    """Ids of the tags of a format.
+
+    Raises:
+        `ValueError`: if the tokenizer lacks one as special token.
+    """
+    special = special_ids(tokenizer)
+    missing = [tag for tag in action_format.tags if tag not in special]
+    if missing:
+        raise ValueError(
+            f"`processing_class` lacks the special tokens {missing} of the action format {action_format.name!r}; add "
+            "them with `ra3_trl.models.add_tags(model, tokenizer, action_format.tags)`."
+        )
+    return {tag: special[tag] for tag in action_format.tags}
+
+
 def build_token_table(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...] = (),
+    action_format: ActionFormat = PYTHON,
 ) -> TokenTable:
     """Everything the sampler must know of the vocabulary.
 
@@ -92,49 +157,54 @@ def build_token_table(
             Width of the model's logits; ids beyond the tokenizer are forbidden.
         eos_token_ids (`tuple[int, ...]`, *optional*):
             Further end-of-text ids (the generation config's), part of the stop symbol.
+        action_format ([`ActionFormat`], *optional*, defaults to `PYTHON`):
+            What ends a latent and what it must not hold.
 
     Raises:
-        `ValueError`: if the tokenizer has no EOS token or no token that holds a newline.
+        `ValueError`: if the tokenizer has no EOS token, no token that holds the end marker (or not the tags), or none
+        that may begin a latent.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("`processing_class` has no EOS token; set `tokenizer.eos_token`: each document ends with it.")
     data = token_bytes(tokenizer)
     data = (data + (None,) * vocab_size)[:vocab_size]
-    newline = [i for i, b in enumerate(data) if b is not None and b"\n" in b]
-    if not newline:
-        raise ValueError(
-            f"`processing_class` ({type(tokenizer).__name__}) has no token that holds a newline, so a comment line "
-            "can neither be ended nor be told from code; use a tokenizer that keeps newlines."
-        )
-    next_state = torch.full((8, vocab_size), -1, dtype=torch.int8)
+    ends = _end_ids(data, tokenizer, action_format)
+    edges, pending = _automaton_without(action_format.forbidden)
+    first = tuple(c.encode() for c in action_format.first)
+    next_state = torch.full((len(pending), vocab_size), -1, dtype=torch.int8)
     blank = torch.zeros(vocab_size, dtype=torch.bool)
     for i, b in enumerate(data):
         if not b or any(c < 0x20 and c != 0x09 for c in b):  # newline, carriage return, NUL, other control characters
             continue
-        if b.isascii():
-            next_state[0, i], blank[i] = 0, not b.decode().strip()
-            continue
         # A character begun and not ended counts as blank: its last bytes could make it one (U+00A0, U+3000).
-        blank[i] = not b.decode("utf-8", "ignore").strip()
-        for state in range(8):
-            next_state[state, i] = _run_automaton(b, state)
-    ends = {tokenizer.eos_token_id, *eos_token_ids} - set(newline)
-    stop_ids = torch.tensor(newline + sorted(i for i in ends if i < vocab_size))
+        blank[i] = not b.decode("utf-8", "ignore").strip() or bool(first and not b.startswith(first))
+        for state in range(1 if b.isascii() else len(pending)):  # ASCII never stands inside a character
+            next_state[state, i] = _run_automaton(b, state, edges)
+    eos = {tokenizer.eos_token_id, *eos_token_ids} - set(ends)
+    stop_ids = torch.tensor(ends + sorted(i for i in eos if i < vocab_size))
     next_state[0, stop_ids] = 0
-    return TokenTable(stop_ids, blank, next_state, torch.tensor(_PENDING), data, tokenizer.eos_token_id)
+    opening = (next_state[0] >= 0) & ~blank
+    opening[stop_ids] = False
+    if not opening.any():
+        raise ValueError(
+            f"`processing_class` ({type(tokenizer).__name__}) has no token that may begin a latent of the format "
+            f"{action_format.name!r} (a word behind one of {action_format.first!r}); use a larger vocabulary."
+        )
+    return TokenTable(stop_ids, blank, next_state, torch.tensor(pending), data, tokenizer.eos_token_id)
 
 
 class FragmentEncoder:
     """Tokens of a short text as they come out in the middle of a document.
 
     A SentencePiece tokenizer puts a dummy space before a text, a BPE one may merge it with what stands before; so the
-    fragment is encoded behind an anchor that it does not merge with, and the bytes of the result are checked.
+    fragment is encoded behind an anchor that it does not merge with, and the bytes of the result are checked. A
+    special token is its one id, wherever it stands.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._bytes = token_bytes(tokenizer)
-        self._cache: dict[str, tuple[int, ...] | None] = {}
+        self._cache: dict[str, tuple[int, ...] | None] = {text: (i,) for text, i in special_ids(tokenizer).items()}
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -1,0 +1,66 @@
+"""The phase in the progress bar: `E-phase 3/20`, `M-phase 17/200`."""
+
+from __future__ import annotations
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from trl import RichProgressCallback
+
+from ..em import Schedule
+
+
+class PhaseProgressCallback(TrainerCallback):
+    """
+    Writes the phase and its update in front of the bars of [`~transformers.ProgressCallback`] and
+    [`~trl.RichProgressCallback`], whichever of them the trainer has. Processes without a bar do nothing.
+
+    Args:
+        schedule ([`Schedule`]):
+            Which phase an update belongs to.
+        handler (`CallbackHandler`):
+            The trainer's, where the bars are found; a bar may be added or removed at any time.
+
+    Example:
+
+    ```python
+    trainer.add_callback(PhaseProgressCallback(trainer.schedule, trainer.callback_handler))
+    ```
+    """
+
+    def __init__(self, schedule: Schedule, handler: CallbackHandler):
+        self.schedule = schedule
+        self.handler = handler
+
+    def text(self, global_step: int) -> str:
+        """`M-phase 17/200` of the update that `global_step` finished ones precede; with several iterations
+        `M-phase 17/200, iteration 1/2`."""
+        phase = self.schedule.phase_at(global_step)
+        text = f"{phase.kind}-phase {phase.step + 1}/{phase.length}"
+        of = self.schedule.iterations
+        return f"{text}, iteration {phase.iteration + 1}/{of}" if of > 1 else text
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        for callback in self.handler.callbacks:
+            if isinstance(callback, (ProgressCallback, RichProgressCallback)) and callback.training_bar is not None:
+                self._write(callback, self.text(state.global_step))
+
+    @staticmethod
+    def _write(callback: ProgressCallback | RichProgressCallback, text: str) -> None:
+        if isinstance(callback, RichProgressCallback):
+            callback.training_bar.update(callback.training_task, description=f"[blue]{text}")
+        else:
+            callback.training_bar.set_description(text)
+
+
+def evaluated_batch(
+    handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl
+) -> TrainerControl:
+    """`on_prediction_step` of every callback after a batch of an evaluation, by which bars of evaluations advance.
+
+    Skipped where trl's rich bar is not on the screen: it has nothing to draw on outside of training, and trl 1.16
+    fails there instead of passing.
+    """
+    rich = [callback for callback in handler.callbacks if isinstance(callback, RichProgressCallback)]
+    if any(callback.evaluation_bar is None for callback in rich):
+        return control
+    return handler.on_prediction_step(args, state, control)

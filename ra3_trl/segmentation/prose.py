@@ -1,0 +1,96 @@
+"""Prose -> sentences. A latent is an aside in brackets between two of them: `It rained. [ so wet roads] He slowed.`
+
+The sentence splitter is a regular expression and a short list: where it is not sure there is no boundary. A wrong one
+costs a poor place for a latent, nothing else, since the text always joins to itself.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .lines import Line
+
+
+_CLOSERS = "\"'”’»)\\]}*_"
+_BREAK = r"[^\S\n]*(?:\n?[^\S\n]*\[[^\[\]\n]*\][^\S\n]*)?\n\s*\n"  # a blank line, with an aside before it or none
+_END = re.compile(
+    rf"(?P<stop>[.!?…؟।]+)[{_CLOSERS}]*(?=\s)"  # with white space behind it
+    r"|(?P<wide>[。！？｡]+)[」』”’）》】]*"  # Chinese and Japanese have none
+    rf"|(?P<paragraph>\S)(?={_BREAK})"
+)
+_ABBREVIATIONS = re.compile(
+    "mrs?|ms|dr|prof|st|sr|jr|rev|gen|col|capt|lt|sgt|hon|messrs|vs|etc|al|cf|figs?|eqs?|nos?|vols?|pp|eds?|ch|sec|inc|"
+    "ltd|co|corp|dept|univ|assn|approx|ca|est|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec",
+    re.IGNORECASE,
+)
+_LETTERS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")  # e.g, i.e, U.S, an initial
+_OPENERS = "\"'“‘«([{¿¡*_#>-–—•"
+_ASIDE = re.compile(r"\[[^\[\]\n]*\](?!\()")  # not the text of a link
+_WIDE = re.compile(r"[。！？｡][」』”’）》】]*$")
+_WORD, _SPACE, _PARAGRAPH = re.compile(r"\S"), re.compile(r"\s*"), re.compile(_BREAK)
+
+
+def segment_prose(text: str) -> tuple[Line, ...]:
+    """Sentences of `text`, each from the end of the one before on; a blank line ends one too.
+
+    The first has no line: nothing stands before it that an aside could follow. A sentence that begins with `[` is the
+    expert's own aside, up to its `]`: a latent seen, not an action.
+
+    Example: `"It is 2.5 wide. [ so] Dr. No left! Why?"` has lines at 15 (the aside), 21 and 34.
+    """
+    lines: list[Line] = []
+    start = 0
+    while (word := _WORD.search(text, start)) is not None:
+        first, aside = word.start(), word[0] == "["
+        if start or aside:
+            lines.append(Line(start, first, _indent(text, start), aside))
+        whole = _ASIDE.match(text, first) if aside else None
+        start = whole.end() if whole else _sentence_end(text, first)
+    return tuple(lines)
+
+
+def _indent(text: str, start: int) -> str:
+    """A space, but behind a stop that brings its own or at the start."""
+    return "" if start == 0 or _WIDE.search(text, max(0, start - 4), start) else " "
+
+
+def _sentence_end(text: str, start: int) -> int:
+    for match in _END.finditer(text, start):
+        if match["stop"] is None or _is_end(text, start, match):
+            return match.end()
+    return len(text)
+
+
+def _is_end(text: str, start: int, match: re.Match[str]) -> bool:
+    """Whether a stop with white space behind it ends the sentence."""
+    following = _SPACE.match(text, match.end())
+    after = text[following.end() : following.end() + 1]
+    if _PARAGRAPH.match(text, match.end()):
+        return True
+    if after.isdigit() and "\n" not in following[0]:  # "No. 5", where the list below does not know the word
+        return False
+    if after.islower() or not (after.isalnum() or after in tuple(_OPENERS)):
+        return False
+    stop = match["stop"]
+    if set(stop) & set("!?؟।"):
+        return True
+    if stop != ".":  # an ellipsis
+        return False
+    word = text[start : match.start()].rpartition(" ")[2].rpartition("\n")[2].lstrip(_OPENERS)
+    row = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+    numbered = word.isdigit() and row.strip() == word  # of a list
+    return not (numbered or _ABBREVIATIONS.fullmatch(word) or _LETTERS.fullmatch(word))
+
+
+def strip_asides(text: str, after: int = 0) -> str:
+    """`text` without the asides between sentences that begin at or after character `after`.
+
+    Example: `"A b. [ so] C d."` becomes `"A b. C d."`.
+    """
+    kept, at = [], 0
+    for line in segment_prose(text):
+        whole = _ASIDE.match(text, line.text_start) if line.comment and line.start >= after else None
+        if whole:
+            kept.append(text[at : line.start])
+            at = whole.end()
+    return "".join([*kept, text[at:]])

@@ -1,0 +1,66 @@
+"""The Python blocks of docs/guide.md run, on a tiny model and few updates."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"## (.*?)\n|```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text("utf-8"), re.S)
+CODE = "def f{i}(x):\n    y = x + {i}\n    if y > {j}:\n        return y\n    return x\n\n\n"
+
+
+def named_blocks() -> list[tuple[str, str]]:
+    """(heading, code) of every block."""
+    found, heading = [], ""
+    for title, code in BLOCKS:
+        heading = title or heading
+        if code:
+            found.append((heading, code))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
+    folder = tmp_path_factory.mktemp("guide") / "model"
+    tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(folder)
+    tokenizers["newline_indent"].save_pretrained(folder)
+    return folder
+
+
+def test_the_guide_has_blocks():
+    assert len(named_blocks()) == 9
+
+
+@pytest.mark.parametrize(("heading", "code"), named_blocks(), ids=[h.replace(" ", "_") for h, _ in named_blocks()])
+def test_block_runs(heading, code, model_folder, tmp_path, monkeypatch, tokenizers):
+    from ra3_trl import ACTION_FORMATS, config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    functions = [CODE.format(i=i, j=7 * i) for i in range(6)]
+    (tmp_path / "FOLDER" / "code.py").write_text("".join(functions))
+    for name in ("FILE.jsonl", "OTHER.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in functions))
+    monkeypatch.setitem(ACTION_FORMATS, "plans", None)  # taken out again
+    # What a tiny model on a CPU needs and a reader does not: short phases, no figures on the screen.
+    monkeypatch.setattr(config.RA3Config, "__init__", small(config.RA3Config.__init__))
+    code = re.sub(r"\be_steps=\d+", "e_steps=1", re.sub(r"\bm_steps=\d+", "m_steps=3", code))
+    assert "MODEL" in code
+    exec(compile(code.replace('"MODEL"', repr(str(model_folder))), heading, "exec"), {"__name__": "guide"})
+    assert (tmp_path / "out").is_dir() or "evaluate" in code
+
+
+def small(init):
+    """`RA3Config.__init__` with other defaults."""
+
+    def patched(self, **settings):
+        defaults = {"use_cpu": True, "max_length": 256, "num_latents": 2, "max_latent_length": 4, "report_to": "none",
+                    "log_latents_steps": 0, "disable_tqdm": True, "per_device_train_batch_size": 2}  # fmt: skip
+        init(self, **defaults | settings)
+
+    return patched
