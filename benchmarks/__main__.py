@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from . import rollout
+from . import phases, rollout
 
 
-BENCHMARKS = {"rollout": rollout}
+BENCHMARKS = {"rollout": rollout, "phases": phases}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +24,9 @@ from ra3_trl.records import Document, RolloutGroup
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, standard_library
 
+from .common import CLOCKS, default_model, say
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 _EXPAND_TOKENS = 12_000  # most tokens the expand engine is timed on for one document, more or less
 _PLAIN_TOKENS = 2_048  # tokens the plain forward is timed on; `_UPDATE_TOKENS` likewise with backward
 _UPDATE_TOKENS = 1_024
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder = args.model or _default_model()
+    folder = args.model or default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     backbone = Backbone(model)
@@ -105,16 +105,6 @@ def run(args: argparse.Namespace) -> dict:
     result |= measure_update(bench, pick_document(tokenizer, args.module, args.update_length))
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "clock": args.clock, "seed": args.seed}
     return result | {"benchmark_seconds": round(time.perf_counter() - begin, 1)}
-
-
-def _default_model() -> str:
-    from ra3_trl.cli.demo import default_model
-
-    return str(default_model())
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def pick_document(tokenizer: PreTrainedTokenizerBase, module: str, length: int) -> Document:
