@@ -25,9 +25,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *arguments],
+        env=ENV | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -111,6 +115,26 @@ def test_fsdp2_gives_the_weights_of_one_process(folder, sharded, whole):
     model, info = AutoModelForCausalLM.from_pretrained(folder / sharded, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert furthest(dict(model.named_parameters()), load(folder, f"{whole}-1-0")["weights"]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_weights_of_one_process(folder, stage):
+    """ZeRO-2 and ZeRO-3 on the CPU, where DeepSpeed is installed (`DS_BUILD_OPS=0 pip install deepspeed`)."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    finish(start(*TORCHRUN, str(HERE / "worker_deepspeed.py"), str(folder), str(stage), DS_ACCELERATOR="cpu"))
+
+    def saved(name: str) -> dict[str, torch.Tensor]:
+        model, info = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        return dict(model.named_parameters())
+
+    for scenario in ("same", "uneven"):
+        one = load(folder, f"{scenario}-1-0")["weights"]
+        assert furthest(saved(f"zero{stage}_{scenario}"), one) < 1e-6
+    for step in (1, 3):
+        assert furthest(saved(f"zero{stage}_left"), saved(f"zero{stage}_resumed{step}")) == 0
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, tokenizers):

@@ -121,7 +121,7 @@ def estep_backward(
     for i in range(chunks):
         if i >= len(pieces):
             with syncing(i + 1 == chunks):
-                backward(engine.backbone.idle(through))
+                backward(engine.backbone.idle(through, heads=2))  # gates and latents
             continue
         with syncing(i + 1 == chunks), engine.gradients():
             loss, named = _chunk_loss(engine, *pieces[i], args, hold, through)

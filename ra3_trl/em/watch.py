@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
 
 from ..losses import renormalise
 from ..records import Document
@@ -35,16 +37,22 @@ class WatchMixin:
                 logger.warning("update %d: %s", self.state.global_step, alarm)
 
     def _probe_loss(self) -> float:
-        """Cross-entropy per code token without latents on a few training documents, always the same ones."""
+        """Cross-entropy per code token without latents on a few training documents, always the same ones, which the
+        processes share out."""
         if not self._probe:
             rows = (row_to_document(row) for row in self.train_dataset)
             with_sites = (document for document in rows if document.sites)
-            self._probe = tuple(d for _, d in zip(range(_PROBE_DOCUMENTS), with_sites, strict=False))
+            first = [d for _, d in zip(range(_PROBE_DOCUMENTS), with_sites, strict=False)]
+            rank, processes = self.args.process_index, self.args.world_size
+            own_rows = isinstance(self.train_dataset, IterableDataset)  # a stream is shared out already
+            self._probe = tuple(first[: -(-_PROBE_DOCUMENTS // processes)] if own_rows else first[rank::processes])
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             groups = [self.engine.trunk(document) for document in self._probe]
-        tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
         # Renormalised: a gate that opens takes mass from the raw lines without harming the code.
-        return -sum(float(renormalise(g.line_logps_A, g.gate_logps_A).double().sum()) for g in groups) / max(tokens, 1)
+        total = sum(float(renormalise(g.line_logps_A, g.gate_logps_A).double().sum()) for g in groups)
+        tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
+        totals, counts = zip(*gather_object([(total, tokens)]), strict=True)
+        return -sum(totals) / max(sum(counts), 1)
 
     def _watch_code_loss(self) -> None:
         """Every tenth of an E-phase: stop when the likelihood of the code itself has been damaged."""

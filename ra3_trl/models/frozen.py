@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -11,13 +11,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def _stored(parameter: nn.Parameter) -> torch.Tensor:
+    """What this process stores of a parameter: all of it, FSDP2's or ZeRO-3's part."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
 def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Gives a parameter other contents: another storage, or a copy where FSDP2 holds on to the storage it shards."""
-    if isinstance(parameter, DTensor):
-        with torch.no_grad():
-            parameter.copy_(value)
+    """Gives a parameter other contents: another storage, or a copy where shards are held on to by their storage."""
+    if _is_shard(parameter):
+        _stored(parameter).copy_(value)
     else:
         parameter.data = value
+
+
+def _is_shard(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
 
 
 class FrozenWeights:
@@ -32,12 +40,12 @@ class FrozenWeights:
 
     def __init__(self, model: nn.Module):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.values = {name: _stored(p).clone() for name, p in self._parameters.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the snapshot's weights inside; for use without gradients."""
-        live = {name: p.detach().clone() if isinstance(p, DTensor) else p.data for name, p in self._parameters.items()}
+        live = {name: _stored(p).clone() if _is_shard(p) else p.data for name, p in self._parameters.items()}
         try:
             for name, p in self._parameters.items():
                 _put(p, self.values[name])
@@ -50,7 +58,8 @@ class FrozenWeights:
 
     def whole_values(self) -> dict[str, torch.Tensor]:
         """The snapshot on the CPU, put together where it is sharded; every process must call it."""
-        return {name: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for name, v in self.values.items()}
+        with self.applied(), self._gathered(None):
+            return {name: _whole(p).detach().cpu().clone() for name, p in self._parameters.items()}
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Puts saved `values` in place of the snapshot.
@@ -63,11 +72,25 @@ class FrozenWeights:
             raise ValueError(
                 f"frozen weights of another model: {odd} differ; resume with the model the run began with."
             )
-        for name, value in values.items():
-            kept = self.values[name]
-            if isinstance(kept, DTensor):
-                value = distribute_tensor(value.to(kept.device), kept.device_mesh, kept.placements)
-            kept.copy_(value)
+        with self.applied():
+            with torch.no_grad(), self._gathered(0):
+                for name, p in self._parameters.items():
+                    value = values[name].to(p.device)
+                    p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value)
+            self.values = {name: _stored(p).clone() for name, p in self._parameters.items()}
+
+    def _gathered(self, modifier: int | None) -> AbstractContextManager:
+        """ZeRO-3's parameters are whole inside, and those of process `modifier` hold afterwards."""
+        parts = [p for p in self._parameters.values() if hasattr(p, "ds_tensor")]
+        if not parts:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parts, modifier_rank=modifier)
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class BaseWeights:

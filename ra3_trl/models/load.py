@@ -184,7 +184,8 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
     Raises:
         `ValueError`: naming the largest id and how to make room for it.
     """
-    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    weight = model.get_input_embeddings().weight
+    rows, largest = getattr(weight, "ds_shape", weight.shape)[0], max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
             f"`processing_class` has ids up to {largest}, but the model embeds {rows} tokens; pass the model's own "

@@ -7,15 +7,16 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
 class Backbone:
@@ -63,13 +64,9 @@ class Backbone:
         return self.causal_lm.device
 
     @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 shards the weights."""
-        return isinstance(self.model, FSDPModule)
-
-    @property
     def vocab_size(self) -> int:
-        return self.causal_lm.get_output_embeddings().weight.shape[0]
+        weight = self.causal_lm.get_output_embeddings().weight
+        return getattr(weight, "ds_shape", weight.shape)[0]  # of ZeRO-3 a process has a part of the matrix only
 
     @property
     def wants_flat_rows(self) -> bool:
@@ -81,14 +78,16 @@ class Backbone:
 
         `through` is the wrapped model whose forward must be the one that runs (DDP arms its gradient reduction there);
         the hidden states are then caught on their way to the head. So they are where the router loss is wanted, which
-        the model's own forward computes, and where FSDP2 gathers the weights in that forward.
+        the model's own forward computes, and where FSDP2 gathers weights in that forward.
         """
         self.router_loss = None
         routed = bool(self._router_coef) and torch.is_grad_enabled()
-        if through is None and not routed and not self.sharded:
+        fsdp2 = is_fsdp2(self.model)
+        if through is None and not routed and not fsdp2:
             return self.decoder(use_cache=False, **inputs)[0]
-        if self.sharded and not self._settled:
-            self._reshard_layers_only()
+        if fsdp2 and not self._settled:
+            reshard_layers_only(self.model)
+            self._settled = True
         caught: list[torch.Tensor] = []
         handle = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
         options = self._one_logit | ({"output_router_logits": True} if routed else {})
@@ -100,44 +99,26 @@ class Backbone:
             self.router_loss = self._router_coef * output.aux_loss
         return caught[0]
 
-    def idle(self, through: nn.Module | None = None) -> torch.Tensor:
+    def idle(self, through: nn.Module | None = None, heads: int = 1) -> torch.Tensor:
         """A loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so that
-        all processes do the same number of them."""
+        all processes do the same number of them. `heads`: how often others apply the head behind it."""
         hidden = self.hidden(through, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))[0]
         router = 0.0 if self.router_loss is None else self.router_loss
-        return 0.0 * (hidden.float().sum() + self.logits(hidden).sum() + router)
+        target = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        return 0.0 * (
+            hidden.float().sum() + sum(self.token_logps(hidden, target).sum() for _ in range(heads)) + router
+        )
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Inside, every process has the whole weights, so that forwards exchange nothing and each process may do as
-        many as it likes. Without sharding nothing happens. Not while gradients are being added up."""
-        shards, self._settled = self._shards(), True
-        for shard in shards:
-            shard.set_reshard_after_forward(False, recurse=False)
-            shard.unshard()
-        try:
-            yield
-        finally:
-            self._reshard_layers_only()
-            if shards:
-                self.model.reset_iter_state()  # forgets these forwards, or the backward pass would prefetch for them
-
-    def _shards(self) -> list[FSDPModule]:
-        return [m for m in self.model.modules() if isinstance(m, FSDPModule)] if self.sharded else []
-
-    def _reshard_layers_only(self) -> None:
-        """Layers give their weights back after a forward; embeddings and head keep them until the backward pass, since
-        the head is applied behind the forward."""
-        layers = {m for modules in self.model.modules() if isinstance(modules, nn.ModuleList) for m in modules}
-        for shard in self._shards():
-            shard.set_reshard_after_forward(shard in layers, recurse=False)
+    def gathered(self) -> AbstractContextManager[None]:
+        """Every process has the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
         self._settled = True
+        return gathered(self.model)
 
     def logits(self, hidden_nD: torch.Tensor) -> torch.Tensor:
         """Logits `[n, V]` in float32 of hidden states `[n, hidden_size]`."""
         head = self.causal_lm.get_output_embeddings()
         # Not as a module of FSDP2, whose hooks count on one call within the model's forward.
-        logits = (head.forward if self.sharded else head)(hidden_nD).float()
+        logits = (head.forward if is_fsdp2(self.model) else head)(hidden_nD).float()
         if self._divide != 1.0 or self._multiply != 1.0:
             logits = logits * (self._multiply / self._divide)
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
@@ -148,7 +129,9 @@ class Backbone:
         With gradients each chunk is recomputed in the backward pass, so that never more than one chunk of logits is
         alive.
         """
-        rows = max(1, (1 << (22 if hidden_nD.device.type == "cpu" else 27)) // self.vocab_size)
+        rows = max(1, (1 << (24 if hidden_nD.device.type == "cpu" else 27)) // self.vocab_size)
+        if torch.is_grad_enabled() and is_zero3(self.model):  # each call of the head gathers: one on every process
+            rows = max(1, len(hidden_nD))
 
         def run(hidden: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return reduce(self.logits(hidden), *rest)
