@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 
 _CHOICES = {
@@ -31,6 +32,18 @@ _UNSUPPORTED = {
 
 def _help(text: str, default: Any, **metadata) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
+
+
+@cache
+def _own_kinds() -> dict[str, tuple[type, ...]]:
+    """Types that a value may have, of each own field of a plain kind; a whole number will do for a `float`."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    found = {}
+    for name, hint in get_type_hints(RA3Config).items():
+        kinds = get_args(hint) or (hint,)
+        if name not in inherited and set(kinds) <= {int, float, bool, str, type(None)}:
+            found[name] = (*kinds, int) if float in kinds else kinds
+    return found
 
 
 @dataclass
@@ -120,6 +133,7 @@ class RA3Config(TrainingArguments):
     # Values that differ from TrainingArguments
     learning_rate: float = _help("Peak learning rate of the M-phase.", 2e-5)
     logging_steps: float = _help("Updates between log lines.", 1)
+    logging_nan_inf_filter: bool = _help("Hide losses that are not finite from the log.", False)
     dataloader_pin_memory: bool = _help("Pin batches in memory; of no use here, they hold documents.", False)
 
     # Model
@@ -196,8 +210,22 @@ class RA3Config(TrainingArguments):
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
 
+    def _check_kinds(self) -> None:
+        """Numbers are numbers, whole ones whole, before any of them is compared."""
+        for name, kinds in _own_kinds().items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"`{name}` is {value!r}; it must be of type {wanted}.")
+        weights = self.reward_weights
+        if weights is not None:
+            numbers = isinstance(weights, (list, tuple)) and all(isinstance(w, (int, float)) for w in weights)
+            if not numbers or not all(math.isfinite(w) for w in weights):
+                raise ValueError(f"`reward_weights` is {weights!r}; give a list of finite numbers.")
+
     def _check(self) -> None:
         values = vars(self)
+        self._check_kinds()
         for name, reason in _UNSUPPORTED.items():
             if values.get(name):
                 raise ValueError(f"`{name}` is {values[name]!r}, which RA3 can't work with ({reason}); leave it out.")
@@ -222,6 +250,17 @@ class RA3Config(TrainingArguments):
                 f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
                 "or set `baseline='no_think'`."
             )
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ValueError(f"`router_aux_loss_coef` is {self.router_aux_loss_coef}; it must be at least 0.")
+        if self.learning_rate == 0 and self.e_learning_rate and self.e_steps:
+            raise ValueError(
+                "`learning_rate` is 0, and with it all rates, of which it is the unit; use `m_steps=0` to leave the "
+                "M-phase out."
+            )
+        kinds = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+        for name in ("lr_scheduler_type", "e_lr_scheduler_type"):
+            if str(getattr(values[name], "value", values[name])) not in kinds:
+                raise ValueError(f"`{name}` is {values[name]!r}; use one of {', '.join(sorted(kinds))}.")
         for name in ("discount", "top_p", "prior_alpha"):
             if not 0 < values[name] <= 1:
                 raise ValueError(f"`{name}` is {values[name]}; it must be above 0 and at most 1.")

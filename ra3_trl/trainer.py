@@ -8,17 +8,18 @@ update. Where we deviate from the paper, or it is silent, docs/design.md says so
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -64,6 +65,7 @@ from .records import Document
 from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
 from .rollout import Backbone, SamplingParams, build_engine
 from .segmentation import (
+    FEATURES,
     ActionFormat,
     Segmenter,
     build_token_table,
@@ -74,7 +76,7 @@ from .segmentation import (
 )
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
@@ -142,7 +144,11 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
-        args = args or RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
+        args = (
+            copy(args)
+            if args is not None
+            else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
+        )
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         action_format = find_format(args.action_format)
@@ -166,6 +172,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.counts: dict[str, dict[str, int]] = {}
         if args.reward_model == "base":
             BaseWeights(model)  # refuses a model without adapter
+        self._formatting_func = formatting_func
         self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
         train_dataset = self._segment(train_dataset, "train", formatting_func)
         if isinstance(eval_dataset, dict):
@@ -187,10 +194,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self.model.add_model_tags(["ra3", "trl"])
-        self.gate_hold = GateHold(args.gate_hold, args.penalty)
-        self.metrics = MetricSums()
-        self.frozen: dict[str, FrozenWeights] = {}
-        self.probe_baseline: float | None = None
+        self._begin_anew()
         self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
         self.latent_log = LatentLog(
             Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps, action_format.think
@@ -212,7 +216,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
 
     @staticmethod
     def _plug_ins(args: RA3Config, tokenizer: PreTrainedTokenizerBase, funcs) -> RewardPlugIns | None:
-        funcs = [] if funcs is None else [funcs] if callable(funcs) else list(funcs)
+        funcs = [] if funcs is None else list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
         if not funcs and args.likelihood_weight == 1 and args.reward_weights is None:
             return None
         return RewardPlugIns(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
@@ -242,7 +246,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             dataset, self.segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
         )
         if isinstance(segmented, Dataset):
-            name = split if split in ("train", "eval") else f"eval_{split}"
+            name = split if split == "train" or split.startswith("eval") else f"eval_{split}"
             self.counts[name] = counts = count_documents(dataset, segmented)
             logger.info("%s: %s", name, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
             if not len(segmented):
@@ -256,6 +260,13 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
                 )
         return segmented
 
+    def _begin_anew(self) -> None:
+        """State of the EM loop that a checkpoint holds."""
+        self.gate_hold = GateHold(self.args.gate_hold, self.args.penalty)
+        self.metrics = MetricSums()
+        self.frozen: dict[str, FrozenWeights] = {}
+        self.probe_baseline: float | None = None
+
     # ---- the loop; the documents of an update come from em/window.py ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
@@ -265,7 +276,9 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
         self.check_resumable(resume_from_checkpoint)
-        with self.preemption.listening():
+        if not resume_from_checkpoint:
+            self._begin_anew()
+        with self.preemption.listening(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.preemption.asked:
             logger.warning("Stopped by SIGTERM after update %d, which is saved. Go on with %s.",
@@ -343,6 +356,12 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
 
     # ---- evaluation and saving ----
 
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""
+        if isinstance(eval_dataset, (Dataset, IterableDataset)) and set(eval_dataset.features or ()) != set(FEATURES):
+            eval_dataset = self._segment(eval_dataset, metric_key_prefix, self._formatting_func)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -362,6 +381,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
+        seen = sum(gather_object([seen]))
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:

@@ -87,6 +87,15 @@ def test_the_log_is_that_of_all_processes(folder, scenario):
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_no_document_is_evaluated_twice(folder):
+    """5 documents, 2 a batch, on two processes."""
+    one, first, second = (load(folder, f"eval-{rank}") for rank in ("1-0", "2-0", "2-1"))
+    assert one["eval_code_tokens"] == first["eval_code_tokens"]
+    for name, value in one.items():
+        if not name.endswith(("runtime", "per_second")):
+            assert first[name] == second[name] == pytest.approx(value, rel=1e-5), name
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_two_processes_resume_exactly(folder, step):
     for rank in (0, 1):

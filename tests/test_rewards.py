@@ -102,6 +102,8 @@ async def later(**kwargs):
         ([shortness, shortness], {}, "a name of its own"),
         (later, {}, "coroutine"),
         (shortness, {"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 numbers for 1"),
+        ("short", {}, "'short', which is no function"),
+        (lambda completions: [], {}, r"takes no `\*\*kwargs`"),
         (None, {"likelihood_weight": -1.0}, "`likelihood_weight` is -1.0"),
     ],
 )
@@ -110,7 +112,7 @@ def test_bad_plug_ins_are_refused_at_once(make, funcs, settings, says):
         make(funcs, **settings)
 
 
-@pytest.mark.parametrize("found", [[1.0], [float("nan")] * 12])
+@pytest.mark.parametrize("found", [[1.0], [float("nan")] * 12, None, ["good"] * 12])
 def test_bad_answers_are_named(make, found):
     def broken(**kwargs):
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -262,6 +263,15 @@ def test_evaluate_alone(make):
     }
 
 
+def test_evaluate_takes_other_data(make):
+    """As `Trainer.evaluate` does: a data set, or a dict of them, in place of the trainer's."""
+    other = Dataset.from_dict({"text": TEXTS[3:5]})
+    trainer, wanted = make(eval_texts=TEXTS[:3]), make(eval_texts=TEXTS[3:5]).evaluate()["eval_elbo"]
+    assert trainer.evaluate(other)["eval_elbo"] == pytest.approx(wanted)
+    assert trainer.evaluate({"a": other})["eval_a_elbo"] == pytest.approx(wanted)
+    assert trainer.evaluate()["eval_elbo"] != pytest.approx(wanted)
+
+
 def test_logs_have_the_promised_names(make):
     trainer = make()
     trainer.train()
@@ -308,6 +318,19 @@ def test_latents_are_written_as_parquet(make, tmp_path):
         ({"max_length": 100_000}, "max_length"),
         ({"max_length": 20, "max_latent_length": 10}, "max_length"),
         ({"m_steps": -1, "max_steps": 1}, "max_steps"),
+        ({"m_steps": 3, "max_steps": 100}, "max_steps"),
+        ({"em_iterations": 2, "m_steps": -1, "max_steps": 7}, "max_steps"),
+        ({"num_latents": 2.5}, "num_latents"),
+        ({"e_steps": True}, "e_steps"),
+        ({"max_length": "big"}, "max_length"),
+        ({"horizon": None}, "horizon"),
+        ({"reward_weights": 0.5}, "reward_weights"),
+        ({"reward_weights": [float("nan")]}, "reward_weights"),
+        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+        ({"e_lr_scheduler_type": "nonsense"}, "e_lr_scheduler_type"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"likelihood_weight": 0.0}, "likelihood_weight"),
         ({"torch_compile": True}, "torch_compile"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"reward_model": "base"}, "reward_model"),
@@ -326,6 +349,63 @@ def test_bad_settings_are_refused_by_name(make, settings, says, tmp_path):
 def test_bad_data_is_refused(make, texts, says):
     with pytest.raises(ValueError, match=says):
         make(texts=texts)
+
+
+def test_each_phase_has_its_own_rate_and_floor(make):
+    """Cosine to `min_lr`, which is of the rate it is given for: E from 1e-3, M from 4e-3, both towards 5e-4."""
+    kind = "cosine_with_min_lr"
+    trainer = make(e_steps=4, m_steps=4, e_learning_rate=1e-3, learning_rate=4e-3, e_lr_scheduler_type=kind,
+                   lr_scheduler_type=kind, lr_scheduler_kwargs={"min_lr": 5e-4})  # fmt: skip
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+
+    def cosine(rate: float, step: int) -> float:  # transformers' own form: a cosine from `rate` to `min_lr`
+        return 5e-4 + (rate - 5e-4) * (1 + math.cos(math.pi * step / 4)) / 2
+
+    assert rates == pytest.approx([cosine(1e-3, i) for i in range(4)] + [cosine(4e-3, i) for i in range(4)])
+
+
+@pytest.mark.parametrize("reward_model", ["live", "frozen"])
+def test_logged_gates_are_the_policys(make, reward_model):
+    """Slow path: P(think) on the documents of each update, read from the live weights before it."""
+    trainer = make(e_steps=3, m_steps=0, reward_model=reward_model, e_learning_rate=1e-2, gate_hold="never")
+    begin, wanted = trainer._prepare_e, []
+
+    def prepare(documents, noise):
+        gates = [trainer.engine.trunk(d).gate_logps_A[list(d.sites)].exp() for batch in documents for d in batch]
+        wanted.append(float(torch.cat(gates).mean()))
+        return begin(documents, noise)
+
+    trainer._prepare_e = prepare
+    trainer.train()
+    found = [e["estep/think_rate"] for e in trainer.state.log_history if "estep/think_rate" in e]
+    assert found == pytest.approx(wanted, rel=1e-4) and found[0] != pytest.approx(found[2], rel=0.05)
+    assert ("estep/elbo" in trainer.state.log_history[0]) == (reward_model == "live")
+
+
+def test_weights_that_have_diverged_are_named(make):
+    trainer = make()
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weights have diverged.*lower `e_learning_rate`"):
+        trainer.train()
+
+
+def test_an_e_phase_without_boundaries_ends(make):
+    """One text has a boundary, the batches of the E-phase hold others."""
+    trainer = make(texts=["x = 1\n"] * 5 + [TEXTS[0]], e_steps=1, m_steps=1, per_device_train_batch_size=1,
+                   train_sampling_strategy="sequential")  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_settings_given_are_left_as_they_are(make, tokenizer, tiny_model, tmp_path):
+    args = RA3Config(str(tmp_path / "run"), e_steps=1, max_length=256, use_cpu=True, report_to="none")
+    for count in (4, 12):  # batches of 8: 1 update, then 2
+        data = Dataset.from_dict({"text": TEXTS[:count]})
+        trainer = RA3MidTrainer(tiny_model("llama", tokenizer), args, data, processing_class=tokenizer)
+        assert trainer.schedule.m_steps == 3 * -(-count // 8)  # three passes by default
+    assert args.max_steps == -1
 
 
 def test_odd_documents_are_counted_and_trained(make):

@@ -85,7 +85,12 @@ def main(folder: Path) -> None:
     )
     trainer.train()
     keep(trainer, folder, "adapter")
-    # 4. A run that goes on.
+    # 4. An evaluation set that does not divide evenly: no document counts twice.
+    metrics = make(folder, TEXTS, "eval", per_device_eval_batch_size=2).evaluate(
+        Dataset.from_dict({"text": TEXTS[:5]})
+    )
+    torch.save(metrics, folder / f"eval-{state.num_processes}-{state.process_index}.pt")
+    # 5. A run that goes on.
     if state.num_processes == 2:
         trainer = make(folder, TEXTS, "left", optim="adamw_torch", save_strategy="steps", save_steps=1, m_steps=3)
         trainer.train()
@@ -94,7 +99,7 @@ def main(folder: Path) -> None:
             trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", m_steps=3)
             trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
             keep(trainer, folder, f"resumed{step}")
-    # 5. Streams: a process that runs dry goes on with empty batches; no document twice.
+    # 6. Streams: a process that runs dry goes on with empty batches; no document twice.
     for workers in (0, 2):
         data = stream(11, 2)
         settings = {"dataloader_num_workers": workers, "m_steps": 3, "e_steps": 1, "max_steps": 4, "batch": 2}

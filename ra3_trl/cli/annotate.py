@@ -21,7 +21,7 @@ from ..config import RA3Config
 from ..em import annotate
 from ..records import AnnotatedExample
 from ..rollout import NoiseKey
-from ..segmentation import row_to_document, segment_dataset, token_bytes
+from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
 from ..trainer import RA3MidTrainer
 from .data import load_splits
 
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.max_documents:
             dataset = dataset.select(range(min(options.max_documents, len(dataset))))
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, revision=options.model_revision)
+        require_tags(tokenizer, find_format(args.action_format))  # the trainer would add them, untrained
         trainer = RA3MidTrainer(options.checkpoint, args, processing_class=tokenizer)
         annotated = annotate_dataset(trainer, dataset)
     placed, sites = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])

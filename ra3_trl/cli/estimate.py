@@ -157,7 +157,8 @@ def count_memory(trainer: RA3MidTrainer) -> dict[str, int]:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     last = trainer.schedule.iterations == 1
-    start, reward = args.e_steps > 0 and args.kl_coef > 0, args.e_steps > 0 and args.reward_model == "frozen"
+    wants_start = args.kl_coef > 0 or trainer.gate_hold.holds
+    start, reward = args.e_steps > 0 and wants_start, args.e_steps > 0 and args.reward_model == "frozen"
     in_e, in_m = start + reward, args.uses_latents + (0 if last else start + reward)
     config = trainer.backbone.causal_lm.config.get_text_config()
     heads = config.num_attention_heads
@@ -166,7 +167,7 @@ def count_memory(trainer: RA3MidTrainer) -> dict[str, int]:
     head = values.get("head_dim") or config.hidden_size // heads
     per_token = 2 * config.num_hidden_layers * (values.get("num_key_value_heads") or heads) * head * size
     wide = values.get("intermediate_size") or 4 * config.hidden_size
-    width = config.hidden_size if args.gradient_checkpointing else 8 * config.hidden_size + 4 * wide
+    width = config.hidden_size if args.activation_checkpointing else 8 * config.hidden_size + 4 * wide
     in_flight = max(args.max_length * args.train_batch_size, args.max_length + args.max_branch_tokens)
     return {
         "parameters": parameters,
@@ -183,9 +184,9 @@ def time_updates(trainer: RA3MidTrainer, rows: Dataset) -> Timing:
     """Times one E-update and one M-update, forwards and backwards, on two chunks of about average size."""
     args, model = trainer.args, trainer.model
     documents = _average_documents(rows, with_sites=args.uses_latents)
-    start = FrozenWeights(model) if args.kl_coef and args.e_steps else None
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    start = FrozenWeights(model) if (args.kl_coef or trainer.gate_hold.holds) and args.e_steps else None
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
     with trainer.compute_loss_context_manager():
         _time_mstep(trainer, [splice(documents[0], {})])  # what happens the first time only stays out of the timing
         e_step = _time_estep(trainer, documents, start) if args.e_steps else (0.0, 0.0)

@@ -13,28 +13,36 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from ..config import RA3Config
 from ..models import FrozenWeights
-from .monitor import Sums
+from ..segmentation import document_to_row, row_to_document
 
 
 _STATE, _FROZEN, _ASIDE = "ra3_state.json", "ra3_frozen.safetensors", "_incomplete"
-# Settings that a resumed run may change: what is logged and evaluated, memory, learning rates, and the run's length,
-# which `check_resumable` looks at by itself.
+# Settings that a resumed run may change: what is logged and evaluated, memory, and the run's length, which
+# `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
-_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_sites", "e_learning_rate", "em_iterations", "m_steps"}
-_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_sites", "em_iterations", "m_steps"}
+_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim")
+_SHARED += ("lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy")
 
 
-def run_settings(args: RA3Config) -> dict[str, Any]:
-    """Settings that a resumed run must share with the one that wrote the checkpoint."""
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = [field.name for field in fields(args) if field.name not in inherited | _FREE]
-    return {name: getattr(args, name) for name in (*own, *_SHARED)} | {"world_size": args.world_size}
+def _read_state(folder: Path) -> dict[str, Any]:
+    if not (folder / _STATE).is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder / _STATE} is missing; this is no checkpoint of RA3MidTrainer "
+            "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
+        )
+    try:
+        return json.loads((folder / _STATE).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder / _STATE} is damaged ({error}); take an earlier checkpoint."
+        ) from error
 
 
 class CheckpointMixin:
@@ -68,11 +76,12 @@ class CheckpointMixin:
         finally:
             self.args.save_total_limit, self.args.push_to_hub, self._saving_aside = limit, push, False
         aside, final = run / _ASIDE / name, run / name
-        metrics = gather_object([self.metrics.sums])
+        probe = [document_to_row(document) for document in self._probe]
+        each = gather_object([{"metrics": self.metrics.sums, "probe": probe}])
         frozen = {f"{kind}/{name}": v for kind, f in self.frozen.items() for name, v in f.whole_values().items()}
         if self.args.should_save:
             if not self.args.save_only_model:
-                self._save_em_state(aside, metrics, frozen)
+                self._save_em_state(aside, each, frozen)
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if self.state.best_global_step and (best == final or best.exists()):
                 self.state.best_model_checkpoint = str(best)
@@ -87,12 +96,25 @@ class CheckpointMixin:
         if self.args.should_save:
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _save_em_state(self, folder: Path, metrics: list[Sums], frozen: dict[str, torch.Tensor]) -> None:
+    def _run_settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint; what can be written as JSON."""
+        args = self.args
+        inherited = {field.name for field in fields(TrainingArguments)}
+        own = [field.name for field in fields(args) if field.name not in inherited | _FREE]
+        found = {"world_size": args.world_size} | {name: getattr(args, name) for name in (*own, *_SHARED)}
+        found["train_dataset"] = self.counts.get("train")
+        if isinstance(self.train_dataset, IterableDataset):  # whose rows workers share out
+            found["dataloader_num_workers"] = args.dataloader_num_workers
+        found["reward_funcs"] = sorted(self.plug_ins.funcs) if self.plug_ins is not None else []
+        return json.loads(json.dumps(found))
+
+    def _save_em_state(self, folder: Path, each: list[dict[str, Any]], frozen: dict[str, torch.Tensor]) -> None:
         phase = self.schedule.phase_at(self.state.global_step - 1)
         state = {
-            "settings": run_settings(self.args),
+            "settings": self._run_settings(),
+            "pass": [self._pass[0], self.state.global_step - self._pass[1]],
             "last_update": [phase.kind, phase.iteration, phase.step],
-            "metrics": metrics,  # of each process
+            "processes": each,
             "gate_hold": asdict(self.gate_hold),
             "probe_baseline": self.probe_baseline,
             "frozen": sorted(self.frozen),
@@ -113,15 +135,14 @@ class CheckpointMixin:
         if found is None:
             return  # `Trainer.train` says so
         folder = Path(found)
-        if not (folder / _STATE).is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint`: {folder / _STATE} is missing; this is no checkpoint of RA3MidTrainer "
-                "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
-            )
-        state = json.loads((folder / _STATE).read_text())
-        if state["frozen"] and not (folder / _FROZEN).is_file():
-            raise ValueError(f"`resume_from_checkpoint`: {folder / _FROZEN} is missing; take an earlier checkpoint.")
-        now = json.loads(json.dumps(run_settings(self.args)))
+        state = _read_state(folder)
+        wanted = ["trainer_state.json", *([_FROZEN] if state["frozen"] else [])]
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            wanted += ["optimizer.pt", "scheduler.pt"]
+        for name in wanted:
+            if not (folder / name).is_file():
+                raise ValueError(f"`resume_from_checkpoint`: {folder / name} is missing; take an earlier checkpoint.")
+        now = self._run_settings()
         for name, value in state["settings"].items():
             if name == "world_size" and now[name] != value:
                 raise ValueError(
@@ -143,14 +164,21 @@ class CheckpointMixin:
                 "last M-phase may be made longer."
             )
 
+    @staticmethod
+    def resumed_pass(folder: str) -> tuple[int, int]:
+        """Number of the pass over the data that a checkpoint was written in, and updates of it that were done."""
+        return tuple(_read_state(Path(folder))["pass"])
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_em_state(Path(checkpoint))
 
     def _load_em_state(self, folder: Path) -> None:
-        state = json.loads((folder / _STATE).read_text())
-        self.metrics.sums = state["metrics"][self.args.process_index]
+        state = _read_state(folder)
+        own = state["processes"][self.args.process_index]
+        self.metrics.sums = own["metrics"]
+        self._probe = tuple(row_to_document(row) for row in own["probe"])
         self.gate_hold = type(self.gate_hold)(**state["gate_hold"])
         self.probe_baseline = state["probe_baseline"]
         tensors = load_file(folder / _FROZEN) if state["frozen"] else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..config import RA3Config
 from ..losses import EStepTerms, Returns, advantages, code_bounds, compute_returns, estep_loss, gate_slope
 from ..models import BaseWeights, FrozenWeights
 from ..records import Document, RolloutGroup
-from ..rollout import NoiseKey, PolicyLogProbs, RolloutEngine, keyed_uniform
+from ..rollout import NoiseKey, PolicyLogProbs, RolloutEngine, check_finite, keyed_uniform
 from .monitor import MetricSums, Sums
 from .rewards import RewardPlugIns
 
@@ -30,12 +30,17 @@ _SITES = -3  # keys the choice of sites, beside the latents' numbers of noise.py
 @dataclass(frozen=True)
 class Rollout:
     """A group with its returns; `terms` holds the reward's terms apart, `[T, G]` each, where there are several;
-    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites."""
+    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites.
+
+    The group's lines without latents and its gates are the policy's; with `scored_live` false its lines under latents
+    and the returns are another reward model's.
+    """
 
     group: RolloutGroup
     returns: Returns
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     references: tuple[PolicyLogProbs, ...] = ()
+    scored_live: bool = True
 
 
 def choose_sites(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
@@ -65,16 +70,25 @@ def roll_out(
             engine.rollout(document, tried, args.num_latents, args.horizon, noise, score=reward is None)
             for document, tried in zip(documents, sites, strict=True)
         ]
+    scored = groups
     if reward is not None:
         with reward.applied(), engine.backbone.gathered():
-            groups = [engine.score(g.document, g.sites, g.latents, args.horizon) for g in groups]
-    returns = [compute_returns(group, args.horizon, args.discount, args.line_reduction) for group in groups]
+            scored = [engine.score(g.document, g.sites, g.latents, args.horizon) for g in groups]
+        groups = [
+            replace(s, line_logps_A=g.line_logps_A, gate_logps_A=g.gate_logps_A)
+            for s, g in zip(scored, groups, strict=True)
+        ]
+    for group in scored:
+        check_finite(group.line_logps_A)
+    returns = [compute_returns(group, args.horizon, args.discount, args.line_reduction) for group in scored]
     found = [(r, {}) if plug_ins is None else plug_ins(g, r) for g, r in zip(groups, returns, strict=True)]
     references = [()] * len(groups)
     if start is not None:
         with torch.no_grad(), start.applied(), engine.backbone.gathered():
             references = [tuple(engine.log_probs(g, part) for part in engine.split(g)) for g in groups]
-    return [Rollout(g, *rewarded, ref) for g, rewarded, ref in zip(groups, found, references, strict=True)]
+    return [
+        Rollout(g, *rewarded, ref, reward is None) for g, rewarded, ref in zip(groups, found, references, strict=True)
+    ]
 
 
 def count_chunks(engine: RolloutEngine, rollouts: Sequence[Rollout]) -> int:
@@ -177,7 +191,8 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
     sums = MetricSums()
     for r in rollouts:
         bounds = code_bounds(r.group)
-        sums.add_total("elbo", bounds.elbo, bounds.tokens)
+        if r.scored_live:
+            sums.add_total("elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not r.group.sites:
             continue

@@ -20,7 +20,8 @@ class PhaseMixin:
         updates = None
         if isinstance(train_dataset, Dataset):
             per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-            updates = math.ceil(len(train_dataset) / per_update)
+            updates = len(train_dataset) / per_update
+            updates = max(1, math.floor(updates) if args.dataloader_drop_last else math.ceil(updates))
         elif train_dataset is None:
             updates = 1  # evaluation only
         self.schedule = plan_schedule(
@@ -33,14 +34,14 @@ class PhaseMixin:
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         args, schedule = self.args, self.schedule
-        dummy = torch.optim.SGD([torch.zeros(1)], lr=1.0)
 
-        def factor_of(kind: str, length: int) -> Callable[[int], float]:
+        def factor_of(kind: str, length: int, rate: float) -> Callable[[int], float]:
+            dummy = torch.optim.SGD([torch.zeros(1)], lr=rate or 1.0)  # `min_lr` and `lr_end` are relative to it
             warmup = args.get_warmup_steps(length)
             return get_scheduler(kind, dummy, warmup, max(length, 1), args.lr_scheduler_kwargs).lr_lambdas[0]
 
-        e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps)
-        m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps)
+        e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps, args.e_learning_rate)
+        m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps, args.learning_rate)
         ratio = args.e_learning_rate / args.learning_rate if args.learning_rate else 0.0
 
         def factor(step: int) -> float:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+
+
+_CHANGED = ("save_only_model", "load_best_model_at_end", "save_total_limit")
 
 
 class PreemptionCallback(TrainerCallback):
@@ -23,9 +26,10 @@ class PreemptionCallback(TrainerCallback):
         self._signalled = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """The signal is listened to inside; what handled it before does so again outside."""
+    def listening(self, args: TrainingArguments) -> Iterator[None]:
+        """The signal is listened to inside; outside its handler and `args` are what they were."""
         self.asked = self._signalled = False
+        changed = {name: getattr(args, name) for name in _CHANGED}
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -34,6 +38,8 @@ class PreemptionCallback(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            for name, value in changed.items():
+                setattr(args, name, value)
 
     def _on_signal(self, number, frame) -> None:
         self._signalled = True
@@ -42,3 +48,7 @@ class PreemptionCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if any(gather_object([self._signalled])):
             self.asked = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it would take time, and may decide whether to save
+            # The checkpoint must be whole and stay: `Trainer` deletes what is not the best at the end of training.
+            args.save_only_model = args.load_best_model_at_end = False
+            args.save_total_limit = None

@@ -55,6 +55,8 @@ class RewardPlugIns:
         tokenizer: PreTrainedTokenizerBase,
         horizon: int,
     ):
+        if odd := next((func for func in funcs if not callable(func)), None):
+            raise ValueError(f"`reward_funcs` holds {odd!r}, which is no function; pass functions.")
         self.funcs = {_name(func): func for func in funcs}
         if len(self.funcs) < len(funcs) or LIKELIHOOD in self.funcs:
             raise ValueError(
@@ -63,6 +65,12 @@ class RewardPlugIns:
             )
         if odd := next((name for name, func in self.funcs.items() if inspect.iscoroutinefunction(func)), None):
             raise ValueError(f"`reward_funcs`: {odd} is a coroutine function; pass a plain one.")
+        if odd := next((name for name, func in self.funcs.items() if not _takes_anything(func)), None):
+            raise ValueError(
+                f"`reward_funcs`: {odd} takes no `**kwargs`; let it, since more may be given than it names."
+            )
+        if not funcs and not likelihood_weight:
+            raise ValueError("`likelihood_weight` is 0 and there are no `reward_funcs`: nothing would be rewarded.")
         if weights is not None and len(weights) != len(funcs):
             raise ValueError(
                 f"`reward_weights` has {len(weights)} numbers for {len(funcs)} `reward_funcs`; give one each."
@@ -102,8 +110,13 @@ class RewardPlugIns:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def _call(self, name: str, given: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
-        found = list(self.funcs[name](**given))
-        values = torch.tensor([0.0 if value is None else float(value) for value in found], dtype=like_TG.dtype)
+        found = self.funcs[name](**given)
+        try:
+            values = torch.tensor([0.0 if value is None else float(value) for value in found], dtype=like_TG.dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`reward_funcs`: {name} returned {str(found)[:60]!r}; return one number (or None) for each latent."
+            ) from error
         if len(values) != like_TG.numel() or not torch.isfinite(values).all():
             raise ValueError(
                 f"`reward_funcs`: {name} returned {len(values)} numbers, "
@@ -111,6 +124,10 @@ class RewardPlugIns:
                 "return one finite number (or None) for each."
             )
         return values.view_as(like_TG)
+
+
+def _takes_anything(func: RewardFunc) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(func).parameters.values())
 
 
 def _name(func: RewardFunc) -> str:

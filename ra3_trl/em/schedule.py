@@ -53,8 +53,18 @@ def plan_schedule(
     Raises:
         `ValueError`: if the length of the M-phase can't be told, or `max_steps` leaves no room for it.
     """
+    if m_steps >= 0 and 0 < max_steps != iterations * (e_steps + m_steps):
+        raise ValueError(
+            f"`max_steps` is {max_steps}, but em_iterations={iterations} times e_steps={e_steps} + m_steps={m_steps} "
+            f"are {iterations * (e_steps + m_steps)} updates; leave one of `max_steps` and `m_steps` out."
+        )
     if m_steps < 0:
         if max_steps > 0:
+            if max_steps % iterations:
+                raise ValueError(
+                    f"`max_steps` is {max_steps}, which em_iterations={iterations} can't share out evenly; use a "
+                    "multiple."
+                )
             m_steps = max_steps // iterations - e_steps
         elif updates_per_epoch is not None:
             m_steps = -(-int(num_train_epochs * updates_per_epoch) // iterations)

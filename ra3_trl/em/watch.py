@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 
@@ -14,14 +13,14 @@ from ..segmentation import row_to_document
 from .monitor import latent_alarms
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process
 _PROBE_DOCUMENTS = 8
 
 
 class WatchMixin:
     """Mixed into a `Trainer` with `gate_hold`, `metrics`, `engine`, `schedule` and `probe_baseline`."""
 
-    _probe: tuple[Document, ...] = ()
+    _probe: tuple[Document, ...] = ()  # part of the checkpoint: a resumed stream is read from elsewhere
     _alarmed: frozenset[str] = frozenset()
 
     def _alarm(self, named: dict[str, float]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..models import BaseWeights, FrozenWeights
@@ -21,7 +21,7 @@ from .mstep import pack
 from .schedule import Phase
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process
 
 
 class WindowMixin:
@@ -35,10 +35,10 @@ class WindowMixin:
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        most = max(gather_object([len(batches)]))
-        if not most:
+        if not any(gather_object([len(batches)])):
             return [], None
-        documents = [batch["documents"] for batch in batches] + [[]] * (most - len(batches))
+        # A stream may end within a window, on this process or on all: `Trainer` steps after `num_batches` of them.
+        documents = [batch["documents"] for batch in batches] + [[]] * (num_batches - len(batches))
         phase = self.schedule.phase_at(self.state.global_step)
         if phase.step == 0:
             self._begin(phase)
@@ -71,7 +71,7 @@ class WindowMixin:
             if phase.iteration + 1 == self.schedule.iterations:  # no E-phase comes that would need these
                 self.frozen.clear()
             self.frozen["annotator"] = FrozenWeights(self.backbone.model)
-            if args.e_steps and self.gate_hold.holds:
+            if args.e_steps and self.gate_hold.holds and self.gate_hold.updates:
                 logger.warning(self.gate_hold.message)
 
     def _prepare_e(

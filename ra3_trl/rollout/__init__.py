@@ -6,7 +6,7 @@ from .engine import PolicyLogProbs, RolloutEngine
 from .expand import ExpandEngine
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
-from .sampler import SamplingParams
+from .sampler import SamplingParams, check_finite
 from .select import ENGINES, build_engine
 
 
@@ -22,6 +22,7 @@ __all__ = [
     "RolloutEngine",
     "SamplingParams",
     "build_engine",
+    "check_finite",
     "horizon_lines",
     "keyed_uniform",
 ]

@@ -88,6 +88,15 @@ class Draw:
     kept: tuple[torch.Tensor, ...] | None
 
 
+def check_finite(logps: torch.Tensor) -> None:
+    """Raises a `ValueError` where a model's numbers are not finite, before anything is made of them."""
+    if not bool(torch.isfinite(logps).all()):
+        raise ValueError(
+            "the model's log-probs are not finite: its weights have diverged. Go on from an earlier checkpoint with a "
+            "lower `e_learning_rate` or `learning_rate`."
+        )
+
+
 def draw(
     distribution: LatentDistribution,
     logits_nV: torch.Tensor,
@@ -103,6 +112,7 @@ def draw(
         kept = tuple(row.nonzero()[:, 0] for row in keep)
         scaled = scaled.masked_fill(~keep, float("-inf"))
     total_n = torch.logsumexp(scaled, -1)
+    check_finite(total_n)
     cumulative = (scaled - total_n[:, None]).exp_().cumsum(-1)
     # Kept below the last sum, so that rounding cannot push the point past the end; `right` skips symbols of mass zero.
     last = cumulative[:, -1]

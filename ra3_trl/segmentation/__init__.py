@@ -1,11 +1,11 @@
 """Text -> actions (lines) -> token boundaries."""
 
 from .corpus import load_code_directory, standard_library
-from .datasets import count_documents, document_to_row, row_to_document, segment_dataset
+from .datasets import FEATURES, count_documents, document_to_row, row_to_document, segment_dataset
 from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
-from .tokens import FragmentEncoder, build_token_table, token_bytes
+from .tokens import FragmentEncoder, build_token_table, require_tags, token_bytes
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SLASHES",
     "TAGS",
     "ActionFormat",
+    "FEATURES",
     "FragmentEncoder",
     "Line",
     "Segmenter",
@@ -24,6 +25,7 @@ __all__ = [
     "document_to_row",
     "find_format",
     "load_code_directory",
+    "require_tags",
     "row_to_document",
     "segment_dataset",
     "splice",
