@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from slow_path import SlowPath
 from tokenizers import (
     AddedToken,
@@ -23,6 +24,7 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 
 
@@ -226,6 +228,38 @@ def tiny_model():
                 else:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model
+
+    return make
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference between parameters of the same names."""
+    assert set(a) == set(b)
+    return max(float((a[name].detach() - b[name].detach()).abs().max()) for name in a)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokenizers, tiny_model):
+    """`make_trainer(data, e_steps=2, ...)`: a trainer with small settings, on a new copy of the same random model each
+    time; `data` and `eval_data` are lists of texts or data sets, further arguments the config's."""
+
+    def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None, **settings):
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
+            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        tokenizer = tokenizers["newline_indent"]
+        data, eval_data = (Dataset.from_dict({"text": d}) if isinstance(d, list) else d for d in (data, eval_data))
+        return RA3MidTrainer(
+            model or tiny_model("llama", tokenizer), RA3Config(**defaults | settings), data, eval_data, tokenizer,
+            callbacks, peft_config=peft_config, reward_funcs=reward_funcs,
+        )  # fmt: skip
 
     return make
 

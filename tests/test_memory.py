@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import furthest, weights
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import RA3MidTrainer
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(8)]
 
 
 @pytest.fixture
-def make(tmp_path, tokenizers, tiny_model):
-    """`make(texts, e_steps=2, ...)`: a trainer on copies of one tiny random model, plain SGD to see the gradients."""
-    tokenizer = tokenizers["newline_indent"]
+def make(make_trainer, tiny_model, tokenizers):
+    """`make(texts, e_steps=2, ...)`: a trainer with plain SGD, which shows the gradients."""
 
-    def trainer(texts=TEXTS, architecture: str = "llama", **settings) -> RA3MidTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
-            "max_latent_length": 4, "optim": "sgd", "learning_rate": 0.05, "e_learning_rate": 0.05,
-            "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none", "log_latents_steps": 0,
-            "disable_tqdm": True, "use_cpu": True,
-        }  # fmt: skip
-        data = Dataset.from_dict({"text": texts})
-        return RA3MidTrainer(
-            tiny_model(architecture, tokenizer), RA3Config(**defaults | settings), data, None, tokenizer
-        )
+    def make(texts=TEXTS, architecture: str = "llama", **settings) -> RA3MidTrainer:
+        model = tiny_model(architecture, tokenizers["newline_indent"])
+        rates = {"optim": "sgd", "learning_rate": 0.05, "e_learning_rate": 0.05}
+        return make_trainer(texts, model=model, **rates | settings)
 
-    return trainer
-
-
-def weights(trainer: RA3MidTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return make
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -52,7 +36,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(make, engine, archi
         calls = []
         layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
         trainer.train()
-        (kept if checkpointing else plain).update(weights(trainer) | {"calls": torch.tensor(float(sum(calls)))})
+        (kept if checkpointing else plain).update(weights(trainer.model) | {"calls": torch.tensor(float(sum(calls)))})
     # Each of the 2 E- and 2 M-updates runs layer 0 with gradients once (2 documents of an E-update: two forwards), and
     # with checkpointing once more: 2 * 2 + 2 = 6 against 12.
     assert plain.pop("calls") == 6 and kept.pop("calls") == 12
@@ -74,9 +58,9 @@ def test_no_forward_is_longer_than_document_and_bound(make):
         longest[torch.is_grad_enabled()] = max(longest[torch.is_grad_enabled()], ids.numel())
 
     trainer.backbone.decoder.register_forward_pre_hook(watch, with_kwargs=True)
-    before = weights(trainer)
+    before = weights(trainer.model)
     trainer.train()
-    assert furthest(before, weights(trainer)) > 0
+    assert furthest(before, weights(trainer.model)) > 0
     document = len(row["input_ids"])
     assert 2048 // 2 < longest[True] - document <= 2048
     # Without gradients the document is cached, so that branches run without it; but the log-probs under the weights at

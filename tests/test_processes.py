@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import furthest
 from transformers import AutoModelForCausalLM
 
 from ra3_trl import RA3Config
@@ -58,11 +59,6 @@ def folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
 
 def load(folder: Path, name: str) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=False)
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert set(a) == set(b)
-    return max(float((a[name].detach() - b[name].detach()).abs().max()) for name in a)
 
 
 @pytest.mark.timeout(600)

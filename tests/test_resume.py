@@ -11,42 +11,24 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import furthest, weights
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import RA3MidTrainer
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(12)]
 
 
 @pytest.fixture
-def make(tmp_path, tokenizers, tiny_model):
-    """`make(e_steps=2, ...)`: a trainer on TEXTS, a new copy of the same random model each time."""
-    tokenizer = tokenizers["newline_indent"]
+def make(make_trainer):
+    """`make(e_steps=2, ...)`: a trainer on TEXTS."""
 
-    def trainer(data=TEXTS, eval_data=None, callbacks=None, reward_funcs=None, **settings) -> RA3MidTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 3, "num_latents": 2,
-            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
-            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
-        }  # fmt: skip
-        data = Dataset.from_dict({"text": data}) if isinstance(data, list) else data
-        eval_data = Dataset.from_dict({"text": eval_data}) if isinstance(eval_data, list) else eval_data
-        model = tiny_model("llama", tokenizer)
-        args = RA3Config(**defaults | settings)
-        return RA3MidTrainer(model, args, data, eval_data, tokenizer, callbacks, reward_funcs=reward_funcs)
+    def make(data=TEXTS, eval_data=None, **settings) -> RA3MidTrainer:
+        return make_trainer(data, eval_data, **{"m_steps": 3, "num_latents": 2} | settings)
 
-    return trainer
-
-
-def weights(trainer: RA3MidTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return make
 
 
 def folders(path: Path) -> dict[str, float]:
@@ -155,7 +137,7 @@ def test_a_stream_trains_as_the_same_data_does(make):
     streamed = make(stream(), e_steps=0, m_steps=4)
     listed = make(e_steps=0, m_steps=4, train_sampling_strategy="sequential")
     streamed.train(), listed.train()
-    assert furthest(weights(streamed), weights(listed)) == 0
+    assert furthest(weights(streamed.model), weights(listed.model)) == 0
 
 
 def test_nothing_of_a_stream_is_materialised(make):
@@ -222,7 +204,7 @@ def test_a_stream_is_resumed_exactly(make, tmp_path, accumulation):
     for step in (1, 3, 4, 5, 6):
         trainer = make(data(), output_dir=str(tmp_path / f"resumed{step}"), **settings)
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-        assert furthest(weights(alone), weights(trainer)) == 0, step
+        assert furthest(weights(alone.model), weights(trainer.model)) == 0, step
         assert log(trainer) == log(alone), step
 
 
@@ -247,7 +229,7 @@ def test_the_best_checkpoint_by_elbo_is_loaded(make, tmp_path):
     assert trainer.state.best_global_step == best
     assert Path(trainer.state.best_model_checkpoint) == tmp_path / "run" / f"checkpoint-{best}"
     loaded = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
-    assert furthest(weights(trainer), dict(loaded.named_parameters())) == 0
+    assert furthest(weights(trainer.model), dict(loaded.named_parameters())) == 0
 
 
 def test_early_stopping_by_elbo(make):
@@ -299,7 +281,7 @@ def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at):
     assert f"after update {at}" in caplog.text and "trainer.train(resume_from_checkpoint=True)" in caplog.text
     again = make()
     again.train(resume_from_checkpoint=True)
-    assert furthest(weights(alone), weights(again)) == 0
+    assert furthest(weights(alone.model), weights(again.model)) == 0
 
 
 @pytest.mark.parametrize(
@@ -330,9 +312,9 @@ def test_a_second_train_begins_anew(make):
     trainer = make(m_steps=1)
     trainer.train()
     assert trainer.gate_hold.updates == 2
-    first = weights(trainer)
+    first = weights(trainer.model)
     trainer.train()
-    assert trainer.gate_hold.updates == 2 and furthest(first, weights(trainer)) > 0
+    assert trainer.gate_hold.updates == 2 and furthest(first, weights(trainer.model)) > 0
 
 
 SLEEPER = """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import furthest, weights
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import RA3MidTrainer
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(6)]
@@ -17,20 +17,13 @@ def shortness(completion_ids, **kwargs):
 
 
 @pytest.fixture
-def make(tmp_path, tokenizers, tiny_model):
-    tokenizer = tokenizers["newline_indent"]
+def make(make_trainer):
+    """`make(reward_funcs, e_steps=2, ...)`: a trainer on TEXTS, its E-phase alone."""
 
-    def trainer(reward_funcs=None, **settings) -> RA3MidTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 0, "num_latents": 3,
-            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
-            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
-        }  # fmt: skip
-        data = Dataset.from_dict({"text": TEXTS})
-        args = RA3Config(**defaults | settings)
-        return RA3MidTrainer(tiny_model("llama", tokenizer), args, data, None, tokenizer, reward_funcs=reward_funcs)
+    def make(reward_funcs=None, **settings) -> RA3MidTrainer:
+        return make_trainer(TEXTS, reward_funcs=reward_funcs, **{"m_steps": 0} | settings)
 
-    return trainer
+    return make
 
 
 def test_what_a_function_is_given(make, tokenizers):
@@ -88,8 +81,8 @@ def test_a_constant_term_changes_no_gradient(make):
     for func in (None, lambda completions, **kwargs: [5.0] * len(completions)):
         trainer = make(func, gate_hold="always", optim="sgd", e_learning_rate=0.05)
         trainer.train()
-        runs.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
-    assert max(float((runs[0][name] - runs[1][name]).abs().max()) for name in runs[0]) < 1e-5
+        runs.append(weights(trainer.model))
+    assert furthest(*runs) < 1e-5
 
 
 async def later(**kwargs):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import furthest, weights
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -34,33 +35,13 @@ def tokenizer(tokenizers) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer, tiny_model):
-    """`make(e_steps=2, ...)`: a trainer on TEXTS, a new copy of the same random model each time."""
+def make(make_trainer):
+    """`make(e_steps=2, ...)`: a trainer on TEXTS."""
 
-    def trainer(texts=TEXTS, model=None, peft_config=None, eval_texts=None, **settings) -> RA3MidTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
-            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
-            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
-        }  # fmt: skip
-        return RA3MidTrainer(
-            model or tiny_model("llama", tokenizer),
-            RA3Config(**defaults | settings),
-            Dataset.from_dict({"text": texts}),
-            None if eval_texts is None else Dataset.from_dict({"text": eval_texts}),
-            tokenizer,
-            peft_config=peft_config,
-        )
+    def make(texts=TEXTS, eval_texts=None, **settings) -> RA3MidTrainer:
+        return make_trainer(texts, eval_texts, **settings)
 
-    return trainer
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return make
 
 
 @pytest.mark.parametrize(("packing", "architecture"), [(True, "llama"), (False, "llama"), (True, "qwen3_moe")])
