@@ -144,34 +144,19 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
-        args = (
-            copy(args)
-            if args is not None
-            else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
-        )
+        args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         action_format = find_format(args.action_format)
-        model = load_model(model, args.model_init_kwargs, None)
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
-        add_tags(model, tokenizer, action_format.tags)
-        if peft_config is not None:
-            model = load_model(model, None, peft_config)
-            add_tags(model, tokenizer, action_format.tags)  # refuses an adapter that does not train them
-        check_vocabulary(model, tokenizer)
+        model = self._load(model, tokenizer, args, peft_config, action_format)
         if train_dataset is not None:
             check_trainable(model)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if args.disable_dropout:
-            disable_dropout(model)
         self.ra3_args = args
         self.backbone = Backbone(model, args.router_aux_loss_coef)
         self.engine = self._build_engine(args, tokenizer, action_format)
         self.segmenter = Segmenter(tokenizer, action_format, self._chunk_tokens(args), args.existing_comments)
         self.counts: dict[str, dict[str, int]] = {}
-        if args.reward_model == "base":
-            BaseWeights(model)  # refuses a model without adapter
         self._formatting_func = formatting_func
         self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
         train_dataset = self._segment(train_dataset, "train", formatting_func)
@@ -205,6 +190,26 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.add_callback(PhaseProgressCallback(self.schedule, self.callback_handler))
 
     # ---- set-up ----
+
+    @staticmethod
+    def _load(model, tokenizer, args: RA3Config, peft_config: PeftConfig | None, action_format: ActionFormat):
+        """The model with the format's tags, wrapped in its adapter and checked; the tokenizer gets the tags too."""
+        if action_format.tags:
+            model = load_model(model, args.model_init_kwargs, None)
+            add_tags(model, tokenizer, action_format.tags)
+            if peft_config is not None:
+                model = load_model(model, None, peft_config)
+                add_tags(model, tokenizer, action_format.tags)  # refuses an adapter that does not train them
+        else:
+            model = load_model(model, args.model_init_kwargs, peft_config)
+        check_vocabulary(model, tokenizer)
+        if args.reward_model == "base":
+            BaseWeights(model)  # refuses a model without adapter
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if args.disable_dropout:
+            disable_dropout(model)
+        return model
 
     def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat):
         eos = self.backbone.causal_lm.generation_config.eos_token_id

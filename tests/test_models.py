@@ -29,6 +29,7 @@ from ra3_trl.models import (
     load_model,
     load_tokenizer,
 )
+from ra3_trl.segmentation import find_format
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(6)]
@@ -140,6 +141,16 @@ def test_quantized_weights_need_an_adapter(llama):
     dtypes = {("magnitude" in n, p.dtype) for n, p in model.named_parameters() if p.requires_grad}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}  # as TRL: QLoRA's adapters are bfloat16
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_trainer_hands_quantized_weights_and_adapter_over_together(llama, tokenizer, tmp_path):
+    """Loading first and wrapping later would refuse them in between."""
+    llama.is_quantized, llama.config.quantization_config = True, QuantizedStub()
+    args = RA3Config(output_dir=str(tmp_path), report_to="none")
+    model = RA3MidTrainer._load(llama, tokenizer, args, LoraConfig(**LORA), find_format("python"))
+    assert isinstance(model, PeftModel)
+    with pytest.raises(ValueError, match="quantized by bitsandbytes.*`peft_config`"):
+        RA3MidTrainer._load(model.unload(), tokenizer, args, None, find_format("python"))
 
 
 def test_compiled_models_are_refused(llama):
