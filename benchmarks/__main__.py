@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from . import phases, rollout
+from . import head, phases, rollout
 
 
-BENCHMARKS = {"rollout": rollout, "phases": phases}
+BENCHMARKS = {"rollout": rollout, "phases": phases, "head": head}
 
 
 def main(argv: list[str] | None = None) -> None:

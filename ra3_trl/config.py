@@ -9,6 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import SchedulerType, TrainingArguments
 
+from .config_file import RA3_CONFIG, read_settings, settings_of, write_settings
+
 
 _CHOICES = {
     "existing_comments": ("keep", "strip"),
@@ -19,6 +21,8 @@ _CHOICES = {
     "latent_weight": ("one", "gate"),
     "gate_hold": ("auto", "never", "always"),
     "annotation": ("resample", "policy"),
+    "gate": ("token", "head"),
+    "boundary_selection": ("random", "head"),
 }
 
 
@@ -83,6 +87,22 @@ class RA3Config(TrainingArguments):
         engine (`str`, *optional*, defaults to `"auto"`): `"branch"`, `"expand"`, or the first that is exact.
         max_branch_tokens (`int`, *optional*, defaults to `8192`): Branch tokens in flight; bounds memory only.
         max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried in an E-step; `0` is all.
+
+    Abstraction head:
+        abstraction_head (`bool`, *optional*, defaults to `True`):
+            Train one beside the model, which it does not change, and save it with the checkpoint.
+        gate (`str`, *optional*, defaults to `"token"`):
+            What decides whether to think: the think prefix's tokens, or the `"head"`; the tokens' P(think) is then
+            held where it began.
+        boundary_selection (`str`, *optional*, defaults to `"random"`):
+            Boundaries tried in an E-step: all, or `max_sites` drawn; or those where the `"head"` predicts the largest
+            gains, and annotation leaves out those where it sees no chance.
+        boundary_budget (`float`, *optional*, defaults to `0.5`): Share of a document's boundaries tried with `"head"`.
+        boundary_exploration (`float`, *optional*, defaults to `0.2`): Share of these drawn from all others.
+        annotation_skip (`float`, *optional*, defaults to `0.05`):
+            With `boundary_selection="head"` annotation proposes no latent where the chance that one would be kept,
+            as predicted, is smaller.
+        head_learning_rate (`float`, *optional*, defaults to `1e-3`): Learning rate of the head.
 
     E-step:
         horizon (`int`, *optional*, defaults to `2`): Lines H that a latent is credited with.
@@ -165,6 +185,15 @@ class RA3Config(TrainingArguments):
     max_branch_tokens: int = _help("Branch tokens in flight; bounds memory, not results.", 8192)
     max_sites: int = _help("Boundaries of a document tried in an E-step; 0 is all.", 0)
 
+    # Abstraction head
+    abstraction_head: bool = _help("Train an abstraction head beside the model and save it with the checkpoint.", True)
+    gate: str = _help("What decides whether to think: token (the think prefix) or head.", "token")
+    boundary_selection: str = _help("Boundaries tried in an E-step: random (or all) or head.", "random")
+    boundary_budget: float = _help("Share of a document's boundaries tried, with boundary_selection=head.", 0.5)
+    boundary_exploration: float = _help("Share of these drawn from all others.", 0.2)
+    annotation_skip: float = _help("Annotation skips boundaries with a smaller chance, as the head predicts.", 0.05)
+    head_learning_rate: float = _help("Learning rate of the abstraction head.", 1e-3)
+
     # E-step
     horizon: int = _help("Lines that a latent is credited with (H).", 2)
     discount: float = _help("Discount of later lines.", 0.9)
@@ -239,6 +268,8 @@ class RA3Config(TrainingArguments):
             "likelihood_weight": 0,
             "e_learning_rate": 0,
             "code_loss_tolerance": 0,
+            "head_learning_rate": 0,
+            "annotation_skip": 0,
             "max_length": 16,
             "num_latents": 1,
         }
@@ -261,7 +292,7 @@ class RA3Config(TrainingArguments):
         for name in ("lr_scheduler_type", "e_lr_scheduler_type"):
             if str(getattr(values[name], "value", values[name])) not in kinds:
                 raise ValueError(f"`{name}` is {values[name]!r}; use one of {', '.join(sorted(kinds))}.")
-        for name in ("discount", "top_p", "prior_alpha"):
+        for name in ("discount", "top_p", "prior_alpha", "boundary_budget", "boundary_exploration"):
             if not 0 < values[name] <= 1:
                 raise ValueError(f"`{name}` is {values[name]}; it must be above 0 and at most 1.")
         if not 0 < self.temperature < math.inf:
@@ -273,11 +304,56 @@ class RA3Config(TrainingArguments):
             )
         if self.prior_alpha == 1 and self.gate_kl_coef:
             raise ValueError("`prior_alpha` is 1: the KL that `gate_kl_coef` weighs is infinite; lower `prior_alpha`.")
+        for name in ("gate", "boundary_selection"):
+            if values[name] == "head" and not self.abstraction_head:
+                raise ValueError(f"`{name}` is 'head', but `abstraction_head` is False; leave one of the two out.")
         prob = self.annotation_think_prob
         if prob is not None and prob != -1 and not 0 < prob < 1:
             raise ValueError(
                 f"`annotation_think_prob` is {prob}; use a number between 0 and 1, -1 (the gate) or None."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **changes,
+    ) -> RA3Config:
+        """The settings that a checkpoint was trained with, from its `ra3_config.json`.
+
+        Args:
+            name (`str`):
+                Folder or Hub id.
+            revision, subfolder, token, cache_dir, local_files_only:
+                As in `from_pretrained` of a model.
+            **changes:
+                Fields to set otherwise, such as `output_dir`.
+
+        Raises:
+            `ValueError`: if there is none, or it is damaged or of a newer version.
+        """
+        place = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        settings = read_settings(name, **place, local_files_only=local_files_only)
+        if settings is None:
+            raise ValueError(
+                f"{name!r} has no {RA3_CONFIG}; it was not trained by RA3MidTrainer. Make an `RA3Config()`."
+            )
+        unknown = sorted(set(settings) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{RA3_CONFIG} of {name!r} has fields that no `RA3Config` has: {', '.join(unknown)}.")
+        return cls(**settings | changes)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes `ra3_config.json`: the settings that shape a run, without paths, tokens and what is the machine's."""
+        inherited = {field.name for field in fields(TrainingArguments)}
+        own = [field.name for field in fields(self) if field.name not in inherited]
+        write_settings(settings_of(self, own), folder)
 
     @property
     def uses_latents(self) -> bool:

@@ -1,9 +1,9 @@
 """The frozen records that pass between rooms.
 
-Shape legend, used as suffixes everywhere: `B` documents, `A` actions (lines) of a document, `T` sites (boundaries
-where latents are tried), `G` latents per site, `M = T*G` branches, `H` lines of the horizon, `K` latent tokens,
-`L` tokens, `N` document tokens, `V` vocabulary. A name such as `line_logps_TGH` therefore holds one number for each
-site, latent and line.
+Shape legend, used as suffixes everywhere: `B` documents, `A` actions (lines) of a document, `S` its sites (boundaries
+where a latent may stand), `T` those where latents are tried, `G` latents per site, `M = T*G` branches, `H` lines of
+the horizon, `K` latent tokens, `L` tokens, `N` document tokens, `D` hidden size, `V` vocabulary. A name such as
+`line_logps_TGH` therefore holds one number for each site, latent and line.
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ class RolloutGroup:
     gate_logps_A: torch.Tensor  # log P(think | s_t); -inf where there is no boundary
     latent_line_logps_TGH: torch.Tensor  # the H lines from the site on, under the latent
     latent_gate_logps_TGH: torch.Tensor  # log P(think again) before each of these lines
+    states_SD: torch.Tensor | None = None  # last hidden states at all sites of the document, for the abstraction head
+    head_logps_A: torch.Tensor | None = None  # log P(think) of the abstraction head, where it is the gate
+
+    @property
+    def decision_logps_A(self) -> torch.Tensor:
+        """log P(think) of whatever decides: the abstraction head, or the think prefix's tokens. What a line is
+        renormalised by is always `gate_logps_A`, the mass that its tokens lack."""
+        return self.gate_logps_A if self.head_logps_A is None else self.head_logps_A
 
     @property
     def num_latents(self) -> int:
@@ -103,7 +111,9 @@ class AnnotatedExample:
     """A document with latents spliced in: what the M-step trains on.
 
     `labels` holds `-100` on the context, `is_latent` marks think prefix, latent and closure tokens. `placed` maps the
-    position of an action to the latent that stands before it.
+    position of an action to the latent that stands before it. `decisions` maps the token behind which a latent might
+    begin to the position of its action; `gains` holds what thinking before an action would bring, in nats, where it
+    was measured.
     """
 
     document: Document
@@ -111,6 +121,8 @@ class AnnotatedExample:
     labels: tuple[int, ...]
     is_latent: tuple[bool, ...]
     placed: dict[int, Latent] = field(default_factory=dict)
+    decisions: dict[int, int] = field(default_factory=dict)
+    gains: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

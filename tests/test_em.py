@@ -82,8 +82,9 @@ def test_flat_rows_are_the_same_text_without_padding(setting, packing):
 
 def test_a_split_piece_begins_with_the_token_before_it():
     pieces = split_example(example(10), 4)
-    assert [ids for ids, _, _ in pieces] == [(0, 1, 2, 3), (3, 4, 5, 6), (6, 7, 8, 9)]
-    assert [labels[0] for _, labels, _ in pieces] == [-100, -100, -100]
+    assert [p.input_ids[0].tolist() for p in pieces] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [p.position_ids[0].tolist() for p in pieces] == [[0, 1, 2, 3]] * 3
+    assert [int(p.labels[0, 0]) for p in pieces] == [-100, -100, -100]
 
 
 SOURCE = textwrap.dedent(

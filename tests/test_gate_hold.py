@@ -10,8 +10,8 @@ import logging
 
 import pytest
 import torch
-from gate_testbed import Probe, expert, make_tokenizer, pretrain, probe
 
+from benchmarks.gate_testbed import Probe, expert, make_tokenizer, pretrain, probe
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.em import GateHold
 from ra3_trl.losses import EStepTerms, estep_loss, gate_slope

@@ -13,9 +13,9 @@ import ra3_trl
 PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
-    ("records", "config"),
+    ("records", "files", "config_file", "config"),
     ("segmentation", "rollout", "losses", "models", "rewards", "evaluation", "analysis"),
-    ("em", "hub", "report"),
+    ("em", "hub", "report", "generation"),
     ("trainer",),
     ("cli", "examples", "benchmarks"),
 )

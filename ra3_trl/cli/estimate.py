@@ -239,7 +239,7 @@ def _time_mstep(trainer: RA3MidTrainer, examples: list[AnnotatedExample]) -> flo
     trainer.model.train()
     begin = time.perf_counter()
     rows = pack(examples, args.max_length, args.packing)
-    loss, _ = mstep_loss(trainer.backbone, rows, float(max(rows.num_tokens, 1)))
+    loss, *_ = mstep_loss(trainer.backbone, rows, float(max(rows.num_tokens, 1)))
     loss.backward()
     return _elapsed(begin, args.device) / max(rows.num_tokens, 1)
 

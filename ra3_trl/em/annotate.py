@@ -9,76 +9,115 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..config import RA3Config
-from ..losses import compute_returns, resampling_logits
-from ..records import AnnotatedExample, Document, Latent
+from ..losses import compute_returns, log1mexp, resampling_logits
+from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey, RolloutEngine
 from ..segmentation import splice
+from .head import HeadLearner, measured_gain
 
 
 _WINDOW = 8  # boundaries proposed together where a latent placed changes what follows
 
 
 def annotate(
-    engine: RolloutEngine, document: Document, args: RA3Config, noise: NoiseKey, way: str | None = None
+    engine: RolloutEngine,
+    document: Document,
+    args: RA3Config,
+    noise: NoiseKey,
+    way: str | None = None,
+    learner: HeadLearner | None = None,
 ) -> AnnotatedExample:
     """Splices latents into `document`, left to right.
 
     With a horizon above 1 each decision sees the latents already placed, so that one that still serves is not
     repeated: proposals are made for a window of boundaries, used up to the first latent placed, and made anew behind
-    it. With horizon 1 all boundaries are decided at once on the clean text. `way` overrides `args.annotation`.
+    it. With horizon 1 all boundaries are decided at once on the clean text. `way` overrides `args.annotation`. The
+    `learner`'s head is the gate, or says which boundaries are hopeless, where the settings say so.
     """
     by_policy = (way or args.annotation) == "policy"
     decide = _decide_by_policy if by_policy else _decide_by_resampling
     placed: dict[int, Latent] = {}
+    gains: dict[int, float] = {}
     sites = list(document.sites)
     while sites:
         window = sites if args.horizon == 1 or by_policy else sites[:_WINDOW]
         context = splice(document, placed).document
-        found = decide(engine, context, window, args, noise)
+        found, measured = decide(engine, context, window, args, noise, learner)
         if args.horizon > 1:
             found = dict(list(found.items())[:1])
             last = next(iter(found), window[-1])
         else:
             last = window[-1]
         placed |= found
+        gains |= {site: gain for site, gain in measured.items() if site <= last}
         sites = [site for site in sites if site > last]
-    return splice(document, placed)
+    return replace(splice(document, placed), gains=gains)
+
+
+_Decided = tuple[dict[int, Latent], dict[int, float]]  # latents, and the gains that were measured, by site
 
 
 def _decide_by_policy(
-    engine: RolloutEngine, context: Document, sites: Sequence[int], args: RA3Config, noise: NoiseKey
-) -> dict[int, Latent]:
+    engine: RolloutEngine,
+    context: Document,
+    sites: Sequence[int],
+    args: RA3Config,
+    noise: NoiseKey,
+    learner: HeadLearner | None,
+) -> _Decided:
     """Latents at the boundaries where the gate, drawn by keyed noise, says think; in order."""
-    gates = engine.trunk(context).gate_logps_A
+    trunk = engine.trunk(context)
+    gates = (trunk if learner is None else learner.decided(trunk, learner.annotator)).decision_logps_A
     index = np.array([context.actions[s].index for s in sites])
     u = noise.uniform(context.doc_id, index, GATE, 0)
     thinks = [s for s, number in zip(sites, u, strict=True) if number < math.exp(gates[s])]
     if args.horizon > 1:
         thinks = thinks[:1]
     if not thinks:
-        return {}
+        return {}, {}
     group = engine.rollout(context, thinks, 1, args.horizon, noise, score=False)
-    return {site: row[0] for site, row in zip(thinks, group.latents, strict=True)}
+    return {site: row[0] for site, row in zip(thinks, group.latents, strict=True)}, {}
 
 
 def _decide_by_resampling(
-    engine: RolloutEngine, context: Document, sites: Sequence[int], args: RA3Config, noise: NoiseKey
-) -> dict[int, Latent]:
+    engine: RolloutEngine,
+    context: Document,
+    sites: Sequence[int],
+    args: RA3Config,
+    noise: NoiseKey,
+    learner: HeadLearner | None,
+) -> _Decided:
     """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
-    group = engine.rollout(context, sites, args.num_latents, args.horizon, noise)
+
+    def prior(group: RolloutGroup, at: Sequence[int]) -> torch.Tensor:
+        prob = args.annotation_think_prob
+        if prob == -1:
+            return group.decision_logps_A[list(at)]
+        return torch.full((len(at),), math.log(1 - args.prior_alpha if prob is None else prob))
+
+    def hopeful(trunk: RolloutGroup) -> Sequence[int]:
+        if learner is None:
+            return sites
+        log_think = prior(learner.decided(trunk, learner.annotator), sites)
+        return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
+
+    group = engine.rollout(context, hopeful, args.num_latents, args.horizon, noise)
+    group = group if learner is None else learner.decided(group, learner.annotator)
+    sites = group.sites
+    if not sites:
+        return {}, {}
     returns = compute_returns(group, args.horizon, args.discount)
-    prob = args.annotation_think_prob
-    if prob == -1:
-        log_think = group.gate_logps_A[list(sites)]
-    else:
-        log_think = torch.full((len(sites),), math.log(1 - args.prior_alpha if prob is None else prob))
+    log_think = prior(group, sites)
     weights = resampling_logits(returns.act_T, returns.latent_TG, log_think).double().softmax(-1)
     index = np.array([context.actions[s].index for s in sites])
     u = torch.as_tensor(noise.uniform(context.doc_id, index, CHOICE, 0))
     choice = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1)
-    return {s: group.latents[t][c - 1] for t, (s, c) in enumerate(zip(sites, choice.tolist(), strict=True)) if c > 0}
+    chosen = enumerate(zip(sites, choice.tolist(), strict=True))
+    gains = dict(zip(sites, measured_gain(returns).tolist(), strict=True))
+    return {s: group.latents[t][c - 1] for t, (s, c) in chosen if c > 0}, gains

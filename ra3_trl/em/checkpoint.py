@@ -16,13 +16,16 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from ..models import FrozenWeights
+from ..files import written_aside
+from ..models import HEAD_WEIGHTS, FrozenWeights, save_head
 from ..segmentation import document_to_row, row_to_document
 
 
 _STATE, _FROZEN, _ASIDE = "ra3_state.json", "ra3_frozen.safetensors", "_incomplete"
+_HEAD = "ra3_head_state.safetensors"
 # Settings that a resumed run may change: what is logged and evaluated, memory, and the run's length, which
 # `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
@@ -46,7 +49,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointMixin:
-    """Mixed into a `Trainer` with `gate_hold`, `metrics`, `frozen`, `probe_baseline` and `backbone`."""
+    """Mixed into a `Trainer` with `gate_hold`, `metrics`, `frozen`, `learner`, `probe_baseline` and `backbone`."""
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -64,6 +67,19 @@ class CheckpointMixin:
         return os.path.join(run, _ASIDE) if self._saving_aside else run
 
     _saving_aside = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A plain checkpoint, whole or not at all, with the abstraction head and `ra3_config.json` beside it; the
+        latter stands for `training_args.bin`, a pickle that holds the Hub's token."""
+        if not self.args.should_save:  # there for the sake of weights that are gathered
+            super()._save(output_dir, state_dict)
+            return
+        with written_aside(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self.args.save_pretrained(folder)
+            if self.learner is not None:
+                save_head(self.learner.head, folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
@@ -118,10 +134,13 @@ class CheckpointMixin:
             "gate_hold": asdict(self.gate_hold),
             "probe_baseline": self.probe_baseline,
             "frozen": sorted(self.frozen),
+            "head_trained_on": self.learner and self.learner.head.config.trained_on,
         }
         (folder / _STATE).write_text(json.dumps(state, indent=2))
         if frozen:
             save_file(frozen, folder / _FROZEN)
+        if self.learner is not None:
+            save_file(self.learner.tensors(), folder / _HEAD)
 
     def check_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
         """Refuses a checkpoint that this run can't go on from exactly, before anything is loaded or written.
@@ -137,6 +156,7 @@ class CheckpointMixin:
         folder = Path(found)
         state = _read_state(folder)
         wanted = ["trainer_state.json", *([_FROZEN] if state["frozen"] else [])]
+        wanted += [_HEAD] if state.get("head_trained_on") is not None else []
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             wanted += ["optimizer.pt", "scheduler.pt"]
         for name in wanted:
@@ -169,6 +189,12 @@ class CheckpointMixin:
         """Number of the pass over the data that a checkpoint was written in, and updates of it that were done."""
         return tuple(_read_state(Path(folder))["pass"])
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        head = Path(self.state.best_model_checkpoint, HEAD_WEIGHTS)
+        if self.learner is not None and head.is_file():
+            self.learner.head.load_state_dict(load_file(head))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -181,6 +207,8 @@ class CheckpointMixin:
         self._probe = tuple(row_to_document(row) for row in own["probe"])
         self.gate_hold = type(self.gate_hold)(**state["gate_hold"])
         self.probe_baseline = state["probe_baseline"]
+        if self.learner is not None and state.get("head_trained_on") is not None:  # none before there was a head
+            self.learner.load(load_file(folder / _HEAD), state["head_trained_on"])
         tensors = load_file(folder / _FROZEN) if state["frozen"] else {}
         for kind in state["frozen"]:
             values = {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}

@@ -7,6 +7,7 @@ ratio), live or frozen reward model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,17 +21,19 @@ from ..losses import EStepTerms, Returns, advantages, code_bounds, compute_retur
 from ..models import BaseWeights, FrozenWeights
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey, PolicyLogProbs, RolloutEngine, check_finite, keyed_uniform
+from .head import HeadLearner
 from .monitor import MetricSums, Sums
 from .rewards import RewardPlugIns
 
 
-_SITES = -3  # keys the choice of sites, beside the latents' numbers of noise.py
+_SITES, _EXPLORED = -3, -4  # key the choice of sites, beside the latents' numbers of noise.py
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A group with its returns; `terms` holds the reward's terms apart, `[T, G]` each, where there are several;
-    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites.
+    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites;
+    `weight_T` what share of the document's boundaries each tried one stands for, 1 on average.
 
     The group's lines without latents and its gates are the policy's; with `scored_live` false its lines under latents
     and the returns are another reward model's.
@@ -38,6 +41,7 @@ class Rollout:
 
     group: RolloutGroup
     returns: Returns
+    weight_T: torch.Tensor
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     references: tuple[PolicyLogProbs, ...] = ()
     scored_live: bool = True
@@ -53,6 +57,36 @@ def choose_sites(document: Document, limit: int, noise: NoiseKey) -> tuple[int, 
     return tuple(sorted(sites[i] for i in u.argsort()[:limit]))
 
 
+def choose_by_promise(
+    document: Document, promise_S: torch.Tensor, args: RA3Config, noise: NoiseKey
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The sites to try under a budget: those of the largest promise, and some of the others, drawn.
+
+    A share `boundary_exploration` of them is drawn, so that no boundary is out of reach.
+
+    Returns:
+        The sites and their weights `[T]`: inverse probabilities of being tried, 1 on average, so that weighted
+        averages over the tried ones are unbiased for all.
+    """
+    sites = document.sites
+    count = math.ceil(args.boundary_budget * len(sites))
+    count = min(count, args.max_sites) if args.max_sites else count
+    if count >= len(sites):
+        return sites, torch.ones(len(sites))
+    index = np.array([document.actions[s].index for s in sites])
+    tie, draw = (
+        keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, index, key) for key in (_SITES, _EXPLORED)
+    )
+    drawn = max(1, round(args.boundary_exploration * count))
+    order = np.lexsort((tie, -promise_S.numpy()))
+    best, rest = order[: count - drawn], order[count - drawn :]
+    rest = rest[draw[rest].argsort()]
+    stands_for = np.ones(len(sites))
+    stands_for[rest] = len(rest) / drawn
+    tried = sorted([*best, *rest[:drawn]])
+    return tuple(sites[i] for i in tried), torch.tensor(stands_for[tried] * count / len(sites), dtype=torch.float32)
+
+
 def roll_out(
     engine: RolloutEngine,
     documents: Sequence[Document],
@@ -61,21 +95,35 @@ def roll_out(
     reward: FrozenWeights | BaseWeights | None,
     plug_ins: RewardPlugIns | None = None,
     start: FrozenWeights | None = None,
+    learner: HeadLearner | None = None,
 ) -> list[Rollout]:
     """Samples under the live weights and scores under `reward` (`None`: the live weights, on the same cache); what was
-    sampled is also scored under `start`, which the KL term is measured to and the gate anchored at."""
-    sites = [choose_sites(document, args.max_sites, noise) for document in documents]
+    sampled is also scored under `start`, which the KL term is measured to and the gate anchored at. With
+    `boundary_selection="head"` the `learner` says where."""
+    weights: list[torch.Tensor] = []
+
+    def choose(trunk: RolloutGroup) -> tuple[int, ...]:
+        if args.boundary_selection == "head":
+            sites, weight_T = choose_by_promise(trunk.document, learner.promise(trunk.states_SD), args, noise)
+        else:
+            sites = choose_sites(trunk.document, args.max_sites, noise)
+            weight_T = torch.ones(len(sites))
+        weights.append(weight_T)
+        return sites
+
     with engine.backbone.gathered():
         groups = [
-            engine.rollout(document, tried, args.num_latents, args.horizon, noise, score=reward is None)
-            for document, tried in zip(documents, sites, strict=True)
+            engine.rollout(document, choose, args.num_latents, args.horizon, noise, score=reward is None)
+            for document in documents
         ]
+    if learner is not None:
+        groups = [learner.decided(group) for group in groups]
     scored = groups
     if reward is not None:
         with reward.applied(), engine.backbone.gathered():
             scored = [engine.score(g.document, g.sites, g.latents, args.horizon) for g in groups]
         groups = [
-            replace(s, line_logps_A=g.line_logps_A, gate_logps_A=g.gate_logps_A)
+            replace(g, latent_line_logps_TGH=s.latent_line_logps_TGH, latent_gate_logps_TGH=s.latent_gate_logps_TGH)
             for s, g in zip(scored, groups, strict=True)
         ]
     for group in scored:
@@ -87,7 +135,8 @@ def roll_out(
         with torch.no_grad(), start.applied(), engine.backbone.gathered():
             references = [tuple(engine.log_probs(g, part) for part in engine.split(g)) for g in groups]
     return [
-        Rollout(g, *rewarded, ref, reward is None) for g, rewarded, ref in zip(groups, found, references, strict=True)
+        Rollout(g, returns, weight_T, terms, ref, reward is None)
+        for g, weight_T, (returns, terms), ref in zip(groups, weights, found, references, strict=True)
     ]
 
 
@@ -182,7 +231,8 @@ def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logp
     returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
     weight = gate_logps_T.detach().exp() if args.latent_weight == "gate" else torch.ones_like(gate_logps_T)
     advantage = advantages(returns, args.penalty, args.baseline)
-    return EStepTerms(gate_slope(returns.gain_TG, args.penalty, hold).to(device), advantage.to(device), weight)
+    slope = rollout.weight_T[part] * gate_slope(returns.gain_TG, args.penalty, hold)
+    return EStepTerms(slope.to(device), advantage.to(device), weight)
 
 
 def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str]) -> Sums:
@@ -196,15 +246,16 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not r.group.sites:
             continue
-        gate, gain = r.group.gate_logps_A[list(r.group.sites)].exp(), r.returns.gain_TG.mean(1)
-        sums.add_total("reward", float(r.returns.latent_TG.mean(1).sum()), len(gate))
-        sums.add_total("gain", float(gain.sum()), len(gate))
+        gate_A, gain, weight = r.group.decision_logps_A.exp(), r.returns.gain_TG.mean(1), r.weight_T
+        gate = weight * gate_A[list(r.group.sites)]
+        sums.add_total("reward", float((weight * r.returns.latent_TG.mean(1)).sum()), float(weight.sum()))
+        sums.add_total("gain", float((weight * gain).sum()), float(weight.sum()))
         sums.add_total("gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
-        sums.add_total("think_rate", float(gate.sum()), len(gate))
+        sites = r.group.document.sites  # think rate and duration are of all boundaries, not only of tried ones
+        sums.add_total("think_rate", float(gate_A[list(sites)].sum()), len(sites))
+        sums.add_total("tried_rate", len(r.group.sites), len(sites))
         lines = sum(not action.comment for action in r.group.document.actions)
-        sums.add_total(
-            "duration", lines, float(r.group.gate_logps_A.exp().sum())
-        )  # all boundaries, not only tried ones
+        sums.add_total("duration", lines, float(gate_A.sum()))
         for name, term_TG in r.terms.items():
             sums.add_total(f"rewards/{name}/mean", float(term_TG.sum()), term_TG.numel())
             sums.add_total(f"rewards/{name}/std", float(term_TG.std(1, correction=0).sum()), len(term_TG))

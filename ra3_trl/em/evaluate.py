@@ -10,12 +10,15 @@ from ..records import Document
 from ..rollout import NoiseKey, RolloutEngine
 from .annotate import annotate
 from .estep import choose_sites
+from .head import HeadLearner
 
 
 EVAL_NOISE = NoiseKey(seed=0x5EED, phase=-1, step=0)  # every evaluation tries the same boundaries with the same noise
 
 
-def evaluate_documents(engine: RolloutEngine, documents: Iterable[Document], args: RA3Config) -> dict[str, float]:
+def evaluate_documents(
+    engine: RolloutEngine, documents: Iterable[Document], args: RA3Config, learner: HeadLearner | None = None
+) -> dict[str, float]:
     """Sums over documents; [`finish_metrics`] turns them (added over processes) into averages.
 
     `policy` is the log-likelihood of the code on a text that the policy has annotated left to right (a one-sample
@@ -26,9 +29,10 @@ def evaluate_documents(engine: RolloutEngine, documents: Iterable[Document], arg
     for document in documents:
         sites = choose_sites(document, args.eval_max_sites, EVAL_NOISE)
         group = engine.rollout(document, sites, args.eval_num_latents, args.horizon, EVAL_NOISE)
+        group = group if learner is None else learner.decided(group)
         bounds = code_bounds(group)
         gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        annotated = annotate(engine, document, args, EVAL_NOISE, way="policy")
+        annotated = annotate(engine, document, args, EVAL_NOISE, "policy", learner and learner.live())
         trunk = engine.trunk(annotated.document)
         rewards = renormalise(trunk.line_logps_A, trunk.gate_logps_A)
         sums["log_likelihood"] += bounds.log_likelihood
@@ -37,7 +41,7 @@ def evaluate_documents(engine: RolloutEngine, documents: Iterable[Document], arg
         sums["policy"] += sum(float(r) for r, a in zip(rewards, document.actions, strict=True) if not a.comment)
         sums["tokens"] += bounds.tokens
         sums["think"] += (
-            float(group.gate_logps_A[list(document.sites)].double().exp().sum()) if document.sites else 0.0
+            float(group.decision_logps_A[list(document.sites)].double().exp().sum()) if document.sites else 0.0
         )
         sums["sites"] += len(document.sites)
         sums["gain"] += float(gain.double().sum())

@@ -47,9 +47,9 @@ class GateHold:
     P(think)) and over updates, exceeds the penalty, the gate has no slope and is anchored to its start
     ([`~ra3_trl.losses.estep.gate_anchor`]), while the latents are trained.
 
-    Measured (tests/gate_testbed.py; comments 10 % right at the start; P(think) before the lines where comments can
-    pay and before the others, after 44 updates): not held 0.39 -> 0.00 and 0.04 -> 0.00, although comments came to be
-    94 % right; held 0.39 -> 1.00 and 0.04 -> 0.01, 98 % right. What else was tried: pushing the gate up only is a
+    Measured (benchmarks/gate_testbed.py; comments 10 % right at the start; P(think) before the lines where comments
+    can pay and before the others, after 44 updates): not held 0.39 -> 0.00 and 0.04 -> 0.00, although comments came to
+    be 94 % right; held 0.39 -> 1.00 and 0.04 -> 0.01, 98 % right. What else was tried: pushing the gate up only is a
     ratchet on the noise of the gain (0.99 and 0.92 after 24 updates, gain still below 0); no slope and no anchor lets
     it drift with the weights it shares with the latents (0.99 and 0.88).
     """

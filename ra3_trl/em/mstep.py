@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -11,11 +12,15 @@ from torch import nn
 from ..losses import next_token_loss
 from ..records import AnnotatedExample
 from ..rollout import Backbone
+from .head import Observations, boundary_keys
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of packed examples, right-padded: `[R, L]` each. `position_ids` start anew with each example.
+
+    `decision` is 1 behind a token where a latent begins, 0 where one might have, else -1; `gain` what was measured
+    there in nats, NaN where nothing was, and `key` `[R, L, 3]` orders these places (see `em/head.py`).
 
     Example: examples of 3 and 2 tokens in one row of length 6 give positions `0 1 2 0 1 0`, the last being padding.
     """
@@ -24,6 +29,18 @@ class Rows:
     position_ids: torch.Tensor
     labels: torch.Tensor
     is_latent: torch.Tensor
+    decision: torch.Tensor
+    gain: torch.Tensor
+    key: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, length: int) -> Rows:
+        """Nothing but padding."""
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        none = torch.full((rows, length), math.nan)
+        no_label = torch.full_like(ids, -100)
+        keys = torch.zeros(rows, length, 3, dtype=torch.long)
+        return cls(ids, ids.clone(), no_label, ids.bool(), torch.full_like(ids, -1), none, keys)
 
     @property
     def num_tokens(self) -> int:
@@ -36,19 +53,36 @@ class Rows:
         real[:, :-1] |= self.position_ids[:, 1:] == 1  # the first token of an example of two or more
         labels = self.labels.clone()
         labels[:, 0] = -100
-        return Rows(*(x[real][None] for x in (self.input_ids, self.position_ids, labels, self.is_latent)))
+        return Rows(*(column[real][None] for column in (vars(self) | {"labels": labels}).values()))
 
 
-def split_example(example: AnnotatedExample, max_length: int) -> list[tuple[tuple, tuple, tuple]]:
-    """Pieces (ids, labels, is_latent) of at most `max_length` tokens; a later piece begins with the token before it
-    as context, so that nothing is lost or trained twice. Chunks leave room for latents, so this is rare."""
-    ids, labels, latent = example.input_ids, example.labels, example.is_latent
-    pieces, begin = [], 0
+def _columns(example: AnnotatedExample) -> Rows:
+    """The example as one row."""
+    row = Rows.empty(1, len(example.input_ids))
+    row.input_ids[0] = torch.tensor(example.input_ids)
+    row.position_ids[0] = torch.arange(len(example.input_ids))
+    row.labels[0] = torch.tensor(example.labels)
+    row.is_latent[0] = torch.tensor(example.is_latent)
+    at, sites = list(example.decisions), list(example.decisions.values())
+    row.decision[0, at] = torch.tensor([int(site in example.placed) for site in sites], dtype=torch.long)
+    row.gain[0, at] = torch.tensor([example.gains.get(site, math.nan) for site in sites])
+    row.key[0, at] = boundary_keys(example.document, sites)
+    return row
+
+
+def split_example(example: AnnotatedExample, max_length: int) -> list[Rows]:
+    """Pieces of at most `max_length` tokens; a later piece begins with the token before it as context, so that nothing
+    is lost or trained twice. Chunks leave room for latents, so this is rare."""
+    whole = _columns(example)
+    pieces, begin, length = [], 0, len(example.input_ids)
     while True:
         end = begin + max_length
-        row = (-100, *labels[begin + 1 : end]) if begin else labels[begin:end]
-        pieces.append((ids[begin:end], tuple(row), latent[begin:end]))
-        if end >= len(ids):
+        piece = Rows(*(column[:, begin:end].clone() for column in vars(whole).values()))
+        piece.position_ids[0] = torch.arange(piece.input_ids.shape[1])
+        if begin:
+            piece.labels[:, 0], piece.decision[:, 0] = -100, -1
+        pieces.append(piece)
+        if end >= length:
             return pieces
         begin = end - 1
 
@@ -59,52 +93,57 @@ def pack(examples: Sequence[AnnotatedExample], max_length: int, packing: bool) -
     TRL's `pack_dataset` works on whole data sets and its default drops overflow; a batch is packed here as it comes.
     """
     pieces = [piece for example in examples for piece in split_example(example, max_length)]
-    rows: list[list[tuple]] = []
+    rows: list[list[Rows]] = []
     room: list[int] = []
-    for piece in sorted(pieces, key=lambda p: -len(p[0])) if packing else pieces:
-        fits = [i for i, left in enumerate(room) if left >= len(piece[0])] if packing else []
+    for piece in sorted(pieces, key=lambda p: -p.input_ids.shape[1]) if packing else pieces:
+        length = piece.input_ids.shape[1]
+        fits = [i for i, left in enumerate(room) if left >= length] if packing else []
         if fits:
             best = min(fits, key=lambda i: room[i])
             rows[best].append(piece)
-            room[best] -= len(piece[0])
+            room[best] -= length
         else:
             rows.append([piece])
-            room.append(max_length - len(piece[0]))
-    length = max(sum(len(p[0]) for p in row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    positions, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    latent = torch.zeros_like(ids, dtype=torch.bool)
+            room.append(max_length - length)
+    packed = Rows.empty(len(rows), max(sum(p.input_ids.shape[1] for p in row) for row in rows))
     for i, row in enumerate(rows):
         at = 0
-        for piece_ids, piece_labels, piece_latent in row:
-            end = at + len(piece_ids)
-            ids[i, at:end] = torch.tensor(piece_ids)
-            positions[i, at:end] = torch.arange(len(piece_ids))
-            labels[i, at:end] = torch.tensor(piece_labels)
-            latent[i, at:end] = torch.tensor(piece_latent)
+        for piece in row:
+            end = at + piece.input_ids.shape[1]
+            for field in fields(Rows):
+                getattr(packed, field.name)[i, at:end] = getattr(piece, field.name)[0]
             at = end
-    return Rows(ids, positions, labels, latent)
+    return packed
 
 
 def mstep_loss(
     backbone: Backbone, rows: Rows, num_tokens: float, through: nn.Module | None = None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Observations]:
     """Next-token loss of a batch of rows; logits only where there is a label, a bounded chunk at a time.
 
     Documents of a row are kept apart by their position ids (which needs `use_cache=False` and no attention mask);
     padding starts its own "document" at each position 0 and has no labels. The router loss of a mixture of experts is
     added with the batch's share of `num_tokens`, and is computed without padding.
+
+    Returns:
+        The loss, the sums and counts of [`~ra3_trl.losses.next_token_loss`], and what the annotation says about the
+        boundaries, for the abstraction head.
     """
     rows = rows.flat() if backbone.wants_flat_rows else rows
     device = backbone.device
-    hidden = backbone.hidden(through, input_ids=rows.input_ids.to(device), position_ids=rows.position_ids.to(device))[
-        :, :-1
-    ]
+    hidden = backbone.hidden(through, input_ids=rows.input_ids.to(device), position_ids=rows.position_ids.to(device))
     router = backbone.router_loss
     labels = rows.labels[:, 1:].to(device)
     wanted = labels != -100
-    logps = backbone.token_logps(hidden[wanted], labels[wanted])
+    logps = backbone.token_logps(hidden[:, :-1][wanted], labels[wanted])
     loss, parts = next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens)
     if router is not None:
         loss = loss + router * (rows.num_tokens / num_tokens)
-    return loss, parts
+    return loss, parts, _decisions(rows, hidden)
+
+
+def _decisions(rows: Rows, hidden: torch.Tensor) -> Observations:
+    at = rows.decision >= 0
+    states, placed = hidden[at.to(hidden.device)].detach().float().cpu(), rows.decision[at].float()
+    none = torch.full_like(placed, math.nan)
+    return Observations(rows.key[at], states, none, placed, rows.gain[at], none, torch.ones_like(placed))

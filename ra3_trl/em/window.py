@@ -16,6 +16,7 @@ from ..rollout import NoiseKey
 from ..segmentation import splice
 from .annotate import annotate
 from .estep import Rollout, count_chunks, roll_out, rollout_sums
+from .head import HeadLearner, Observations, observe
 from .monitor import MetricSums
 from .mstep import pack
 from .schedule import Phase
@@ -25,12 +26,15 @@ logger = get_logger(__name__)  # of the main process
 
 
 class WindowMixin:
-    """Mixed into a `Trainer` with `engine`, `schedule`, `gate_hold`, `metrics`, `frozen` and what [`WatchMixin`] has.
+    """Mixed into a `Trainer` with `engine`, `schedule`, `gate_hold`, `metrics`, `frozen`, `learner` and what
+    [`WatchMixin`] has.
 
     All that processes must agree on is agreed on here, before any loss is computed: the denominator, the number of
     batches, and the number of forwards for each of them. A process with less to do gets empty batches, so that none
     waits for another for ever.
     """
+
+    learner: HeadLearner | None = None
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
@@ -52,17 +56,34 @@ class WindowMixin:
             if len(everyone) > 1:  # gradients are exchanged in the last pass of a batch: there must be one
                 batch["chunks"] = max(batch["chunks"], 1)
         self.state.num_input_tokens_seen += sum(other["tokens"] for other in everyone)
+        batches[-1]["last"] = True
         if phase.kind == "E":
             self._observe([r for batch in batches for r in batch["rollouts"]], [other["sums"] for other in everyone])
+            if self.learner is not None:
+                self._learn([seen for other in everyone for seen in other["seen"]])
         return batches, torch.tensor(max(sum(other["count"] for other in everyone), 1.0), device=device)
+
+    @property
+    def _holds_gate(self) -> bool:
+        """Whether the tokens' gate stays where it began: until latents pay, or because the head's is the gate."""
+        return self.args.gate == "head" or self.gate_hold.holds
+
+    def _learn(self, seen: list[Observations]) -> None:
+        """The abstraction head learns from what all processes saw in an update."""
+        phase = self.schedule.phase_at(self.state.global_step)
+        found = self.learner.learn(seen, NoiseKey(self.args.seed, phase.number, self.state.global_step))
+        for name, sums in found.items():
+            self.metrics.add_total(name, *sums)
 
     def _begin(self, phase: Phase) -> None:
         """A phase starts: take the snapshots it needs, forget optimizer state, measure the probe."""
         args = self.args
         if args.reset_optimizer and self.state.global_step > 0:
             self.optimizer.state.clear()
+        if self.learner is not None:
+            self.learner.begin_phase()
         if phase.kind == "E":
-            if args.kl_coef or self.gate_hold.holds:
+            if args.kl_coef or self._holds_gate:
                 self.frozen["start"] = FrozenWeights(self.backbone.model)
             if args.reward_model == "frozen":
                 self.frozen["reward"] = FrozenWeights(self.backbone.model)
@@ -80,20 +101,29 @@ class WindowMixin:
         begin, scored = time.perf_counter(), self.engine.score_seconds
         if self.plug_ins is not None:
             self.plug_ins.state = self.state
-        start = self.frozen.get("start") if self.args.kl_coef or self.gate_hold.holds else None
+        start = self.frozen.get("start") if self.args.kl_coef or self._holds_gate else None
         flat = roll_out(
-            self.engine, sum(documents, []), self.args, noise, self._reward_weights(), self.plug_ins, start
+            self.engine,
+            sum(documents, []),
+            self.args,
+            noise,
+            self._reward_weights(),
+            self.plug_ins,
+            start,
+            self.learner,
         )
         rollouts = self._split(flat, documents)
         scored = self.engine.score_seconds - scored
         self.metrics.add("seconds/score", scored)
         self.metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
         sites = sum(len(r.group.sites) for batch in rollouts for r in batch)
+        learned_from = [r for r in flat if r.group.sites] if self.learner is not None else []
         return [{"rollouts": batch} for batch in rollouts], {
             "chunks": [count_chunks(self.engine, batch) for batch in rollouts],
             "count": float(sites),
             "tokens": sum(len(d.input_ids) for batch in documents for d in batch),
             "sums": rollout_sums([r for batch in rollouts for r in batch], self._decode),
+            "seen": [observe(r.group, r.returns, r.weight_T, self.args.penalty) for r in learned_from],
         }
 
     def _reward_weights(self) -> FrozenWeights | BaseWeights | None:
@@ -131,7 +161,7 @@ class WindowMixin:
         if self.args.uses_latents:
             begin = time.perf_counter()
             with self.frozen["annotator"].applied(), self.backbone.gathered():
-                examples = [annotate(self.engine, document, self.args, noise) for document in flat]
+                examples = [annotate(self.engine, d, self.args, noise, learner=self.learner) for d in flat]
             self.metrics.add("seconds/annotate", time.perf_counter() - begin)
             self._log_annotation(examples)
         else:

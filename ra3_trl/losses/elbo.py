@@ -39,7 +39,7 @@ def code_bounds(group: RolloutGroup) -> CodeBounds:
     sites = torch.tensor(group.sites)
     rest = total - float(raw_A[sites].double().sum())
     line = compute_returns(group, 1, 1.0)
-    log_p = group.gate_logps_A[sites]
+    log_p = group.decision_logps_A[sites]
     log_q = log1mexp(log_p)
     elbo_T = log_q.exp() * line.act_T + log_p.exp() * line.latent_TG.mean(1)
     mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])

@@ -1,6 +1,16 @@
-"""What stands beside the language model: loading, frozen weights; the abstraction head will live here."""
+"""What stands beside the language model: loading, frozen weights, tags, the abstraction head."""
 
 from .frozen import BaseWeights, FrozenWeights
+from .head import (
+    HEAD_CONFIG,
+    HEAD_WEIGHTS,
+    AbstractionConfig,
+    AbstractionHead,
+    load_head,
+    place_of,
+    save_head,
+    state_width,
+)
 from .load import (
     check_trainable,
     check_vocabulary,
@@ -13,6 +23,10 @@ from .tags import add_tags
 
 
 __all__ = [
+    "HEAD_CONFIG",
+    "HEAD_WEIGHTS",
+    "AbstractionConfig",
+    "AbstractionHead",
     "BaseWeights",
     "FrozenWeights",
     "add_tags",
@@ -20,6 +34,10 @@ __all__ = [
     "check_vocabulary",
     "context_length",
     "disable_dropout",
+    "load_head",
     "load_model",
     "load_tokenizer",
+    "place_of",
+    "save_head",
+    "state_width",
 ]

@@ -89,7 +89,8 @@ class Backbone:
             reshard_layers_only(self.model)
             self._settled = True
         caught: list[torch.Tensor] = []
-        handle = self.decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+        inner = getattr(self.decoder, "decoder", self.decoder)  # OPT's forward goes past the outer one
+        handle = inner.register_forward_hook(lambda module, args, output: caught.append(output[0]))
         options = self._one_logit | ({"output_router_logits": True} if routed else {})
         try:
             output = (through or self.model)(use_cache=False, **options, **inputs)

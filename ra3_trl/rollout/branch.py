@@ -14,7 +14,7 @@ from torch import nn
 from ..records import Document, Latent, RolloutGroup, TokenTable
 from .attention import BranchState, BranchTokens, branch_attention
 from .backbone import Backbone
-from .engine import PolicyLogProbs
+from .engine import PolicyLogProbs, Sites
 from .noise import NoiseKey
 from .plan import SitePlan, collect_scores, gate_targets, plan_site
 from .sampler import LatentDistribution, SamplingParams, draw_from_hidden, fed_tokens, sampled_symbols, symbol_logps
@@ -55,7 +55,7 @@ class BranchEngine:
     def rollout(
         self,
         document: Document,
-        sites: Sequence[int],
+        sites: Sites,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
@@ -63,6 +63,7 @@ class BranchEngine:
     ) -> RolloutGroup:
         with branch_attention(self.backbone.causal_lm):
             group, state = self._trunk(document)
+            sites = sites(group) if callable(sites) else sites
             return self._in_flight(group, state, sites, None, num_latents, horizon, noise, score)
 
     @torch.no_grad()
@@ -100,7 +101,8 @@ class BranchEngine:
             lines.index_add_(0, self._long(owner), logps)
             self._gates(document, hidden, state, gates)
         empty = torch.zeros(0, 0, 0)
-        return RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty), state
+        states = hidden[self._long([document.actions[i].start - 1 for i in document.sites])].float().cpu()
+        return RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty, states), state
 
     def _gates(self, document: Document, hidden: torch.Tensor, state: BranchState, gates_A: torch.Tensor) -> None:
         """Fills `log P(think)`; think tokens that the document's own tokens do not lead to run as branches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +31,9 @@ class PolicyLogProbs:
     router: torch.Tensor | None = None
 
 
+Sites = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
+
+
 class RolloutEngine(Protocol):
     """Samples latents at many boundaries of a document and scores expert lines under them."""
 
@@ -44,13 +47,14 @@ class RolloutEngine(Protocol):
     def rollout(
         self,
         document: Document,
-        sites: Sequence[int],
+        sites: Sites,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
-        """`num_latents` latents before each action in `sites`; with `score`, the `horizon` lines under each."""
+        """`num_latents` latents before each action in `sites` (a function is asked once the document has been run);
+        with `score`, the `horizon` lines under each."""
 
     def score(
         self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..records import Document, Latent, RolloutGroup, TokenTable
 from .backbone import Backbone
-from .engine import PolicyLogProbs
+from .engine import PolicyLogProbs, Sites
 from .noise import NoiseKey
 from .plan import SitePlan, collect_scores, plan_site
 from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, sampled_symbols, symbol_logps
@@ -78,7 +78,9 @@ class ExpandEngine:
             lines.index_add_(0, owner[~gate], logps[~gate])
             gates.index_add_(0, owner[gate], logps[gate])
         empty = torch.zeros(0, 0, 0)
-        return RolloutGroup(document, (), (), lines, gates, empty, empty)
+        at = [document.actions[i].start - 1 for i in document.sites]
+        states = self._hidden([ids])[0, at].float().cpu()
+        return RolloutGroup(document, (), (), lines, gates, empty, empty, states)
 
     def _hidden(self, rows: Sequence[Sequence[int]], through: nn.Module | None = None) -> torch.Tensor:
         """Hidden states `[rows, longest, hidden_size]` of right-padded rows, each seen alone."""
@@ -115,12 +117,13 @@ class ExpandEngine:
     def rollout(
         self,
         document: Document,
-        sites: Sequence[int],
+        sites: Sites,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
+        sites = sites(self.trunk(document)) if callable(sites) else sites
         actions = [document.actions[s] for s in sites for _ in range(num_latents)]
         rows = [(*document.input_ids[: a.start], *a.boundary.think) for a in actions]
         index = np.array([a.index for a in actions])

@@ -170,7 +170,10 @@ def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
     ids: list[int] = list(document.input_ids[: document.context])
     is_latent = [False] * len(ids)
     actions: list[Action] = []
+    decisions: dict[int, int] = {}
     for i, action in enumerate(document.actions):
+        if action.boundary is not None:
+            decisions[len(ids) - 1] = i
         if i in placed:
             latent = [*action.boundary.think, *placed[i].token_ids, *action.boundary.close]
             ids += latent
@@ -186,4 +189,4 @@ def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
     context = max(document.context, 1)
     labels = [-100] * context + ids[context:]
     spliced = replace(document, input_ids=tuple(ids), actions=tuple(actions))
-    return AnnotatedExample(spliced, tuple(ids), tuple(labels), tuple(is_latent), dict(placed))
+    return AnnotatedExample(spliced, tuple(ids), tuple(labels), tuple(is_latent), dict(placed), decisions)

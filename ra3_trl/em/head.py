@@ -1,0 +1,257 @@
+"""How the abstraction head learns, and what it decides: the gate, and where rollouts are worth their cost.
+
+E-phase: the gate by what thinking brought on average, gain and spread by regression on what the rollouts measured.
+M-phase: the gate imitates the annotation, as the tokens do by next-token training. The head reads detached states and
+has an optimizer of its own, so the language model is trained as if it were not there; processes share what they saw
+and take the same steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..config import RA3Config
+from ..losses import Returns
+from ..models import AbstractionConfig, AbstractionHead
+from ..records import Document, RolloutGroup
+from ..rollout import NoiseKey
+
+
+_KEPT, _BATCH, _STEPS = 1024, 256, 16  # boundaries remembered, in a batch, and optimizer steps an update
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What was learned about `n` boundaries; NaN where it was not.
+
+    `slope_n`: slope of the gate's objective in P(think); `placed_n`: 1 where the annotation put a latent, else 0;
+    `gain_n`: log of the mean likelihood of the next lines over latents, less their log-likelihood without, in nats;
+    `spread_n`: standard deviation of the latents' gains, in nats;
+    `weight_n`: how many boundaries one stands for. `key_n3` (document, chunk, line) orders them, so that processes and
+    batches do not matter.
+    """
+
+    key_n3: torch.Tensor
+    states_nD: torch.Tensor
+    slope_n: torch.Tensor
+    placed_n: torch.Tensor
+    gain_n: torch.Tensor
+    spread_n: torch.Tensor
+    weight_n: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.key_n3)
+
+    def __getitem__(self, index: torch.Tensor | slice) -> Observations:
+        return Observations(*(column[index] for column in vars(self).values()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Observations]) -> Observations:
+        return cls(*(torch.cat(columns) for columns in zip(*(vars(p).values() for p in parts), strict=True)))
+
+    def in_order(self) -> Observations:
+        """Sorted by document, chunk and line; of equals the first stays first."""
+        order = torch.arange(len(self))
+        for column in (2, 1, 0):
+            order = order[self.key_n3[order, column].argsort(stable=True)]
+        return self[order]
+
+
+def boundary_keys(document: Document, sites: Sequence[int]) -> torch.Tensor:
+    """`[n, 3]`: what orders the boundaries before these actions among all of a window."""
+    keys = [(document.doc_id, document.chunk, document.actions[s].index) for s in sites]
+    return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
+
+
+def measured_gain(returns: Returns) -> torch.Tensor:
+    """`log mean_g exp G_g - G_act` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being summed
+    over and not known."""
+    latent = torch.logsumexp(returns.latent_TG, 1) - math.log(returns.latent_TG.shape[1])
+    return latent - returns.act_T
+
+
+def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, penalty: float) -> Observations:
+    """What a group's rollouts say about its tried sites."""
+    row = {site: i for i, site in enumerate(group.document.sites)}
+    none = torch.full_like(returns.act_T, torch.nan)
+    states = group.states_SD[[row[site] for site in group.sites]]
+    slope = returns.gain_TG.mean(1) - penalty
+    keys, spread = boundary_keys(group.document, group.sites), returns.latent_TG.std(1, correction=0)
+    return Observations(keys, states, slope, none, measured_gain(returns), spread, weight_T)
+
+
+class HeadLearner:
+    """
+    An abstraction head in training, and its decisions.
+
+    Args:
+        head ([`AbstractionHead`]):
+            The head, on the device that it learns on.
+        args ([`RA3Config`]):
+            `gate`, `boundary_*`, `annotation_skip`, `head_learning_rate`, `seed`.
+    """
+
+    def __init__(self, head: AbstractionHead, args: RA3Config):
+        self.head = head
+        self.args = args
+        self.annotator = head  # as it was at the M-phase's start, like the weights that annotate
+        self.optimizer = torch.optim.AdamW(head.parameters(), lr=args.head_learning_rate, weight_decay=0.01)
+        self.kept: Observations | None = None
+        self.noted: list[Observations] = []
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.inner.weight.device
+
+    # ---- decisions ----
+
+    @torch.no_grad()
+    def predict(self, states_SD: torch.Tensor, head: AbstractionHead | None = None) -> tuple[torch.Tensor, ...]:
+        """log P(think), gain and spread, `[S]` each, on the CPU."""
+        logits, gain, spread = (head or self.head)(states_SD.to(self._device))
+        return nn.functional.logsigmoid(logits).cpu(), gain.cpu(), spread.cpu()
+
+    def promise(self, states_SD: torch.Tensor) -> torch.Tensor:
+        """The gain that a good latent would have, `[S]` in nats: two standard deviations above the expected one.
+
+        The expected gain alone would send the rollouts where latents do no harm, such as an easy line, and away from
+        where one in ten is right and nine are wrong, which is where there is something to learn.
+        """
+        _, gain, spread = self.predict(states_SD)
+        return gain + 2 * spread
+
+    def decided(self, group: RolloutGroup, head: AbstractionHead | None = None) -> RolloutGroup:
+        """The group with the head's gate, where that is the one in use."""
+        if self.args.gate != "head":
+            return group
+        log_think = self.predict(group.states_SD, head)[0]
+        logps = torch.full_like(group.gate_logps_A, -torch.inf)
+        logps[list(group.document.sites)] = log_think
+        return replace(group, head_logps_A=logps)
+
+    def hopeful(self, group: RolloutGroup, sites: Sequence[int], log_odds: torch.Tensor) -> list[int]:
+        """Those of `sites` at which annotation may place a latent with a probability of `annotation_skip` or more: the
+        prior's `log_odds` `[len(sites)]` plus the predicted gain. All of them for a head that has learned nothing."""
+        if self.args.boundary_selection != "head" or not self.annotator.config.trained_on:
+            return list(sites)
+        row = {site: i for i, site in enumerate(group.document.sites)}
+        gain = self.predict(group.states_SD[[row[s] for s in sites]], self.annotator)[1]
+        chance = torch.sigmoid(log_odds + gain)
+        return [s for s, p in zip(sites, chance.tolist(), strict=True) if p >= self.args.annotation_skip]
+
+    def live(self) -> HeadLearner:
+        """The same, with annotation by the present head."""
+        other = copy.copy(self)
+        other.annotator = self.head
+        return other
+
+    # ---- learning ----
+
+    def begin_phase(self) -> None:
+        """What was seen in the phase before was said by other weights, and in M about another objective."""
+        self.kept = None
+        self.annotator = copy.deepcopy(self.head)
+
+    def learn(self, seen: Sequence[Observations], noise: NoiseKey) -> dict[str, tuple[float, float]]:
+        """Some optimizer steps on what was seen in an update, by all processes, and before.
+
+        Returns:
+            Totals and weights of `head/gain_error`, the mean absolute error in nats before the steps, and of
+            `head/gain_spread`, the same of a head that knows the mean only.
+        """
+        new = [part for part in seen if len(part)]
+        if not new:
+            return {}
+        fresh = Observations.joined(new).in_order()
+        measured = fresh.gain_n[fresh.gain_n.isfinite()]
+        error = (self.predict(fresh.states_nD)[1] - fresh.gain_n)[fresh.gain_n.isfinite()].abs()
+        self.kept = fresh if self.kept is None else Observations.joined([self.kept, fresh])[-_KEPT:]
+        draw = torch.Generator().manual_seed((noise.seed * 1_000_003 + noise.step) % 2**63)
+        for _ in range(_STEPS):
+            index = torch.randperm(len(self.kept), generator=draw)[:_BATCH]
+            self.optimizer.zero_grad()
+            head_loss(self.head, self.kept[index.sort().values]).backward()
+            self.optimizer.step()
+        self.head.trained_on(len(fresh))
+        if not len(measured):
+            return {}
+        spread = (measured - measured.mean()).abs()
+        return {
+            "head/gain_error": (float(error.sum()), len(error)),
+            "head/gain_spread": (float(spread.sum()), len(spread)),
+        }
+
+    # ---- checkpoint ----
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a resumed run needs, by name."""
+        found = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        found |= {f"annotator.{name}": value for name, value in self.annotator.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+        if self.kept is not None:
+            found |= {f"kept.{name}": value for name, value in vars(self.kept).items()}
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+    def load(self, tensors: dict[str, torch.Tensor], trained_on: int) -> None:
+        """Takes what `tensors` gave, and how many boundaries the head had learned from."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+
+        self.head.trained_on(trained_on - self.head.config.trained_on)
+        self.head.load_state_dict(part("head."))
+        self.annotator = copy.deepcopy(self.head)
+        self.annotator.load_state_dict(part("annotator."))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            i, _, key = name.partition(".")
+            state.setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        kept = part("kept.")
+        self.kept = Observations(**kept) if kept else None
+
+
+def make_learner(args: RA3Config, head: AbstractionHead | None, width: int) -> HeadLearner | None:
+    """A learner for the head that came with the model, or for a fresh one; `None` for a run without latents.
+
+    Raises:
+        `ValueError`: for a head for states of another size than `width`.
+    """
+    if not (args.abstraction_head and args.uses_latents):
+        return None
+    if head is None or head.config.action_format != args.action_format:
+        head = AbstractionHead(AbstractionConfig(width, min(max(1 - args.prior_alpha, 0.01), 0.5)))
+    elif head.config.hidden_size != width:
+        raise ValueError(
+            f"`model` has hidden states of {width} numbers and comes with an abstraction head for "
+            f"{head.config.hidden_size}; set `abstraction_head=False` or delete the head's files."
+        )
+    head.config = replace(head.config, action_format=args.action_format, max_latent_length=args.max_latent_length)
+    return HeadLearner(head.to(args.device), args)
+
+
+def head_loss(head: AbstractionHead, seen: Observations) -> torch.Tensor:
+    """Loss of the head on some boundaries, per boundary.
+
+    The gate: whether thinking paid, weighed by how much. Its optimum is above 1/2 where the expected slope of the
+    objective J is above 0, so it decides as J does; but J's own slope vanishes where p has gone to 0 while latents
+    were still bad, and the gate stays shut when they are good. In the M-phase: whether a latent was placed.
+    Gain and spread: Huber losses, so that a few latents that ruin a line do not decide.
+    """
+    device = head.inner.weight.device
+    logits, *regressed = head(seen.states_nD.to(device))
+    in_e = seen.placed_n.isnan()
+    label = torch.where(in_e, (seen.slope_n > 0).float(), seen.placed_n).to(device)
+    stake = torch.where(in_e, seen.slope_n.abs(), torch.ones(())).to(device)
+    loss = stake * nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="none")
+    for value, target in zip(regressed, (seen.gain_n.to(device), seen.spread_n.to(device)), strict=True):
+        known = target.isfinite()
+        loss = loss + known * nn.functional.huber_loss(value, torch.where(known, target, 0.0), reduction="none")
+    return (seen.weight_n.to(device) * loss).sum() / len(seen)

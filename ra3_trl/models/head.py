@@ -1,0 +1,170 @@
+"""The abstraction head: whether to think at an action boundary, and what thinking would bring.
+
+It reads the last hidden state at the boundary, detached: it never changes the language model, whose weights are the
+same with a head and without. Its two files travel beside a plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..files import find_file
+
+
+HEAD_WEIGHTS, HEAD_CONFIG = "abstraction_head.safetensors", "abstraction_config.json"
+VERSION = 1
+_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class AbstractionConfig:
+    """
+    What belongs to an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
+
+    Args:
+        hidden_size (`int`):
+            Width of the hidden states that the model's own head reads.
+        think_prob (`float`, *optional*, defaults to `0.3`):
+            P(think) of a fresh head, everywhere.
+        action_format (`str`, *optional*, defaults to `"python"`):
+            Where its boundaries stand and what opens a latent there.
+        max_latent_length (`int`, *optional*, defaults to `12`):
+            Most tokens of a latent.
+        trained_on (`int`, *optional*, defaults to `0`):
+            Boundaries it has learned from; 0 is a fresh head.
+
+    Raises:
+        `ValueError`: for a size below 1 or a probability that is not between 0 and 1.
+    """
+
+    hidden_size: int
+    think_prob: float = 0.3
+    action_format: str = "python"
+    max_latent_length: int = 12
+    trained_on: int = 0
+
+    def __post_init__(self):
+        for name in ("hidden_size", "max_latent_length"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"`{name}` of the abstraction head is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.think_prob < 1:
+            raise ValueError(f"`think_prob` of the abstraction head is {self.think_prob}; use a number in (0, 1).")
+
+
+class AbstractionHead(nn.Module):
+    """
+    Gate, predicted gain and its spread over latents, from hidden states `[..., hidden_size]`.
+
+    The states are detached and normalised to unit variance; one hidden layer of 128 units follows. A fresh head gives
+    `think_prob`, a gain of 0 and a spread of 0.7 everywhere; making one leaves the random number generators alone.
+
+    Args:
+        config ([`AbstractionConfig`]):
+            Its size and what it is for.
+    """
+
+    def __init__(self, config: AbstractionConfig):
+        super().__init__()
+        self.config = config
+        self.inner = nn.utils.skip_init(nn.Linear, config.hidden_size, _WIDTH)
+        self.outer = nn.utils.skip_init(nn.Linear, _WIDTH, 3)
+        bound = config.hidden_size**-0.5
+        with torch.no_grad():
+            self.inner.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
+            self.inner.bias.zero_()
+            self.outer.weight.zero_()
+            self.outer.bias.copy_(torch.tensor([math.log(config.think_prob / (1 - config.think_prob)), 0.0, 0.0]))
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What thinking at these states would be, `[...]` each: `think_logits`, the log-odds of doing it; `gain`, the
+        expected rise of the next lines' log-likelihood in nats; `spread`, by how many nats one latent's gain differs
+        from another's (the standard deviation)."""
+        states = nn.functional.layer_norm(states.detach().to(self.inner.weight), (self.config.hidden_size,))
+        think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
+        return think_logits, gain, nn.functional.softplus(spread)
+
+    def trained_on(self, boundaries: int) -> None:
+        """Notes that it has learned from so many boundaries more."""
+        self.config = replace(self.config, trained_on=self.config.trained_on + boundaries)
+
+
+def state_width(model: nn.Module) -> int:
+    """Width of the hidden states that the language-model head of `model` reads."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[1]  # of ZeRO-3 a process has a part of the matrix only
+
+
+def save_head(head: AbstractionHead, folder: str | Path) -> None:
+    """Writes `abstraction_head.safetensors` and `abstraction_config.json` into `folder`, each whole or not at all."""
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / f".{HEAD_WEIGHTS}", metadata={"format": "pt"})
+    (folder / f".{HEAD_CONFIG}").write_text(json.dumps({"version": VERSION} | asdict(head.config), indent=2) + "\n")
+    for name in (HEAD_WEIGHTS, HEAD_CONFIG):
+        os.replace(folder / f".{name}", folder / name)
+
+
+def place_of(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Those of `from_pretrained`'s keyword arguments that say where the files are."""
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    return {name: options[name] for name in names if name in (options or {})}
+
+
+def load_head(name: str, hidden_size: int | None = None, **place: Any) -> AbstractionHead | None:
+    """The abstraction head of a checkpoint, `None` where it has none.
+
+    Args:
+        name (`str`):
+            Folder or Hub id.
+        hidden_size (`int`, *optional*):
+            Width of the model's hidden states, to be checked.
+        **place:
+            As for [`~ra3_trl.files.find_file`].
+
+    Raises:
+        `ValueError`: for files that are cut, of a newer version, of another hidden size, or one without the other.
+    """
+    found = {filename: find_file(name, filename, **place) for filename in (HEAD_CONFIG, HEAD_WEIGHTS)}
+    missing = [filename for filename, path in found.items() if path is None]
+    if len(missing) == 2:
+        return None
+    cure = "take another revision, or delete both files to start with a fresh head"
+    if missing:
+        raise ValueError(f"{missing[0]} of {name!r} is missing beside its {({*found} - {*missing}).pop()}; {cure}.")
+    config = _read_config(name, found[HEAD_CONFIG], cure)
+    if hidden_size not in (None, config.hidden_size):
+        raise ValueError(
+            f"`hidden_size` of the abstraction head of {name!r} is {config.hidden_size}, and the model's hidden "
+            f"states have {hidden_size} numbers: it is another model's; {cure}."
+        )
+    head = AbstractionHead(config)
+    try:
+        head.load_state_dict(load_file(found[HEAD_WEIGHTS]))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{HEAD_WEIGHTS} of {name!r} is damaged ({error}); {cure}.") from error
+    return head
+
+
+def _read_config(name: str, path: Path, cure: str) -> AbstractionConfig:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        version = values.pop("version")
+        if version > VERSION:
+            raise ValueError(
+                f"{HEAD_CONFIG} of {name!r} is of version {version}, and this ra3-trl reads up to {VERSION}; upgrade "
+                "ra3-trl."
+            )
+        known = {field.name for field in fields(AbstractionConfig)}
+        return AbstractionConfig(**{key: value for key, value in values.items() if key in known})
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{HEAD_CONFIG} of {name!r} is damaged ({error!r}); {cure}.") from error

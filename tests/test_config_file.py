@@ -1,0 +1,81 @@
+"""`ra3_config.json`: what a checkpoint says about the run that made it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from ra3_trl import RA3Config
+
+
+TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    return y\n" for i in range(4)]
+
+
+def test_settings_come_back(tmp_path):
+    """Own fields and those that shape training; no path, token, tracker or number of processes."""
+    secret = "not-a-real-token"
+    args = RA3Config(
+        output_dir=str(tmp_path / "run"), horizon=3, penalty=0.4, learning_rate=3e-4, lr_scheduler_type="cosine",
+        reward_weights=[1.0, 0.5], hub_token=secret, hub_model_id="org/name", model_init_kwargs={"token": secret},
+        dataset_num_proc=2, report_to="none", use_cpu=True, seed=11,
+    )  # fmt: skip
+    args.save_pretrained(tmp_path)
+    text = (tmp_path / "ra3_config.json").read_text()
+    assert secret not in text and str(tmp_path) not in text and "org/name" not in text
+    again = RA3Config.from_pretrained(str(tmp_path), output_dir=str(tmp_path / "other"), use_cpu=True)
+    for name in ("horizon", "penalty", "learning_rate", "lr_scheduler_type", "reward_weights", "seed", "gate"):
+        assert getattr(again, name) == getattr(args, name), name
+    assert again.output_dir == str(tmp_path / "other") and again.dataset_num_proc is None
+
+
+def test_infinity_is_valid_json(tmp_path):
+    RA3Config(penalty=math.inf, use_cpu=True).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "ra3_config.json").read_text(), parse_constant=pytest.fail)
+    assert found["settings"]["penalty"] == "inf"
+    assert RA3Config.from_pretrained(str(tmp_path), use_cpu=True).penalty == math.inf
+
+
+def test_a_run_can_be_done_again_from_its_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(TEXTS, horizon=1, save_strategy="steps", save_steps=4)
+    trainer.train()
+    for folder in (tmp_path / "run" / "checkpoint-4", tmp_path / "run"):
+        if folder.name == "run":
+            trainer.save_model()
+        args = RA3Config.from_pretrained(str(folder), output_dir=str(tmp_path / "again"), use_cpu=True)
+        assert (args.horizon, args.e_steps, args.m_steps, args.max_length) == (1, 2, 2, 256)
+    assert not list((tmp_path / "run").rglob("*.bin"))  # no pickle: `training_args.bin` holds the Hub's token
+
+
+def test_version_1_is_what_older_checkpoints_kept(make_trainer, tmp_path):
+    """Before there was an abstraction head, `ra3_state.json` held the settings, beside facts of the run."""
+    trainer = make_trainer(TEXTS, save_strategy="steps", save_steps=4, horizon=1)
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-4"
+    (folder / "ra3_config.json").unlink()
+    state = json.loads((folder / "ra3_state.json").read_text())
+    newer = ("abstraction_head", "gate", "boundary_", "annotation_skip", "head_learning_rate")
+    state["settings"] = {k: v for k, v in state["settings"].items() if not k.startswith(newer)}
+    assert {"world_size", "train_dataset", "reward_funcs"} <= set(state["settings"])
+    (folder / "ra3_state.json").write_text(json.dumps(state))
+    args = RA3Config.from_pretrained(str(folder), use_cpu=True)
+    assert args.horizon == 1 and args.gate == "token" and args.abstraction_head is False
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"version": 2, "settings": {"horizon"', "ra3_config.json of .* is damaged"),
+        ('{"version": 2}', "ra3_config.json of .* is damaged"),
+        ('{"version": 3, "settings": {}}', "is of version 3, and this ra3-trl reads up to 2; upgrade"),
+        ('{"version": 2, "settings": {"horizzon": 1}}', "fields that no `RA3Config` has: horizzon"),
+        ('{"version": 2, "settings": {"horizon": 0}}', "`horizon` is 0; it must be at least 1"),
+        (None, "has no ra3_config.json; it was not trained by RA3MidTrainer"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "ra3_config.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        RA3Config.from_pretrained(str(tmp_path), use_cpu=True)

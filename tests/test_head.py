@@ -1,0 +1,409 @@
+"""The abstraction head: what it reads, how it learns, what it decides; it leaves the language model as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import furthest, weights
+
+from ra3_trl import RA3Config
+from ra3_trl.em import annotate, pack
+from ra3_trl.em.estep import choose_by_promise
+from ra3_trl.em.head import HeadLearner, Observations, measured_gain
+from ra3_trl.losses import Returns, code_bounds, compute_returns
+from ra3_trl.models import AbstractionConfig, AbstractionHead, load_head, save_head
+from ra3_trl.records import Action, Boundary, Document, Latent
+from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
+from ra3_trl.segmentation import build_token_table, row_to_document, splice
+
+
+TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(8)]
+
+
+def head_of(size: int = 8, **fields) -> AbstractionHead:
+    return AbstractionHead(AbstractionConfig(size, **fields))
+
+
+def stirred(head: AbstractionHead) -> AbstractionHead:
+    """The head with weights that give a different answer for each state."""
+    with torch.no_grad():
+        head.outer.weight.normal_(generator=torch.Generator().manual_seed(1))
+    return head
+
+
+# ---- the module and its files ----
+
+
+def test_a_fresh_head_says_the_same_everywhere_and_leaves_the_generators_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    head = head_of(think_prob=0.2)
+    assert torch.equal(torch.rand(4), wanted)
+    think_logits, gain, spread = head(torch.randn(2, 5, 8))
+    assert think_logits.shape == gain.shape == spread.shape == (2, 5)
+    assert think_logits.detach().sigmoid().flatten().tolist() == pytest.approx([0.2] * 10)
+    assert gain.abs().max() == 0 and spread.detach().flatten().tolist() == pytest.approx([math.log(2)] * 10)
+
+
+def test_its_loss_does_not_reach_what_it_reads():
+    states = torch.randn(3, 8, requires_grad=True)
+    sum(x.sum() for x in stirred(head_of())(states)).backward()
+    assert states.grad is None
+
+
+def test_files_give_the_head_back(tmp_path):
+    head = stirred(head_of(think_prob=0.1, action_format="slashes", max_latent_length=7))
+    head.trained_on(5)
+    save_head(head, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["abstraction_config.json", "abstraction_head.safetensors"]
+    again = load_head(str(tmp_path), 8)
+    assert again.config == head.config and again.config.trained_on == 5
+    assert furthest(weights(again), weights(head)) == 0
+
+
+def test_a_folder_without_a_head_has_none(tmp_path):
+    assert load_head(str(tmp_path), 8) is None
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _newer(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("abstraction_head.safetensors", _cut, "abstraction_head.safetensors of .* is damaged"),
+        ("abstraction_config.json", _cut, "abstraction_config.json of .* is damaged"),
+        ("abstraction_config.json", lambda path: path.write_text("[]"), "abstraction_config.json of .* is damaged"),
+        ("abstraction_config.json", _newer, "is of version 99, and this ra3-trl reads up to 1; upgrade"),
+        ("abstraction_head.safetensors", lambda path: path.unlink(), "abstraction_head.safetensors of .* is missing"),
+        ("abstraction_config.json", lambda path: path.unlink(), "abstraction_config.json of .* is missing"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, file, damage, says):
+    save_head(head_of(), tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(ValueError, match=says):
+        load_head(str(tmp_path), 8)
+
+
+def test_a_head_of_another_size_is_refused(tmp_path, make_trainer):
+    save_head(head_of(8), tmp_path)
+    with pytest.raises(ValueError, match="`hidden_size` of the abstraction head of .* is 8, .* have 16 numbers"):
+        load_head(str(tmp_path), 16)
+    # In a checkpoint whose own states have 32 numbers: refused before training, nothing written.
+    trainer = make_trainer(TEXTS)
+    trainer.save_model()
+    save_head(head_of(8), trainer.args.output_dir)
+    with pytest.raises(ValueError, match="hidden states of 32 numbers and comes with an abstraction head for 8"):
+        make_trainer(TEXTS, model=trainer.args.output_dir, output_dir=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+# ---- what it reads ----
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_engines_give_the_states_at_the_boundaries(kind, tokenizers, tiny_model, segmenter):
+    """The state behind the last token before each boundary, from one plain forward."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("llama", tokenizer)
+    engine = kind(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(4))
+    document = segmenter(tokenizer)(0, TEXTS[0])[0]
+    plain = model.model(torch.tensor([document.input_ids]))[0][0]
+    wanted = torch.stack([plain[document.actions[s].start - 1] for s in document.sites])
+    for group in (engine.trunk(document), engine.rollout(document, document.sites[:2], 2, 1, NoiseKey(0, 0, 0))):
+        torch.testing.assert_close(group.states_SD, wanted.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_packed_row_knows_its_decisions(segmenter, tokenizers):
+    """Each boundary of two documents once, behind the token before the latent, or before the line without one."""
+    documents = [segmenter(tokenizers["newline_indent"])(i, text)[0] for i, text in enumerate(TEXTS[:2])]
+    first, second = documents[0].sites[:2]
+    examples = [splice(documents[0], {second: Latent((5, 6), True)}), splice(documents[1], {})]
+    examples[0] = replace(examples[0], gains={second: 0.5})
+    rows = pack(examples, 1000, packing=True)
+    assert rows.input_ids.shape[0] == 1
+    sites = [len(d.sites) for d in documents]
+    assert int((rows.decision >= 0).sum()) == sum(sites) and int((rows.decision == 1).sum()) == 1
+    where = int((rows.decision[0] == 1).nonzero())
+    begins = int(rows.is_latent[0].nonzero()[0])
+    assert where == begins - 1 and float(rows.gain[0, where]) == 0.5
+    assert int(rows.gain.isfinite().sum()) == 1
+    assert rows.key[0, where].tolist() == [0, 0, documents[0].actions[second].index]
+    # The boundary before the latent's stands where it stands in the plain document.
+    before = int(((rows.key[0] == torch.tensor([0, 0, first])).all(-1) & (rows.decision[0] >= 0)).nonzero())
+    assert before == documents[0].actions[first].start - 1
+
+
+# ---- how it learns ----
+
+
+def seen(states, slope, gain, spread=None, placed=None) -> Observations:
+    n = len(states)
+    none = torch.full((n,), math.nan)
+    key = torch.stack([torch.zeros(n), torch.zeros(n), torch.arange(n)], 1).long()
+    slope, gain = (none if x is None else torch.as_tensor(x, dtype=torch.float32) for x in (slope, gain))
+    spread, placed = (none if x is None else torch.as_tensor(x, dtype=torch.float32) for x in (spread, placed))
+    return Observations(key, states, slope, placed, gain, spread, torch.ones(n))
+
+
+def learner_of(size: int = 8, **settings) -> HeadLearner:
+    return HeadLearner(head_of(size), RA3Config(head_learning_rate=1e-2, use_cpu=True, **settings))
+
+
+def test_measured_gain_by_hand():
+    """Latents at log 3 and log 1 over -> log((3 + 1) / 2) = log 2; without a latent -1: log 2 + 1."""
+    returns = Returns(torch.tensor([-1.0]), torch.tensor([[math.log(3), 0.0]]))
+    assert measured_gain(returns).tolist() == pytest.approx([math.log(2) + 1])
+
+
+def test_it_learns_gain_and_spread_from_states():
+    """Two kinds of boundary: gain +2 and spread 1, gain -1 and spread 0.2."""
+    torch.manual_seed(0)
+    kind = torch.arange(64) % 2
+    states = torch.randn(64, 8) * 0.3 + kind[:, None] * torch.linspace(-2, 2, 8)
+    learner = learner_of()
+    found = learner.learn([seen(states, kind * 2.0 - 1, kind * 3.0 - 1, 0.2 + 0.8 * kind)], NoiseKey(0, 0, 0))
+    # Before the first step it predicts 0: |2| and |-1|, on average 1.5; the mean 0.5 is off by 1.5 each time.
+    assert found["head/gain_error"] == pytest.approx((96.0, 64)) and found["head/gain_spread"] == pytest.approx(
+        (96, 64)
+    )
+    for step in range(1, 8):
+        last = learner.learn([seen(states, kind * 2.0 - 1, kind * 3.0 - 1, 0.2 + 0.8 * kind)], NoiseKey(0, 0, step))
+    assert last["head/gain_error"][0] / 64 < 0.2
+    log_think, gain, spread = learner.predict(states)
+    assert gain[kind == 1].mean() == pytest.approx(2, abs=0.2) and gain[kind == 0].mean() == pytest.approx(-1, abs=0.2)
+    assert spread[kind == 1].mean() > 0.7 and spread[kind == 0].mean() < 0.4
+    assert log_think[kind == 1].exp().min() > 0.8 and log_think[kind == 0].exp().max() < 0.2
+    assert learner.head.config.trained_on == 8 * 64
+
+
+@pytest.mark.parametrize(("rare", "opens"), [(20.0, True), (5.0, False)])
+def test_the_gate_decides_by_the_expected_slope(rare, opens):
+    """Slope -1 in nine of ten cases, `rare` in one, on the same state: E = 1.1 or -0.4. A majority vote would close
+    it both times, and J's own slope never."""
+    slope = torch.full((100,), -1.0)
+    slope[::10] = rare
+    learner = learner_of(action_format="python")
+    for step in range(20):
+        learner.learn([seen(torch.ones(100, 8).cumsum(1), slope, None)], NoiseKey(0, 0, step))
+    p = float(learner.predict(torch.ones(1, 8).cumsum(1))[0].exp())
+    # The optimum is E[slope+] / (E[slope+] + E[slope-]) = 2 / 2.9 = 0.69, or 0.5 / 1.4 = 0.36.
+    assert p == pytest.approx(2 / 2.9 if opens else 0.5 / 1.4, abs=0.05)
+
+
+def test_a_shut_gate_opens_again():
+    """Ten updates of slope -2 shut it (below 1 %); as many of +2 open it: the loss's slope does not vanish."""
+    learner, states = learner_of(), torch.ones(64, 8).cumsum(1)
+    for step in range(10):
+        learner.learn([seen(states, [-2.0] * 64, None)], NoiseKey(0, 0, step))
+    assert learner.predict(states[:1])[0].exp() < 0.01
+    learner.kept = None
+    for step in range(10):
+        learner.learn([seen(states, [2.0] * 64, None)], NoiseKey(0, 0, step))
+    assert learner.predict(states[:1])[0].exp() > 0.5
+
+
+def test_in_the_m_phase_it_imitates_the_annotation():
+    """A quarter of the boundaries of one kind got a latent, all of the other."""
+    kind = torch.arange(80) % 2
+    placed = torch.where(kind == 1, 1.0, (torch.arange(80) % 8 == 0).float())
+    states = torch.ones(80, 8).cumsum(1) * (2.0 * kind - 1)[:, None]
+    learner = learner_of()
+    for step in range(20):
+        learner.learn([seen(states, None, None, placed=placed)], NoiseKey(0, 0, step))
+    p = learner.predict(states)[0].exp()
+    assert p[kind == 0].mean() == pytest.approx(0.25, abs=0.05) and p[kind == 1].min() > 0.9
+
+
+def test_the_order_of_what_was_seen_does_not_matter():
+    """Batches and processes share out the boundaries otherwise; the steps are the same, bit for bit."""
+    states = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    whole = seen(states, torch.linspace(-1, 1, 10), torch.linspace(2, 0, 10), torch.ones(10))
+    a, b = learner_of(), learner_of()
+    a.learn([whole], NoiseKey(0, 0, 0))
+    b.learn([whole[torch.tensor([7, 2, 9])], whole[torch.tensor([1, 0, 8, 3, 6, 5, 4])]], NoiseKey(0, 0, 0))
+    assert furthest(weights(a.head), weights(b.head)) == 0
+
+
+# ---- where to roll out ----
+
+
+def lines(count: int) -> Document:
+    boundary = Boundary((1,), (2,))
+    return Document(0, 0, tuple(range(count + 1)), tuple(Action(i, i + 1, i + 2, boundary) for i in range(count)), 1)
+
+
+def test_the_most_promising_are_tried_and_a_few_others():
+    """20 boundaries, budget 0.5: 10 tried, a fifth of them drawn: the 8 of the largest promise and 2 of the 12."""
+    document, promise = lines(20), torch.arange(20.0)
+    args = RA3Config(boundary_selection="head", use_cpu=True)
+    found = [choose_by_promise(document, promise, args, NoiseKey(0, 0, step)) for step in range(200)]
+    assert all(len(sites) == 10 and set(range(12, 20)) <= set(sites) for sites, _ in found)
+    assert {s for sites, _ in found for s in sites} == set(range(20))
+    for sites, weight_T in found:
+        # Of the others each stands for 12 / 2 = 6; times 10 / 20 the average is 1: (8 + 2 * 6) / 2 / 10.
+        assert weight_T.tolist() == [0.5 if s >= 12 else 3.0 for s in sites]
+
+
+def test_weighted_averages_are_those_of_all_boundaries():
+    """Values 0 to 19, average 9.5; of the tried ones unweighted (8 * 15.5 + 2 * 5.5) / 10 = 13.5."""
+    document, promise, args = lines(20), torch.arange(20.0), RA3Config(boundary_selection="head", use_cpu=True)
+    total, plain = [], []
+    for step in range(2000):
+        sites, weight_T = choose_by_promise(document, promise, args, NoiseKey(1, 0, step))
+        total.append(float((weight_T * torch.tensor(sites)).mean()))
+        plain.append(sum(sites) / len(sites))
+    # One draw of 2 of 0..11 without replacement: variance of its mean 143/12 / 2 * 10/11 = 5.4, times (6/10)^2: 1.95.
+    # Of 2000 draws the standard error is 0.031.
+    assert sum(total) / 2000 == pytest.approx(9.5, abs=0.13) and sum(plain) / 2000 == pytest.approx(13.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_sites": 2}, 2), ({}, 4)])
+def test_budget_and_limit(settings, tried):
+    """ceil(0.5 * 7) = 4 boundaries, `max_sites` at most."""
+    args = RA3Config(boundary_selection="head", use_cpu=True, **settings)
+    sites, weight_T = choose_by_promise(lines(7), torch.zeros(7), args, NoiseKey(0, 0, 0))
+    assert len(sites) == len(weight_T) == tried
+
+
+def test_a_trainer_rolls_out_within_the_budget(make_trainer):
+    trainer = make_trainer(TEXTS, boundary_selection="head", e_steps=3, m_steps=1, logging_steps=1)
+    sites = [len(row_to_document(row).sites) for row in trainer.train_dataset]
+    trainer.train()
+    rates = [entry["estep/tried_rate"] for entry in trainer.state.log_history if "estep/tried_rate" in entry]
+    assert len(rates) == 3 and rates == pytest.approx([math.ceil(sites[0] / 2) / sites[0]] * 3)
+
+
+def test_annotation_skips_what_is_hopeless(make_trainer):
+    """With the head's gain at -5 the chance of a latent is sigmoid(log(0.3 / 0.7) - 5) = 0.3 %; at +5 98 %."""
+    trainer = make_trainer(TEXTS, boundary_selection="head", horizon=1)
+    document, noise = row_to_document(trainer.train_dataset[0]), NoiseKey(0, 1, 0)
+    learner = trainer.learner
+    assert len(annotate(trainer.engine, document, trainer.args, noise, learner=learner).gains) == len(document.sites)
+    learner.head.trained_on(1)
+    for gain, tried in ((-5.0, 0), (5.0, len(document.sites))):
+        with torch.no_grad():
+            learner.head.outer.bias[1] = gain
+        example = annotate(trainer.engine, document, trainer.args, noise, learner=learner)
+        assert len(example.gains) == tried and set(example.placed) <= set(example.gains)
+
+
+# ---- in the trainer ----
+
+
+@pytest.mark.parametrize("settings", [{}, {"annotation": "policy", "gradient_accumulation_steps": 2}])
+def test_the_language_model_is_trained_as_if_there_were_none(make_trainer, tmp_path, settings):
+    trained = []
+    for beside in (True, False):
+        trainer = make_trainer(TEXTS, abstraction_head=beside, output_dir=str(tmp_path / str(beside)), **settings)
+        trainer.train()
+        trained.append(weights(trainer.model))
+        assert (trainer.learner is not None) == beside
+    assert furthest(*trained) == 0
+
+
+def test_accumulation_does_not_matter_to_the_head(make_trainer, tmp_path):
+    heads = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            TEXTS, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, optim="sgd",
+            output_dir=str(tmp_path / str(batch)),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.learner.head.config.trained_on > 0
+        heads.append(weights(trainer.learner.head))
+    assert furthest(*heads) < 1e-4
+
+
+def test_the_heads_gate_decides(make_trainer):
+    """At P(think) = 0 the ELBO is the code's renormalised likelihood, at 1 the latents' mean; the token gate stays
+    what lines are renormalised by."""
+    trainer = make_trainer(TEXTS, gate="head", horizon=1)
+    document = row_to_document(trainer.train_dataset[0])
+    plain = trainer.engine.rollout(document, document.sites, 3, 1, NoiseKey(0, 0, 0))
+    returns = compute_returns(plain, 1, 1.0)
+    rest = code_bounds(plain).log_likelihood - float(plain.line_logps_A[list(document.sites)].double().sum())
+    for bias, wanted in ((-30.0, returns.act_T), (30.0, returns.latent_TG.mean(1))):
+        with torch.no_grad():
+            trainer.learner.head.outer.bias[0] = bias
+        group = trainer.learner.decided(plain)
+        assert code_bounds(group).elbo == pytest.approx(rest + float(wanted.double().sum()), abs=1e-3)
+        assert torch.equal(group.gate_logps_A, plain.gate_logps_A)
+    example = annotate(trainer.engine, document, trainer.args, NoiseKey(0, 0, 0), "policy", trainer.learner)
+    assert set(example.placed) == set(document.sites)  # at P(think) = 1
+
+
+def test_with_the_heads_gate_the_tokens_are_anchored(make_trainer, tmp_path):
+    """The tokens' P(think) gets no slope of its own: the log has an anchor's loss and none of the gate's, although
+    nothing is held (`gate_hold="never"`)."""
+    logs = {}
+    for gate in ("head", "token"):
+        trainer = make_trainer(
+            TEXTS, gate=gate, gate_hold="never", kl_coef=0.0, logging_steps=1, output_dir=str(tmp_path / gate)
+        )
+        trainer.train()
+        logs[gate] = [e for e in trainer.state.log_history if "estep/loss_gate" in e]
+    assert all("estep/loss_gate_anchor" in e and e["estep/loss_gate"] == 0 for e in logs["head"])
+    assert not any("estep/loss_gate_anchor" in e for e in logs["token"])
+    assert all(e["estep/loss_gate"] != 0 for e in logs["token"])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_resumed_run_has_the_same_head(make_trainer, tmp_path, step):
+    """Killed in the E-phase (2 updates) or the M-phase: bit for bit."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "m_steps": 3, "gate": "head", "boundary_selection": "head"}
+    alone = make_trainer(TEXTS, **settings)
+    alone.train()
+    again = make_trainer(TEXTS, **settings | {"output_dir": str(tmp_path / "again")})
+    again.train(resume_from_checkpoint=f"{alone.args.output_dir}/checkpoint-{step}")
+    assert furthest(weights(alone.learner.head), weights(again.learner.head)) == 0
+    assert furthest(weights(alone.model), weights(again.model)) == 0
+    assert alone.learner.head.config == again.learner.head.config
+
+
+def test_a_checkpoints_head_is_trained_on(make_trainer, tmp_path):
+    trainer = make_trainer(TEXTS, max_latent_length=3)
+    trainer.train()
+    trainer.save_model()
+    before = trainer.learner.head.config
+    assert before.trained_on > 0 and before.max_latent_length == 3
+    again = make_trainer(TEXTS, model=trainer.args.output_dir, output_dir=str(tmp_path / "again"))
+    assert again.learner.head.config == replace(before, max_latent_length=4)
+    assert furthest(weights(again.learner.head), weights(trainer.learner.head)) == 0
+
+
+def test_the_best_checkpoints_head_comes_back(make_trainer):
+    """With `greater_is_better` the worst counts as best: the first, since the model learns; the head is its, not the
+    last one's."""
+    trainer = make_trainer(
+        TEXTS, TEXTS[:2], e_steps=1, m_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="elbo", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("checkpoint-4")
+    assert furthest(weights(load_head(best)), weights(trainer.learner.head)) == 0
+
+
+def test_a_run_without_latents_has_no_head(make_trainer, tmp_path):
+    trainer = make_trainer(TEXTS, e_steps=0)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.learner is None and not list((tmp_path / "run").glob("abstraction*"))
+
+
+@pytest.mark.parametrize("name", ["gate", "boundary_selection"])
+def test_what_needs_a_head_is_refused_without_one(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 'head', but `abstraction_head` is False"):
+        RA3Config(abstraction_head=False, use_cpu=True, **{name: "head"})
