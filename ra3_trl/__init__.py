@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import RA3Config
+    from .generation import AutoModelForCausalLMWithAbstractionHead, ThinkLogitsProcessor, strip_latents
     from .records import AnnotatedExample, Document, Latent, RolloutGroup
     from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory, tagged
     from .trainer import RA3MidTrainer
@@ -15,6 +16,9 @@ __version__ = metadata.version("ra3-trl")
 # Loaded when first asked for, as in transformers and trl: `ra3 --help` must not wait for torch.
 _HOMES = {
     "RA3Config": "config",
+    "AutoModelForCausalLMWithAbstractionHead": "generation",
+    "ThinkLogitsProcessor": "generation",
+    "strip_latents": "generation",
     "AnnotatedExample": "records",
     "Document": "records",
     "Latent": "records",
@@ -29,13 +33,16 @@ __all__ = [
     "ACTION_FORMATS",
     "ActionFormat",
     "AnnotatedExample",
+    "AutoModelForCausalLMWithAbstractionHead",
     "Document",
     "Latent",
     "RA3Config",
     "RA3MidTrainer",
     "RolloutGroup",
+    "ThinkLogitsProcessor",
     "__version__",
     "load_code_directory",
+    "strip_latents",
     "tagged",
 ]
 

@@ -44,12 +44,14 @@ from .em import (
     mstep_loss,
 )
 from .em.checkpoint import CheckpointMixin
+from .em.head import make_learner
 from .em.phases import PhaseMixin
 from .em.preempt import PreemptionCallback
 from .em.stream import StreamMixin, own_share
 from .em.watch import WatchMixin
 from .em.window import WindowMixin
-from .hub import all_evaluations, write_model_card
+from .generation import AutoModelForCausalLMWithAbstractionHead
+from .hub import HubMixin
 from .models import (
     BaseWeights,
     FrozenWeights,
@@ -58,8 +60,11 @@ from .models import (
     check_vocabulary,
     context_length,
     disable_dropout,
+    load_head,
     load_model,
     load_tokenizer,
+    place_of,
+    state_width,
 )
 from .records import Document
 from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
@@ -83,7 +88,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
-class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, StreamMixin, Trainer):
+class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, StreamMixin, HubMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -103,7 +108,8 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A folder, a Hub id (loaded with `args.model_init_kwargs`, float32 unless `dtype` is given) or a model.
+            A folder, a Hub id (loaded with `args.model_init_kwargs`, float32 unless `dtype` is given) or a model; or
+            [`AutoModelForCausalLMWithAbstractionHead`]. The abstraction head that a checkpoint has is trained on.
         args ([`RA3Config`], *optional*):
             Settings. `None` is the default configuration, written to `<model>-RA3`.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -143,12 +149,17 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         formatting_func: Callable[[dict], str] | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
+        head = None
+        if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
+            model, head = model.pretrained_model, model.abstraction_head
         name = model if isinstance(model, str) else model.config._name_or_path
         args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         action_format = find_format(args.action_format)
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
+        if isinstance(model, str) and args.abstraction_head:
+            head = load_head(name, **place_of(args.model_init_kwargs))
         model = self._load(model, tokenizer, args, peft_config, action_format)
         if train_dataset is not None:
             check_trainable(model)
@@ -159,6 +170,8 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.counts: dict[str, dict[str, int]] = {}
         self._formatting_func = formatting_func
         self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
+        self.learner = make_learner(args, head, state_width(self.backbone.causal_lm))
+        self.source_dataset = train_dataset  # as it was given: its licences, and what is annotated for the Hub
         train_dataset = self._segment(train_dataset, "train", formatting_func)
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: self._segment(value, key, formatting_func) for key, value in eval_dataset.items()}
@@ -182,7 +195,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self._begin_anew()
         self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
         self.latent_log = LatentLog(
-            Path(args.output_dir) / "latents", tokenizer, args.log_latents_steps, action_format.think
+            Path(args.output_dir) / "_latents", tokenizer, args.log_latents_steps, action_format.think
         )
         self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
         self.preemption = PreemptionCallback()
@@ -305,7 +318,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         with self.compute_loss_context_manager():
             if "rollouts" in inputs:
                 loss, parts = estep_backward(
-                    self.engine, inputs["rollouts"], self.args, float(num_items_in_batch), self.gate_hold.holds,
+                    self.engine, inputs["rollouts"], self.args, float(num_items_in_batch), self._holds_gate,
                     backward, partial(self._syncing, model), through, inputs["chunks"],
                 )  # fmt: skip
                 loss = torch.tensor(loss, device=self.args.device)
@@ -316,12 +329,17 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
                 loss = self.backbone.idle(through)
                 backward(loss)
             else:
-                loss, parts = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
+                loss, parts, seen = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
                 backward(loss)
+                if self.learner is not None:
+                    self.learner.noted.append(seen)
                 code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
                 both = (code[0] + latent[0], code[1] + latent[1])
                 for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
                     self.metrics.add_total(f"mstep/{name}", total, count)
+        if self.learner is not None and "rollouts" not in inputs and inputs.get("last"):
+            self._learn(gather_object(self.learner.noted))
+            self.learner.noted = []
         self.metrics.add("seconds/update", time.perf_counter() - begin)
         return loss.detach() * scale
 
@@ -375,7 +393,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.callback_handler.eval_dataloader = dataloader
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             for batch in dataloader:
-                found = evaluate_documents(self.engine, batch["documents"], self.args)
+                found = evaluate_documents(self.engine, batch["documents"], self.args, self.learner)
                 sums.add_sums({name: [value, 1] for name, value in found.items()})
                 seen += len(batch["documents"])
                 self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
@@ -388,9 +406,3 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             self.evaluations.append({**metrics, "step": self.state.global_step})
         seen = sum(gather_object([seen]))
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:
-        """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
-        if self.is_world_process_zero():
-            evaluations = all_evaluations(self.state.log_history, self.evaluations)
-            write_model_card(self.args, evaluations, self.backbone, self.counts, model_name, dataset_name, kwargs)

@@ -17,6 +17,7 @@ from conftest import furthest
 from transformers import AutoModelForCausalLM
 
 from ra3_trl import RA3Config
+from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead as Wrapper
 
 
 HERE = Path(__file__).parent
@@ -72,6 +73,8 @@ def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
     assert furthest(first["weights"], second["weights"]) == 0
     assert furthest(one["weights"], first["weights"]) < 1e-6
     assert one["held"] == pytest.approx(first["held"], abs=1e-5) and first["held"] == second["held"]
+    # The head's Adam follows the sign of tiny slopes; a step is 1e-3.
+    assert furthest(first["head"], second["head"]) == 0 and furthest(one["head"], first["head"]) < 1e-3
 
 
 @pytest.mark.parametrize("scenario", ["same", "uneven"])
@@ -96,8 +99,19 @@ def test_no_document_is_evaluated_twice(folder):
 def test_two_processes_resume_exactly(folder, step):
     for rank in (0, 1):
         alone, again = load(folder, f"left-2-{rank}"), load(folder, f"resumed{step}-2-{rank}")
-        assert furthest(alone["weights"], again["weights"]) == 0
+        assert furthest(alone["weights"], again["weights"]) == furthest(alone["head"], again["head"]) == 0
         assert alone["log"][:-1] == again["log"][:-1]
+
+
+@pytest.mark.parametrize("how", ["2", "fsdp"])
+def test_the_wrapper_trains_as_in_one_process(folder, how):
+    """DDP and `fully_shard`: one SGD step on two texts each is one on four; all texts are of the same length here, so
+    that averages of averages are averages."""
+    one, first, second = (load(folder, f"wrapper-{rank}") for rank in ("1-0", f"{how}-0", f"{how}-1"))
+    before = Wrapper.from_pretrained(str(folder / "model")).state_dict()
+    assert furthest(first, second) == 0 and furthest(one, first) < 1e-5
+    moved = [name for name in one if (one[name] - before[name]).abs().max() > 1e-5]
+    assert "abstraction_head.outer.weight" in moved and "lm_head.weight" in moved
 
 
 @pytest.mark.parametrize("workers", [0, 2])

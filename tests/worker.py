@@ -15,9 +15,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
 
 
 warnings.filterwarnings("ignore")
@@ -65,7 +67,20 @@ def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
     log = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history]
     weights = {n: p.detach().clone() for n, p in trainer.backbone.model.named_parameters()}
     found = {"weights": weights, "log": log, "world": trainer.args.world_size, "held": trainer.gate_hold.average}
+    found["head"] = trainer.learner.head.state_dict()
     torch.save(found, folder / f"{name}-{state.num_processes}-{state.process_index}.pt")
+
+
+def step_wrapper(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    """One SGD step of a wrapper on this process's share of four texts, all losses on; the loss."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer(TEXTS[:4], return_tensors="pt", padding=True, padding_side="right")["input_ids"]
+    ids = ids.tensor_split(PartialState().num_processes)[PartialState().process_index]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(input_ids=ids, labels=ids, think_labels=(ids % 2).float(), gain_labels=(ids % 5).float()).loss
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def main(folder: Path) -> None:
@@ -108,6 +123,11 @@ def main(folder: Path) -> None:
         trainer.train()
         keep(trainer, folder, f"stream{workers}")
         torch.save(seen, folder / f"seen{workers}-{state.num_processes}-{state.process_index}.pt")
+    # 7. The wrapper under DDP, in anyone's own loop.
+    wrapper = AutoModelForCausalLMWithAbstractionHead.from_pretrained(str(folder / "model"))
+    model = DistributedDataParallel(wrapper) if state.num_processes > 1 else wrapper
+    step_wrapper(model, folder)
+    torch.save(wrapper.state_dict(), folder / f"wrapper-{state.num_processes}-{state.process_index}.pt")
 
 
 if __name__ == "__main__":

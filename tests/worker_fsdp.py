@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-from worker import TEXTS, UNEVEN, make
+from worker import TEXTS, UNEVEN, make, step_wrapper
+
+from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
 
 
 warnings.filterwarnings("ignore")
@@ -38,6 +40,14 @@ def main(folder: Path) -> None:
         trainer.save_model(str(folder / name))
         found = {"world": trainer.args.world_size, "held": trainer.gate_hold.average}
         torch.save(found, folder / f"{name}-{state.process_index}.pt")
+    wrapper = AutoModelForCausalLMWithAbstractionHead.from_pretrained(str(folder / "model"))
+    for layer in wrapper.model.layers:
+        fully_shard(layer)
+    fully_shard(wrapper)
+    assert isinstance(wrapper.abstraction_head.outer.weight, DTensor)
+    step_wrapper(wrapper, folder)
+    whole = {name: value.full_tensor() for name, value in wrapper.state_dict().items()}
+    torch.save(whole, folder / f"wrapper-fsdp-{state.process_index}.pt")
 
 
 if __name__ == "__main__":

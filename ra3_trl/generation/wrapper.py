@@ -1,0 +1,354 @@
+"""A causal language model with its abstraction head: one object to train, generate with, save and push."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from ..config import RA3Config
+from ..config_file import read_settings, write_settings
+from ..files import written_aside
+from ..models import (
+    AbstractionConfig,
+    AbstractionHead,
+    load_head,
+    load_model,
+    place_of,
+    save_head,
+    state_width,
+)
+from .processor import ThinkLogitsProcessor
+
+
+logger = logging.get_logger(__name__)
+_HEAD = "abstraction_head."
+
+
+@dataclass
+class CausalLMOutputWithAbstraction(ModelOutput):
+    """
+    What [`AutoModelForCausalLMWithAbstractionHead`] returns.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*):
+            Next-token loss (with `labels`) plus the head's (with `think_labels` or `gain_labels`).
+        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`):
+            The language model's.
+        think_logits (`torch.Tensor` of shape `(batch, length)`):
+            Log-odds of beginning a latent behind each token; of use behind those that end a line.
+        gain (`torch.Tensor` of shape `(batch, length)`):
+            Expected rise of the next lines' log-likelihood from a latent there, in nats.
+        past_key_values, hidden_states, attentions:
+            As the language model returns them.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    think_logits: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class AutoModelForCausalLMWithAbstractionHead(nn.Module):
+    """
+    A causal language model with an [`~ra3_trl.models.AbstractionHead`], in the manner of TRL's former value head.
+
+    What is not said here is the language model's own: `config`, `device`, `gradient_checkpointing_enable()`, ... The
+    head reads detached states, so its loss leaves the language model as it is. Prompt-lookup and assisted decoding
+    are refused by `generate`, since they run several tokens at once.
+
+    Example:
+
+    ```python
+    model = AutoModelForCausalLMWithAbstractionHead.from_pretrained("org/name")
+    model.generate(**tokenizer("def area(r):\\n", return_tensors="pt"), think="auto", threshold=0.5, max_new_tokens=64)
+    ```
+
+    Args:
+        pretrained_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The language model.
+        abstraction_head ([`~ra3_trl.models.AbstractionHead`], *optional*):
+            The head; `None` is a fresh one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For `generate`, and saved with the model; `None` is loaded by the model's name when it is needed.
+
+    Raises:
+        `ValueError`: for a head of another hidden size.
+    """
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel | PeftModel,
+        abstraction_head: AbstractionHead | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__()
+        width = state_width(pretrained_model)
+        head = AbstractionHead(AbstractionConfig(width)) if abstraction_head is None else abstraction_head
+        if head.config.hidden_size != width:
+            raise ValueError(
+                f"`abstraction_head` is for hidden states of {head.config.hidden_size} numbers, and the model's have "
+                f"{width}; pass the head of this model, or `None` for a fresh one."
+            )
+        self.pretrained_model = pretrained_model
+        self.abstraction_head = head.to(pretrained_model.device)
+        self.tokenizer = tokenizer
+        self.settings: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model: str | PreTrainedModel | PeftModel,
+        *,
+        peft_config: PeftConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> AutoModelForCausalLMWithAbstractionHead:
+        """Model, head and settings of a checkpoint; a fresh head, with a warning, where it has none.
+
+        Args:
+            pretrained_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                A folder, a Hub id or a model (which gets a fresh head). An adapter's folder loads with its base.
+            peft_config ([`~peft.PeftConfig`], *optional*):
+                Wraps the model in an adapter.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                As for the class.
+            **kwargs:
+                Arguments of `AutoModelForCausalLM.from_pretrained`: `revision`, `dtype`, `token`, ...
+
+        Raises:
+            `ValueError`: for files of a head that are damaged, of a newer version or of another hidden size.
+            `OSError`: if there is no such checkpoint, or the Hub can't be reached.
+        """
+        if not isinstance(pretrained_model, str):
+            return cls(load_model(pretrained_model, kwargs or None, peft_config), tokenizer=tokenizer)
+        name, place = pretrained_model, place_of(kwargs)
+        model = load_model(name, {"dtype": "auto"} | kwargs, peft_config)
+        head = load_head(name, state_width(model), **place)
+        if head is None:
+            logger.warning("%s has no abstraction head; a fresh one is used, which has learned nothing.", name)
+        self = cls(model, head, tokenizer)
+        self.settings = read_settings(name, **place)
+        return self
+
+    @property
+    def ra3_config(self) -> RA3Config | None:
+        """The settings that the checkpoint was trained with, `None` where it does not say."""
+        return None if self.settings is None else RA3Config(**self.settings)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "pretrained_model":
+                raise
+            return getattr(self.pretrained_model, name)
+
+    # ---- forward ----
+
+    @contextmanager
+    def _states(self) -> Iterator[list[torch.Tensor]]:
+        """Holds what the language-model head read in the latest forward inside, `[batch, length, hidden_size]`; in
+        generation the last state only."""
+        caught: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            caught[:] = args[:1]
+
+        handle = self.pretrained_model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        think_labels: torch.Tensor | None = None,
+        gain_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithAbstraction:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, length)`):
+                Tokens.
+            labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                As for the language model; `-100` is left out.
+            think_labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                Probability of thinking behind each token; below 0 is left out. Weighed by cross-entropy.
+            gain_labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                Measured gain in nats; NaN is left out. Weighed by a Huber loss.
+            **kwargs:
+                For the language model.
+        """
+        with self._states() as states:
+            options = kwargs if labels is None else kwargs | {"labels": labels}
+            output = self.pretrained_model(input_ids=input_ids, **options)
+        think_logits, gain, _ = self.abstraction_head(states[0])
+        losses = [] if labels is None else [output.loss, 0.0 * (think_logits.sum() + gain.sum())]  # DDP wants all used
+        if think_labels is not None:
+            at = think_labels >= 0
+            target = think_labels[at].to(think_logits)
+            losses.append(nn.functional.binary_cross_entropy_with_logits(think_logits[at], target))
+        if gain_labels is not None:
+            at = ~gain_labels.isnan()
+            losses.append(nn.functional.huber_loss(gain[at], gain_labels[at].to(gain)))
+        return CausalLMOutputWithAbstraction(
+            loss=sum(losses) if losses else None, logits=output.logits, think_logits=think_logits, gain=gain,
+            past_key_values=output.get("past_key_values"), hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )  # fmt: skip
+
+    # ---- generation ----
+
+    @torch.no_grad()
+    def generate(
+        self,
+        *args,
+        think: str = "auto",
+        threshold: float | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_is_code: bool = True,
+        **kwargs,
+    ):
+        """The language model's `generate`, with latents where `think` says.
+
+        Args:
+            think (`str`, *optional*, defaults to `"auto"`):
+                `"auto"`: where the head's P(think) reaches `threshold`; a head that has learned nothing leaves it to
+                the tokens. `"always"`: at every legal boundary. `"never"`: nowhere, which suppresses ordinary
+                own-line comments too.
+            threshold (`float`, *optional*, defaults to 0.5):
+                Between 0 and 1, for `"auto"`.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                The model's, which reads where lines end; `None` is the one it was made with, or that of its name.
+            prompt_is_code (`bool`, *optional*, defaults to `True`):
+                Whether prompt and completion are one program; `False` for chats, where the completion alone is read.
+            *args, **kwargs:
+                For the language model's `generate`.
+
+        Raises:
+            `ValueError`: for a bad `think` or `threshold`, assisted decoding, or when no tokenizer is found.
+        """
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` runs several tokens at once, for which there is no gate; leave it out.")
+        tokenizer = tokenizer or self._find_tokenizer()
+        config, eos = self.abstraction_head.config, self.pretrained_model.generation_config.eos_token_id
+        with self._states() as states:
+
+            def gate() -> torch.Tensor:
+                return self.abstraction_head(states[0][:, -1])[0].sigmoid()
+
+            trained = think == "auto" and config.trained_on > 0
+            processor = ThinkLogitsProcessor(
+                tokenizer, think, threshold=threshold, action_format=config.action_format,
+                max_latent_length=config.max_latent_length, gate=gate if trained else None,
+                prompt_is_code=prompt_is_code, eos_token_ids=tuple(torch.tensor(eos or []).reshape(-1).tolist()),
+            )  # fmt: skip
+            processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
+            return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            name = self.pretrained_model.config._name_or_path
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"`tokenizer` is missing, and none loads from {name!r}; pass the model's.") from error
+        return self.tokenizer
+
+    # ---- files ----
+
+    def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """The language model's, and the head's under `abstraction_head.`."""
+        found = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.abstraction_head.state_dict(destination=found, prefix=prefix + _HEAD, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As of any module, for what [`~AutoModelForCausalLMWithAbstractionHead.state_dict`] gives."""
+        model, head = _parted(state_dict)
+        found = [self.pretrained_model.load_state_dict(model, strict, assign)]
+        found.append(self.abstraction_head.load_state_dict(head, strict, assign))
+        return type(found[0])(*(a + [_HEAD + n for n in b] for a, b in zip(*found, strict=True)))
+
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None, **kwargs
+    ) -> None:
+        """Writes a plain checkpoint (of an adapter: the adapter) with the head's two files and, where they are known,
+        `ra3_config.json` and the tokenizer beside it. It is whole or `save_directory` stays as it was.
+
+        Args:
+            save_directory (`str`):
+                The folder.
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                What to save in the place of `self.state_dict()`: sharded weights, gathered.
+            **kwargs:
+                For the language model's `save_pretrained`.
+        """
+        head = self.abstraction_head
+        if state_dict is not None:
+            model, values = _parted(state_dict)
+            kwargs["state_dict"] = model
+            head = AbstractionHead(head.config)
+            head.load_state_dict(values)
+        with written_aside(save_directory) as folder:
+            self.pretrained_model.save_pretrained(folder, **kwargs)
+            save_head(head, folder)
+            if self.settings is not None:
+                write_settings(self.settings, folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model with abstraction head",
+        create_pr: bool = False,
+        **kwargs,
+    ) -> CommitInfo:
+        """Uploads what `save_pretrained` writes, in one commit.
+
+        Args:
+            repo_id (`str`):
+                `org/name`, made if it is not there.
+            private, token, revision, commit_message, create_pr:
+                As in `PreTrainedModel.push_to_hub`. A `revision` that is not there is made as a branch.
+            **kwargs:
+                For `save_pretrained`.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder, "model"), **kwargs)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=Path(folder, "model"), revision=revision,
+                commit_message=commit_message, create_pr=create_pr,
+            )  # fmt: skip
+
+
+def _parted(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The language model's part of a state dict, and the head's."""
+    head = {name.removeprefix(_HEAD): value for name, value in state_dict.items() if name.startswith(_HEAD)}
+    return {name: value for name, value in state_dict.items() if not name.startswith(_HEAD)}, head
