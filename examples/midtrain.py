@@ -64,9 +64,10 @@ def main(script: Arguments, args: RA3Config, model: ModelConfig) -> None:
     trainer.train()
     print(trainer.evaluate())
     trainer.save_model()
-    trainer.create_model_card(dataset_name=script.dataset_name)
+    source = script.dataset_name or script.code_dir or "Python's standard library"
+    trainer.create_model_card(dataset_name=source)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub(dataset_name=source)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def test_a_damaged_likelihood_stops_the_run(make, caplog):
 
 def test_latents_are_written_as_parquet(make, tmp_path):
     make(log_latents_steps=1).train()
-    table = Dataset.from_parquet(str(tmp_path / "run" / "latents" / "step_000001.parquet"))
+    table = Dataset.from_parquet(str(tmp_path / "run" / "_latents" / "step_000001.parquet"))
     assert {"latent", "line", "gain", "think_prob"} <= set(table.column_names)
 
 

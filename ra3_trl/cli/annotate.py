@@ -6,46 +6,34 @@ import argparse
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
-import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
-from tqdm.auto import tqdm
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ..config import RA3Config
-from ..em import annotate
-from ..records import AnnotatedExample
-from ..rollout import NoiseKey
-from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
+from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card
+from ..segmentation import find_format, require_tags
 from ..trainer import RA3MidTrainer
-from .data import load_splits
+from .data import STANDARD_LIBRARY, load_splits
 
 
 _SETTINGS = (
     "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
     "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "dataset_text_field",
-    "engine", "max_branch_tokens", "seed",
+    "engine", "max_branch_tokens", "seed", "dataset_license",
 )  # fmt: skip
-_FEATURES = Features(
-    {
-        "annotated_text": Value("string"),
-        "latents": [{"line": Value("int32"), "text": Value("string")}],
-        "num_boundaries": Value("int32"),
-    }
-)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ra3 annotate",
         description="Splices latents of a checkpoint into a corpus. The result has the corpus's columns and "
-        "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, and its `text`) and "
-        "`num_boundaries` (places where a latent could stand). Taking the latents out gives the text back.",
+        "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
+        "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
+        "stand). Taking the latents out gives the text back.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -58,8 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="folder to save the dataset to; must not be there yet")
-    output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to")
-    output.add_argument("--public", action="store_true", help="make that dataset public if it is new")
+    output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
+    output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
+    output.add_argument("--license_column", default="license", help="column that names each row's licence")
+    output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
+    output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
     model = parser.add_argument_group("model")
     model.add_argument("--model_revision", default="main", help="branch, tag or commit of the checkpoint")
     model.add_argument(
@@ -72,82 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         text = by_name[name].metadata["help"]
         settings.add_argument(f"--{name}", type=kind, default=by_name[name].default, help=text)
     return parser
-
-
-def join_chunks(
-    text: str, examples: Sequence[AnnotatedExample], data: Sequence[bytes | None]
-) -> tuple[str, list[dict[str, Any]]]:
-    """The annotated text of a whole document from the examples of its chunks, and its latents with their lines.
-
-    Chunks begin with context (BOS, a prompt, the last token before), which is not repeated: what the chunks train on
-    is the end of the text, and what stands before it is taken from the text.
-
-    Args:
-        text (`str`):
-            The document, its comments stripped if they were for the segmenter.
-        examples (`Sequence[AnnotatedExample]`):
-            Its chunks in order.
-        data (`Sequence[bytes | None]`):
-            Bytes of each token, as from `token_bytes`.
-    """
-    pieces: list[tuple[bytes, bool]] = []  # joined by runs: expert's bytes, or a latent's with prefix and closure
-    for example in examples:
-        context = example.document.context
-        tokens = zip(example.input_ids[context:], example.is_latent[context:], strict=True)
-        for is_latent, run in groupby(tokens, key=lambda pair: pair[1]):
-            pieces.append((b"".join(data[i] or b"" for i, _ in run), is_latent))
-    original = text.encode()
-    missing = len(original) - sum(len(piece) for piece, is_latent in pieces if not is_latent)
-    if missing < 0:  # the dummy space that SentencePiece puts before a text
-        pieces[0] = (pieces[0][0][-missing:], False)
-    out = original[: max(missing, 0)]
-    assert out + b"".join(piece for piece, is_latent in pieces if not is_latent) == original
-    drawn = iter([z for e in examples for _, z in sorted(e.placed.items())])
-    latents: list[dict[str, Any]] = []
-    for piece, is_latent in pieces:
-        if is_latent:
-            content = b"".join(data[i] or b"" for i in next(drawn).token_ids)
-            latents.append({"line": out.count(b"\n") + 1, "text": content.decode()})
-        out += piece
-    return out.decode(), latents
-
-
-def annotate_dataset(trainer: RA3MidTrainer, dataset: Dataset) -> Dataset:
-    """`dataset` with the columns `annotated_text`, `latents` and `num_boundaries` added.
-
-    Texts that can't be annotated (empty, not of the format, not given back by the tokenizer) stay as they are.
-    """
-    args, data = trainer.args, list(token_bytes(trainer.processing_class))
-    for tag in trainer.segmenter.format.tags:
-        data[trainer.processing_class.convert_tokens_to_ids(tag)] = tag.encode()
-    if taken := set(_FEATURES) & set(dataset.column_names):
-        raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
-    segmented = segment_dataset(dataset, trainer.segmenter, args.dataset_text_field)
-    rows = [_unannotated(trainer, row) for row in dataset]
-    trainer.model.eval()
-    noise = NoiseKey(args.seed, 1, 0)
-    chunks = (row_to_document(row) for row in segmented)
-    with torch.no_grad(), tqdm(total=len(segmented), desc="Annotating", unit="chunk") as progress:
-        for doc_id, documents in groupby(chunks, key=lambda document: document.doc_id):
-            examples = []
-            for document in documents:
-                examples.append(annotate(trainer.engine, document, args, noise))
-                progress.update()
-            if examples[0].document.status != "actions":
-                continue
-            text, latents = join_chunks(rows[doc_id]["annotated_text"], examples, data)
-            boundaries = sum(len(e.document.sites) for e in examples)
-            rows[doc_id] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
-    return concatenate_datasets([dataset, Dataset.from_list(rows, features=_FEATURES)], axis=1)
-
-
-def _unannotated(trainer: RA3MidTrainer, row: dict[str, Any]) -> dict[str, Any]:
-    field = trainer.args.dataset_text_field
-    prompt, text = ("", row[field]) if field in row else (row["prompt"], row["completion"])
-    text = prompt + text
-    if trainer.args.existing_comments == "strip":
-        text = trainer.segmenter.format.strip(text, len(prompt))
-    return {"annotated_text": text, "latents": [], "num_boundaries": 0}
 
 
 def save_aside(dataset: Dataset, output: Path) -> None:
@@ -167,10 +82,24 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"`max_documents` is {options.max_documents}; it must be at least 1.")
 
 
+def _push(options: argparse.Namespace) -> DatasetPush | None:
+    if not options.push_to_hub:
+        return None
+    return DatasetPush(
+        options.push_to_hub,
+        options.license_column,
+        options.dataset_license,
+        private=options.private or None,
+        allow_missing_licenses=options.allow_missing_licenses,
+        allow_secrets=options.allow_secrets,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 annotate`; see `ra3 annotate --help`. Returns the exit code."""
     options = _parser().parse_args(argv)
     _check(options)
+    push = _push(options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     settings = {name: vars(options)[name] for name in _SETTINGS}
     loading = {"dtype": options.dtype, "revision": options.model_revision}
@@ -185,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = splits[options.dataset_split]
         if options.max_documents:
             dataset = dataset.select(range(min(options.max_documents, len(dataset))))
+        dataset = push.check(dataset) if push else dataset  # before the work
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, revision=options.model_revision)
         require_tags(tokenizer, find_format(args.action_format))  # the trainer would add them, untrained
         trainer = RA3MidTrainer(options.checkpoint, args, processing_class=tokenizer)
@@ -194,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.output:
         save_aside(annotated, Path(options.output))
         print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")
-    if options.push_to_hub:
-        url = annotated.push_to_hub(options.push_to_hub, private=not options.public).repo_url
-        print(f"Pushed to {url}.")
+    if push:
+        push.check_secrets(annotated.select_columns(list(ANNOTATION)))
+        name = options.dataset_name or options.code_dir or STANDARD_LIBRARY
+        card = render_dataset_card(trainer, annotated, push.repo_id, options.checkpoint, name, push.dataset_license)
+        print(f"Pushed to {push.upload(annotated, card).repo_url}.")
     return 0

@@ -116,7 +116,7 @@ def _config(output: Path, seed: int, **changes) -> RA3Config:
         "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_sites": 4,
         "eval_max_sites": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
         "save_strategy": "no", "report_to": "none",
-        "log_latents_steps": 0,
+        "log_latents_steps": changes.get("e_steps", 0),  # the first update's, for the card
     }  # fmt: skip
     return RA3Config(**settings | changes)
 

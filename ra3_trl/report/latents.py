@@ -68,6 +68,7 @@ class LatentLog:
         self.tokenizer = tokenizer
         self.every = every
         self.think = think
+        self._rows: list[dict] = []
 
     def add(self, step: int, rollouts: Sequence) -> None:
         if not self.every or step % self.every:
@@ -75,8 +76,22 @@ class LatentLog:
         rows = latent_rows(step, rollouts, self.tokenizer)
         if not rows:
             return
+        self._rows = rows
         self.folder.mkdir(parents=True, exist_ok=True)
         parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
         Console(stderr=True).print(
             latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}", self.think)
         )
+
+    def latest(self, step: int) -> list[dict]:
+        """The rows that were written last, by this process or, before `step`, by the one that it goes on from.
+
+        Args:
+            step (`int`):
+                Updates done; a later file is of another run in the same folder.
+        """
+        if self._rows:
+            return self._rows
+        files = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob("step_[0-9]*.parquet")}
+        done = [number for number in files if number < step]
+        return parquet.read_table(files[max(done)]).to_pylist() if done else []

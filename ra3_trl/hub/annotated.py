@@ -1,0 +1,136 @@
+"""A corpus with latents spliced in: what the M-step learns from, as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, Features, Value, concatenate_datasets
+from tqdm.auto import tqdm
+
+from ..em import annotate
+from ..records import AnnotatedExample
+from ..rollout import NoiseKey
+from ..segmentation import row_to_document, segment_dataset, token_bytes
+
+
+ANNOTATION = Features(
+    {
+        "annotated_text": Value("string"),
+        "latents": [{"line": Value("int32"), "text": Value("string"), "gain": Value("float32")}],
+        "num_boundaries": Value("int32"),
+    }
+)
+
+
+def annotate_dataset(trainer, dataset: Dataset) -> Dataset:
+    """Splices latents of the present weights into a data set; the processes share it out.
+
+    Args:
+        trainer ([`RA3MidTrainer`]):
+            Model, engine and settings.
+        dataset (`datasets.Dataset`):
+            Text as the trainer takes it.
+
+    Returns:
+        `datasets.Dataset`: the same rows and columns with `annotated_text`, `latents` and `num_boundaries` added, on
+        every process. A latent has the 1-based `line` of `annotated_text` that it stands in, its `text`, and the
+        `gain` of thinking there in nats where that was measured. Texts that can't be annotated (empty, not of the
+        format, not given back by the tokenizer) stay as they are.
+
+    Raises:
+        `ValueError`: if the data set is empty, or has one of these columns already.
+    """
+    if taken := set(ANNOTATION) & set(dataset.column_names):
+        raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
+    if not len(dataset):
+        raise ValueError("the corpus is empty; give it at least one row.")
+    args = trainer.args
+    mine = range(args.process_index, len(dataset), args.world_size)
+    found = dict(zip(mine, _annotate_rows(trainer, dataset.select(mine), mine), strict=True)) if mine else {}
+    rows = {number: row for part in gather_object([found]) for number, row in part.items()}
+    added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
+    return concatenate_datasets([dataset, added], axis=1)
+
+
+def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """The columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
+    args, data = trainer.args, list(token_bytes(trainer.processing_class))
+    for tag in trainer.segmenter.format.tags:
+        data[trainer.processing_class.convert_tokens_to_ids(tag)] = tag.encode()
+    segmented = segment_dataset(dataset, trainer.segmenter, args.dataset_text_field, trainer._formatting_func)
+    rows = [_unannotated(trainer, row) for row in dataset]
+    noise, learner = NoiseKey(args.seed, 1, 0), trainer.learner and trainer.learner.live()
+    chunks = (row_to_document(row) for row in segmented)
+    quiet = args.disable_tqdm or args.process_index > 0
+    with (
+        torch.no_grad(), trainer._evaluating(), trainer.compute_loss_context_manager(), trainer.backbone.gathered(),
+        tqdm(total=len(segmented), desc="Annotating", unit="chunk", disable=quiet) as progress,
+    ):  # fmt: skip
+        for row, documents in groupby(chunks, key=lambda document: document.doc_id):
+            examples = []
+            for document in documents:
+                document = replace(document, doc_id=numbers[row])  # noise is keyed by it
+                examples.append(annotate(trainer.engine, document, args, noise, learner=learner))
+                progress.update()
+            if examples[0].document.status != "actions":
+                continue
+            text, latents = join_chunks(rows[row]["annotated_text"], examples, data)
+            boundaries = sum(len(e.document.sites) for e in examples)
+            rows[row] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
+    return rows
+
+
+def _unannotated(trainer, row: dict[str, Any]) -> dict[str, Any]:
+    field = trainer.args.dataset_text_field
+    if trainer._formatting_func is not None:
+        prompt, text = "", trainer._formatting_func(row)
+    else:
+        prompt, text = ("", row[field]) if field in row else (row["prompt"], row["completion"])
+    text = prompt + text
+    if trainer.args.existing_comments == "strip":
+        text = trainer.segmenter.format.strip(text, len(prompt))
+    return {"annotated_text": text, "latents": [], "num_boundaries": 0}
+
+
+def join_chunks(
+    text: str, examples: Sequence[AnnotatedExample], data: Sequence[bytes | None]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The annotated text of a whole document from the examples of its chunks, and its latents with their lines.
+
+    Chunks begin with context (BOS, a prompt, the last token before), which is not repeated: what the chunks train on
+    is the end of the text, and what stands before it is taken from the text.
+
+    Args:
+        text (`str`):
+            The document, its comments stripped if they were for the segmenter.
+        examples (`Sequence[AnnotatedExample]`):
+            Its chunks in order.
+        data (`Sequence[bytes | None]`):
+            Bytes of each token, as from `token_bytes`.
+    """
+    pieces: list[tuple[bytes, bool]] = []  # joined by runs: expert's bytes, or a latent's with prefix and closure
+    for example in examples:
+        context = example.document.context
+        tokens = zip(example.input_ids[context:], example.is_latent[context:], strict=True)
+        for is_latent, run in groupby(tokens, key=lambda pair: pair[1]):
+            pieces.append((b"".join(data[i] or b"" for i, _ in run), is_latent))
+    original = text.encode()
+    missing = len(original) - sum(len(piece) for piece, is_latent in pieces if not is_latent)
+    if missing < 0:  # the dummy space that SentencePiece puts before a text
+        pieces[0] = (pieces[0][0][-missing:], False)
+    out = original[: max(missing, 0)]
+    assert out + b"".join(piece for piece, is_latent in pieces if not is_latent) == original
+    drawn = iter([(latent, e.gains.get(site)) for e in examples for site, latent in sorted(e.placed.items())])
+    latents: list[dict[str, Any]] = []
+    for piece, is_latent in pieces:
+        if is_latent:
+            latent, gain = next(drawn)
+            content = b"".join(data[i] or b"" for i in latent.token_ids)
+            latents.append({"line": out.count(b"\n") + 1, "text": content.decode(), "gain": gain})
+        out += piece
+    return out.decode(), latents

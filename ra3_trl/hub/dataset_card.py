@@ -1,0 +1,110 @@
+"""The card of an annotated corpus: where it comes from, how it was made, and what its latents look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from ..segmentation import find_format
+from .card import PAPER, count_licenses, hub_ids, public_name
+from .licenses import license_metadata
+from .markdown import cell, code_cell
+
+
+TEMPLATE = Path(__file__).parent / "dataset_card.md.jinja"
+DATA_FILES = "data/train-*"
+_SHOWN = (
+    "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
+    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "seed",
+)  # fmt: skip
+_PREVIEWED = 8
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+
+
+def size_category(rows: int) -> str:
+    """The Hub's word for a number of rows, as `"1K<n<10K"`."""
+    return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M" if rows < 10**8 else "100M<n<1B")
+
+
+def preview_rows(annotated: Dataset, action_format: str, limit: int = _PREVIEWED) -> list[dict[str, Any]]:
+    """The first latent of each of the first rows that have one: `row`, `latent`, `next` and `gain`.
+
+    `next` is what stands behind the latent, up to the end of that line or of the next.
+    """
+    form = find_format(action_format)
+    close = form.end.strip()
+    shown = ((number, row) for number, row in enumerate(annotated) if row["latents"])
+    found = []
+    for number, row in islice(shown, limit):
+        first = row["latents"][0]
+        latent = form.think + first["text"]
+        rest = "\n".join(row["annotated_text"].split("\n")[first["line"] - 1 :]).partition(latent)[2]
+        behind = rest.removeprefix(close).strip().split("\n")[0]
+        found.append({"row": number, "latent": latent, "next": behind, "gain": first["gain"]})
+    return found
+
+
+def render_dataset_card(
+    trainer,
+    annotated: Dataset,
+    repo_id: str,
+    checkpoint: str | None = None,
+    dataset_name: str | None = None,
+    dataset_license: str | None = None,
+) -> DatasetCard:
+    """The card of an annotated corpus, with metadata that the Hub takes.
+
+    Args:
+        trainer ([`RA3MidTrainer`]):
+            What annotated it.
+        annotated (`datasets.Dataset`):
+            From [`annotate_dataset`], with a column `license` where licences are known.
+        repo_id (`str`):
+            Its name on the Hub.
+        checkpoint (`str`, *optional*):
+            Name of the weights; the default is the trainer's own model after its updates.
+        dataset_name (`str`, *optional*), dataset_license (`str`, *optional*):
+            The source in words; the licence of all rows, where they have no column for it.
+    """
+    base = trainer.backbone.causal_lm.config._name_or_path
+    licenses: Mapping[str, int] = count_licenses(annotated)
+    if not licenses:
+        licenses = {dataset_license or "unknown": len(annotated)}
+    if checkpoint is None:
+        checkpoint = f"{Path(base).name or 'a model'} after {trainer.state.global_step} updates of RA3"
+    data = DatasetCardData(
+        **license_metadata(licenses),
+        annotations_creators="machine-generated",
+        task_categories=["text-generation"],
+        size_categories=size_category(len(annotated)),
+        source_datasets=hub_ids([dataset_name]) or None,
+        tags=["ra3", "trl", "mid-training", "synthetic"],
+        pretty_name=repo_id.split("/")[-1],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILES}]}],
+    )
+    return DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        source=dataset_name and public_name(dataset_name),
+        checkpoint=public_name(checkpoint),
+        checkpoint_id=next(iter(hub_ids([checkpoint])), None),
+        rows=len(annotated),
+        latents=sum(map(len, annotated["latents"])),
+        boundaries=sum(annotated["num_boundaries"]),
+        licenses=list(licenses.items()),
+        columns=annotated.column_names,
+        preview=preview_rows(annotated, trainer.args.action_format),
+        think=find_format(trainer.args.action_format).think,
+        settings={name: vars(trainer.args)[name] for name in _SHOWN},
+        version=metadata.version("ra3-trl"),
+        paper=PAPER,
+        cell=cell,
+        code_cell=code_cell,
+    )

@@ -1,0 +1,144 @@
+"""What `RA3MidTrainer` gives to the Hub besides its weights: the model's card, and the corpus that it annotated."""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
+
+from .annotated import ANNOTATION, annotate_dataset
+from .card import card_facts, render_model_card
+from .dataset_card import render_dataset_card
+from .publish import DatasetPush
+
+
+# Files of a checkpoint that are for resuming alone, or whose place the card takes.
+_NOT_PUSHED = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "*.bin", "trainer_state.json", "README.md")
+_NOT_PUSHED += ("ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors")
+
+
+class HubMixin:
+    """Mixed into a `Trainer` with `source_dataset`, `backbone`, `engine`, `segmenter`, `latent_log`, `learner`,
+    `evaluations` and `counts`."""
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
+        if self.is_world_process_zero():
+            card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As `Trainer`'s, with head, settings and card, and without the pickled arguments, which hold the token."""
+        args, strategy = self.args, HubStrategy(self.args.hub_strategy)
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # Copied, since the checkpoint may be rotated away while it is uploaded.
+        for path in Path(checkpoint_folder).iterdir():
+            if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
+                shutil.copy(path, Path(args.output_dir, path.name))
+        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+        message = f"Training in progress, update {self.state.global_step}"
+        jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=place))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, folder: str, message: str, **options):
+        api = HfApi(token=self.args.hub_token)
+        return api.upload_folder(
+            repo_id=self.hub_model_id, folder_path=folder, commit_message=message, run_as_future=True,
+            revision=self.args.hub_revision, **options,
+        )  # fmt: skip
+
+    def push_annotated_dataset(
+        self,
+        repo_id: str,
+        dataset: Dataset | None = None,
+        *,
+        dataset_name: str | None = None,
+        license_column: str = "license",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload annotated data set",
+        allow_missing_licenses: bool = False,
+        allow_secrets: bool = False,
+    ) -> CommitInfo | None:
+        """
+        Annotates a corpus with the present weights and pushes it to the Hub with its card, in one commit.
+
+        Rows are checked before they are annotated and once more, with their latents, before anything leaves.
+
+        Args:
+            repo_id (`str`):
+                Data set on the Hub, `"org/name"` or `"name"` under your own.
+            dataset (`datasets.Dataset`, *optional*):
+                Text as the trainer takes it; the default is the training data.
+            dataset_name (`str`, *optional*):
+                The source in words, for the card.
+            license_column (`str`, *optional*, defaults to `"license"`):
+                Column that names each row's licence. Without a column `license` it is `args.dataset_license`.
+            private (`bool`, *optional*):
+                Whether a new repository is private; the default is `args.hub_private_repo`.
+            token (`str`, *optional*):
+                Token with write permission; the default is `args.hub_token`, then the one you are logged in with.
+            revision (`str`, *optional*):
+                Branch to push to, made if it is not there.
+            commit_message (`str`, *optional*):
+                Message of the commit.
+            allow_missing_licenses (`bool`, *optional*, defaults to `False`):
+                Push rows without a licence too.
+            allow_secrets (`bool`, *optional*, defaults to `False`):
+                Push what looks like passwords and keys too.
+
+        Returns:
+            `CommitInfo` of the upload on the main process, `None` on others.
+
+        Raises:
+            `ValueError`: for data without licences or with secrets, and where nothing can be annotated; then nothing
+            is uploaded.
+        """
+        args = self.args
+        push = DatasetPush(
+            repo_id,
+            license_column,
+            args.dataset_license,
+            args.hub_private_repo if private is None else private,
+            args.hub_token if token is None else token,
+            revision,
+            commit_message,
+            allow_missing_licenses,
+            allow_secrets,
+        )
+        annotated = annotate_dataset(self, push.check(self._to_annotate(dataset)))
+        push.check_secrets(annotated.select_columns(list(ANNOTATION)))  # the rest is as it was
+        if not self.is_world_process_zero():
+            return None
+        card = render_dataset_card(self, annotated, repo_id, None, dataset_name, args.dataset_license)
+        return push.upload(annotated, card)
+
+    def _to_annotate(self, dataset: Dataset | None) -> Dataset:
+        source = self.source_dataset if dataset is None else dataset
+        if not isinstance(source, Dataset):
+            raise ValueError(
+                f"`dataset` is {type(source).__name__ if source is not None else None}, but a corpus to push has a "
+                "length: pass a `datasets.Dataset` (of a stream, `Dataset.from_list(list(stream.take(n)))`)."
+            )
+        if not self.args.uses_latents:
+            raise ValueError(
+                f"`e_steps` is {self.args.e_steps} and `penalty` {self.args.penalty}: this run is next-token "
+                "prediction, which leaves no room for latents; set `e_steps`, or use `ra3 annotate`."
+            )
+        return source
