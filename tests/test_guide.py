@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
 
 
 def test_the_guide_has_blocks():
-    assert len(named_blocks()) == 9
+    assert len(named_blocks()) == 12
 
 
 @pytest.mark.parametrize(("heading", "code"), named_blocks(), ids=[h.replace(" ", "_") for h, _ in named_blocks()])

@@ -13,6 +13,7 @@ from importlib import metadata
 COMMANDS = {
     "train": "mid-train a causal language model on expert text (--dry_run says what it would take)",
     "annotate": "splice latents of a checkpoint into a corpus and save it as a dataset",
+    "show": "a file as a checkpoint sees it: P(think), latents and their gains, in the terminal or as a page",
     "demo": "the main job on a small model and the standard library, in a few minutes",
     "env": "versions and devices, for bug reports",
 }
