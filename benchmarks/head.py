@@ -26,7 +26,7 @@ from ra3_trl.em import annotate
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.losses import compute_returns
 from ra3_trl.rollout import NoiseKey
-from ra3_trl.segmentation import row_to_document
+from ra3_trl.segmentation import load_code_directory, row_to_document, standard_library
 
 from .common import default_model, say
 from .gate_testbed import expert, make_tokenizer, pretrain, probe
@@ -46,6 +46,7 @@ _RIGHT = 0.7  # share of right comments whose price in rollouts is told
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="pre-trained models, each with its own data")
     parser.add_argument("--updates", type=int, default=_UPDATES, help="E-updates of each run")
+    parser.add_argument("--real", type=int, default=0, help="E-updates of SmolLM2-135M on real functions, 20 s each")
 
 
 def make_trainer(model, tokenizer: PreTrainedTokenizerFast, seed: int, folder: str, **settings) -> RA3MidTrainer:
@@ -118,10 +119,9 @@ def selection(bases, tokenizer, updates: int) -> dict[str, Any]:
                 curve.trainer = trainer
                 trainer.add_callback(curve)
                 trainer.train()
-            price = curve.price(_RIGHT)
-            prices[arm].append(price if price is not None else float("nan"))
+            prices[arm].append(curve.price(_RIGHT))
             finals.append(curve.points[-1])
-            say(f"{arm} seed {seed}: {price} rollouts to {_RIGHT}, at the end {finals[-1]}")
+            say(f"{arm} seed {seed}: {prices[arm][-1]} rollouts to {_RIGHT}, at the end {finals[-1]}")
         found[f"{arm}_rollouts"] = finals[0][0]
         found[f"{arm}_right"] = [round(point[1], 3) for point in finals]
         found[f"{arm}_gain"] = [round(point[2], 3) for point in finals]
@@ -227,6 +227,38 @@ def gate_overhead(model, tokenizer, rounds: int = 3) -> float:
     return min(seconds["auto"]) / min(seconds["plain"])
 
 
+def real_code(updates: int) -> dict[str, Any]:
+    """SmolLM2-135M on functions of the standard library: what the head knows after a short E-phase, what annotation
+    then does without, and the price of banning latents."""
+    data = load_code_directory(standard_library()).shuffle(seed=0).filter(lambda row: 200 < len(row["text"]) < 1200)
+    with TemporaryDirectory() as folder:
+        args = RA3Config(
+            output_dir=folder, e_steps=updates, m_steps=0, horizon=1, max_latent_length=10, max_length=400,
+            per_device_train_batch_size=4, existing_comments="strip", use_cpu=True, report_to=[], log_latents_steps=0,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        train, held_out = data.select(range(4 * updates)), data.select(range(4 * updates, 4 * updates + 12))
+        trainer = RA3MidTrainer(str(default_model()), args, train, held_out)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "head/gain_error" in entry][-4:]
+        found = {f"real_{n}": fmean(e[f"head/{n}"] for e in log) for n in ("gain_error", "gain_spread")}
+        metrics = trainer.evaluate()
+        found |= {f"real_{n}": metrics[f"eval_{n}"] for n in ("ce", "ce_never", "ce_policy", "think_rate", "gain")}
+        args = trainer.args
+        args.boundary_selection = "head"
+        trainer.learner.begin_phase()
+        tried, placed = Counter(), Counter()
+        for row in trainer.eval_dataset:
+            document, noise = row_to_document(row), NoiseKey(seed=3, phase=1, step=0)
+            for args.annotation_skip in (0.0, *SKIPS):
+                example = annotate(trainer.engine, document, args, noise, learner=trainer.learner)
+                tried[args.annotation_skip] += len(example.gains)
+                placed[args.annotation_skip] += len(example.placed)
+    found |= {f"real_annotation_skip_{skip}_boundaries_tried": tried[skip] / tried[0.0] for skip in SKIPS}
+    return found | {f"real_annotation_skip_{skip}_latents_kept": placed[skip] / placed[0.0] for skip in SKIPS}
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All parts, for each seed."""
     logging.getLogger("ra3_trl").setLevel(logging.ERROR)
@@ -238,4 +270,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for part in (selection, gates, annotation, knob):
         say(part.__doc__.split("\n")[0])
         found |= part(bases, tokenizer, args.updates)
+    if args.real:
+        say(real_code.__doc__.split("\n")[0])
+        found |= real_code(args.real)
     return found

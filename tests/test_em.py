@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from ra3_trl import RA3Config
-from ra3_trl.em import GateHold, annotate, mstep_loss, pack, plan_schedule, split_example
+from ra3_trl.em import (
+    GateHold,
+    annotate,
+    evaluate_documents,
+    finish_metrics,
+    mstep_loss,
+    pack,
+    plan_schedule,
+    split_example,
+)
 from ra3_trl.records import AnnotatedExample, Document, Latent
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
@@ -176,3 +185,17 @@ def test_trunk_gates_are_probabilities(setting):
     _, engine, document = setting
     gates = engine.trunk(document).gate_logps_A[list(document.sites)]
     assert torch.all(gates < 0)
+
+
+def test_cross_entropy_with_latents_banned(setting):
+    """Each boundary's line has the mass of thinking taken out: `ce` less the sum of -log(1 - P(think)), a token."""
+    _, engine, document = setting
+    args = RA3Config(horizon=1, num_latents=2, eval_num_latents=2, max_latent_length=5, use_cpu=True)
+    with torch.no_grad():  # logits of 0 for the think tokens, or P(think) is lost in rounding
+        for site in document.sites:
+            engine.backbone.causal_lm.lm_head.weight[list(document.actions[site].boundary.think)] = 0.0
+    found = finish_metrics(evaluate_documents(engine, [document], args))
+    gates = engine.trunk(document).gate_logps_A[list(document.sites)].double().exp()
+    gained = float(-torch.log1p(-gates).sum())
+    assert gained > 1e-3
+    assert found["ce"] - found["ce_never"] == pytest.approx(gained / found["code_tokens"], rel=0.02)

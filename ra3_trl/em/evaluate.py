@@ -21,11 +21,12 @@ def evaluate_documents(
 ) -> dict[str, float]:
     """Sums over documents; [`finish_metrics`] turns them (added over processes) into averages.
 
-    `policy` is the log-likelihood of the code on a text that the policy has annotated left to right (a one-sample
-    estimate of the temporal ELBO); `elbo` and `multi_sample` put every latent before its own line on the clean text.
+    `never` is the log-likelihood of the code where latents are banned, as `think="never"` writes; `policy` on a text
+    that the policy has annotated left to right (a one-sample estimate of the temporal ELBO): their difference is the
+    price of doing without. `elbo` and `multi_sample` put every latent before its own line on the clean text.
     """
-    names = ("log_likelihood", "elbo", "multi_sample", "policy", "tokens", "think", "sites", "gain", "latents")
-    sums = dict.fromkeys((*names, "latent_tokens", "policy_latents"), 0.0)
+    names = ("log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "sites", "gain")
+    sums = dict.fromkeys((*names, "latents", "latent_tokens", "policy_latents"), 0.0)
     for document in documents:
         sites = choose_sites(document, args.eval_max_sites, EVAL_NOISE)
         group = engine.rollout(document, sites, args.eval_num_latents, args.horizon, EVAL_NOISE)
@@ -35,9 +36,11 @@ def evaluate_documents(
         annotated = annotate(engine, document, args, EVAL_NOISE, "policy", learner and learner.live())
         trunk = engine.trunk(annotated.document)
         rewards = renormalise(trunk.line_logps_A, trunk.gate_logps_A)
+        banned = renormalise(group.line_logps_A, group.gate_logps_A)
         sums["log_likelihood"] += bounds.log_likelihood
         sums["elbo"] += bounds.elbo
         sums["multi_sample"] += bounds.multi_sample
+        sums["never"] += sum(float(r) for r, a in zip(banned, document.actions, strict=True) if not a.comment)
         sums["policy"] += sum(float(r) for r, a in zip(rewards, document.actions, strict=True) if not a.comment)
         sums["tokens"] += bounds.tokens
         sums["think"] += (
@@ -57,6 +60,7 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {
         "loss": -sums["log_likelihood"] / tokens,
         "ce": -sums["log_likelihood"] / tokens,
+        "ce_never": -sums["never"] / tokens,
         "ce_policy": -sums["policy"] / tokens,
         "elbo": -sums["elbo"] / tokens,
         "bound_multi": -sums["multi_sample"] / tokens,
