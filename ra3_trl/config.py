@@ -355,6 +355,13 @@ class RA3Config(TrainingArguments):
         own = [field.name for field in fields(self) if field.name not in inherited]
         write_settings(settings_of(self, own), folder)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, which trackers write down, without a token in `model_init_kwargs` too."""
+        values = super().to_dict()
+        if "token" in (values["model_init_kwargs"] or {}):
+            values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
+        return values
+
     @property
     def uses_latents(self) -> bool:
         """Whether the M-step trains on annotated text. Without E-steps it does only if `annotation_think_prob` is set

@@ -32,6 +32,7 @@ from .parser import TrainParser, normalise, read_config, refuse_unknown
 from .rewards import load_reward_funcs
 
 
+_NOT_REPEATED = ("--resume_from_checkpoint", "--hub_token", "--hub-token")  # a log is no place for a token
 _UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
 
 
@@ -214,18 +215,21 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) ->
     trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        pushed = trainer.push_to_hub(dataset_name=dataset_name)
+        if pushed is not None:  # None on other processes
+            print(f"Pushed to {pushed.repo_url}.")
     trainer.end()
 
 
 def resume_command(typed: str) -> str:
-    """`typed`, the user's command, with `--resume_from_checkpoint true` in the place of any other."""
-    words = [word for word in shlex.split(typed) if not word.startswith("--resume_from_checkpoint=")]
-    if "--resume_from_checkpoint" in words:
-        at = words.index("--resume_from_checkpoint")
-        words = words[:at] + words[at + 2 :]
-    return shlex.join([*words, "--resume_from_checkpoint", "true"])
+    """`typed`, the user's command, with `--resume_from_checkpoint true` in the place of any other, and no token."""
+    words, kept = iter(shlex.split(typed)), []
+    for word in words:
+        if word in _NOT_REPEATED:
+            next(words, None)
+        elif word.partition("=")[0] not in _NOT_REPEATED:
+            kept.append(word)
+    return shlex.join([*kept, "--resume_from_checkpoint", "true"])
 
 
 def _stopped(args: RA3Config, typed: str) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, auth_check, upload_folder
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import PushInProgress, logging
 
+from ..files import written_aside
 from .annotated import ANNOTATION, annotate_dataset
 from .card import card_facts, render_model_card
 from .dataset_card import render_dataset_card
 from .publish import DatasetPush
 
 
+logger = logging.get_logger(__name__)
 # Files of a checkpoint that are for resuming alone, or whose place the card takes.
 _NOT_PUSHED = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "*.bin", "trainer_state.json", "README.md")
 _NOT_PUSHED += ("ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors")
@@ -33,6 +36,12 @@ class HubMixin:
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
             card.save(Path(self.args.output_dir) / "README.md")
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer`'s; that the repository may be written to is seen now, not after the training."""
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            auth_check(self.hub_model_id, token=self.args.hub_token if token is None else token, write=True)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer`'s, with head, settings and card, and without the pickled arguments, which hold the token."""
         args, strategy = self.args, HubStrategy(self.args.hub_strategy)
@@ -41,9 +50,10 @@ class HubMixin:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # Copied, since the checkpoint may be rotated away while it is uploaded.
-        for path in Path(checkpoint_folder).iterdir():
-            if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
-                shutil.copy(path, Path(args.output_dir, path.name))
+        with written_aside(args.output_dir) as folder:
+            for path in Path(checkpoint_folder).iterdir():
+                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
+                    shutil.copy(path, folder)
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         message = f"Training in progress, update {self.state.global_step}"
         jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
@@ -55,12 +65,14 @@ class HubMixin:
         else:
             self.push_in_progress = PushInProgress(jobs)
 
-    def _upload(self, folder: str, message: str, **options):
-        api = HfApi(token=self.args.hub_token)
-        return api.upload_folder(
+    def _upload(self, folder: str, message: str, **options) -> Future[CommitInfo]:
+        """In the background, one after the other: each `HfApi` has a queue of its own, so this is the shared one."""
+        job = upload_folder(
             repo_id=self.hub_model_id, folder_path=folder, commit_message=message, run_as_future=True,
-            revision=self.args.hub_revision, **options,
+            revision=self.args.hub_revision, token=self.args.hub_token, **options,
         )  # fmt: skip
+        job.add_done_callback(_say_if_failed)
+        return job
 
     def push_annotated_dataset(
         self,
@@ -142,3 +154,8 @@ class HubMixin:
                 "prediction, which leaves no room for latents; set `e_steps`, or use `ra3 annotate`."
             )
         return source
+
+
+def _say_if_failed(job: Future[CommitInfo]) -> None:
+    if (error := job.exception()) is not None:
+        logger.warning("A push to the Hub failed, and training goes on without it: %s", error)
