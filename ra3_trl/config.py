@@ -355,6 +355,12 @@ class RA3Config(TrainingArguments):
         own = [field.name for field in fields(self) if field.name not in inherited]
         write_settings(settings_of(self, own), folder)
 
+    def __repr__(self) -> str:
+        """As a data class's, with tokens hidden."""
+        return f"RA3Config({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, which trackers write down, without a token in `model_init_kwargs` too."""
         values = super().to_dict()

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
 _STALE = ("model*.safetensors", "model.safetensors.index.json", "adapter_*", "abstraction_*", "pytorch_model*.bin*")
+_STALE += ("training_args.bin",)
 
 
 def find_file(name: str, filename: str, **place: Any) -> Path | None:
@@ -61,8 +62,8 @@ def _is_cached(name: str, place: dict[str, Any]) -> bool:
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A new folder to write a checkpoint into; its files go to `folder` when all of them are there.
 
-    What fails on the way leaves `folder` as it was. Weights and heads in `folder` that the new checkpoint does not
-    have are removed, other files stay.
+    What fails on the way leaves `folder` as it was. Weights, heads and pickles (`training_args.bin` holds a token) in
+    `folder` that the new checkpoint does not have are removed, other files stay.
 
     Raises:
         `ValueError`: if `folder` is a file.

@@ -79,3 +79,20 @@ def test_bad_files_are_refused(tmp_path, text, says):
         (tmp_path / "ra3_config.json").write_text(text)
     with pytest.raises(ValueError, match=says):
         RA3Config.from_pretrained(str(tmp_path), use_cpu=True)
+
+
+def test_a_config_in_words_hides_tokens():
+    args = RA3Config(hub_token="not-a-real-token", model_init_kwargs={"token": "nor-this-one"}, use_cpu=True, seed=11)
+    for text in (repr(args), str(args), args.to_json_string()):
+        assert "not-a-real-token" not in text and "nor-this-one" not in text and "11" in text
+    assert args.hub_token == "not-a-real-token" and args.model_init_kwargs["token"] == "nor-this-one"
+
+
+def test_an_older_pickle_does_not_stay(make_trainer, tmp_path):
+    """`training_args.bin` of another trainer would go to the Hub with the folder, and the token in it."""
+    trainer = make_trainer(TEXTS)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for name in ("training_args.bin", "mine.bin"):
+        (tmp_path / "run" / name).write_bytes(b"x")
+    trainer.save_model()
+    assert [p.name for p in (tmp_path / "run").glob("*.bin")] == ["mine.bin"]

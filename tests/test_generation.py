@@ -9,6 +9,10 @@ import ast
 import copy
 import itertools
 import math
+import random
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from ra3_trl import ACTION_FORMATS
 from ra3_trl.generation import ThinkLogitsProcessor, strip_latents
 from ra3_trl.models import add_tags
 from ra3_trl.records import Latent
-from ra3_trl.segmentation import Segmenter, splice
+from ra3_trl.segmentation import PYTHON, Segmenter, splice
 
 
 FLAT = "def f(x):\n    a = g(\n        x,\n    )\n    b = a\n    return b\n"
@@ -694,3 +698,44 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(ValueError, match="`tokenizer` is Slow, .* pass a fast tokenizer"):
         ThinkLogitsProcessor(Slow())
+
+
+# ---- used again, and damaged ----
+
+
+def test_another_prompt_that_begins_like_the_one_before(tokenizers):
+    """Used again on a prompt that is longer than the first and shorter than the first with its completion."""
+    tokenizer = tokenizers["newline_indent"]
+    scores, marker = torch.zeros(1, len(tokenizer)), tokenizer("#")["input_ids"][0]
+
+    def bans(processor, prompt: str, completion: str) -> list[bool]:
+        ids, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
+        rows = [torch.tensor([ids + after[:k]]) for k in range(len(after) + 1)]
+        return [bool(processor(row, scores)[0, marker].isinf()) for row in rows]
+
+    used, fresh = (ThinkLogitsProcessor(tokenizer, "never", prompt_is_code=False) for _ in range(2))
+    bans(used, "Write code", "\nx = 1\ny = 2\nz = 3\nfoo(1, 2, 3)\nbar(4)\n")
+    found, wanted = (bans(p, "Write code that's short", "\nx = 1\n") for p in (used, fresh))
+    assert found == wanted and any(wanted) and not all(wanted)
+
+
+@pytest.mark.parametrize("begin", ["'\n", "f(\n", "'''\n", "Here's the code:\n"])
+def test_strip_takes_no_longer_for_what_can_not_be_read(begin):
+    """Row by row it would be read 3,000 times, minutes for 60 kB; at once it takes a fraction of a second."""
+    text = begin + "if x:\n    y = 1\n" * 3000
+    start = time.perf_counter()
+    assert strip_latents(text) == text
+    assert time.perf_counter() - start < 10
+
+
+def test_the_whole_statements_of_a_damaged_text():
+    """As by trying row after row from the end."""
+    rng, code = random.Random(0), Path(textwrap.__file__).read_text("utf-8")[:6000]
+    for _ in range(60):
+        text = code[: rng.randrange(len(code))]
+        at, damage = rng.randrange(len(text) + 1), rng.choice(["", "'", "(", "'''", "$", "   bad\n", "}", "\0"])
+        text = text[:at] + damage + text[at:]
+        end = len(text)
+        while end and PYTHON.segment(text[:end]) is None:
+            end = text.rfind("\n", 0, end - 1) + 1
+        assert strip_latents(text) == PYTHON.strip(text[:end], 0) + text[end:]

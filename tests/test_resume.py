@@ -36,6 +36,16 @@ def folders(path: Path) -> dict[str, float]:
     return {str(p): p.stat().st_mtime_ns for p in path.rglob("*")}
 
 
+def test_a_finished_run_does_no_update_more(make, tmp_path):
+    """Killed behind its last checkpoint: `Trainer` would do one more update, with the optimizer where it was."""
+    alone = make(save_strategy="steps", save_steps=5)
+    alone.train()
+    again = make(output_dir=str(tmp_path / "again"))
+    again.train(resume_from_checkpoint=f"{alone.args.output_dir}/checkpoint-5")
+    assert again.state.global_step == 5
+    assert furthest(weights(alone.model), weights(again.model)) == 0
+
+
 # ---- what is refused, with nothing overwritten ----
 
 

@@ -92,7 +92,8 @@ class CheckpointMixin:
         finally:
             self.args.save_total_limit, self.args.push_to_hub, self._saving_aside = limit, push, False
         aside, final = run / _ASIDE / name, run / name
-        probe = [document_to_row(document) for document in self._probe]
+        of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand again
+        probe = [document_to_row(document) for document in self._probe if of_stream]
         each = gather_object([{"metrics": self.metrics.sums, "probe": probe}])
         frozen = {f"{kind}/{name}": v for kind, f in self.frozen.items() for name, v in f.whole_values().items()}
         if self.args.should_save:

@@ -21,6 +21,9 @@ class StreamMixin:
     _pass: tuple[int, int] = (0, 0)  # its number, and the update it began at
 
     def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.schedule.total:  # resumed when all was done: `Trainer` would do one more
+            self.control.should_training_stop = True
+            return None
         resumed = kwargs["resume_from_checkpoint"] and kwargs["epoch"] == kwargs["epochs_trained"]
         done = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if resumed else 0
         self._pass = (kwargs["epoch"], self.state.global_step - done)

@@ -44,7 +44,7 @@ class LineReader:
     def __init__(self, vocabulary: Vocabulary, prompt_is_code: bool):
         self._words, self._format = vocabulary, vocabulary.format
         self._prompt_is_code = prompt_is_code
-        self._prompts: set[tuple[int, ...]] = set()
+        self._last: set[tuple[int, ...]] = set()
         self._prompt, self._width = 0, -2
         self._known: dict[tuple[int, ...], LineStart] = {}
 
@@ -63,10 +63,11 @@ class LineReader:
 
     def _follow(self, rows: Sequence[Sequence[int]]) -> None:
         """Notices a new call of `generate` and how long its prompts are (assisted decoding may step back)."""
-        width = len(rows[0])
-        if width > self._width + 1 or any(tuple(row[: self._prompt]) not in self._prompts for row in rows):
-            self._prompt, self._prompts, self._known = width, {tuple(row) for row in rows}, {}
-        self._width = width
+        width, now = len(rows[0]), {tuple(row) for row in rows}
+        before = {row[: width - 1] for row in self._last}
+        if width > self._width + 1 or not {row[: width - 1] for row in now} <= before:
+            self._prompt, self._known = width, {}
+        self._width, self._last = width, now
 
     @property
     def _first(self) -> int:

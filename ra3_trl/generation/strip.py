@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..segmentation import ActionFormat, find_format
+from ..segmentation import ActionFormat, find_format, statements_end
 
 
 def strip_latents(text: str, action_format: str = "python") -> str:
@@ -43,7 +43,7 @@ def strip_latents(text: str, action_format: str = "python") -> str:
 
 def _readable(text: str, action_format: ActionFormat) -> int:
     """Length of the longest beginning of `text` in whole rows that is of the format."""
-    end = len(text)
+    end = statements_end(text) if action_format.name == "python" else len(text)  # else it would be tried row by row
     while end and action_format.segment(text[:end]) is None:
         end = text.rfind("\n", 0, end - 1) + 1
     return end

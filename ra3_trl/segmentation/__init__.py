@@ -5,6 +5,7 @@ from .datasets import FEATURES, count_documents, document_to_row, row_to_documen
 from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
+from .python import statements_end
 from .tokens import FragmentEncoder, build_token_table, require_tags, token_bytes
 
 
@@ -30,6 +31,7 @@ __all__ = [
     "segment_dataset",
     "splice",
     "standard_library",
+    "statements_end",
     "tagged",
     "token_bytes",
 ]

@@ -61,6 +61,29 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
     return tuple(lines)
 
 
+def statements_end(text: str) -> int:
+    """Length of the whole statements that `text` begins with, up to its end or the first thing that is no Python.
+
+    Example: `statements_end("x = 1\\ny = (2,\\n") == 6`.
+    """
+    bom = 1 if text.startswith("\ufeff") else 0
+    offsets = [bom]
+    for row in text[bom:].split("\n"):
+        offsets.append(offsets[-1] + len(row) + 1)
+    depth, end = 0, 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text[bom:], newline="\n").readline):
+            if token.type == tokenize.ERRORTOKEN:
+                return end
+            if token.type == tokenize.OP:
+                depth += (token.string in "([{") - (token.string in ")]}")
+            elif token.type in (tokenize.NEWLINE, tokenize.NL) and depth <= 0:
+                end = min(offsets[token.start[0]], len(text))
+    except (tokenize.TokenError, SyntaxError):
+        return end
+    return len(text)
+
+
 def _line(
     token: tokenize.TokenInfo, offsets: list[int], rows: list[str], bom: int, indent: str, comment: bool
 ) -> Line:
