@@ -344,16 +344,26 @@ class RA3Config(TrainingArguments):
             raise ValueError(
                 f"{name!r} has no {RA3_CONFIG}; it was not trained by RA3MidTrainer. Make an `RA3Config()`."
             )
+        return cls.from_settings(settings, **changes)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], **changes) -> RA3Config:
+        """A configuration of what `ra3_config.json` holds, with `changes`.
+
+        Raises:
+            `ValueError`: for fields that there are none of.
+        """
         unknown = sorted(set(settings) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"{RA3_CONFIG} of {name!r} has fields that no `RA3Config` has: {', '.join(unknown)}.")
+            raise ValueError(f"{RA3_CONFIG} has fields that no `RA3Config` has: {', '.join(unknown)}.")
         return cls(**settings | changes)
 
     def save_pretrained(self, folder: str) -> None:
         """Writes `ra3_config.json`: the settings that shape a run, without paths, tokens and what is the machine's."""
         inherited = {field.name for field in fields(TrainingArguments)}
         own = [field.name for field in fields(self) if field.name not in inherited]
-        write_settings(settings_of(self, own), folder)
+        settings = settings_of(self, own) | {"max_steps": getattr(self, "planned_from", self.max_steps)}
+        write_settings(settings, folder)
 
     def __repr__(self) -> str:
         """As a data class's, with tokens hidden."""

@@ -20,9 +20,9 @@ RA3_CONFIG, VERSION = "ra3_config.json", 2
 _STATE = "ra3_state.json"
 _TRAINING = (
     "seed", "data_seed", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "bf16", "fp16",
-    "activation_checkpointing", "dataloader_drop_last",
+    "train_sampling_strategy", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
+    "max_steps", "bf16", "fp16", "activation_checkpointing", "dataloader_drop_last",
 )  # fmt: skip
 _OF_THE_MACHINE = {"model_init_kwargs", "dataset_num_proc"}  # the first may hold a token
 
@@ -41,8 +41,9 @@ def write_settings(settings: dict[str, Any], folder: str | Path) -> None:
 
 
 def _from_1(settings: dict[str, Any]) -> dict[str, Any]:
-    """Facts of the run that are no settings go; there was no abstraction head."""
-    facts = {"world_size", "train_dataset", "reward_funcs", "dataloader_num_workers", "train_sampling_strategy"}
+    """Facts of the run that are no settings go; there was no abstraction head. `m_steps` and `em_iterations` were not
+    kept and become the defaults."""
+    facts = {"world_size", "train_dataset", "reward_funcs", "dataloader_num_workers"}
     return {name: value for name, value in settings.items() if name not in facts} | {"abstraction_head": False}
 
 

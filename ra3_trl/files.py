@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
-_STALE = ("model*.safetensors", "model.safetensors.index.json", "adapter_*", "abstraction_*", "pytorch_model*.bin*")
-_STALE += ("training_args.bin",)
+# What an older checkpoint may have left, by the weights of the new one.
+_BESIDE = ("adapter_*", "abstraction_*", "training_args.bin")
+_STALE = {"model": ("model*.safetensors*", "pytorch_model*.bin*", *_BESIDE), "adapter_model": _BESIDE}
 
 
 def find_file(name: str, filename: str, **place: Any) -> Path | None:
@@ -37,48 +38,45 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(name, filename, **place))
-    except LocalEntryNotFoundError as error:  # offline: where the revision is in the cache, this file is not in it
-        if _is_cached(name, place):
+    except LocalEntryNotFoundError as error:
+        known = {key: place[key] for key in ("cache_dir", "revision") if place.get(key)}
+        if try_to_load_from_cache(name, filename, **known) is _CACHED_NO_EXIST:
             return None
         raise OSError(
-            f"{name!r} is no folder, and it is not in the cache while the Hub can't be reached; go online once or "
-            f"give a folder. ({error})"
+            f"{filename} of {name!r} is not in the cache, and the Hub can't be reached; go online once, so that it is "
+            f"known what the repository has, or give a folder. ({error})"
         ) from error
     except EntryNotFoundError:
         return None
-
-
-def _is_cached(name: str, place: dict[str, Any]) -> bool:
-    for filename in ("config.json", "adapter_config.json"):
-        try:
-            hf_hub_download(name, filename, **place | {"local_files_only": True})
-        except EntryNotFoundError:
-            continue
-        return True
-    return False
 
 
 @contextmanager
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A new folder to write a checkpoint into; its files go to `folder` when all of them are there.
 
-    What fails on the way leaves `folder` as it was. Weights, heads and pickles (`training_args.bin` holds a token) in
-    `folder` that the new checkpoint does not have are removed, other files stay.
+    What fails while they are written leaves `folder` as it was; then they are renamed one after the other. Weights,
+    heads and pickles (`training_args.bin` holds a token) in `folder` that the new checkpoint does not have are
+    removed, other files stay, and so does a card. The weights beside an adapter may be its base's: they stay too.
 
     Raises:
         `ValueError`: if `folder` is a file.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link may lead to another file system, onto which nothing can be renamed
     if folder.is_file():
         raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; give a folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    near = folder if folder.is_mount() else folder.parent
+    aside = Path(tempfile.mkdtemp(prefix="_incomplete-", dir=near))  # what begins with `_` is never pushed
     try:
         yield aside
         folder.mkdir(exist_ok=True)
-        new = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
-        stale = {path for pattern in _STALE for path in folder.glob(pattern)} - {folder / path for path in new}
-        for path in new:
+        new = {path.relative_to(aside) for path in aside.rglob("*") if path.is_file()}
+        if (folder / "README.md").exists():
+            new.discard(Path("README.md"))
+        has = [kind for kind in _STALE if any(path.name.startswith(kind) for path in new)]
+        stale = {path for kind in has for pattern in _STALE[kind] for path in folder.glob(pattern) if path.is_file()}
+        stale -= {folder / path for path in new}
+        for path in sorted(new):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / path, folder / path)
         for path in stale:

@@ -151,6 +151,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
     ):
         head = None
         if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
+            processing_class = processing_class or model.tokenizer
             model, head = model.pretrained_model, model.abstraction_head
         name = model if isinstance(model, str) else model.config._name_or_path
         args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")

@@ -11,9 +11,9 @@ import torch
 from conftest import furthest, weights
 
 from ra3_trl import RA3Config
-from ra3_trl.em import annotate, pack
-from ra3_trl.em.estep import choose_by_promise
-from ra3_trl.em.head import HeadLearner, Observations, measured_gain
+from ra3_trl.em import annotate, pack, roll_out, rollout_sums
+from ra3_trl.em.estep import _terms, choose_by_promise
+from ra3_trl.em.head import HeadLearner, Observations, measured_gain, observe
 from ra3_trl.losses import Returns, code_bounds, compute_returns
 from ra3_trl.models import AbstractionConfig, AbstractionHead, load_head, save_head
 from ra3_trl.records import Action, Boundary, Document, Latent
@@ -267,6 +267,91 @@ def test_weighted_averages_are_those_of_all_boundaries():
     # One draw of 2 of 0..11 without replacement: variance of its mean 143/12 / 2 * 10/11 = 5.4, times (6/10)^2: 1.95.
     # Of 2000 draws the standard error is 0.031.
     assert sum(total) / 2000 == pytest.approx(9.5, abs=0.13) and sum(plain) / 2000 == pytest.approx(13.5, abs=0.1)
+
+
+def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
+    """A head that promises most where the spread is: gains -1 everywhere, spread 3 at one boundary, 0.1 at the others.
+    With a budget for two of four, one of them drawn, it is always tried; its weight is 1 / 2, that of the drawn one
+    3 / 2."""
+    trainer = make_trainer(TEXTS, boundary_selection="head", boundary_exploration=0.5, gate_hold="never")
+    document = row_to_document(trainer.train_dataset[0])
+    assert len(document.sites) == 4
+    learner, states = trainer.learner, trainer.engine.trunk(document).states_SD
+    best, tried = 2, []
+
+    def predict(states_SD, head=None):
+        spread = torch.where((states_SD == states[best]).all(-1), 3.0, 0.1)
+        return torch.full_like(spread, -1.0), torch.full_like(spread, -1.0), spread
+
+    learner.predict = predict
+    for step in range(8):
+        (rollout,) = roll_out(
+            trainer.engine, [document], trainer.args, NoiseKey(0, 0, step), None, None, None, learner
+        )
+        tried.append(rollout.group.sites)
+        assert document.sites[best] in rollout.group.sites and len(rollout.group.sites) == 2
+        where = rollout.group.sites.index(document.sites[best])
+        assert float(rollout.weight_T[where]) == 0.5 and float(rollout.weight_T[1 - where]) == 1.5
+        # The gate's slope is weighed; the latents' advantages are not.
+        terms = _terms(rollout, slice(0, 2), trainer.args, False, torch.zeros(2))
+        slope = rollout.returns.gain_TG.mean(1) - trainer.args.penalty
+        torch.testing.assert_close(terms.gate_gain_T, slope * rollout.weight_T)
+        sums = rollout_sums([rollout], lambda ids: "")
+        assert sums["gain"][0] == pytest.approx(float((rollout.returns.gain_TG.mean(1) * rollout.weight_T).sum()))
+    assert {site for sites in tried for site in sites} == set(document.sites)
+
+
+def test_the_weight_of_a_boundary_counts(tokenizers):
+    """Two kinds of slope on one state, the second for nine others: the gate follows the nine."""
+    learner, states = learner_of(), torch.ones(64, 8).cumsum(1)
+    slope = torch.where(torch.arange(64) % 10 == 0, -1.0, 1.0)
+    few = replace(seen(states, slope, None), weight_n=torch.where(slope < 0, 90.0, 1.0))
+    for step in range(20):
+        learner.learn([few], NoiseKey(0, 0, step))
+    assert learner.predict(states[:1])[0].exp() < 0.5  # 7 * 90 against 57
+
+
+def test_a_phase_forgets_the_one_before():
+    learner = learner_of()
+    learner.learn([seen(torch.randn(4, 8), [1.0] * 4, [1.0] * 4)], NoiseKey(0, 0, 0))
+    assert len(learner.kept) == 4 and learner.annotator is learner.head
+    learner.begin_phase()
+    assert learner.kept is None and learner.annotator is not learner.head
+
+
+def test_more_than_it_keeps_is_drawn_from_not_cut():
+    """Of 3,000 boundaries in an update 1,024 are kept, of first and last documents alike."""
+    learner = learner_of()
+    learner.learn([seen(torch.randn(3000, 8), [1.0] * 3000, [1.0] * 3000)], NoiseKey(0, 0, 0))
+    kept = learner.kept.key_n3[:, 2]
+    assert len(kept) == 1024 and 350 < float((kept < 1500).sum()) < 680  # 512 expected, standard deviation 13
+
+
+@pytest.mark.parametrize(
+    "settings", [{"line_reduction": "mean"}, {"reward_funcs": lambda prompts, **kwargs: [-50.0] * len(prompts)}]
+)
+def test_gain_is_that_of_the_likelihood_whatever_the_reward(make_trainer, settings):
+    """Annotation knows the likelihood only; a reward of -50 or one per token must not make it skip boundaries."""
+    trainer = make_trainer(TEXTS, horizon=1, **settings)
+    document = row_to_document(trainer.train_dataset[0])
+    (rollout,) = roll_out(
+        trainer.engine, [document], trainer.args, NoiseKey(0, 0, 0), None, trainer.plug_ins, None, trainer.learner
+    )
+    found = observe(rollout.group, rollout.returns, rollout.weight_T, trainer.args)
+    torch.testing.assert_close(found.gain_n, measured_gain(compute_returns(rollout.group, 1, 0.9)))
+    torch.testing.assert_close(found.slope_n, rollout.returns.gain_TG.mean(1) - trainer.args.penalty)
+
+
+def test_with_latent_weight_gate_it_is_the_gate_that_decides(make_trainer):
+    trainer = make_trainer(TEXTS, gate="head", latent_weight="gate")
+    with torch.no_grad():
+        trainer.learner.head.outer.bias[0] = 2.0
+    document = row_to_document(trainer.train_dataset[0])
+    (rollout,) = roll_out(
+        trainer.engine, [document], trainer.args, NoiseKey(0, 0, 0), None, None, None, trainer.learner
+    )
+    terms = _terms(rollout, slice(1, 3), trainer.args, True, torch.zeros(2) - 9)
+    assert terms.weight_T.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 2)
 
 
 @pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_sites": 2}, 2), ({}, 4)])

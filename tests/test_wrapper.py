@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import _SETTINGS, furthest, weights
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, TextStreamer, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, pipeline
 
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead, strip_latents
 from ra3_trl.models import AbstractionConfig, AbstractionHead
@@ -173,12 +173,24 @@ def test_a_fresh_head_leaves_it_to_the_tokens(wrapper, tokenizers):
         ({"think": "sometimes"}, "`think` is 'sometimes'"),
         ({"threshold": 1.5}, "`threshold` is 1.5"),
         ({"think": "never", "threshold": 0.5}, "`threshold` is 0.5"),
-        ({"prompt_lookup_num_tokens": 2}, "`prompt_lookup_num_tokens` runs several tokens at once"),
+        ({"prompt_lookup_num_tokens": 2}, "`prompt_lookup_num_tokens` runs more than the text's last token"),
+        ({"guidance_scale": 1.5}, "`guidance_scale` runs more"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "`prompt_lookup_num_tokens` runs more"),
     ],
 )
 def test_bad_options_are_refused(wrapper, tokenizers, options, says):
     with pytest.raises(ValueError, match=says):
         wrapper().generate(**tokenizers["newline_indent"](PROMPT, return_tensors="pt"), **options)
+
+
+@pytest.mark.parametrize("name", ["think_labels", "gain_labels"])
+def test_a_batch_without_labels_of_a_kind_has_a_loss(wrapper, name):
+    ids = torch.arange(5, 15)[None]
+    none = torch.full(ids.shape, -100.0 if name == "think_labels" else math.nan)
+    model = wrapper()
+    found, plain = model(ids, torch.ones_like(ids), labels=ids, **{name: none}), model(input_ids=ids, labels=ids)
+    assert found.loss.item() == pytest.approx(plain.loss.item())
+    assert model(ids, return_dict=False).think_logits.shape == ids.shape
 
 
 def test_a_tokenizer_is_wanted(wrapper):
@@ -232,10 +244,14 @@ def test_state_dict_is_the_models_and_the_heads(wrapper):
     assert {name for name in state if name.startswith("abstraction_head.")} == {
         f"abstraction_head.{name}" for name in model.abstraction_head.state_dict()
     }
-    assert other.load_state_dict(state) == torch.nn.modules.module._IncompatibleKeys([], [])
+    other.load_state_dict(state)  # strict: no name is missing, none too many
     assert furthest(weights(model), weights(other)) == 0
     wrapped = torch.nn.ModuleDict({"a": model}).state_dict()  # as DDP asks for it
     assert set(wrapped) == {f"a.{name}" for name in state}
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    torch.nn.ModuleDict({"a": other}).load_state_dict(wrapped)
+    assert furthest(weights(model), weights(other)) == 0
 
 
 def test_gathered_weights_can_be_saved(wrapper, tmp_path):
@@ -296,6 +312,39 @@ def test_a_head_of_another_model_is_refused(wrapper, tiny_model, tokenizers, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 64}))
     with pytest.raises(ValueError, match="`hidden_size` of the abstraction head of .* is 64"):
         Wrapper.from_pretrained(str(tmp_path))
+
+
+def test_an_adapter_does_not_take_its_bases_place(tiny_model, tokenizers, tmp_path):
+    """Saved into its base's folder, twice: base and card stay; a full model saved over it takes its place."""
+    base = tiny_model("llama", tokenizers["newline_indent"])
+    base.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "adapter_1").mkdir()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = Wrapper.from_pretrained(base, peft_config=LoraConfig(r=4, init_lora_weights=False))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "README.md").read_text() == "mine"
+    again = Wrapper.from_pretrained(str(tmp_path))
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    Wrapper(model.pretrained_model.merge_and_unload()).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter_*.*")) and (tmp_path / "adapter_1").is_dir()
+
+
+def test_another_process_writes_nothing(wrapper, tmp_path):
+    model = wrapper()
+    model.save_pretrained(tmp_path / "saved")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    model.save_pretrained(tmp_path / "saved", is_main_process=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
+
+
+def test_a_linked_folder_is_written_through(wrapper, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "far")
+    wrapper().save_pretrained(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "far" / "model.safetensors").exists()
 
 
 def test_a_file_in_the_way_is_refused(wrapper, tmp_path):

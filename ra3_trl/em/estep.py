@@ -229,7 +229,8 @@ def _chunk_loss(
 def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logps_T: torch.Tensor) -> EStepTerms:
     device = gate_logps_T.device
     returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
-    weight = gate_logps_T.detach().exp() if args.latent_weight == "gate" else torch.ones_like(gate_logps_T)
+    decided_T = rollout.group.decision_logps_A[list(rollout.group.sites[part])].to(device)
+    weight = decided_T.exp() if args.latent_weight == "gate" else torch.ones_like(gate_logps_T)
     advantage = advantages(returns, args.penalty, args.baseline)
     slope = rollout.weight_T[part] * gate_slope(returns.gain_TG, args.penalty, hold)
     return EStepTerms(slope.to(device), advantage.to(device), weight)
@@ -241,7 +242,7 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
     sums = MetricSums()
     for r in rollouts:
         bounds = code_bounds(r.group)
-        if r.scored_live:
+        if r.scored_live and bool((r.weight_T == 1).all()):  # else it is of the lines that were picked
             sums.add_total("elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not r.group.sites:
@@ -257,8 +258,9 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
         lines = sum(not action.comment for action in r.group.document.actions)
         sums.add_total("duration", lines, float(gate_A.sum()))
         for name, term_TG in r.terms.items():
-            sums.add_total(f"rewards/{name}/mean", float(term_TG.sum()), term_TG.numel())
-            sums.add_total(f"rewards/{name}/std", float(term_TG.std(1, correction=0).sum()), len(term_TG))
+            sums.add_total(f"rewards/{name}/mean", float((weight * term_TG.mean(1)).sum()), float(weight.sum()))
+            std_T = term_TG.std(1, correction=0)
+            sums.add_total(f"rewards/{name}/std", float((weight * std_T).sum()), float(weight.sum()))
         _add_latents(sums, r.group, token_text)
     return sums.sums
 

@@ -14,15 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 
 from ..config import RA3Config
-from ..losses import Returns
+from ..losses import Returns, compute_returns
 from ..models import AbstractionConfig, AbstractionHead
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 
 
+logger = get_logger(__name__)  # of the main process
 _KEPT, _BATCH, _STEPS = 1024, 256, 16  # boundaries remembered, in a batch, and optimizer steps an update
 
 
@@ -76,14 +78,16 @@ def measured_gain(returns: Returns) -> torch.Tensor:
     return latent - returns.act_T
 
 
-def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, penalty: float) -> Observations:
-    """What a group's rollouts say about its tried sites."""
+def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args: RA3Config) -> Observations:
+    """What a group's rollouts say about its tried sites: the slope in the reward's `returns`, whatever they are of;
+    gain and spread in nats of the lines' likelihood, as annotation knows it."""
+    likelihood = compute_returns(group, args.horizon, args.discount)
     row = {site: i for i, site in enumerate(group.document.sites)}
     none = torch.full_like(returns.act_T, torch.nan)
     states = group.states_SD[[row[site] for site in group.sites]]
-    slope = returns.gain_TG.mean(1) - penalty
-    keys, spread = boundary_keys(group.document, group.sites), returns.latent_TG.std(1, correction=0)
-    return Observations(keys, states, slope, none, measured_gain(returns), spread, weight_T)
+    slope = returns.gain_TG.mean(1) - args.penalty
+    keys, spread = boundary_keys(group.document, group.sites), likelihood.latent_TG.std(1, correction=0)
+    return Observations(keys, states, slope, none, measured_gain(likelihood), spread, weight_T)
 
 
 class HeadLearner:
@@ -171,8 +175,9 @@ class HeadLearner:
         fresh = Observations.joined(new).in_order()
         measured = fresh.gain_n[fresh.gain_n.isfinite()]
         error = (self.predict(fresh.states_nD)[1] - fresh.gain_n)[fresh.gain_n.isfinite()].abs()
-        self.kept = fresh if self.kept is None else Observations.joined([self.kept, fresh])[-_KEPT:]
         draw = torch.Generator().manual_seed((noise.seed * 1_000_003 + noise.step) % 2**63)
+        some = fresh[torch.randperm(len(fresh), generator=draw)[:_KEPT].sort().values]  # not the last documents only
+        self.kept = some if self.kept is None else Observations.joined([self.kept, some])[-_KEPT:]
         for _ in range(_STEPS):
             index = torch.randperm(len(self.kept), generator=draw)[:_BATCH]
             self.optimizer.zero_grad()
@@ -226,7 +231,14 @@ def make_learner(args: RA3Config, head: AbstractionHead | None, width: int) -> H
     """
     if not (args.abstraction_head and args.uses_latents):
         return None
-    if head is None or head.config.action_format != args.action_format:
+    if head is not None and head.config.action_format != args.action_format:
+        logger.warning(
+            "The checkpoint's abstraction head is for the action format %r; for %r a fresh one is used.",
+            head.config.action_format,
+            args.action_format,
+        )
+        head = None
+    if head is None:
         head = AbstractionHead(AbstractionConfig(width, min(max(1 - args.prior_alpha, 0.01), 0.5)))
     elif head.config.hidden_size != width:
         raise ValueError(

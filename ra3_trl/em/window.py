@@ -92,7 +92,7 @@ class WindowMixin:
             if phase.iteration + 1 == self.schedule.iterations:  # no E-phase comes that would need these
                 self.frozen.clear()
             self.frozen["annotator"] = FrozenWeights(self.backbone.model)
-            if args.e_steps and self.gate_hold.holds and self.gate_hold.updates:
+            if args.e_steps and self.gate_hold.holds and self.gate_hold.updates and args.gate == "token":
                 logger.warning(self.gate_hold.message)
 
     def _prepare_e(
@@ -123,7 +123,7 @@ class WindowMixin:
             "count": float(sites),
             "tokens": sum(len(d.input_ids) for batch in documents for d in batch),
             "sums": rollout_sums([r for batch in rollouts for r in batch], self._decode),
-            "seen": [observe(r.group, r.returns, r.weight_T, self.args.penalty) for r in learned_from],
+            "seen": [observe(r.group, r.returns, r.weight_T, self.args) for r in learned_from],
         }
 
     def _reward_weights(self) -> FrozenWeights | BaseWeights | None:

@@ -84,7 +84,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         abstraction_head ([`~ra3_trl.models.AbstractionHead`], *optional*):
             The head; `None` is a fresh one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            For `generate`, and saved with the model; `None` is loaded by the model's name when it is needed.
+            For `generate`, and saved with the model. `from_pretrained` takes the checkpoint's, or its base's.
 
     Raises:
         `ValueError`: for a head of another hidden size.
@@ -108,6 +108,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         self.abstraction_head = head.to(pretrained_model.device)
         self.tokenizer = tokenizer
         self.settings: dict[str, Any] | None = None
+        self.register_load_state_dict_pre_hook(_take_plain_names)
 
     @classmethod
     def from_pretrained(
@@ -134,21 +135,21 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             `ValueError`: for files of a head that are damaged, of a newer version or of another hidden size.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
-        if not isinstance(pretrained_model, str):
+        if isinstance(pretrained_model, nn.Module):
             return cls(load_model(pretrained_model, kwargs or None, peft_config), tokenizer=tokenizer)
-        name, place = pretrained_model, place_of(kwargs)
+        name, place = str(pretrained_model), place_of(kwargs)
         model = load_model(name, {"dtype": "auto"} | kwargs, peft_config)
         head = load_head(name, state_width(model), **place)
         if head is None:
             logger.warning("%s has no abstraction head; a fresh one is used, which has learned nothing.", name)
-        self = cls(model, head, tokenizer)
+        self = cls(model, head, tokenizer or _tokenizer_of(name, model, place))
         self.settings = read_settings(name, **place)
         return self
 
     @property
     def ra3_config(self) -> RA3Config | None:
         """The settings that the checkpoint was trained with, `None` where it does not say."""
-        return None if self.settings is None else RA3Config(**self.settings)
+        return None if self.settings is None else RA3Config.from_settings(self.settings)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -178,6 +179,8 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
         labels: torch.Tensor | None = None,
         think_labels: torch.Tensor | None = None,
         gain_labels: torch.Tensor | None = None,
@@ -185,8 +188,8 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     ) -> CausalLMOutputWithAbstraction:
         """
         Args:
-            input_ids (`torch.Tensor` of shape `(batch, length)`):
-                Tokens.
+            input_ids (`torch.Tensor` of shape `(batch, length)`), attention_mask (`torch.Tensor`, *optional*):
+                As for the language model.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 As for the language model; `-100` is left out.
             think_labels (`torch.Tensor` of shape `(batch, length)`, *optional*):
@@ -197,17 +200,20 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
                 For the language model.
         """
         with self._states() as states:
-            options = kwargs if labels is None else kwargs | {"labels": labels}
-            output = self.pretrained_model(input_ids=input_ids, **options)
+            options = {"attention_mask": attention_mask, "labels": labels}
+            options = kwargs | {name: value for name, value in options.items() if value is not None}
+            output = self.pretrained_model(input_ids=input_ids, **options | {"return_dict": True})
         think_logits, gain, _ = self.abstraction_head(states[0])
         losses = [] if labels is None else [output.loss, 0.0 * (think_logits.sum() + gain.sum())]  # DDP wants all used
         if think_labels is not None:
             at = think_labels >= 0
             target = think_labels[at].to(think_logits)
-            losses.append(nn.functional.binary_cross_entropy_with_logits(think_logits[at], target))
+            loss = nn.functional.binary_cross_entropy_with_logits(think_logits[at], target, reduction="sum")
+            losses.append(loss / at.sum().clamp(min=1))
         if gain_labels is not None:
             at = ~gain_labels.isnan()
-            losses.append(nn.functional.huber_loss(gain[at], gain_labels[at].to(gain)))
+            loss = nn.functional.huber_loss(gain[at], gain_labels[at].to(gain), reduction="sum")
+            losses.append(loss / at.sum().clamp(min=1))
         return CausalLMOutputWithAbstraction(
             loss=sum(losses) if losses else None, logits=output.logits, think_logits=think_logits, gain=gain,
             past_key_values=output.get("past_key_values"), hidden_states=output.get("hidden_states"),
@@ -236,7 +242,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             threshold (`float`, *optional*, defaults to 0.5):
                 Between 0 and 1, for `"auto"`.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                The model's, which reads where lines end; `None` is the one it was made with, or that of its name.
+                The model's, which reads where lines end; `None` is the one it was made with.
             prompt_is_code (`bool`, *optional*, defaults to `True`):
                 Whether prompt and completion are one program; `False` for chats, where the completion alone is read.
             *args, **kwargs:
@@ -245,10 +251,10 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         Raises:
             `ValueError`: for a bad `think` or `threshold`, assisted decoding, or when no tokenizer is found.
         """
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` runs several tokens at once, for which there is no gate; leave it out.")
-        tokenizer = tokenizer or self._find_tokenizer()
+        _refuse(kwargs)
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
         config, eos = self.abstraction_head.config, self.pretrained_model.generation_config.eos_token_id
         with self._states() as states:
 
@@ -264,15 +270,6 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
             return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
 
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            name = self.pretrained_model.config._name_or_path
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"`tokenizer` is missing, and none loads from {name!r}; pass the model's.") from error
-        return self.tokenizer
-
     # ---- files ----
 
     def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
@@ -280,15 +277,13 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         found = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         return self.abstraction_head.state_dict(destination=found, prefix=prefix + _HEAD, keep_vars=keep_vars)
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As of any module, for what [`~AutoModelForCausalLMWithAbstractionHead.state_dict`] gives."""
-        model, head = _parted(state_dict)
-        found = [self.pretrained_model.load_state_dict(model, strict, assign)]
-        found.append(self.abstraction_head.load_state_dict(head, strict, assign))
-        return type(found[0])(*(a + [_HEAD + n for n in b] for a, b in zip(*found, strict=True)))
-
     def save_pretrained(
-        self, save_directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None, **kwargs
+        self,
+        save_directory: str | Path,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        **kwargs,
     ) -> None:
         """Writes a plain checkpoint (of an adapter: the adapter) with the head's two files and, where they are known,
         `ra3_config.json` and the tokenizer beside it. It is whole or `save_directory` stays as it was.
@@ -298,9 +293,21 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
                 The folder.
             state_dict (`dict[str, torch.Tensor]`, *optional*):
                 What to save in the place of `self.state_dict()`: sharded weights, gathered.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Push it too, as `repo_id=` (the folder's name if left out).
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                Nothing is written by another.
             **kwargs:
-                For the language model's `save_pretrained`.
+                For the language model's `save_pretrained`, and with `push_to_hub` for that method.
         """
+        if push_to_hub:
+            names = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, state_dict=state_dict, **kwargs)
+        if not is_main_process:  # there for the sake of weights that are gathered
+            with tempfile.TemporaryDirectory() as nowhere:
+                self.pretrained_model.save_pretrained(nowhere, is_main_process=False, **kwargs)
+            return
         head = self.abstraction_head
         if state_dict is not None:
             model, values = _parted(state_dict)
@@ -352,3 +359,32 @@ def _parted(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     """The language model's part of a state dict, and the head's."""
     head = {name.removeprefix(_HEAD): value for name, value in state_dict.items() if name.startswith(_HEAD)}
     return {name: value for name, value in state_dict.items() if not name.startswith(_HEAD)}, head
+
+
+def _take_plain_names(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """What `state_dict` gives comes back: the language model's names have no prefix of their own there."""
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(prefix + _HEAD)]:
+        state_dict[f"{prefix}pretrained_model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
+def _tokenizer_of(
+    name: str, model: PreTrainedModel | PeftModel, place: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer at its very revision, of an adapter without one its base's; `None` without either."""
+    for source, where in ((name, place), (model.config._name_or_path, {})):
+        try:
+            return AutoTokenizer.from_pretrained(source, **where)
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Refuses decoding in which the last hidden state is not that of the text: several tokens at once, two texts."""
+    config = options.get("generation_config")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"):
+        value = options.get(name, getattr(config, name, None))
+        if value is not None and value != 1:
+            raise ValueError(
+                f"`{name}` runs more than the text's last token, for which there is no gate; leave it out."
+            )

@@ -21,7 +21,15 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
 
-_SHARED = ("revision", "subfolder", "gguf_file", "trust_remote_code", "token")  # config's, tokenizer's and model's
+_SHARED = (
+    "revision",
+    "subfolder",
+    "gguf_file",
+    "trust_remote_code",
+    "token",
+    "cache_dir",
+    "local_files_only",
+)  # config's, tokenizer's and model's
 
 
 def load_model(
@@ -73,7 +81,8 @@ def load_model(
 
 def _config(name: str, shared: dict[str, Any]) -> PretrainedConfig:
     """The configuration; of an adapter that of its base model."""
-    place = {key: shared[key] for key in ("revision", "subfolder", "token") if key in shared}
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    place = {key: shared[key] for key in names if key in shared}
     if find_adapter_config_file(name, **place) is None:
         return AutoConfig.from_pretrained(name, **shared)
     rest = {key: value for key, value in shared.items() if key not in ("revision", "subfolder")}
