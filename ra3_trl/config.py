@@ -142,7 +142,7 @@ class RA3Config(TrainingArguments):
         eval_num_latents (`int`, *optional*, defaults to `4`): Latents at each boundary in `evaluate()`.
         eval_max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried there; `0` is all.
         log_latents_steps (`int`, *optional*, defaults to `10`): Updates between tables of latents; `0` is never.
-        dataset_license (`str`, *optional*): Named on the model card.
+        dataset_license (`str`, *optional*): Named on cards, and the licence of pushed rows that name none.
 
     Raises:
         `ValueError`: for a bad value, naming field, value and cure.
@@ -222,7 +222,7 @@ class RA3Config(TrainingArguments):
     eval_num_latents: int = _help("Latents at each boundary in evaluate().", 4)
     eval_max_sites: int = _help("Boundaries of a document tried in evaluate(); 0 is all.", 0)
     log_latents_steps: int = _help("Updates between tables of latents; 0 is never.", 10)
-    dataset_license: str | None = _help("License of the data, for the model card.", None)
+    dataset_license: str | None = _help("License of the data, for cards and for pushed rows that name none.", None)
 
     def __post_init__(self):
         self._check()

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard
+from huggingface_hub.utils import filter_repo_objects
 
 import ra3_trl.hub.annotated
 from ra3_trl.cli import annotate as command
+from ra3_trl.cli.main import main as ra3
 from ra3_trl.hub import (
     ANNOTATION,
     DatasetPush,
@@ -26,7 +29,7 @@ from ra3_trl.hub import (
 from ra3_trl.hub.dataset_card import preview_rows, size_category
 from ra3_trl.hub.licenses import HUB_LICENSES
 from ra3_trl.hub.publish import HfApi
-from ra3_trl.segmentation import splice, standard_library, token_bytes
+from ra3_trl.segmentation import load_code_directory, splice, standard_library, token_bytes
 
 
 CODE = "def f{i}(x):\n    y = x + {i}\n    if y > 2:\n        y = 'ß'\n    return y\n"
@@ -100,11 +103,26 @@ def secrets() -> dict[str, str]:
         "npm token": f"{'np'}m_{mixed(36)}",
         "SendGrid key": f"{'S'}G.{mixed(22)}.{mixed(43)}",
         "Telegram bot token": f"bot = '{DIGITS[:9]}:{'A'}A{mixed(33)}'",
+        "OpenRouter key": f"{'s'}k-or-v1-{'0123456789abcdef' * 4}",
         "DigitalOcean token": f"{'do'}p_v1_{'0123456789abcdef' * 4}",
         "Azure storage key": f"Account{'Key'}={LETTERS[:86]}==",
         "password or key": f"config['db_pass{'word'}'] = '{mixed(16)}'",
         "password in an address": f"postgres{'://'}admin:{mixed(16)}@db.internal/x",
+        "token or password": f"hf_{'token'}='{mixed(16)}'",
+        "bearer token": f"Authorization: {'Bear'}er {mixed(24)}",
     }
+
+
+# What stands by itself on a line, and other ways to write what `secrets` has.
+MORE = [
+    (
+        "password in a settings file",
+        f"DB_PASS{'WORD'}={mixed(12)}\nX=1\nexport API_{'KEY'}={LETTERS[:10]}3a\r\n",
+        2,
+    ),
+    ("password in an address", f"redis{'://'}:{mixed(16)}@cache.internal:6379", 1),
+    ("token or password", f'{{"pwd": "{mixed(16)}"}}', 1),
+]
 
 
 @pytest.mark.parametrize(("kind", "text"), secrets().items(), ids=secrets())
@@ -114,6 +132,16 @@ def test_secrets_are_found_and_not_shown(kind, text):
     (secret,) = scan_rows([{"path": "a.py", "deep": [{"text": f'{text}"\n{text}'}]}])  # said twice, counted once
     assert (secret.row, secret.column, secret.kind) == (0, "deep", kind)
     assert found[0][2] not in str(secret) and f"{len(found[0][2])} characters" in str(secret)
+
+
+@pytest.mark.parametrize(("kind", "text", "count"), MORE)
+def test_more_secrets_are_found(kind, text, count):
+    assert [name for name, _, _ in find_secrets(text)] == [kind] * count
+
+
+def test_secrets_in_names_of_records():
+    (secret,) = scan_rows([{"meta": {"users": {secrets()["npm token"]: 1}}}])
+    assert (secret.column, secret.kind) == ("meta", "npm token")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +156,13 @@ def test_secrets_are_found_and_not_shown(kind, text):
         "http://user:password@example.com/",
         "AKIAIOSFODNN7EXAMPLE",  # of Amazon's documentation
         "hf_hub_download(repo_id, filename)",
+        "eos_token = 'reserved_token_of_vocabulary_11'",
+        f'publicKeyToken="{mixed(16)}"',
+        "API_KEY=load_api_key_from_file_v2",
+        "API_KEY=os.environ.get(3a)",
+        "Bearer of_a_long_name_that_is_no_token",
+        f"    key={mixed(16)},",
+        f"REDIS_URL=redis{'://'}:password@localhost",
         "sk-learn",
         "hashlib.sha256(b'x').hexdigest() == '" + "0123456789abcdef" * 4 + "'",
     ],
@@ -171,10 +206,27 @@ def test_columns_of_licences():
         DatasetPush("org/name", license_column="repo_licenses").check(rows.add_column("license", ["MIT", "MIT"]))
     of_all = DatasetPush("org/name", dataset_license="PSF-2.0")
     assert of_all.check(rows)["license"][:] == ["PSF-2.0"] * 2
-    with pytest.raises(ValueError, match=r"1 rows have no licence"):  # a cell that says nothing is not filled
-        of_all.check(corpus("MIT", None))
+    with pytest.raises(ValueError, match=r"2 rows have no licence"):
+        DatasetPush("org/name", dataset_license="unknown").check(rows)
     with pytest.raises(ValueError, match="repo_id|Repo id"):
         DatasetPush("not a name")
+
+
+def test_cells_that_name_no_licence_are_filled(tmp_path):
+    (tmp_path / "a.py").write_text(f"# SPDX-License-Identifier: MIT\n{TEXTS[0]}")
+    (tmp_path / "b.py").write_text(TEXTS[1])
+    code = load_code_directory(str(tmp_path))
+    assert sorted(code["license"]) == ["MIT", "unknown"]
+    of_all = DatasetPush("org/name", dataset_license="ISC")
+    filled = of_all.check(code)
+    assert dict(zip(filled["path"], filled["license"], strict=True)) == {"a.py": "MIT", "b.py": "ISC"}
+    assert set(filled.column_names) == set(code.column_names)
+    lists = Dataset.from_dict({"text": ["a", "b", "c"], "license": [["MIT", "GPL-3.0"], [], None]})
+    assert of_all.check(lists)["license"][:] == ["MIT AND GPL-3.0", "ISC", "ISC"]
+    named = DatasetPush("org/name", license_column="terms", dataset_license="ISC")
+    assert named.check(lists.rename_column("license", "terms"))["license"][:] == ["MIT AND GPL-3.0", "ISC", "ISC"]
+    with pytest.raises(ValueError, match=r"set `dataset_license` to the licence of all rows that name none"):
+        DatasetPush("org/name").check(code)
 
 
 # ---- annotation ----
@@ -221,6 +273,15 @@ def test_annotated_rows(make_trainer):
         annotate_dataset(trainer, annotated)
     with pytest.raises(ValueError, match=r"the corpus is empty"):
         annotate_dataset(trainer, trainer.source_dataset.select([]))
+
+
+def test_rows_of_another_format(make_trainer):
+    """Rows that come as tensors are annotated as texts, and pushed as such."""
+    trainer = make_trainer(TEXTS, **SETTINGS)
+    plain = Dataset.from_dict({"text": TEXTS, "license": ["MIT"] * 4, "stars": [1, 2, 3, 4]})
+    annotated = annotate_dataset(trainer, DatasetPush("org/name").check(plain.with_format("torch")))
+    assert annotated.to_list() == annotate_dataset(trainer, plain).to_list()
+    assert preview_rows(annotated, "python")
 
 
 def test_a_formatting_func_makes_the_text(make_trainer, tiny_model, tokenizers):
@@ -280,6 +341,9 @@ def test_a_card_without_latents_gains_or_licences(make_trainer):
         card = render_dataset_card(trainer, data, "corpus")
         assert card.data.license == "unknown" and "| unknown | " in card.content
         assert ("| 1 | <code>#a</code> | <code>x&#124;y</code> |  |" in card.content) == (len(rows) == 2)
+    twice = [{"annotated_text": "#a\nx\n#a\ny\n", "latents": [{"line": 3, "text": "a", "gain": None}],
+              "num_boundaries": 1}]  # fmt: skip
+    assert preview_rows(Dataset.from_list(twice, features=ANNOTATION), "python")[0]["next"] == "y"  # line 1 is its own
     inline = [{**one, "annotated_text": "<think>a</think>x = 1\n"}]
     assert preview_rows(Dataset.from_list(inline, features=ANNOTATION), "tags")[0]["next"] == "x = 1"
     assert [size_category(n) for n in (0, 999, 1000, 10**7, 10**8)] == [
@@ -333,9 +397,15 @@ def test_one_commit_holds_data_and_card(make_trainer, monkeypatch):
     assert data.to_list() == annotate_dataset(trainer, trainer.source_dataset).to_list()
     assert data.features["latents"] == annotate_dataset(trainer, trainer.source_dataset).features["latents"]
     assert card.data.license == ["isc", "mit"] and kwargs["revision"] == "v2"
+    assert 'load_dataset("org/name", split="train", revision="v2")' in card.content
+    there = ["README.md", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "notes/data.csv"]
+    gone = list(filter_repo_objects(there, allow_patterns=kwargs["delete_patterns"]))  # as the Hub's client does
+    assert gone == there[1:3]  # of an earlier push: `load_dataset` would read them along
     trainer.push_annotated_dataset("name", private=False, token="mine")
     assert NotedHub.calls[0] == ("token", "mine") and NotedHub.calls[1][2]["private"] is False
     assert NotedHub.calls[-1][-1]["repo_id"] == "me/name"
+    card = NotedHub.calls[-1][3]
+    assert 'load_dataset("me/name", split="train")' in card.content and card.data.pretty_name == "name"
 
 
 def test_the_command_pushes_the_same(make_trainer, tmp_path, monkeypatch, capsys):
@@ -357,3 +427,83 @@ def test_the_command_pushes_the_same(make_trainer, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match=r"4 rows have no licence .*`dataset_license`"):
         command.main([*argv, "--output", str(tmp_path / "second")])
     assert not (tmp_path / "second").exists()
+
+
+def test_the_command_names_the_corpus_as_others_load_it(make_trainer, tmp_path, monkeypatch):
+    """Under its full name; folders of this machine are named by their last part."""
+    make_trainer(TEXTS, **SETTINGS).save_model()
+    (tmp_path / "clients").mkdir()
+    (tmp_path / "clients" / "a.py").write_text(TEXTS[1])
+    monkeypatch.chdir(tmp_path / "clients")
+    monkeypatch.setattr("ra3_trl.hub.publish.HfApi", NotedHub)
+    argv = ["../run", "--code_dir", "../clients", "--push_to_hub", "name", "--dataset_license", "ISC"]
+    assert command.main(argv) == 0
+    _, _, data, card, _ = NotedHub.calls[-1]
+    assert 'load_dataset("me/name", split="train")' in card.content
+    assert "Text of clients with" in card.content and "with run." in card.content and ".." not in card.content
+    assert data["license"][:] == ["ISC"] and card.data.license == "isc" and "| ISC | 1 |" in card.content
+
+
+# ---- the checkpoint's settings ----
+
+
+def annotated_by_command(folder: Path, rows: Dataset, *flags: str) -> Dataset:
+    rows.to_json(folder / "rows.jsonl")
+    output = folder / f"out-{len(list(folder.glob('out-*')))}"
+    argv = [str(folder / "run"), "--dataset_name", str(folder / "rows.jsonl"), "--output", str(output), *flags]
+    assert command.main(argv) == 0
+    return Dataset.load_from_disk(str(output))
+
+
+def test_the_command_takes_the_settings_of_the_checkpoint(make_trainer, tmp_path):
+    """As the trainer annotates; a flag is stronger. The licence of what it was trained on is not the corpus's."""
+    rows = Dataset.from_dict({"text": ["int f(int x) {\n  int y = x;\n  y += 1;\n  return y;\n}\n"] * 3})
+    own = {"action_format": "slashes", "max_latent_length": 7, "temperature": 0.7, "horizon": 1}
+    trainer = make_trainer(rows, **SETTINGS | own, existing_comments="strip", dataset_license="MIT")
+    trainer.save_model()
+    by_trainer = annotate_dataset(trainer, rows)
+    assert sum(map(len, by_trainer["latents"])) and by_trainer[0]["annotated_text"].count("//")
+    assert annotated_by_command(tmp_path, rows).to_list() == by_trainer.to_list()
+    trainer.args.annotation = "policy"
+    by_policy = annotate_dataset(trainer, rows)
+    found = annotated_by_command(tmp_path, rows, "--annotation", "policy")
+    assert found.to_list() == by_policy.to_list() != by_trainer.to_list()
+    with pytest.raises(ValueError, match=r"3 rows have no licence"):
+        command.main([str(tmp_path / "run"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--push_to_hub", "a/b"])
+
+
+def test_the_head_of_the_checkpoint_decides(make_trainer, tmp_path):
+    """One that always thinks, which the tokens' gate of a random model does not; then one that sees no chance."""
+    rows = Dataset.from_dict({"text": TEXTS})
+    trainer = make_trainer(rows, annotation="policy", gate="head", horizon=1, boundary_selection="head")
+    head = trainer.learner.head
+    head.trained_on(1)
+    head.outer.bias.data = torch.tensor([20.0, -9.0, 0.0])  # log-odds of thinking, gain, spread
+    trainer.save_model()
+    found = annotated_by_command(tmp_path, rows)
+    assert [len(row["latents"]) for row in found] == found["num_boundaries"][:] and min(found["num_boundaries"]) > 1
+    by_tokens = annotated_by_command(tmp_path, rows, "--gate", "token")
+    assert sum(map(len, by_tokens["latents"])) < sum(by_tokens["num_boundaries"])
+    # A prior of 0.3 and a gain of -9 nats are less than the 5 % of `annotation_skip`: nothing is tried, or measured.
+    assert not any(annotated_by_command(tmp_path, rows, "--annotation", "resample", "--gate", "token")["latents"])
+    tried = annotated_by_command(
+        tmp_path, rows, "--annotation", "resample", "--gate", "token", "--annotation_skip", "0"
+    )
+    assert any(tried["latents"])
+    with pytest.raises(ValueError, match=r"`gate` is 'head', but .*no trained abstraction head for 'slashes'"):
+        annotated_by_command(tmp_path, rows, "--action_format", "slashes")
+
+
+def test_a_corpus_without_boundaries_is_refused(make_trainer, tmp_path, monkeypatch, capsys):
+    """C for a checkpoint of Python: nothing is written, nothing is pushed."""
+    trainer = make_trainer(TEXTS, **SETTINGS)
+    trainer.save_model()
+    rows = Dataset.from_dict({"text": ["int f() {\n  return 1;\n}\n", ""], "license": ["MIT"] * 2})
+    rows.to_json(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("ra3_trl.hub.publish.HfApi", NoHub)
+    argv = ["annotate", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    assert ra3([*argv, "--output", str(tmp_path / "out"), "--push_to_hub", "org/name"]) == 2
+    assert "none of the 2 texts has a boundary for `action_format` 'python'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"none of the 2 texts has a boundary"):
+        trainer.push_annotated_dataset("org/name", rows)

@@ -165,7 +165,36 @@ def test_a_folder_of_two_names_is_no_name_of_the_hub(tmp_path, monkeypatch):
     assert card_of(tmp_path, dataset_name="my/code").data.datasets is None
     assert card_of(tmp_path, dataset="org/a").data.datasets == ["org/a"]
     assert hub_ids(["my/code", "org/a", "org/a"]) == ["org/a"]
-    assert public_name(str(tmp_path / "my")) == "my" and public_name("my/code") == "my/code"
+    assert public_name(str(tmp_path / "my")) == "my" and public_name("my/code") == "code"
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("org/code", "org/code"),
+        ("The Stack v2 / Python, deduplicated", "The Stack v2 / Python, deduplicated"),
+        ("org/a,org/b", "org/a, org/b"),
+        ("/clients/acme", "acme"),
+        ("/clients/acme/", "acme"),
+        ("/clients/acme,org/b, ../clients/other.jsonl", "acme, org/b, other.jsonl"),
+        ("./clients/acme", "acme"),
+        ("~/clients/acme", "acme"),
+        ("file:///clients/acme.parquet", "acme.parquet"),
+        ("file:acme.parquet", "acme.parquet"),
+        (r"C:\clients\acme", "acme"),
+        ("clients/acme", "acme"),  # it is there
+        ("clients/a, b/acme", "acme"),
+        ("clients/nobody", "clients/nobody"),  # it is not: a name of the Hub
+        ("~somebody", "a folder"),
+        ("..", "a folder"),
+        ("x" * 5000, "x" * 5000),  # longer than a file's name may be
+    ],
+)
+def test_public_names(tmp_path, monkeypatch, name, public):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("clients/acme", "clients/a, b/acme"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert public_name(name) == public
 
 
 def test_an_argument_that_a_card_does_not_have(tmp_path):

@@ -293,6 +293,7 @@ def test_a_failed_push_while_training_is_said(online, hub, base, place):
 
 def test_tokens_of_the_usual_places(online, hub, base, place):
     """An argument goes before `args.hub_token`, that before `HF_TOKEN`, that before the file of `hf auth login`."""
+    (place / "home").mkdir(exist_ok=True)
     (place / "home" / "token").write_text(BEA)
     users = {}
     for who, variable, settings, options in (

@@ -8,23 +8,27 @@ import os
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from datasets import Dataset
-from transformers import AutoTokenizer
+from huggingface_hub import DatasetCard
 
 from ..config import RA3Config
-from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card
+from ..config_file import read_settings
+from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
+from ..models import load_tokenizer
 from ..segmentation import find_format, require_tags
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, load_splits
 
 
-_SETTINGS = (
+_OF_THE_CHECKPOINT = (
     "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
-    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "dataset_text_field",
-    "engine", "max_branch_tokens", "seed", "dataset_license",
+    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "gate", "boundary_selection",
+    "boundary_budget", "annotation_skip",
 )  # fmt: skip
+# Of this corpus and this machine: a licence above all is not handed on from what the checkpoint was trained on.
+_SETTINGS = (*_OF_THE_CHECKPOINT, "dataset_text_field", "engine", "max_branch_tokens", "seed", "dataset_license")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,34 +38,40 @@ def _parser() -> argparse.ArgumentParser:
         "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
         "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
         "stand). Taking the latents out gives the text back.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--dataset_name", help="Hub id, folder of save_to_disk, or json(l), parquet, csv file")
     corpus.add_argument("--dataset_config", help="configuration of the dataset")
-    corpus.add_argument("--dataset_split", default="train", help="its split")
+    corpus.add_argument("--dataset_split", default="train", help="its split (default: %(default)s)")
     corpus.add_argument("--code_dir", help="folder of .py files; with neither, the standard library of this Python")
     corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="folder to save the dataset to; must not be there yet")
     output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
     output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
-    output.add_argument("--license_column", default="license", help="column that names each row's licence")
+    output.add_argument(
+        "--license_column", default="license", help="column that names each row's licence (default: %(default)s)"
+    )
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
     model = parser.add_argument_group("model")
-    model.add_argument("--model_revision", default="main", help="branch, tag or commit of the checkpoint")
+    model.add_argument("--model_revision", default="main", help="branch, tag or commit (default: %(default)s)")
     model.add_argument(
-        "--dtype", default="float32", choices=("auto", "bfloat16", "float16", "float32"), help="of weights"
-    )
+        "--dtype", default="float32", choices=("auto", "bfloat16", "float16", "float32"),
+        help="of weights (default: %(default)s)",
+    )  # fmt: skip
     settings = parser.add_argument_group("annotation")
     hints, by_name = get_type_hints(RA3Config), {field.name: field for field in fields(RA3Config)}
     for name in _SETTINGS:
         kind = next((t for t in (int, float, str) if hints[name] in (t, t | None)), str)
-        text = by_name[name].metadata["help"]
-        settings.add_argument(f"--{name}", type=kind, default=by_name[name].default, help=text)
+        own = "the checkpoint's, else " if name in _OF_THE_CHECKPOINT else ""
+        text = by_name[name].metadata.get("help", "Seed of the draws.")
+        if name == "dataset_license":
+            text = "License of the rows that name none."
+        text = f"{text} (default: {own}{by_name[name].default})"
+        settings.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"))
     return parser
 
 
@@ -95,30 +105,45 @@ def _push(options: argparse.Namespace) -> DatasetPush | None:
     )
 
 
+def _config(options: argparse.Namespace, saved: dict[str, Any], output_dir: str) -> RA3Config:
+    settings = {name: saved[name] for name in _OF_THE_CHECKPOINT if name in saved}
+    settings |= {name: vars(options)[name] for name in _SETTINGS if vars(options)[name] is not None}
+    # With an E-step chunks leave room for latents; against no latent one latent a boundary is enough.
+    return RA3Config(
+        output_dir=output_dir, report_to="none", e_steps=1, m_steps=0, baseline="no_think",
+        model_init_kwargs={"dtype": options.dtype, "revision": options.model_revision}, **settings,
+    )  # fmt: skip
+
+
+def _check_head(trainer: RA3MidTrainer, checkpoint: str) -> None:
+    args = trainer.args
+    if args.gate == "head" and not trainer.learner.head.config.trained_on:
+        raise ValueError(
+            f"`gate` is 'head', but {checkpoint!r} has no trained abstraction head for {args.action_format!r}; set "
+            "`gate` to 'token'."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 annotate`; see `ra3 annotate --help`. Returns the exit code."""
     options = _parser().parse_args(argv)
     _check(options)
     push = _push(options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    settings = {name: vars(options)[name] for name in _SETTINGS}
-    loading = {"dtype": options.dtype, "revision": options.model_revision}
+    name, place = options.checkpoint, {"revision": options.model_revision}
+    tokenizer = load_tokenizer(name, place)  # first, since it says best that there is no such checkpoint
     with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
-        e_steps = 1  # latents are wanted, so chunks leave room for them
-        baseline = "no_think"  # one latent a boundary is enough to annotate
-        args = RA3Config(
-            output_dir=aside, report_to="none", e_steps=e_steps, m_steps=0, baseline=baseline,
-            model_init_kwargs=loading, **settings,
-        )  # fmt: skip
+        args = _config(options, read_settings(name, **place) or {}, aside)
         splits = load_splits(options.dataset_name, options.code_dir, options.dataset_split, options.dataset_config)
         dataset = splits[options.dataset_split]
         if options.max_documents:
             dataset = dataset.select(range(min(options.max_documents, len(dataset))))
         dataset = push.check(dataset) if push else dataset  # before the work
-        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, revision=options.model_revision)
         require_tags(tokenizer, find_format(args.action_format))  # the trainer would add them, untrained
-        trainer = RA3MidTrainer(options.checkpoint, args, processing_class=tokenizer)
+        trainer = RA3MidTrainer(name, args, processing_class=tokenizer)
+        _check_head(trainer, name)
         annotated = annotate_dataset(trainer, dataset)
+    require_boundaries(annotated, args.action_format)
     placed, sites = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
     print(f"{len(annotated):,} documents, {placed:,} latents at {sites:,} boundaries.")
     if options.output:
@@ -126,7 +151,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")
     if push:
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))
-        name = options.dataset_name or options.code_dir or STANDARD_LIBRARY
-        card = render_dataset_card(trainer, annotated, push.repo_id, options.checkpoint, name, push.dataset_license)
+        source = options.dataset_name or options.code_dir or STANDARD_LIBRARY
+
+        def card(full_name: str) -> DatasetCard:
+            return render_dataset_card(trainer, annotated, full_name, name, source, push.dataset_license)
+
         print(f"Pushed to {push.upload(annotated, card).repo_url}.")
     return 0

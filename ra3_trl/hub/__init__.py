@@ -1,6 +1,6 @@
 """Cards, and what is pushed: the model's card, the annotated corpus with its own, and what must not leave."""
 
-from .annotated import ANNOTATION, annotate_dataset, join_chunks
+from .annotated import ANNOTATION, annotate_dataset, join_chunks, require_boundaries
 from .card import ModelCardFacts, all_evaluations, card_facts, render_model_card
 from .dataset_card import render_dataset_card
 from .mixin import HubMixin
@@ -21,5 +21,6 @@ __all__ = [
     "join_chunks",
     "render_dataset_card",
     "render_model_card",
+    "require_boundaries",
     "scan_rows",
 ]

@@ -49,12 +49,25 @@ def annotate_dataset(trainer, dataset: Dataset) -> Dataset:
         raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
     if not len(dataset):
         raise ValueError("the corpus is empty; give it at least one row.")
-    args = trainer.args
+    args, dataset = trainer.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
     mine = range(args.process_index, len(dataset), args.world_size)
     found = dict(zip(mine, _annotate_rows(trainer, dataset.select(mine), mine), strict=True)) if mine else {}
     rows = {number: row for part in gather_object([found]) for number, row in part.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)
+
+
+def require_boundaries(annotated: Dataset, action_format: str) -> None:
+    """
+    Raises:
+        `ValueError`: if [`annotate_dataset`] found no place for a latent in any text.
+    """
+    if not any(annotated["num_boundaries"]):
+        raise ValueError(
+            f"none of the {len(annotated)} texts has a boundary for `action_format` {action_format!r}: they are of "
+            "another format, or empty, or the tokenizer does not give them back. Set `action_format`, or give other "
+            "texts. Nothing was written."
+        )
 
 
 def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:

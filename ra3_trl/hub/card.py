@@ -7,6 +7,7 @@ that a card can be rendered anew from a JSON file (`model_cards/`).
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -169,9 +170,20 @@ def hub_ids(names: Sequence[str | None]) -> list[str]:
 
 
 def public_name(name: str) -> str:
-    """`name`, and of an absolute path its last part: where something lay on a machine is nobody's business."""
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() else name
+    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
+
+    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
+    """
+    parts = [name] if os.path.exists(name) else name.split(",")
+    return ", ".join(_last_part(part.strip()) for part in parts)
+
+
+def _last_part(name: str) -> str:
+    # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
+    if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
+        return name
+    last = re.split(r"[/\\]", name.removeprefix("file:").rstrip("/\\"))[-1]
+    return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
 def card_facts(

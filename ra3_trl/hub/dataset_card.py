@@ -57,6 +57,7 @@ def render_dataset_card(
     checkpoint: str | None = None,
     dataset_name: str | None = None,
     dataset_license: str | None = None,
+    revision: str | None = None,
 ) -> DatasetCard:
     """The card of an annotated corpus, with metadata that the Hub takes.
 
@@ -66,11 +67,13 @@ def render_dataset_card(
         annotated (`datasets.Dataset`):
             From [`annotate_dataset`], with a column `license` where licences are known.
         repo_id (`str`):
-            Its name on the Hub.
+            Its full name on the Hub.
         checkpoint (`str`, *optional*):
             Name of the weights; the default is the trainer's own model after its updates.
         dataset_name (`str`, *optional*), dataset_license (`str`, *optional*):
             The source in words; the licence of all rows, where they have no column for it.
+        revision (`str`, *optional*):
+            The branch that it is on; `None` is `main`.
     """
     base = trainer.backbone.causal_lm.config._name_or_path
     licenses: Mapping[str, int] = count_licenses(annotated)
@@ -92,6 +95,7 @@ def render_dataset_card(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
+        revision=revision,
         source=dataset_name and public_name(dataset_name),
         checkpoint=public_name(checkpoint),
         checkpoint_id=next(iter(hub_ids([checkpoint])), None),

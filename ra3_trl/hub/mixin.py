@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo, auth_check, upload_folder
+from huggingface_hub import CommitInfo, DatasetCard, auth_check, upload_folder
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from ..files import written_aside
-from .annotated import ANNOTATION, annotate_dataset
+from .annotated import ANNOTATION, annotate_dataset, require_boundaries
 from .card import card_facts, render_model_card
 from .dataset_card import render_dataset_card
 from .publish import DatasetPush
@@ -101,7 +101,7 @@ class HubMixin:
             dataset_name (`str`, *optional*):
                 The source in words, for the card.
             license_column (`str`, *optional*, defaults to `"license"`):
-                Column that names each row's licence. Without a column `license` it is `args.dataset_license`.
+                Column that names each row's licence; of rows that name none it is `args.dataset_license`.
             private (`bool`, *optional*):
                 Whether a new repository is private; the default is `args.hub_private_repo`.
             token (`str`, *optional*):
@@ -135,10 +135,14 @@ class HubMixin:
             allow_secrets,
         )
         annotated = annotate_dataset(self, push.check(self._to_annotate(dataset)))
+        require_boundaries(annotated, args.action_format)
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))  # the rest is as it was
         if not self.is_world_process_zero():
             return None
-        card = render_dataset_card(self, annotated, repo_id, None, dataset_name, args.dataset_license)
+
+        def card(full_name: str) -> DatasetCard:
+            return render_dataset_card(self, annotated, full_name, None, dataset_name, args.dataset_license, revision)
+
         return push.upload(annotated, card)
 
     def _to_annotate(self, dataset: Dataset | None) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ class DatasetPush:
         license_column (`str`, *optional*, defaults to `"license"`):
             Column that names each row's licence, a text or a list of texts.
         dataset_license (`str`, *optional*):
-            Licence of all rows, where there is no such column.
+            Licence of the rows that name none, or of all where there is no such column.
         private (`bool`, *optional*):
             Whether the repository is private if it is new; `None` is your organisation's default.
         token (`str`, *optional*):
@@ -63,7 +63,7 @@ class DatasetPush:
         validate_repo_id(self.repo_id)
 
     def check(self, dataset: Dataset) -> Dataset:
-        """`dataset` with a column `license`, if its rows may be published.
+        """`dataset` with a column `license`, filled with `dataset_license`, if its rows may be published.
 
         Raises:
             `ValueError`: for rows without a licence, or with secrets in them.
@@ -87,46 +87,43 @@ class DatasetPush:
         )
 
     def _licensed(self, dataset: Dataset) -> Dataset:
-        column = self.license_column
-        if column not in dataset.column_names:
-            if column != "license":
-                raise ValueError(
-                    f"`license_column` is {column!r}, and the corpus has the columns {sorted(dataset.column_names)}; "
-                    "name one of them."
-                )
-            if self.dataset_license:
-                return dataset.add_column("license", [self.dataset_license] * len(dataset))
-            self._refuse_rows("the corpus has no column of licences", range(len(dataset)))
-            return dataset
-        found = [row_license(value) for value in dataset.with_format(None)[column]]
-        missing = [number for number, name in enumerate(found) if name is None]
-        if missing:
-            self._refuse_rows(f"column `{column}` names none", missing)
-        if column == "license":
-            return dataset
-        if "license" in dataset.column_names:
+        column, columns, of_all = self.license_column, dataset.column_names, row_license(self.dataset_license)
+        if column not in columns and column != "license":
+            raise ValueError(
+                f"`license_column` is {column!r}, and the corpus has the columns {sorted(columns)}; name one of them."
+            )
+        if column != "license" and "license" in columns:
             raise ValueError(
                 f"`license_column` is {column!r}, and the corpus has a column `license` besides; drop or rename it."
             )
-        return dataset.add_column("license", found)
+        cells = dataset.with_format(None)[column] if column in columns else [None] * len(dataset)
+        own = [row_license(value) for value in cells]
+        found = [name or of_all for name in own]
+        if missing := [number for number, name in enumerate(found) if name is None]:
+            names_none = f"column `{column}` names none"
+            self._refuse_rows(names_none if column in columns else "the corpus has no column of licences", missing)
+        if column == "license" and found == own:  # nothing was filled
+            return dataset
+        rest = dataset.remove_columns("license") if "license" in columns else dataset
+        return rest.add_column("license", found)
 
     def _refuse_rows(self, reason: str, numbers: Sequence[int]) -> None:
         if self.allow_missing_licenses:
             return
         raise ValueError(
             f"{len(numbers)} rows have no licence ({reason}): {_listed(numbers)}. Whoever gets a corpus must know the "
-            "terms: leave these rows out, name the column with `license_column`, set `dataset_license` for a "
-            "corpus under one licence without such a column, or pass `allow_missing_licenses`. Nothing was uploaded."
+            "terms: leave these rows out, name the column with `license_column`, set `dataset_license` to the "
+            "licence of all rows that name none, or pass `allow_missing_licenses`. Nothing was uploaded."
         )
 
-    def upload(self, dataset: Dataset, card: DatasetCard) -> CommitInfo:
+    def upload(self, dataset: Dataset, card: DatasetCard | Callable[[str], DatasetCard]) -> CommitInfo:
         """Uploads data and card in one commit, in the place of the data that the repository has.
 
         Args:
             dataset (`datasets.Dataset`):
                 From [`~DatasetPush.check`].
-            card (`huggingface_hub.DatasetCard`):
-                Its card.
+            card (`huggingface_hub.DatasetCard` or `Callable[[str], DatasetCard]`):
+                Its card, or what makes it of the repository's full name, which is known when there is one.
         """
         api = HfApi(token=self.token)
         repo_id = api.create_repo(self.repo_id, private=self.private, repo_type="dataset", exist_ok=True).repo_id
@@ -134,7 +131,7 @@ class DatasetPush:
             api.create_branch(repo_id, branch=self.revision, repo_type="dataset", exist_ok=True)
         shards = max(1, min(len(dataset), -(-dataset.data.nbytes // _SHARD_BYTES)))
         with TemporaryDirectory() as folder:
-            card.save(Path(folder) / "README.md")
+            (card(repo_id) if callable(card) else card).save(Path(folder) / "README.md")
             (Path(folder) / "data").mkdir()
             for i in range(shards):
                 name = f"train-{i:05d}-of-{shards:05d}.parquet"

@@ -27,6 +27,7 @@ _FORMS = {
     "GitLab token": r"\b(glpat-)([\w-]{20,200})",
     "Hugging Face token": r"\b(hf_|api_org_)([A-Za-z0-9]{34})\b",
     "OpenAI key": r"\b(sk-(?:proj-|svcacct-|admin-)?)([\w-]{20,200}T3BlbkFJ[\w-]{20,200})",
+    "OpenRouter key": r"\b(sk-or-v1-)([a-f0-9]{64})\b",
     "Anthropic key": r"\b(sk-ant-[a-z]{3,8}\d\d-)([\w-]{80,200})",
     "Slack token": r"\b(xox[abeoprs]-)((?:\d{1,16}-){1,4}[A-Za-z0-9-]{16,100})",
     "Slack webhook": r"(https://hooks\.slack\.com/(?:services|workflows)/)([\w+/]{40,200})",
@@ -41,10 +42,16 @@ _FORMS = {
     "DigitalOcean token": r"\b(do[opr]_v1_)([a-f0-9]{64})\b",
     "Azure storage key": r"\b(AccountKey=)([A-Za-z0-9+/]{86}==)",
 }
+# A token, and what has no quotes, has a digit before a letter, unlike `cache_v2`. A `PublicKeyToken` is no secret.
 _ASSIGNED = {
     "password or key": r"(?i:((?:password|passwd|secret|api_?key|access_?key|(?:access|auth|bot)_?token|private_?key)"
     r"\w{0,16}[\"']?\]?\s*(?::\s*str\s*)?(?:=|:|=>)\s*[rbf]?[\"']))([^\s\"'\\]{12,200})(?=[\"'])",
-    "password in an address": r"\b([a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{1,64}:)([^\s/:@\"'<>]{8,100})(?=@[\w.-]+)",
+    "token or password": r"(?i:((?:(?<!key)token|pwd)[\"']?\]?\s*(?::\s*str\s*)?(?:=|:|=>)\s*[rbf]?[\"']))"
+    r"((?=\S*\d[A-Za-z])[\w+/=.!@#%^&*~-]{16,200})(?=[\"'])",
+    "password in a settings file": r"(?m:^[ \t]*((?:export[ \t]+)?[A-Z0-9_]{0,40}"
+    r"(?:PASSWORD|PASSWD|PWD|SECRET|KEY|TOKEN)=)((?=\S*\d[A-Za-z])[\w+/=!@#%^&*~-]{12,200})(?=[ \t]*\r?$))",
+    "bearer token": r"\b([Bb]earer[ \t]+)([\w.~+/=-]{24,1000})(?![\w.~+/=-])",
+    "password in an address": r"\b([a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{0,64}:)([^\s/:@\"'<>]{8,100})(?=@[\w.-]+)",
 }
 _PATTERNS = {kind: re.compile(form) for kind, form in (_FORMS | _ASSIGNED).items()}
 _PLACEHOLDER = re.compile(
@@ -121,7 +128,7 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, bytes):
         yield value.decode("utf-8", "replace")
     elif isinstance(value, dict):
-        for inner in value.values():
+        for inner in (*value, *value.values()):
             yield from _texts(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
