@@ -6,7 +6,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: install chromium test test-slow lint demo clean
+.PHONY: install chromium bubblewrap test test-slow lint demo clean
 
 install: $(VENV)/.installed
 
@@ -29,10 +29,17 @@ chromium:
 	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null || true; \
 	else echo "No chromium: the tests of the page that ra3 show writes are skipped." >&2; fi
 
-test: install chromium
+# Programs that a model wrote run in bubblewrap; without it the tests of the sandbox skip and say so.
+bubblewrap:
+	@command -v bwrap >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends bubblewrap >/dev/null || true; \
+	else echo "No bubblewrap: the tests of the sandbox are skipped." >&2; fi
+
+test: install chromium bubblewrap
 	$(PYTEST)
 
-test-slow: install chromium
+test-slow: install chromium bubblewrap
 	$(PYTEST) -m slow
 
 lint: install

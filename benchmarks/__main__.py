@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from . import head, phases, rollout
+from . import head, phases, rollout, sandbox
 
 
-BENCHMARKS = {"rollout": rollout, "phases": phases, "head": head}
+BENCHMARKS = {"rollout": rollout, "phases": phases, "head": head, "sandbox": sandbox}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,8 @@ Nothing here needs the network: tokenizers are trained on a few files of the sta
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+
+def _bubblewrap_works() -> bool:
+    """Whether it is there and may make namespaces; many containers forbid that."""
+    trial = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    return shutil.which("bwrap") is not None and subprocess.run(trial, capture_output=True).returncode == 0
+
+
+needs_bwrap = pytest.mark.skipif(not _bubblewrap_works(), reason="bubblewrap is missing or may not make namespaces")
 
 EOS, PAD, BOS = "<|end|>", "<|pad|>", "<s>"
 TOKENIZERS = ("newline_alone", "newline_indent", "newline_punctuation", "sentencepiece")

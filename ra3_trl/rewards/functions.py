@@ -1,0 +1,207 @@
+"""Rewards for RLVR with TRL's signature: pass them to any `GRPOTrainer` as `reward_funcs`.
+
+What a completion must do stands in the data set's columns, which TRL passes on: `test` and `entry_point` (HumanEval),
+`test_list` with `test_setup_code` or `test_imports` (MBPP), or `inputs` and `outputs`. A row without any gets `None`,
+which TRL leaves out.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import io
+import os
+import re
+import tokenize
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .judge import Judge, Problem, Result
+
+
+COLUMNS = ("test", "entry_point", "test_list", "test_setup_code", "test_imports", "inputs", "outputs", "inside")
+Text = str | list[dict[str, Any]]
+_judges: dict[int, Judge] = {}  # by process: a forked one must not share its parent's
+
+
+def use_judge(judge: Judge) -> None:
+    """Makes the rewards of this process use `judge`, for limits and slots of your own.
+
+    Args:
+        judge ([`Judge`]):
+            The judge; a former one is not closed.
+    """
+    _judges[os.getpid()] = judge
+
+
+async def code_execution_reward(
+    completions: Sequence[Text], prompts: Sequence[Text] | None = None, **kwargs
+) -> list[float | None]:
+    """1.0 for a program that passes all its tests, 0.0 for any other.
+
+    Programs run side by side in the sandbox; one that another reward has run already is not run again.
+
+    Args:
+        completions (`Sequence[str]` or `Sequence[list[dict]]`):
+            Completions, plain or conversational; see [`extract_program`].
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`, *optional*):
+            Their prompts.
+        **kwargs:
+            The data set's columns.
+
+    Returns:
+        `list[float | None]`: one reward for each completion, `None` for a row without tests.
+
+    Raises:
+        `ValueError`: for tests that can't be read, before any program runs.
+    """
+    results = await _results(completions, prompts, kwargs)
+    return [None if found is None else float(found.verdict == "passed") for found in results]
+
+
+async def fraction_passed_reward(
+    completions: Sequence[Text], prompts: Sequence[Text] | None = None, **kwargs
+) -> list[float | None]:
+    """Share of a program's tests that hold: of its `assert`s as they stand in the source, or of its cases.
+
+    Takes, returns and raises what [`code_execution_reward`] does.
+    """
+    results = await _results(completions, prompts, kwargs)
+    return [None if found is None else found.passed / found.total for found in results]
+
+
+def format_reward(
+    completions: Sequence[Text], prompts: Sequence[Text] | None = None, entry_point: Sequence | None = None, **kwargs
+) -> list[float]:
+    """1.0 for a program that parses as Python and defines its entry point, where one is named; 0.0 for any other.
+
+    Args:
+        completions (`Sequence[str]` or `Sequence[list[dict]]`):
+            Completions, plain or conversational.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`, *optional*):
+            Their prompts.
+        entry_point (`Sequence[str]`, *optional*):
+            Names of the functions to be defined.
+        **kwargs:
+            Not used.
+
+    Returns:
+        `list[float]`: one reward for each completion.
+    """
+    count = len(completions)
+    rows = zip(prompts or [None] * count, completions, entry_point or [None] * count, strict=True)
+    return [float(_defines(extract_program(prompt, text), name)) for prompt, text, name in rows]
+
+
+def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
+    """A reward that makes latents cost something.
+
+    Args:
+        cost (`float`, *optional*, defaults to `0.01`):
+            What one latent costs, in units of the other rewards.
+
+    Returns:
+        `Callable`: the reward function; minus `cost` for each latent of a completion, that is each own-line comment.
+
+    Raises:
+        `ValueError`: for a negative cost.
+    """
+    if not cost >= 0:
+        raise ValueError(f"`cost` is {cost}; a latent costs at least 0.")
+
+    def think_cost_reward(completions: Sequence[Text], **kwargs) -> list[float]:
+        return [0.0 - cost * count_latents(_content(text)) for text in completions]
+
+    return think_cost_reward
+
+
+think_cost_reward = get_think_cost_reward()
+
+
+def extract_program(prompt: Text | None, completion: Text) -> str:
+    """The program in a completion.
+
+    Args:
+        prompt (`str` or `list[dict]`, *optional*):
+            The prompt. Where it is the beginning of a program, the completion goes on with it.
+        completion (`str` or `list[dict]`):
+            The completion. Of text with fenced code (three backticks) the last block is the program.
+
+    Returns:
+        `str`: the program's source.
+
+    Example:
+
+    ```python
+    >>> extract_program("def f(x):\\n", "    return x\\n")
+    'def f(x):\\n    return x\\n'
+    ```
+    """
+    text = _content(completion)
+    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+    if blocks:
+        return blocks[-1]
+    if isinstance(prompt, str) and (_parses(prompt + text) or _begins_program(prompt)):
+        return prompt + text
+    return text
+
+
+def count_latents(text: str) -> int:
+    """Number of own-line comments of a text; one that is cut or no Python is counted as far as it can be read."""
+    count, row = 0, ""
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            row = token.line[: token.start[1]]
+            count += token.type == tokenize.COMMENT and not row.strip()
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return count
+
+
+async def _results(completions: Sequence[Text], prompts: Sequence[Text] | None, kwargs: dict) -> list[Result | None]:
+    columns = {name: kwargs[name] for name in COLUMNS if name in kwargs}
+    prompts = prompts or [None] * len(completions)
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(completions))]
+    problems = [
+        Problem.from_row({**row, "prompt": prompt}) if _has_tests(row) else None
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    if not any(problems):
+        raise ValueError(f"`code_execution_reward` finds no tests; the data set needs some of the columns {COLUMNS}.")
+    judge = _judges.get(os.getpid())
+    if judge is None:
+        judge = _judges[os.getpid()] = Judge()
+    futures = [
+        problem and asyncio.wrap_future(judge.submit(problem, extract_program(prompt, text)))
+        for problem, prompt, text in zip(problems, prompts, completions, strict=True)
+    ]
+    return [future and await future for future in futures]
+
+
+def _has_tests(row: dict[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in ("test", "test_list", "inputs"))
+
+
+def _content(text: Text) -> str:
+    return text if isinstance(text, str) else "".join(message["content"] or "" for message in text)
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _begins_program(prompt: str) -> bool:
+    """Whether a prompt is code that waits for more, such as a function's head, perhaps with its docstring."""
+    return any(_parses(f"{prompt.rstrip()}\n{indent}pass\n") for indent in ("", "    ", "        "))
+
+
+def _defines(source: str, name: str | None) -> bool:
+    if not _parses(source):
+        return False
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
+    return name is None or name in names

@@ -1,0 +1,313 @@
+"""What a player does: serve a program's functions, run a script, or run tests on functions that live elsewhere.
+
+Tests and program are two players in two sandboxes with a socket between them. The tests' player sees the program's
+functions as [`Remote`] objects: a call sends plain values and gets plain values back, and what is expected, the
+comparison and the verdict stay on the tests' side. `inside` runs both in one process, where a program could forge.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib
+import json
+import os
+import random
+import secrets
+import socket
+import sys
+import traceback
+import types
+from typing import Any
+
+import wire
+
+
+# Imported once by the server, so that no program waits for them.
+WARM = (
+    "array", "base64", "bisect", "calendar", "cmath", "collections", "copy", "datetime", "decimal", "enum",
+    "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math", "operator", "os", "random", "re",
+    "statistics", "string", "textwrap", "time", "typing",
+)  # fmt: skip
+for _name in WARM:
+    importlib.import_module(_name)
+
+
+def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
+    """Does the job: the exit code.
+
+    Args:
+        job (`dict`):
+            `role` (`"program"`, `"script"`, `"tests"` or `"inside"`) and, by role, `program` and `setup`, `tests`,
+            `names` (sources, and names of the program that the tests use).
+        channel (`int`, *optional*):
+            Descriptor of the socket between program and tests.
+        verdict (`int`):
+            Descriptor to write the tests' outcomes to.
+    """
+    random.seed(0)  # the same program gets the same verdict
+    if job["role"] == "script":
+        return _run_script(job["program"])
+    if job["role"] == "program":
+        Program(job["program"], socket.socket(fileno=channel)).serve()
+        return 0
+    outcomes = Outcomes(verdict)
+    if job["role"] == "tests":
+        Tests(job, outcomes, socket.socket(fileno=channel)).run()
+    else:
+        _run_inside(job, outcomes)
+    return 0
+
+
+def _module(name: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module
+
+
+def _run_script(source: str) -> int:
+    module = _module("__main__")
+    status = 0
+    try:
+        exec(compile(source, "<program>", "exec"), vars(module))
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc(limit=-3)
+        status = 1
+    sys.stdout.flush()
+    return status & 255
+
+
+class Program:
+    """Answers requests for a program's functions; each answer carries its request's number."""
+
+    def __init__(self, source: str, connection: socket.socket):
+        self.source, self.connection = source, connection
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
+
+    def serve(self) -> None:
+        while True:
+            try:
+                request = wire.receive(self.connection)
+            except EOFError:
+                return
+            number = request["number"]
+            try:
+                value = wire.pack(self._answer(request), self._refer)
+                sys.stdout.flush()
+                wire.send(self.connection, {"number": number, "value": value})
+            except BaseException as error:
+                with contextlib.suppress(OSError):  # the file that it prints to may be full
+                    traceback.print_exc(limit=-3)
+                    sys.stdout.flush()
+                wire.send(self.connection, {"number": number, "raised": describe(error)})
+
+    def _answer(self, request: dict[str, Any]) -> Any:
+        arguments = wire.unpack(request["arguments"], self.objects.__getitem__)
+        match request["do"]:
+            case "load":
+                self.module = _module("program")
+                exec(compile(self.source, "<program>", "exec"), vars(self.module))
+                return None
+            case "name":
+                return self._named(arguments[0])
+            case "call":
+                target, positional, named = arguments
+                return target(*positional, **named)
+            case "get":
+                return getattr(*arguments)
+            case "set":
+                return setattr(*arguments)
+
+    def _named(self, name: str) -> Any:
+        if name not in vars(self.module):
+            raise NameError(f"the program has no `{name}`")
+        return vars(self.module)[name]
+
+    def _refer(self, value: Any) -> int:
+        """The number that stands for an object here; it is kept, so that its id stays its own."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self.numbers[id(value)]
+
+
+class Gone(BaseException):
+    """The program ended, or answered what was not asked. No `Exception`, so that no test can catch it by accident."""
+
+
+class ProgramError(Exception):
+    """The program raised an exception that is not one of Python's own."""
+
+
+class Remote:
+    """An object of the program, seen from the tests: calls and public attributes; equal to nothing but itself."""
+
+    __slots__ = ("_link", "_number")
+
+    def __init__(self, link: Link, number: int):
+        object.__setattr__(self, "_link", link)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self._link.ask("call", self, positional, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._link.ask("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._link.ask("set", self, name, value)
+
+
+class Link:
+    """The tests' end of the socket: one question at a time, each answer to the question just asked."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.remotes: dict[int, Remote] = {}
+        self.last_raised: list[str] = []
+        self.gone: Gone | None = None  # kept, since a bare `except:` of the tests would swallow it
+
+    def ask(self, do: str, *arguments: Any) -> Any:
+        if self.gone is not None:
+            raise self.gone
+        self.last_raised = []
+        number = secrets.token_hex(8)
+        packed = wire.pack(arguments, self._refer)["tuple"]
+        try:
+            wire.send(self.connection, {"number": number, "do": do, "arguments": packed})
+            answer = wire.receive(self.connection)
+            if not isinstance(answer, dict) or answer.get("number") != number or len(answer) != 2:
+                raise wire.WireError("an answer that was not asked for")
+            if "raised" not in answer:
+                return wire.unpack(answer["value"], self._resolve)
+            name, text, code = (str(part)[:500] for part in answer["raised"])
+        except (EOFError, OSError):
+            self.gone = Gone("ended before it answered")
+            raise self.gone from None
+        except (wire.WireError, RecursionError, MemoryError, TypeError, ValueError, KeyError) as error:
+            self.gone = Gone(f"broke the protocol: {error}")
+            raise self.gone from None
+        self.last_raised = [name, text, code]
+        raise _exception(name, text)
+
+    def _refer(self, value: Any) -> int:
+        if type(value) is not Remote:
+            raise ProgramError(f"tests pass a {type(value).__name__}, which is no plain value; run them inside")
+        return value._number
+
+    def _resolve(self, number: int) -> Remote:
+        if not isinstance(number, int) or len(self.remotes) > wire.MAX_ITEMS:
+            raise wire.WireError("no number of an object")
+        return self.remotes.setdefault(number, Remote(self, number))
+
+
+def _exception(name: str, text: str) -> Exception:
+    """What tests see of an exception of the program: Python's own class, so that they can expect it."""
+    kind = vars(builtins).get(name)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        return ProgramError(f"{name}: {text}")
+    if issubclass(kind, (StopIteration, StopAsyncIteration)):  # would end `all(map(f, inputs))` as if all held
+        return ProgramError(f"{name}: {text}")
+    try:
+        return kind(text)
+    except TypeError:  # some take more than a message
+        return ProgramError(f"{name}: {text}")
+
+
+def describe(error: BaseException) -> list[Any]:
+    """`[nearest class of Python's own, message, errno]` of what a program raised."""
+    kind = next((k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k), "BaseException")
+    text = str(error) if kind == type(error).__name__ else f"{type(error).__name__}: {error}"
+    return [kind, text[:500], getattr(error, "errno", None)]
+
+
+class Outcomes:
+    """Writes, as it happens, which `assert` held and which did not: lines of JSON."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self.known: dict[int, bool] = {}
+        self.link: Link | None = None
+
+    def held(self, site: int) -> None:
+        if site not in self.known:
+            self._note(site, True)
+
+    def broke(self, site: int) -> None:
+        if self.known.get(site, True):
+            self._note(site, False, *self.why(sys.exc_info()[1]))
+
+    def end(self, error: BaseException | None = None) -> None:
+        error = (self.link and self.link.gone) or error
+        self._write(["end"] if error is None else ["stopped", *self.why(error)])
+
+    def why(self, error: BaseException) -> list[Any]:
+        """What the tests met: `[class, message, errno]`, the program's own report where it raised."""
+        if isinstance(error, Gone):
+            return ["Gone", str(error), None]
+        if self.link is not None and self.link.last_raised and not isinstance(error, AssertionError):
+            return self.link.last_raised
+        return describe(error)
+
+    def _note(self, site: int, holds: bool, *why: Any) -> None:
+        self.known[site] = holds
+        self._write([site, holds, *why])
+
+    def _write(self, row: list[Any]) -> None:
+        os.write(self.descriptor, (json.dumps(row) + "\n").encode())
+
+
+class Marks(ast.NodeTransformer):
+    """Makes each `assert` tell its outcome and go on: a failed one does not hide those behind it."""
+
+    def __init__(self):
+        self.sites = 0
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        site, self.sites = self.sites, self.sites + 1
+        held, broke = (ast.parse(f"__outcomes__.{name}({site})").body for name in ("held", "broke"))
+        caught = ast.ExceptHandler(type=ast.Name("Exception", ast.Load()), name=None, body=broke)
+        marked = ast.Try(body=[node], handlers=[caught], orelse=held, finalbody=[])
+        return ast.fix_missing_locations(ast.copy_location(marked, node))
+
+
+class Tests:
+    """Runs the tests on a program at the other end of a socket."""
+
+    def __init__(self, job: dict[str, Any], outcomes: Outcomes, connection: socket.socket):
+        self.job, self.outcomes, self.link = job, outcomes, Link(connection)
+        outcomes.link = self.link
+
+    def run(self) -> None:
+        try:
+            self.link.ask("load")
+            names = {name: self.link.ask("name", name) for name in self.job["names"]}
+            run_tests(self.job, self.outcomes, names)
+        except BaseException as error:
+            self.outcomes.end(error)
+
+
+def _run_inside(job: dict[str, Any], outcomes: Outcomes) -> None:
+    try:
+        module = _module("program")
+        exec(compile(job["program"], "<program>", "exec"), vars(module))
+        run_tests(job, outcomes, vars(module))
+    except BaseException as error:
+        outcomes.end(error)
+
+
+def run_tests(job: dict[str, Any], outcomes: Outcomes, names: dict[str, Any]) -> None:
+    """Runs `setup`, then each of `tests` with marked asserts, in one namespace that starts with `names`."""
+    space = {"__name__": "tests", **{name: importlib.import_module(name) for name in job["modules"]}, **names}
+    exec(compile(job["setup"], "<setup>", "exec"), space)
+    space["__outcomes__"] = outcomes
+    marks = Marks()
+    for source in job["tests"]:
+        exec(compile(marks.visit(ast.parse(source)), "<tests>", "exec"), space)
+    outcomes.end()

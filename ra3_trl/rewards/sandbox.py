@@ -1,0 +1,335 @@
+"""Runs untrusted Python, isolated by bubblewrap; `guest.py` is what runs inside.
+
+A slot is two warm servers, one for programs and one for tests, each inside bubblewrap; there is one job at a time in
+each. Time, memory and output are bounded inside, and the host kills the whole sandbox where that fails. What players
+write goes to files in memory that belong to the host, bounded as all their files are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import wire
+
+
+ALLOW = "HF_ALLOW_CODE_EVAL"
+_GRACE, _START = 5.0, 60.0  # seconds that a report may be late, and that a start may take
+_NOBODY = 65534
+_BOOT = """
+import json, sys
+settings = json.loads(sys.argv[1])
+sys.path.insert(0, settings["folder"])
+import guest
+sys.path[:1] = settings["packages"]
+sys.argv = [""]
+guest.main(settings["control"], settings["jobs"], settings["limits"], settings["isolated"])
+"""
+_UNPROTECTED = (
+    "Code runs without isolation, since HF_ALLOW_CODE_EVAL=1. Limited are CPU time, "
+    "wall-clock time, and of each process memory, open files and file size. NOT protected: your files, which programs "
+    "can read, change and delete; the network; other processes of yours, this one included; the number of processes; "
+    "programs from each other, and tests from programs, so that verdicts can be forged. Install bubblewrap."
+)
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself does not work; says nothing about a program."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Args:
+        seconds (`float`, *optional*, defaults to `3.0`):
+            Wall clock from its start to its last answer; the same number, rounded up, is each process's CPU time.
+        memory_mb (`int`, *optional*, defaults to `512`):
+            MiB of address space of each process, and of memory of all together (looked at every 20 ms).
+        disk_mb (`int`, *optional*, defaults to `16`):
+            MiB of `/tmp`, of `/dev/shm` and of a file.
+        processes (`int`, *optional*, defaults to `32`):
+            Processes and threads at a time.
+        output_bytes (`int`, *optional*, defaults to `1048576`):
+            Bytes of standard output of a script; more ends it.
+        tail_bytes (`int`, *optional*, defaults to `2000`):
+            Bytes kept of the end of what else is printed.
+
+    Raises:
+        `ValueError`: for a limit that is not positive.
+    """
+
+    seconds: float = 3.0
+    memory_mb: int = 512
+    disk_mb: int = 16
+    processes: int = 32
+    output_bytes: int = 2**20
+    tail_bytes: int = 2000
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"`{name}` is {value!r}; a limit must be above 0.")
+
+
+class Sandbox:
+    """Some slots in which untrusted code runs; threads may share it.
+
+    Args:
+        slots (`int`, *optional*):
+            Programs at a time; `None` is one for each CPU that this process may use.
+        limits ([`Limits`], *optional*):
+            What a program may use.
+        packages (`Sequence[str]`, *optional*):
+            Folders with modules that programs may import besides the standard library; they see them read-only. For
+            root, everybody must be allowed to read them.
+
+    Raises:
+        `SandboxError`: if bubblewrap is missing or does not work here and `HF_ALLOW_CODE_EVAL` is not `1`.
+
+    Example:
+
+    ```python
+    >>> with Sandbox(slots=1) as sandbox:
+    ...     sandbox.run({"role": "script", "program": "print(input()[::-1])", "stdin": "abc"})["stdout"]
+    'cba\\n'
+    ```
+    """
+
+    def __init__(self, slots: int | None = None, limits: Limits | None = None, packages: Sequence[str] = ()):
+        self.limits = limits or Limits()
+        self.slots = len(os.sched_getaffinity(0)) if slots is None else slots
+        if self.slots < 1:
+            raise ValueError(f"`slots` is {slots}; a sandbox needs at least 1.")
+        if missing := [folder for folder in packages if not Path(folder).is_dir()]:
+            raise ValueError(f"`packages` names {missing[0]!r}, which is no folder; give folders that hold modules.")
+        self.isolated = _isolation(self.limits, tuple(packages))
+        self._servers = [
+            tuple(_Server(self.isolated, self.limits, tuple(packages)) for _ in range(2)) for _ in range(self.slots)
+        ]
+        self._free: queue.SimpleQueue[tuple[_Server, _Server]] = queue.SimpleQueue()
+        for pair in self._servers:
+            self._free.put(pair)
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`): the report on it."""
+        with self._slot() as (server, _):
+            server.start_job(job)
+            found = server.report(self.limits.seconds + _GRACE)
+            server.stop_job()
+            return found
+
+    def run_pair(self, program: dict[str, Any], tests: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Runs a program and, in another sandbox, tests that call it: the reports on both, the program's first."""
+        with self._slot() as (server, judge):
+            one, other = socket.socketpair()
+            with one, other:
+                server.start_job(program, one.fileno())
+                judge.start_job(tests, other.fileno())
+            found = judge.report(self.limits.seconds + _GRACE)
+            judge.stop_job()
+            server.stop_job()
+            return server.report(_GRACE), found
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[tuple[_Server, _Server]]:
+        pair = self._free.get()
+        try:
+            yield pair
+        except BaseException:
+            for server in pair:
+                server.close()
+            raise
+        finally:
+            self._free.put(pair)
+
+    def close(self) -> None:
+        """Ends all servers; with them goes all that still runs in them."""
+        for pair in self._servers:
+            for server in pair:
+                server.close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Server:
+    """The host's side of one warm server; starts it when there is work, and anew after it broke."""
+
+    def __init__(self, isolated: bool, limits: Limits, packages: tuple[str, ...]):
+        self.isolated, self.limits, self.packages = isolated, limits, packages
+        self.files: dict[str, int] = {}
+        self.process: subprocess.Popen | None = None
+
+    def start_job(self, job: dict[str, Any], descriptor: int | None = None) -> None:
+        try:
+            self._send_job(job, descriptor)
+        except OSError:  # the server was lost since its last job
+            self.close()
+            self._send_job(job, descriptor)
+
+    def _send_job(self, job: dict[str, Any], descriptor: int | None) -> None:
+        if self.process is None:
+            self.start()
+        self.role = job["role"]
+        self.files = {name: os.memfd_create(name) for name in ("stdout", "tail", "verdict")}
+        descriptors = (*self.files.values(), *([] if descriptor is None else [descriptor]))
+        self.control.sendall(b"s")
+        wire.send(self.jobs, job, descriptors)
+
+    def stop_job(self) -> None:
+        """Ends the job, or says that its report has come; once for each job."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):  # a server that is lost is found out by `report`
+                self.control.sendall(b"k")
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """The server's report and what the player wrote; a server that gives none in time is ended, with all in it."""
+        self.control.settimeout(seconds)
+        try:
+            found = wire.receive(self.control)
+        except (OSError, EOFError, wire.WireError):
+            found = {"ended": "lost", "status": None, "seconds": seconds}
+        found |= {name: self._written(name) for name in self.files}
+        self._drop_files()
+        if found["ended"] == "lost" and (said := self.close()):
+            raise SandboxError(f"The sandbox broke: {said}")
+        if found["verdict"].startswith(wire.BROKEN) and self.role != "inside":  # there it could be forged
+            raise SandboxError(f"The sandbox could not run a program: {found['verdict']}.")
+        return found
+
+    def _written(self, name: str) -> str:
+        """What a player wrote; of `tail` the end, of `stdout` no more than shows that it is too much."""
+        size = os.fstat(self.files[name]).st_size
+        bound = {"tail": self.limits.tail_bytes, "stdout": self.limits.output_bytes + 1}.get(name, wire.MAX_FRAME)
+        start = max(0, size - bound) if name == "tail" else 0
+        return os.pread(self.files[name], bound, start).decode(errors="replace")
+
+    def _drop_files(self) -> None:
+        for file in self.files.values():
+            os.close(file)
+        self.files = {}
+
+    def start(self) -> None:
+        (self.control, control), (self.jobs, jobs) = socket.socketpair(), socket.socketpair()
+        with control, jobs:
+            settings = {
+                "limits": asdict(self.limits), "isolated": self.isolated, "packages": self.packages,
+                "control": control.fileno(), "jobs": jobs.fileno(),
+            }  # fmt: skip
+            self.process = subprocess.Popen(
+                _command(settings), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                env={}, cwd=tempfile.gettempdir(), pass_fds=(control.fileno(), jobs.fileno()), start_new_session=True,
+            )  # fmt: skip
+        self.control.settimeout(_START)
+        self.jobs.settimeout(_START)
+        try:
+            wire.receive(self.control)
+        except (OSError, EOFError) as error:
+            raise SandboxError(f"The sandbox does not start: {self.close() or error!r}.") from error
+
+    def close(self) -> str:
+        """Ends the server and all that runs in it: what it said at last, nothing unless it broke."""
+        self._drop_files()
+        if self.process is None:
+            return ""
+        self.control.close()  # the server ends with it, and bubblewrap with the server
+        self.jobs.close()
+        try:
+            _, said = self.process.communicate(timeout=_GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            _, said = self.process.communicate()
+        self.process = None
+        return said.decode(errors="replace").strip()[-500:]
+
+
+def _isolation(limits: Limits, packages: tuple[str, ...]) -> bool:
+    """Whether bubblewrap works here; without it, code runs only if the user says so.
+
+    Raises:
+        `SandboxError`: if it does not and `HF_ALLOW_CODE_EVAL` is not `1`.
+    """
+    try:
+        if shutil.which("bwrap") is None:
+            raise SandboxError("bubblewrap is missing.")
+        server = _Server(True, limits, packages)
+        server.start()
+        server.close()
+        return True
+    except SandboxError as error:
+        if os.environ.get(ALLOW) != "1":
+            raise SandboxError(
+                f"{error} Code written by a model would run unprotected. Install bubblewrap (Debian and Ubuntu: "
+                "`apt-get install bubblewrap`) and allow it user namespaces (a container may need more privileges) "
+                f"or, where harm is impossible anyway, set {ALLOW}=1."
+            ) from error
+        warnings.warn(f"{error} {_UNPROTECTED}")
+        return False
+
+
+def _command(settings: dict[str, Any]) -> list[str]:
+    """The command line of a server; as root it first becomes nobody, since root has no limit of processes."""
+    here, isolated = str(Path(__file__).parent), settings["isolated"]
+    folder = "/guest" if isolated else here  # it may lie in /tmp, which programs get anew
+    python = str(Path(sysconfig.get_config_var("BINDIR"), f"python{sys.version_info.major}.{sys.version_info.minor}"))
+    packages = {path: f"/packages/{i}" if isolated else path for i, path in enumerate(settings["packages"])}
+    settings = {**settings, "folder": folder, "packages": [*packages.values()]}
+    server = [python, "-I", "-c", _BOOT, json.dumps(settings)]
+    if not isolated:
+        return server
+    prefixes = [path for path in (sys.base_prefix, sys.base_exec_prefix) if not Path(path).is_relative_to("/usr")]
+    show = [*_system(), *_folders({**{path: path for path in prefixes}, here: folder, **packages})]
+    inner = [
+        "--unshare-all", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--cap-drop", "ALL",
+        "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
+        "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
+        "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
+    ]  # fmt: skip
+    bwrap = shutil.which("bwrap")
+    if os.getuid() != 0:
+        return [bwrap, *show, *inner, *server]
+    drop = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
+    outer = [bwrap, *show, "--bind", "/proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
+    return [*outer, *drop, bwrap, "--ro-bind", "/", "/", *inner, *server]
+
+
+def _system() -> list[str]:
+    """Arguments that show the system's programs and libraries, read-only."""
+    shown = ["--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+        path = Path("/", name)
+        if path.is_symlink():
+            shown += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            shown += ["--ro-bind", str(path), str(path)]
+    for name in ("ld.so.cache", "alternatives", "localtime"):
+        shown += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    return shown
+
+
+def _folders(folders: Mapping[str, str]) -> list[str]:
+    """Arguments that show folders, read-only, each under a name of its own."""
+    shown = []
+    for path, seen in folders.items():
+        for parent in reversed(Path(seen).parents[:-1]):  # bubblewrap would copy a home's mode, 700
+            shown += ["--perms", "0755", "--dir", str(parent)]
+        shown += ["--ro-bind", path, seen]
+    return shown
