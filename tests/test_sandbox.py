@@ -214,6 +214,15 @@ def test_a_closed_sandbox_ends_its_servers():
 
 
 @needs_bwrap
+def test_a_forked_child_never_answers(judge):
+    """It could, before its parent's end reaches it: seen once in some hundred runs."""
+    in_call = "import os\ndef f(x):\n    if os.fork(): os._exit(0)\n    return x * x"
+    programs = [f"{program}\n#{i}" for program in (FORGERS["parent_dies"][0], in_call) for i in range(60)]
+    found = [judge.submit(SQUARE, program) for program in programs]
+    assert {future.result().verdict for future in found} == {"error"}
+
+
+@needs_bwrap
 def test_a_lost_server_is_replaced():
     with Judge(Sandbox(slots=1)) as judge:
         assert judge(SQUARE, HONEST).verdict == "passed"

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import socket
 import sys
 import traceback
@@ -85,6 +86,7 @@ class Program:
 
     def __init__(self, source: str, connection: socket.socket):
         self.source, self.connection = source, connection
+        self.own_pid, self.pid = os.getpid, os.getpid()  # programs may replace `os.getpid`
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}
 
@@ -98,6 +100,8 @@ class Program:
             try:
                 value = wire.pack(self._answer(request), self._refer)
                 sys.stdout.flush()
+                if self.own_pid() != self.pid:  # forked by the program: its parent answers, or nobody
+                    os.kill(self.own_pid(), signal.SIGKILL)
                 wire.send(self.connection, {"number": number, "value": value})
             except BaseException as error:
                 with contextlib.suppress(OSError):  # the file that it prints to may be full
