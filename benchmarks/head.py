@@ -32,10 +32,10 @@ from .common import default_model, say
 from .gate_testbed import expert, make_tokenizer, pretrain, probe
 
 
-_UPDATES, _LATENTS = 44, 4
+_UPDATES, _LATENTS, _BOUNDARIES = 44, 4, 24  # boundaries of a program of eight stanzas
 ARMS = {
     "all": {},
-    "random_half": {"max_sites": 12},  # of 24 boundaries
+    "random_half": {"max_sites": _BOUNDARIES // 2},
     "head_half": {"boundary_selection": "head", "boundary_budget": 0.5},
     "head_third": {"boundary_selection": "head", "boundary_budget": 1 / 3},
 }
@@ -51,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_trainer(model, tokenizer: PreTrainedTokenizerFast, seed: int, folder: str, **settings) -> RA3MidTrainer:
     """A trainer on the testbed, with the rates of `tests/test_gate_hold.py`."""
-    settings = {"e_steps": _UPDATES, "m_steps": 0} | settings
+    settings = {"e_steps": _UPDATES, "m_steps": 0, "logging_steps": 1000} | settings
     args = RA3Config(
         output_dir=folder, seed=seed, e_learning_rate=1e-3, learning_rate=1e-3, num_latents=_LATENTS, horizon=1,
         max_latent_length=2, max_length=128, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        save_strategy="no", log_latents_steps=0, logging_steps=1000, disable_tqdm=True, code_loss_tolerance=10.0,
+        save_strategy="no", log_latents_steps=0, disable_tqdm=True, code_loss_tolerance=10.0,
         **settings,
     )  # fmt: skip
     trainer = RA3MidTrainer(copy.deepcopy(model), args, expert(seed + 100, 400), expert(seed + 900, 16), tokenizer)
@@ -64,23 +64,21 @@ def make_trainer(model, tokenizer: PreTrainedTokenizerFast, seed: int, folder: s
 
 
 class Curve(TrainerCallback):
-    """The held-out share of right comments and their gain, every four updates, and the rollouts spent so far."""
+    """The held-out share of right comments and their gain, every four updates, and the rollouts spent so far, as the
+    log counts them."""
 
-    def __init__(self):
+    def __init__(self, trainer: RA3MidTrainer):
         self.points: list[tuple[int, float, float]] = []
-        self.trainer: RA3MidTrainer | None = None
+        self.trainer = trainer
         self.rollouts = 0
 
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        sites = args.per_device_train_batch_size * 24
-        if trainer.args.boundary_selection == "head":
-            sites = round(sites * trainer.args.boundary_budget)
-        elif trainer.args.max_sites:
-            sites = args.per_device_train_batch_size * trainer.args.max_sites
-        self.rollouts += sites * trainer.args.num_latents
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "estep/tried_rate" not in logs:
+            return
+        boundaries = args.per_device_train_batch_size * _BOUNDARIES
+        self.rollouts += round(logs["estep/tried_rate"] * boundaries) * args.num_latents
         if state.global_step % 4 == 0:
-            found = probe(trainer)
+            found = probe(self.trainer)
             self.points.append((self.rollouts, found.right, found.gain))
 
     def price(self, right: float) -> int | None:
@@ -113,10 +111,9 @@ def selection(bases, tokenizer, updates: int) -> dict[str, Any]:
     for arm, settings in ARMS.items():
         finals = []
         for seed, base in enumerate(bases):
-            curve = Curve()
             with TemporaryDirectory() as folder:
-                trainer = make_trainer(base, tokenizer, seed, folder, e_steps=updates, **settings)
-                curve.trainer = trainer
+                trainer = make_trainer(base, tokenizer, seed, folder, e_steps=updates, logging_steps=1, **settings)
+                curve = Curve(trainer)
                 trainer.add_callback(curve)
                 trainer.train()
             prices[arm].append(curve.price(_RIGHT))

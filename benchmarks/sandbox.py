@@ -33,7 +33,9 @@ HOSTILE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--programs", type=int, default=1000, help="short programs to time")
     parser.add_argument("--soak", type=int, default=10_000, help="programs, 1 %% hostile, before leaks are counted")
-    parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl.gz, for `humaneval_s`")
+    parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl.gz: its own solutions, passed and seconds")
+    parser.add_argument("--mbpp", type=Path, help="mbpp.jsonl, the same")
+    parser.add_argument("--seconds", type=float, default=10.0, help="limit of a program of these two")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,14 +46,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         alone = rate(judge, list(short(args.programs, "alone")), slots)
         loaded = rate(judge, list(short(args.programs, "loaded")), 64)
         found = {"slots": slots, "programs_per_s": alone, "under_load_ratio": loaded / alone}
-        if args.humaneval is not None:
-            found |= humaneval(judge, args.humaneval)
         before = traces()
         verdicts = judged(judge, mixed(args.soak), 64)
         time.sleep(1)
         left = {name: max(0, count - before[name]) for name, count in traces().items()}
     wrong = sum(count for (hostile, verdict), count in verdicts.items() if hostile is (verdict == "passed"))
-    return {**found, "soak": args.soak, "wrong_verdicts": wrong, "leaks": sum(left.values())}
+    found |= {"soak": args.soak, "wrong_verdicts": wrong, "leaks": sum(left.values())}
+    for name in ("humaneval", "mbpp"):
+        if (path := vars(args)[name]) is not None:
+            found |= {f"{name}_{key}": value for key, value in own_solutions(path, args.seconds).items()}
+    return found
 
 
 def short(count: int, name: str) -> Iterable[tuple[bool, Problem, str]]:
@@ -84,13 +88,19 @@ def judged(judge: Judge, programs: Iterable[tuple[bool, Problem, str]], in_fligh
     return verdicts + Counter((was, future.result().verdict) for was, future in line)
 
 
-def humaneval(judge: Judge, path: Path) -> dict[str, float]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+def own_solutions(path: Path, seconds: float) -> dict[str, float]:
+    """How many of a benchmark's own solutions pass its tests, and the time of all."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    programs = [(False, Problem.from_row(row), row["prompt"] + row["canonical_solution"]) for row in rows]
-    start = time.perf_counter()
-    verdicts = judged(judge, programs, 64)
-    return {"humaneval_s": time.perf_counter() - start, "humaneval_passed": verdicts[False, "passed"]}
+    solutions = [
+        row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else row["code"] for row in rows
+    ]
+    programs = [(False, Problem.from_row(row), solution) for row, solution in zip(rows, solutions, strict=True)]
+    with Judge(Sandbox(limits=Limits(seconds=seconds)), remember=1) as judge:
+        judged(judge, short(20, "warm"), 2)
+        start = time.perf_counter()
+        verdicts = judged(judge, programs, 64)
+        return {"of": len(rows), "passed": verdicts[False, "passed"], "s": time.perf_counter() - start}
 
 
 def traces() -> dict[str, int]:

@@ -358,12 +358,12 @@ class RA3Config(TrainingArguments):
             raise ValueError(f"{RA3_CONFIG} has fields that no `RA3Config` has: {', '.join(unknown)}.")
         return cls(**settings | changes)
 
-    def save_pretrained(self, folder: str) -> None:
-        """Writes `ra3_config.json`: the settings that shape a run, without paths, tokens and what is the machine's."""
+    def save_pretrained(self, folder: str, **changes) -> None:
+        """Writes `ra3_config.json`: the settings that shape a run, with `changes`, without paths, tokens and what is
+        the machine's."""
         inherited = {field.name for field in fields(TrainingArguments)}
         own = [field.name for field in fields(self) if field.name not in inherited]
-        settings = settings_of(self, own) | {"max_steps": getattr(self, "planned_from", self.max_steps)}
-        write_settings(settings, folder)
+        write_settings(settings_of(self, own) | changes, folder)
 
     def __repr__(self) -> str:
         """As a data class's, with tokens hidden."""

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import find_file
+from .files import find_file, read_versioned
 
 
 RA3_CONFIG, VERSION = "ra3_config.json", 2
@@ -65,16 +65,8 @@ def read_settings(name: str, **place: Any) -> dict[str, Any] | None:
     path = find_file(name, RA3_CONFIG, **place) or find_file(name, _STATE, **place)
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        version, settings = content.get("version", 1), dict(content["settings"])
-        if version > VERSION:
-            raise ValueError(
-                f"{path.name} of {name!r} is of version {version}, and this ra3-trl reads up to {VERSION}; upgrade "
-                "ra3-trl."
-            )
-        for older in range(version, VERSION):
+    with read_versioned(path, name, VERSION, "take another revision") as content:
+        settings = dict(content["settings"])
+        for older in range(content["version"], VERSION):
             settings = _MIGRATIONS[older](settings)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} of {name!r} is damaged ({error!r}); take another revision.") from error
     return {name: math.inf if value == "inf" else value for name, value in settings.items()}

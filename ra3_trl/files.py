@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -48,6 +49,25 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+
+
+@contextmanager
+def read_versioned(path: Path, name: str, newest: int, cure: str) -> Iterator[dict[str, Any]]:
+    """The JSON object of a file of `name` whose `version` (1 if it says none) is at most `newest`, to be read inside.
+
+    Raises:
+        `ValueError`: for a newer version, and for what is damaged or lacks what is looked for inside, with the `cure`.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content.setdefault("version", 1) > newest:
+            raise ValueError(
+                f"{path.name} of {name!r} is of version {content['version']}, and this ra3-trl reads up to {newest}; "
+                "upgrade ra3-trl."
+            )
+        yield content
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} of {name!r} is damaged ({error!r}); {cure}.") from error
 
 
 @contextmanager

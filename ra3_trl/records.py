@@ -8,6 +8,7 @@ the horizon, `K` latent tokens, `L` tokens, `N` document tokens, `D` hidden size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,6 +101,11 @@ class RolloutGroup:
         """log P(think) of whatever decides: the abstraction head, or the think prefix's tokens. What a line is
         renormalised by is always `gate_logps_A`, the mass that its tokens lack."""
         return self.gate_logps_A if self.head_logps_A is None else self.head_logps_A
+
+    def states_at(self, sites: Sequence[int]) -> torch.Tensor:
+        """Last hidden states `[len(sites), D]` at some sites of the document."""
+        row = {site: i for i, site in enumerate(self.document.sites)}
+        return self.states_SD[[row[site] for site in sites]]
 
     @property
     def num_latents(self) -> int:

@@ -60,6 +60,7 @@ from .models import (
     check_vocabulary,
     context_length,
     disable_dropout,
+    end_ids,
     load_head,
     load_model,
     load_tokenizer,
@@ -226,8 +227,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         return model
 
     def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat):
-        eos = self.backbone.causal_lm.generation_config.eos_token_id
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = end_ids(self.backbone.causal_lm)
         self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos, action_format)
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
         with self.backbone.gathered():
@@ -281,7 +281,9 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
 
     def _begin_anew(self) -> None:
         """State of the EM loop that a checkpoint holds."""
-        self.gate_hold = GateHold(self.args.gate_hold, self.args.penalty)
+        # What is held is the tokens' gate; the head's opens again by itself.
+        hold = self.args.gate_hold if self.args.gate == "token" else "never"
+        self.gate_hold = GateHold(hold, self.args.penalty)
         self.metrics = MetricSums()
         self.frozen: dict[str, FrozenWeights] = {}
         self.probe_baseline: float | None = None

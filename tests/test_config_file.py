@@ -30,6 +30,17 @@ def test_settings_come_back(tmp_path):
     assert again.output_dir == str(tmp_path / "other") and again.dataset_num_proc is None
 
 
+def test_a_length_that_follows_from_the_data_is_not_kept(make_trainer, tmp_path):
+    """One pass over 4 texts, 2 an update, is 2 M-updates and `max_steps` 4 in the trainer; over 8 texts it is 4."""
+    trainer = make_trainer(TEXTS, m_steps=-1, num_train_epochs=1)
+    assert trainer.args.max_steps == 4
+    trainer.save_model()
+    args = RA3Config.from_pretrained(str(tmp_path / "run"), output_dir=str(tmp_path / "again"), use_cpu=True)
+    assert (args.max_steps, args.m_steps) == (-1, -1)
+    settings = {"m_steps": args.m_steps, "max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+    assert make_trainer(TEXTS * 2, **settings).schedule.m_steps == 4
+
+
 def test_infinity_is_valid_json(tmp_path):
     RA3Config(penalty=math.inf, use_cpu=True).save_pretrained(tmp_path)
     found = json.loads((tmp_path / "ra3_config.json").read_text(), parse_constant=pytest.fail)

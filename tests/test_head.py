@@ -301,7 +301,7 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
     assert {site for sites in tried for site in sites} == set(document.sites)
 
 
-def test_the_weight_of_a_boundary_counts(tokenizers):
+def test_the_weight_of_a_boundary_counts():
     """Two kinds of slope on one state, the second for nine others: the gate follows the nine."""
     learner, states = learner_of(), torch.ones(64, 8).cumsum(1)
     slope = torch.where(torch.arange(64) % 10 == 0, -1.0, 1.0)
@@ -486,6 +486,12 @@ def test_a_run_without_latents_has_no_head(make_trainer, tmp_path):
     trainer.train()
     trainer.save_model()
     assert trainer.learner is None and not list((tmp_path / "run").glob("abstraction*"))
+
+
+def test_nothing_is_held_where_the_head_is_the_gate(make_trainer):
+    """Its gate opens again by itself, so there is nothing to warn of."""
+    assert make_trainer(TEXTS, gate="head", gate_hold="auto").gate_hold.holds is False
+    assert make_trainer(TEXTS, gate="token", gate_hold="auto").gate_hold.holds is True
 
 
 @pytest.mark.parametrize("name", ["gate", "boundary_selection"])

@@ -6,19 +6,17 @@ import argparse
 import logging
 import os
 import tempfile
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from ..config import RA3Config
 from ..config_file import read_settings
 from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
 from ..models import load_tokenizer
 from ..segmentation import find_format, require_tags
 from ..trainer import RA3MidTrainer
+from .checkpoint import add_model_options, add_settings, make_config
 from .data import STANDARD_LIBRARY, load_splits
 
 
@@ -56,22 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_revision", default="main", help="branch, tag or commit (default: %(default)s)")
-    model.add_argument(
-        "--dtype", default="float32", choices=("auto", "bfloat16", "float16", "float32"),
-        help="of weights (default: %(default)s)",
-    )  # fmt: skip
-    settings = parser.add_argument_group("annotation")
-    hints, by_name = get_type_hints(RA3Config), {field.name: field for field in fields(RA3Config)}
-    for name in _SETTINGS:
-        kind = next((t for t in (int, float, str) if hints[name] in (t, t | None)), str)
-        own = "the checkpoint's, else " if name in _OF_THE_CHECKPOINT else ""
-        text = by_name[name].metadata.get("help", "Seed of the draws.")
-        if name == "dataset_license":
-            text = "License of the rows that name none."
-        text = f"{text} (default: {own}{by_name[name].default})"
-        settings.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"))
+    add_model_options(parser)
+    add_settings(parser, "annotation", _SETTINGS, _OF_THE_CHECKPOINT)
     return parser
 
 
@@ -105,16 +89,6 @@ def _push(options: argparse.Namespace) -> DatasetPush | None:
     )
 
 
-def _config(options: argparse.Namespace, saved: dict[str, Any], output_dir: str) -> RA3Config:
-    settings = {name: saved[name] for name in _OF_THE_CHECKPOINT if name in saved}
-    settings |= {name: vars(options)[name] for name in _SETTINGS if vars(options)[name] is not None}
-    # With an E-step chunks leave room for latents; against no latent one latent a boundary is enough.
-    return RA3Config(
-        output_dir=output_dir, report_to="none", e_steps=1, m_steps=0, baseline="no_think",
-        model_init_kwargs={"dtype": options.dtype, "revision": options.model_revision}, **settings,
-    )  # fmt: skip
-
-
 def _check_head(trainer: RA3MidTrainer, checkpoint: str) -> None:
     args = trainer.args
     if args.gate == "head" and not trainer.learner.head.config.trained_on:
@@ -133,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     name, place = options.checkpoint, {"revision": options.model_revision}
     tokenizer = load_tokenizer(name, place)  # first, since it says best that there is no such checkpoint
     with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
-        args = _config(options, read_settings(name, **place) or {}, aside)
+        saved = read_settings(name, **place) or {}
+        args = make_config(options, saved, _SETTINGS, _OF_THE_CHECKPOINT, aside)
         splits = load_splits(options.dataset_name, options.code_dir, options.dataset_split, options.dataset_config)
         dataset = splits[options.dataset_split]
         if options.max_documents:

@@ -7,22 +7,21 @@ import logging
 import re
 import sys
 import tempfile
-from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from ..config import RA3Config
 from ..config_file import read_settings
 from ..models import load_head, load_tokenizer, state_width
 from ..report.page import write_page
 from ..report.show import ShownFile, look, physical_lines, print_file
-from ..segmentation import find_format, require_tags, token_bytes
+from ..segmentation import find_format, readable_bytes, require_tags
 from ..trainer import RA3MidTrainer
+from .checkpoint import add_model_options, add_settings, make_config
 
 
 _OF_THE_CHECKPOINT = (
@@ -43,19 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE", help="text in UTF-8, of the action format")
     parser.add_argument("--html", metavar="OUT", help="write a page for a browser instead of printing")
     parser.add_argument("--lines", metavar="A:B", help="these lines only, counted from 1; the model still reads all")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_revision", default="main", help="branch, tag or commit (default: %(default)s)")
-    model.add_argument(
-        "--dtype", default="float32", choices=("auto", "bfloat16", "float16", "float32"),
-        help="of weights (default: %(default)s)",
-    )  # fmt: skip
-    settings = parser.add_argument_group("settings")
-    hints, by_name = get_type_hints(RA3Config), {field.name: field for field in fields(RA3Config)}
-    for name in _SETTINGS:
-        kind = next((t for t in (int, float, str) if hints[name] in (t, t | None)), str)
-        own = "the checkpoint's, else " if name in _OF_THE_CHECKPOINT else ""
-        text = f"{by_name[name].metadata.get('help', 'Seed of the draws.')} (default: {own}{by_name[name].default})"
-        settings.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"))
+    add_model_options(parser)
+    add_settings(parser, "settings", _SETTINGS, _OF_THE_CHECKPOINT)
     return parser
 
 
@@ -124,16 +112,6 @@ def _saved_settings(name: str, place: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"`checkpoint` is {name!r}, where there is no folder; {cure}.") from error
 
 
-def _config(options: argparse.Namespace, saved: dict[str, Any], output_dir: str) -> RA3Config:
-    settings = {name: saved[name] for name in _OF_THE_CHECKPOINT if name in saved}
-    settings |= {name: vars(options)[name] for name in _SETTINGS if vars(options)[name] is not None}
-    # With an E-step chunks leave room for latents; against no latent one latent a boundary is enough.
-    return RA3Config(
-        output_dir=output_dir, report_to="none", e_steps=1, m_steps=0, baseline="no_think", abstraction_head=False,
-        model_init_kwargs={"dtype": options.dtype, "revision": options.model_revision}, **settings,
-    )  # fmt: skip
-
-
 def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
     """Loads the checkpoint and looks at the text with it.
 
@@ -143,7 +121,7 @@ def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
     name, place = options.checkpoint, {"revision": options.model_revision}
     saved = _saved_settings(name, place)
     with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
-        args = _config(options, saved, aside)
+        args = make_config(options, saved, _SETTINGS, _OF_THE_CHECKPOINT, aside, abstraction_head=False)
         action_format = find_format(args.action_format)
         if action_format.segment(text) is None:
             raise ValueError(
@@ -160,9 +138,7 @@ def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
     if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
         head = None  # one that knows nothing of such boundaries
     decides = "head" if head is not None and saved.get("gate") == "head" else "tokens"
-    data = list(token_bytes(tokenizer))
-    for tag in action_format.tags:
-        data[tokenizer.convert_tokens_to_ids(tag)] = tag.encode()
+    data = readable_bytes(tokenizer, action_format)
     trainer.model.eval()
     with tqdm(desc="Drawing latents", unit="boundary", disable=None) as bar:
 

@@ -63,6 +63,21 @@ def annotate(
 _Decided = tuple[dict[int, Latent], dict[int, float]]  # latents, and the gains that were measured, by site
 
 
+def _decided_gates(trunk: RolloutGroup, learner: HeadLearner | None) -> torch.Tensor:
+    """log P(think) `[A]` of the gate in use, at the M-phase's start."""
+    return (trunk if learner is None else learner.decided(trunk, learner.annotator)).decision_logps_A
+
+
+def _log_prior(
+    group: RolloutGroup, sites: Sequence[int], args: RA3Config, learner: HeadLearner | None
+) -> torch.Tensor:
+    """Log prior probability of thinking at `sites`, `[len(sites)]`."""
+    prob = args.annotation_think_prob
+    if prob == -1:
+        return _decided_gates(group, learner)[list(sites)]
+    return torch.full((len(sites),), math.log(1 - args.prior_alpha if prob is None else prob))
+
+
 def _decide_by_policy(
     engine: RolloutEngine,
     context: Document,
@@ -72,8 +87,7 @@ def _decide_by_policy(
     learner: HeadLearner | None,
 ) -> _Decided:
     """Latents at the boundaries where the gate, drawn by keyed noise, says think; in order."""
-    trunk = engine.trunk(context)
-    gates = (trunk if learner is None else learner.decided(trunk, learner.annotator)).decision_logps_A
+    gates = _decided_gates(engine.trunk(context), learner)
     index = np.array([context.actions[s].index for s in sites])
     u = noise.uniform(context.doc_id, index, GATE, 0)
     thinks = [s for s, number in zip(sites, u, strict=True) if number < math.exp(gates[s])]
@@ -95,25 +109,18 @@ def _decide_by_resampling(
 ) -> _Decided:
     """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
 
-    def prior(group: RolloutGroup, at: Sequence[int]) -> torch.Tensor:
-        prob = args.annotation_think_prob
-        if prob == -1:
-            return group.decision_logps_A[list(at)]
-        return torch.full((len(at),), math.log(1 - args.prior_alpha if prob is None else prob))
-
     def hopeful(trunk: RolloutGroup) -> Sequence[int]:
         if learner is None:
             return sites
-        log_think = prior(learner.decided(trunk, learner.annotator), sites)
+        log_think = _log_prior(trunk, sites, args, learner)
         return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
 
     group = engine.rollout(context, hopeful, args.num_latents, args.horizon, noise)
-    group = group if learner is None else learner.decided(group, learner.annotator)
     sites = group.sites
     if not sites:
         return {}, {}
     returns = compute_returns(group, args.horizon, args.discount)
-    log_think = prior(group, sites)
+    log_think = _log_prior(group, sites, args, learner)
     weights = resampling_logits(returns.act_T, returns.latent_TG, log_think).double().softmax(-1)
     index = np.array([context.actions[s].index for s in sites])
     u = torch.as_tensor(noise.uniform(context.doc_id, index, CHOICE, 0))

@@ -77,7 +77,7 @@ class CheckpointMixin:
         with written_aside(output_dir or self.args.output_dir) as folder:
             super()._save(str(folder), state_dict)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            self.args.save_pretrained(folder)
+            self.args.save_pretrained(folder, max_steps=self.asked_max_steps)
             if self.learner is not None:
                 save_head(self.learner.head, folder)
 

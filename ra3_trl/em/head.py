@@ -82,12 +82,10 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
     """What a group's rollouts say about its tried sites: the slope in the reward's `returns`, whatever they are of;
     gain and spread in nats of the lines' likelihood, as annotation knows it."""
     likelihood = compute_returns(group, args.horizon, args.discount)
-    row = {site: i for i, site in enumerate(group.document.sites)}
     none = torch.full_like(returns.act_T, torch.nan)
-    states = group.states_SD[[row[site] for site in group.sites]]
     slope = returns.gain_TG.mean(1) - args.penalty
     keys, spread = boundary_keys(group.document, group.sites), likelihood.latent_TG.std(1, correction=0)
-    return Observations(keys, states, slope, none, measured_gain(likelihood), spread, weight_T)
+    return Observations(keys, group.states_at(group.sites), slope, none, measured_gain(likelihood), spread, weight_T)
 
 
 class HeadLearner:
@@ -144,8 +142,7 @@ class HeadLearner:
         prior's `log_odds` `[len(sites)]` plus the predicted gain. All of them for a head that has learned nothing."""
         if self.args.boundary_selection != "head" or not self.annotator.config.trained_on:
             return list(sites)
-        row = {site: i for i, site in enumerate(group.document.sites)}
-        gain = self.predict(group.states_SD[[row[s] for s in sites]], self.annotator)[1]
+        gain = self.predict(group.states_at(sites), self.annotator)[1]
         chance = torch.sigmoid(log_odds + gain)
         return [s for s, p in zip(sites, chance.tolist(), strict=True) if p >= self.args.annotation_skip]
 
@@ -176,8 +173,9 @@ class HeadLearner:
         measured = fresh.gain_n[fresh.gain_n.isfinite()]
         error = (self.predict(fresh.states_nD)[1] - fresh.gain_n)[fresh.gain_n.isfinite()].abs()
         draw = torch.Generator().manual_seed((noise.seed * 1_000_003 + noise.step) % 2**63)
-        some = fresh[torch.randperm(len(fresh), generator=draw)[:_KEPT].sort().values]  # not the last documents only
-        self.kept = some if self.kept is None else Observations.joined([self.kept, some])[-_KEPT:]
+        if len(fresh) > _KEPT:  # of all documents, not of the last only
+            fresh = fresh[torch.randperm(len(fresh), generator=draw)[:_KEPT].sort().values]
+        self.kept = fresh if self.kept is None else Observations.joined([self.kept, fresh])[-_KEPT:]
         for _ in range(_STEPS):
             index = torch.randperm(len(self.kept), generator=draw)[:_BATCH]
             self.optimizer.zero_grad()

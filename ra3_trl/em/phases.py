@@ -27,7 +27,7 @@ class PhaseMixin:
         self.schedule = plan_schedule(
             args.em_iterations, args.e_steps, args.m_steps, args.max_steps, args.num_train_epochs, updates
         )
-        args.planned_from = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
+        self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

@@ -92,7 +92,7 @@ class WindowMixin:
             if phase.iteration + 1 == self.schedule.iterations:  # no E-phase comes that would need these
                 self.frozen.clear()
             self.frozen["annotator"] = FrozenWeights(self.backbone.model)
-            if args.e_steps and self.gate_hold.holds and self.gate_hold.updates and args.gate == "token":
+            if args.e_steps and self.gate_hold.holds and self.gate_hold.updates:
                 logger.warning(self.gate_hold.message)
 
     def _prepare_e(

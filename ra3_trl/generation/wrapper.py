@@ -23,6 +23,7 @@ from ..files import written_aside
 from ..models import (
     AbstractionConfig,
     AbstractionHead,
+    end_ids,
     load_head,
     load_model,
     place_of,
@@ -255,7 +256,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
-        config, eos = self.abstraction_head.config, self.pretrained_model.generation_config.eos_token_id
+        config = self.abstraction_head.config
         with self._states() as states:
 
             def gate() -> torch.Tensor:
@@ -265,7 +266,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             processor = ThinkLogitsProcessor(
                 tokenizer, think, threshold=threshold, action_format=config.action_format,
                 max_latent_length=config.max_latent_length, gate=gate if trained else None,
-                prompt_is_code=prompt_is_code, eos_token_ids=tuple(torch.tensor(eos or []).reshape(-1).tolist()),
+                prompt_is_code=prompt_is_code, eos_token_ids=end_ids(self.pretrained_model),
             )  # fmt: skip
             processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
             return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
@@ -286,7 +287,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         **kwargs,
     ) -> None:
         """Writes a plain checkpoint (of an adapter: the adapter) with the head's two files and, where they are known,
-        `ra3_config.json` and the tokenizer beside it. It is whole or `save_directory` stays as it was.
+        `ra3_config.json` and the tokenizer beside it; see [`~ra3_trl.files.written_aside`].
 
         Args:
             save_directory (`str`):
@@ -296,18 +297,18 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Push it too, as `repo_id=` (the folder's name if left out).
             is_main_process (`bool`, *optional*, defaults to `True`):
-                Nothing is written by another.
+                Nothing is written or pushed by another.
             **kwargs:
                 For the language model's `save_pretrained`, and with `push_to_hub` for that method.
         """
-        if push_to_hub:
-            names = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
-            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, state_dict=state_dict, **kwargs)
         if not is_main_process:  # there for the sake of weights that are gathered
             with tempfile.TemporaryDirectory() as nowhere:
                 self.pretrained_model.save_pretrained(nowhere, is_main_process=False, **kwargs)
             return
+        if push_to_hub:
+            names = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, state_dict=state_dict, **kwargs)
         head = self.abstraction_head
         if state_dict is not None:
             model, values = _parted(state_dict)

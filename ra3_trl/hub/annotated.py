@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..em import annotate
 from ..records import AnnotatedExample
 from ..rollout import NoiseKey
-from ..segmentation import row_to_document, segment_dataset, token_bytes
+from ..segmentation import readable_bytes, row_to_document, segment_dataset
 
 
 ANNOTATION = Features(
@@ -72,9 +72,7 @@ def require_boundaries(annotated: Dataset, action_format: str) -> None:
 
 def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """The columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
-    args, data = trainer.args, list(token_bytes(trainer.processing_class))
-    for tag in trainer.segmenter.format.tags:
-        data[trainer.processing_class.convert_tokens_to_ids(tag)] = tag.encode()
+    args, data = trainer.args, readable_bytes(trainer.processing_class, trainer.segmenter.format)
     segmented = segment_dataset(dataset, trainer.segmenter, args.dataset_text_field, trainer._formatting_func)
     rows = [_unannotated(trainer, row) for row in dataset]
     noise, learner = NoiseKey(args.seed, 1, 0), trainer.learner and trainer.learner.live()
@@ -124,7 +122,7 @@ def join_chunks(
         examples (`Sequence[AnnotatedExample]`):
             Its chunks in order.
         data (`Sequence[bytes | None]`):
-            Bytes of each token, as from `token_bytes`.
+            Bytes of each token, as from `readable_bytes`.
     """
     pieces: list[tuple[bytes, bool]] = []  # joined by runs: expert's bytes, or a latent's with prefix and closure
     for example in examples:

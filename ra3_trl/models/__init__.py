@@ -16,6 +16,7 @@ from .load import (
     check_vocabulary,
     context_length,
     disable_dropout,
+    end_ids,
     load_model,
     load_tokenizer,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "check_vocabulary",
     "context_length",
     "disable_dropout",
+    "end_ids",
     "load_head",
     "load_model",
     "load_tokenizer",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import find_file
+from ..files import find_file, read_versioned
 
 
 HEAD_WEIGHTS, HEAD_CONFIG = "abstraction_head.safetensors", "abstraction_config.json"
@@ -105,13 +104,12 @@ def state_width(model: nn.Module) -> int:
 
 
 def save_head(head: AbstractionHead, folder: str | Path) -> None:
-    """Writes `abstraction_head.safetensors` and `abstraction_config.json` into `folder`, each whole or not at all."""
+    """Writes `abstraction_head.safetensors` and `abstraction_config.json` into `folder`, one that nobody reads yet
+    ([`~ra3_trl.files.written_aside`])."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / f".{HEAD_WEIGHTS}", metadata={"format": "pt"})
-    (folder / f".{HEAD_CONFIG}").write_text(json.dumps({"version": VERSION} | asdict(head.config), indent=2) + "\n")
-    for name in (HEAD_WEIGHTS, HEAD_CONFIG):
-        os.replace(folder / f".{name}", folder / name)
+    save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+    (folder / HEAD_CONFIG).write_text(json.dumps({"version": VERSION} | asdict(head.config), indent=2) + "\n")
 
 
 def place_of(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -141,7 +139,9 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
     cure = "take another revision, or delete both files to start with a fresh head"
     if missing:
         raise ValueError(f"{missing[0]} of {name!r} is missing beside its {({*found} - {*missing}).pop()}; {cure}.")
-    config = _read_config(name, found[HEAD_CONFIG], cure)
+    with read_versioned(found[HEAD_CONFIG], name, VERSION, cure) as values:
+        known = {field.name for field in fields(AbstractionConfig)}
+        config = AbstractionConfig(**{key: value for key, value in values.items() if key in known})
     if hidden_size not in (None, config.hidden_size):
         raise ValueError(
             f"`hidden_size` of the abstraction head of {name!r} is {config.hidden_size}, and the model's hidden "
@@ -153,18 +153,3 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{HEAD_WEIGHTS} of {name!r} is damaged ({error}); {cure}.") from error
     return head
-
-
-def _read_config(name: str, path: Path, cure: str) -> AbstractionConfig:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        version = values.pop("version")
-        if version > VERSION:
-            raise ValueError(
-                f"{HEAD_CONFIG} of {name!r} is of version {version}, and this ra3-trl reads up to {VERSION}; upgrade "
-                "ra3-trl."
-            )
-        known = {field.name for field in fields(AbstractionConfig)}
-        return AbstractionConfig(**{key: value for key, value in values.items() if key in known})
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{HEAD_CONFIG} of {name!r} is damaged ({error!r}); {cure}.") from error

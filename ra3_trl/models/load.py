@@ -216,6 +216,12 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def end_ids(model: PreTrainedModel | PeftModel) -> tuple[int, ...]:
+    """End-of-text ids of the generation config: none, one or several."""
+    found = model.generation_config.eos_token_id
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens that the model's context holds, `None` if its config does not say.
 

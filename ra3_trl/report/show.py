@@ -235,7 +235,7 @@ def look(
         text (`str`):
             The text.
         data (`Sequence[bytes | None]`):
-            Bytes of each token, as from `token_bytes`, and of the format's tags.
+            Bytes of each token, as from `readable_bytes`.
         action_format ([`ActionFormat`]):
             What a latent looks like.
         args ([`RA3Config`]):

@@ -6,7 +6,7 @@ from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
 from .python import statements_end
-from .tokens import FragmentEncoder, build_token_table, require_tags, token_bytes
+from .tokens import FragmentEncoder, build_token_table, readable_bytes, require_tags, token_bytes
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "document_to_row",
     "find_format",
     "load_code_directory",
+    "readable_bytes",
     "require_tags",
     "row_to_document",
     "segment_dataset",

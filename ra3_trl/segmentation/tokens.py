@@ -74,6 +74,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
     return tuple(out)
 
 
+def readable_bytes(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> list[bytes | None]:
+    """[`token_bytes`], and those of the format's tags, which are special tokens and yet part of an annotated text."""
+    found = list(token_bytes(tokenizer))
+    for tag in action_format.tags:
+        found[tokenizer.convert_tokens_to_ids(tag)] = tag.encode()
+    return found
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Special tokens that stand in a tokenizer as one id, by their text."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
