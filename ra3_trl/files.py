@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -49,6 +50,12 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Tells a folder's weights from others by their names, sizes and times, without reading them."""
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 @contextmanager

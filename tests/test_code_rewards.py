@@ -17,11 +17,15 @@ from ra3_trl.rewards import (
     Problem,
     Sandbox,
     code_execution_reward,
+    count_code_lines,
     count_latents,
     extract_program,
+    find_latents,
     format_reward,
     fraction_passed_reward,
+    functions,
     get_think_cost_reward,
+    problem_columns,
     think_cost_reward,
     use_judge,
 )
@@ -198,6 +202,65 @@ def test_think_cost_reward():
         get_think_cost_reward(-1)
 
 
+def test_latents_and_lines_of_code():
+    text = '# a\nx = 1  # b\n\n    #c\ny = """\n# d\n"""\n'
+    assert find_latents(text) == [" a", "c"]
+    assert count_code_lines(text) == 3  # a row of a string that begins with # is not told from a comment
+
+
+def test_metrics_are_logged_for_each_completion():
+    """Latents for each line of code 2/1, 0/2 and 1 in no line; lengths of the three latents. TRL takes the means."""
+    logged = []
+
+    def log_metric(name, value):
+        logged.append((name, value))
+
+    texts = ["# a\nx = 1\n    # b\n", "x = 1\ny = 2\n", "# c"]
+    rewards = get_think_cost_reward(0.5)(texts, latent_lengths=[[3, 1], [], [2]], log_metric=log_metric)
+    assert rewards == [-1.0, 0.0, -0.5]
+    assert logged == [("think_rate", 2.0), ("think_rate", 0.0), ("think_rate", 1.0)] + [
+        ("latent_length", n) for n in (3, 1, 2)
+    ]
+
+
+@needs_bwrap
+def test_the_pass_rate_is_of_rows_with_tests(judge):
+    logged = []
+    tests = [["assert f(2) == 4"], ["assert f(2) == 5"], None]
+    rewards = run(
+        code_execution_reward, completions=["def f(x): return 2 * x"] * 3, test_list=tests,
+        log_metric=lambda *row: logged.append(row),
+    )  # fmt: skip
+    assert rewards == [1.0, 0.0, None]
+    assert logged == [("pass_rate", 1.0), ("pass_rate", 0.0)]
+
+
+PROBLEMS = [
+    Problem(tests=("assert f(1) == 2", "assert f(2) == 3"), setup="y = 1", entry_point="f", inside=True),
+    Problem(tests=("assert f(1) == 2",)),
+    Problem(cases=(("1\n", "2\n"), ("3", "4"))),
+    Problem.from_row({"prompt": "def g(): pass\ndef f():\n", "test": CHECK, "entry_point": "f"}),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_problem_as_columns_is_the_same_problem(problem):
+    """Through a data set's file format too, in which other rows have other columns."""
+    assert Problem.from_row(problem_columns(problem)) == problem
+    rows = Dataset.from_list([{"prompt": "x", **problem_columns(problem)}, {"prompt": "y"}])
+    assert Problem.from_row(rows[0]) == problem
+
+
+def test_a_judge_of_ones_own_can_be_given_up(judge):
+    before = dict(functions._judges)
+    try:
+        use_judge(None)
+        assert functions._judges == {}
+        use_judge(None)
+    finally:
+        functions._judges.update(before)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "program"),
     [
@@ -230,6 +293,8 @@ def test_grpo_trainer_takes_the_rewards(judge, tmp_path, tokenizers, tiny_model)
     logged = trainer.state.log_history[0]
     assert logged["rewards/code_execution_reward/mean"] == 0.0
     assert "rewards/think_cost_reward/mean" in logged
+    assert logged["pass_rate"] == 0.0 and logged["think_rate"] >= 0.0
+    assert "latent_length" not in logged  # nobody counted tokens
 
 
 @needs_bwrap

@@ -10,12 +10,12 @@ from typing import Any, get_type_hints
 from ..config import RA3Config
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model_revision` and `--dtype`."""
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    """`--model_revision` and `--dtype`, the latter with a default."""
     model = parser.add_argument_group("model")
     model.add_argument("--model_revision", default="main", help="branch, tag or commit (default: %(default)s)")
     model.add_argument(
-        "--dtype", default="float32", choices=("auto", "bfloat16", "float16", "float32"),
+        "--dtype", default=dtype, choices=("auto", "bfloat16", "float16", "float32"),
         help="of weights (default: %(default)s)",
     )  # fmt: skip
 

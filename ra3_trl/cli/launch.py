@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import yaml
 
-from .parser import TrainParser, read_config
+from .parser import TrainParser, read_config, refuse_unknown
 
 
 LAUNCHED = "RA3_LAUNCHED"  # set in the processes that accelerate starts; holds the user's command
@@ -62,7 +64,8 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     file, options = config_file(options[at + 1]), options[:at] + options[at + 2 :]
     own = without(argv, unknown)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *options]
-    return [*launcher, "-m", "ra3_trl.cli.train", *own, *_on_cpu(file, own)]
+    module = f"{__package__}.{parser.prog.rpartition(' ')[2]}"
+    return [*launcher, "-m", module, *own, *_on_cpu(file, own)]
 
 
 def _on_cpu(file: Path, argv: list[str]) -> list[str]:
@@ -71,6 +74,34 @@ def _on_cpu(file: Path, argv: list[str]) -> list[str]:
     said = any(word.partition("=")[0] in ("--use_cpu", "--use-cpu") for word in argv)
     wanted = isinstance(settings, dict) and settings.get("use_cpu") is True
     return ["--use_cpu"] if wanted and not said else []
+
+
+def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> tuple[list[Any], str, int | None]:
+    """The arguments of a run, unless `--accelerate_config` makes others run it.
+
+    Args:
+        parser ([`TrainParser`]):
+            The command's.
+        argv (`list[str]`):
+            Its arguments, [`~ra3_trl.cli.parser.normalise`]d.
+        here (`bool`, *optional*, defaults to `False`):
+            Do not start other processes.
+
+    Returns:
+        `tuple[list[Any], str, int | None]`: one object of each of the parser's types, what the user typed, and the
+        exit code where other processes did the work.
+    """
+    typed = os.environ.get(LAUNCHED) or shlex.join([*parser.prog.split(), *argv])
+    command = None if LAUNCHED in os.environ else launch_command(parser, argv)
+    if command is not None and not here:
+        return [], typed, launch(command, typed)
+    *parts, in_file, unknown = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
+        refuse_unknown([*unknown, *in_file], parser)
+    check_world(parts[1].world_size)
+    return parts, typed, None
 
 
 def check_world(world_size: int) -> None:

@@ -1,4 +1,5 @@
-"""The parser of `ra3 train`: TRL's, with short errors, help in sections, and unknown options refused by name."""
+"""The parser of `ra3 train` and `ra3 rlvr`: TRL's, with short errors, help in sections, and unknown options refused by
+name."""
 
 from __future__ import annotations
 
@@ -12,14 +13,10 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from ..config import RA3Config
 from .values import is_list, is_mapping, read_value, takes_none
 
 
-_USAGE = (
-    "ra3 train --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] [OPTION ...]"
-)
-_FILES = """--config FILE is a YAML file of the options below (`num_latents: 8`), which options on the command line
+_FILES = """--config FILE is a YAML file of the options below (`max_steps: 8`), which options on the command line
 override; its `env:` section sets environment variables. A mapping is written as JSON ('{"key": 1}'; in YAML as such),
 a list as several words or JSON, and `none` is None. --accelerate_config FILE_OR_NAME runs the command through
 `accelerate launch` with a YAML file of `accelerate config` (there are some in examples/accelerate_configs), or one
@@ -29,7 +26,7 @@ that trl brings along: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3;
 
 class TrainParser(TrlParser):
     """[`~trl.TrlParser`] whose errors do not repeat two hundred options, and which reads lists and mappings as JSON
-    or YAML, see `values.py`."""
+    or YAML, see `values.py`. Of the types the first is the script's, the second the trainer's configuration."""
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, **kwargs)
@@ -70,28 +67,29 @@ class TrainParser(TrlParser):
         return super().set_defaults_with_config(**config)
 
     def format_help(self) -> str:
-        """RA3's own options before the many of `TrainingArguments`."""
+        """The options of script and trainer before the many of `TrainingArguments`."""
         inherited = {field.name for field in fields(TrainingArguments)} - {
             "learning_rate",
             "logging_steps",
             "output_dir",
         }
-        own = {field.name for field in fields(RA3Config)} - inherited
+        config = self.dataclass_types[1]
+        own = {field.name for field in fields(config)} - inherited
         script = {field.name for field in fields(self.dataclass_types[0])}
         sections: dict[str, list] = {
-            "Script": [], "RA3Config": [], "Model and data mixture": [], "transformers.TrainingArguments": [],
+            "Script": [], config.__name__: [], "Model and data mixture": [], "transformers.TrainingArguments": [],
         }  # fmt: skip
         for action in self._actions:
             if action.dest in script or action.dest == "help":
                 sections["Script"].append(action)
             elif action.dest in own:
-                sections["RA3Config"].append(action)
+                sections[config.__name__].append(action)
             elif action.dest in inherited:
                 sections["transformers.TrainingArguments"].append(action)
             else:
                 sections["Model and data mixture"].append(action)
         formatter = self._get_formatter()
-        formatter.add_usage(_USAGE, [], [])
+        formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         formatter.add_text(_FILES)
         for title, actions in sections.items():
@@ -146,12 +144,12 @@ def read_config(argv: list[str]) -> dict[str, Any]:
     return config
 
 
-def refuse_unknown(unknown: list[str], names: set[str]) -> None:
+def refuse_unknown(unknown: list[str], parser: TrainParser) -> None:
     """Raises a `ValueError` that names the first unknown option and the one that was perhaps meant."""
     if not unknown:
         return
     option = next((word for word in unknown if word.startswith("-")), unknown[0])
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean `--{near[0]}`?" if near else "see `ra3 train --help`."
-    raise ValueError(f"`{option}` is no option of `ra3 train`; {hint}")
+    near = difflib.get_close_matches(name, parser.option_names(), 1)
+    hint = f"did you mean `--{near[0]}`?" if near else f"see `{parser.prog} --help`."
+    raise ValueError(f"`{option}` is no option of `{parser.prog}`; {hint}")

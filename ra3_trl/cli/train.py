@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from trl import (
@@ -27,13 +26,13 @@ from ..config import RA3Config
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
 from .estimate import estimate, render
-from .launch import LAUNCHED, check_world, launch, launch_command
-from .parser import TrainParser, normalise, read_config, refuse_unknown
+from .launch import read_arguments
+from .parser import TrainParser, normalise, read_config
 from .rewards import load_reward_funcs
 
 
 _NOT_REPEATED = ("--resume_from_checkpoint", "--hub_token", "--hub-token")  # a log is no place for a token
-_UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
+UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
 
 
 @dataclass
@@ -93,8 +92,10 @@ def make_parser(prog: str = "ra3 train") -> TrainParser:
     """The parser of script, config, model and mixture arguments."""
     types = (RA3ScriptArguments, RA3Config, ModelConfig, DatasetMixtureConfig)
     return TrainParser(
-        types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3."
-    )
+        types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3.",
+        usage=f"{prog} --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] "
+        "[OPTION ...]",
+    )  # fmt: skip
 
 
 def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: int) -> tuple[Any, Any]:
@@ -182,7 +183,7 @@ def last_checkpoint(folder: str) -> str | None:
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
-def resume_point(args: RA3Config) -> bool | str | None:
+def resume_point(args: TrainingArguments) -> bool | str | None:
     """What `Trainer.train` wants: the config's field is a string, on the command line `true` is meant as `True`."""
     value = args.resume_from_checkpoint
     if value is None or str(value).lower() in ("false", "none", "no", ""):
@@ -232,7 +233,7 @@ def resume_command(typed: str) -> str:
     return shlex.join([*kept, "--resume_from_checkpoint", "true"])
 
 
-def _stopped(args: RA3Config, typed: str) -> str:
+def stopped(args: TrainingArguments, typed: str) -> str:
     """What to say after Ctrl-C: which checkpoint there is, and the command that goes on from it."""
     last = last_checkpoint(args.output_dir)
     if last is None:
@@ -257,23 +258,15 @@ def _dry_run(script, args: RA3Config, model_args: ModelConfig, mixture: DatasetM
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 train`; see `ra3 train --help`. Returns the exit code."""
     argv = normalise(list(sys.argv[1:] if argv is None else argv))
-    typed = os.environ.get(LAUNCHED) or shlex.join(["ra3", "train", *argv])
-    parser = make_parser()
     dry = "--dry_run" in argv or "--dry-run" in argv or read_config(argv).get("dry_run") is True
-    command = None if LAUNCHED in os.environ else launch_command(parser, argv)
-    if command is not None and not dry:
-        return launch(command, typed)
-    *parts, in_file, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
-        refuse_unknown([*unknown, *in_file], parser.option_names())
+    parts, typed, code = read_arguments(make_parser(), argv, here=dry)
+    if code is not None:
+        return code
     script, args, model_args, mixture = parts
-    check_world(args.world_size)
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
-    if args.output_dir == _UNNAMED:
+    if args.output_dir == UNNAMED:
         args.output_dir = f"{Path(name.rstrip('/')).name}-RA3"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if script.dry_run:
@@ -287,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         run(trainer, source_name(script, mixture), resume)
     except KeyboardInterrupt:
         if trainer.is_world_process_zero():
-            print(_stopped(args, typed), file=sys.stderr)
+            print(stopped(args, typed), file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,8 @@
 """Generation with latents: where a model thinks, as a knob; text without its thoughts."""
 
+from .grpo import CompletionRollout, until_stop
 from .processor import ThinkLogitsProcessor
+from .sampling import Completion, CompletionSettings, cut_at_stop, draw_completions
 from .strip import strip_latents
 from .wrapper import AutoModelForCausalLMWithAbstractionHead, CausalLMOutputWithAbstraction
 
@@ -8,6 +10,12 @@ from .wrapper import AutoModelForCausalLMWithAbstractionHead, CausalLMOutputWith
 __all__ = [
     "AutoModelForCausalLMWithAbstractionHead",
     "CausalLMOutputWithAbstraction",
+    "Completion",
+    "CompletionRollout",
+    "CompletionSettings",
     "ThinkLogitsProcessor",
+    "cut_at_stop",
+    "draw_completions",
     "strip_latents",
+    "until_stop",
 ]

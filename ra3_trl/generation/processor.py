@@ -49,6 +49,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
     Works with greedy search, sampling, beams, batches padded on the left, streamers and pipelines. Rows that it
     changes come back as log-probs, so that a ban costs a beam nothing. Repetition penalties and the like run before
     it: what is forced stays forced, but probabilities are seen after them. Temperature, top-k and top-p run behind it.
+    `forced` tells of each step of the latest generation which rows' tokens were not the model's choice.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -102,11 +103,13 @@ class ThinkLogitsProcessor(LogitsProcessor):
         gate: Callable[[], torch.Tensor] | None = None,
         eos_token_ids: tuple[int, ...] = (),
     ):
-        _check(think, threshold, max_latent_length, gate)
+        check_knob(think, threshold, max_latent_length, gate)
         self.think = think
         self.threshold = 0.5 if threshold is None and gate is not None else threshold
         self.max_latent_length = max_latent_length
         self.gate = gate
+        self.forced: list[tuple[bool, ...]] = []
+        self._width = 0
         self._words = read_vocabulary(tokenizer, find_format(action_format), eos_token_ids)
         self._lines = LineReader(self._words, prompt_is_code)
         self._fitted: _Fitted | None = None
@@ -121,6 +124,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
         fitted = self._fit(scores)
         rows = input_ids.tolist()
         out, changed, latents, chances = scores, {}, {}, _Chances(self.gate, scores)
+        forced = [False] * len(rows)
         if self._decides and fitted.anywhere is not None:
             out = scores.masked_fill(fitted.anywhere, -math.inf).log_softmax(-1)
         for n, (row, line) in enumerate(zip(rows, self._lines(rows), strict=True)):
@@ -131,9 +135,14 @@ class ThinkLogitsProcessor(LogitsProcessor):
                 changed[n] = out[n].masked_fill(fitted.completing[following], -math.inf).log_softmax(-1)
             elif following is not None:
                 changed[n] = fitted.force(scores[n], following)
+                forced[n] = True
         if latents:
             shaped = fitted.shape(scores[list(latents)], list(latents.values()))
             changed |= dict(zip(latents, shaped, strict=True))
+        if input_ids.shape[1] != self._width + 1:  # another generation
+            self.forced = []
+        self.forced.append(tuple(forced))
+        self._width = input_ids.shape[1]
         if changed:
             out = out.clone() if out is scores else out
             out[list(changed)] = torch.stack(list(changed.values()))
@@ -280,7 +289,10 @@ class _Chances:
         return float(self._scores[n].log_softmax(-1)[token])
 
 
-def _check(think: str, threshold: float | None, max_latent_length: int | None, gate: Callable | None) -> None:
+def check_knob(
+    think: str, threshold: float | None = None, max_latent_length: int | None = None, gate: Callable | None = None
+) -> None:
+    """Refuses, with a `ValueError`, what [`ThinkLogitsProcessor`] does not take."""
     if think not in THINK:
         raise ValueError(f"`think` is {think!r}; choose one of {', '.join(map(repr, THINK))}.")
     if think != "auto" and (threshold is not None or gate is not None):

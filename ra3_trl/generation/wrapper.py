@@ -140,11 +140,14 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             return cls(load_model(pretrained_model, kwargs or None, peft_config), tokenizer=tokenizer)
         name, place = str(pretrained_model), place_of(kwargs)
         model = load_model(name, {"dtype": "auto"} | kwargs, peft_config)
-        head = load_head(name, state_width(model), **place)
+        width, settings = state_width(model), read_settings(name, **place) or {}
+        head = load_head(name, width, **place)
         if head is None:
             logger.warning("%s has no abstraction head; a fresh one is used, which has learned nothing.", name)
+            of_latents = {key: settings[key] for key in ("action_format", "max_latent_length") if key in settings}
+            head = AbstractionHead(AbstractionConfig(width, **of_latents))
         self = cls(model, head, tokenizer or _tokenizer_of(name, model, place))
-        self.settings = read_settings(name, **place)
+        self.settings = settings or None
         return self
 
     @property
@@ -253,9 +256,20 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             `ValueError`: for a bad `think` or `threshold`, assisted decoding, or when no tokenizer is found.
         """
         _refuse(kwargs)
-        tokenizer = tokenizer or self.tokenizer
-        if tokenizer is None:
-            raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
+        tokenizer = self._known(tokenizer)
+        with self.thinking(think, threshold, tokenizer, prompt_is_code) as processor:
+            processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
+            return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
+
+    @contextmanager
+    def thinking(
+        self,
+        think: str = "auto",
+        threshold: float | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_is_code: bool = True,
+    ) -> Iterator[ThinkLogitsProcessor]:
+        """What `generate` steers by, for a `generate` of your own inside; takes and raises what it does."""
         config = self.abstraction_head.config
         with self._states() as states:
 
@@ -263,13 +277,16 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
                 return self.abstraction_head(states[0][:, -1])[0].sigmoid()
 
             trained = think == "auto" and config.trained_on > 0
-            processor = ThinkLogitsProcessor(
-                tokenizer, think, threshold=threshold, action_format=config.action_format,
+            yield ThinkLogitsProcessor(
+                self._known(tokenizer), think, threshold=threshold, action_format=config.action_format,
                 max_latent_length=config.max_latent_length, gate=gate if trained else None,
                 prompt_is_code=prompt_is_code, eos_token_ids=end_ids(self.pretrained_model),
             )  # fmt: skip
-            processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
-            return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
+
+    def _known(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        if tokenizer is None and self.tokenizer is None:
+            raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
+        return tokenizer or self.tokenizer
 
     # ---- files ----
 

@@ -2,11 +2,14 @@
 
 from .functions import (
     code_execution_reward,
+    count_code_lines,
     count_latents,
     extract_program,
+    find_latents,
     format_reward,
     fraction_passed_reward,
     get_think_cost_reward,
+    problem_columns,
     think_cost_reward,
     use_judge,
 )
@@ -23,11 +26,14 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "code_execution_reward",
+    "count_code_lines",
     "count_latents",
     "extract_program",
+    "find_latents",
     "format_reward",
     "fraction_passed_reward",
     "get_think_cost_reward",
+    "problem_columns",
     "think_cost_reward",
     "use_judge",
 ]

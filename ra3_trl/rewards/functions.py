@@ -3,6 +3,9 @@
 What a completion must do stands in the data set's columns, which TRL passes on: `test` and `entry_point` (HumanEval),
 `test_list` with `test_setup_code` or `test_imports` (MBPP), or `inputs` and `outputs`. A row without any gets `None`,
 which TRL leaves out.
+
+Metrics go through TRL's `log_metric`, one call for each completion (or latent): TRL takes the mean over all calls of
+all processes, so it is right however completions are spread.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import io
 import os
 import re
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .judge import Judge, Problem, Result
@@ -24,18 +27,24 @@ Text = str | list[dict[str, Any]]
 _judges: dict[int, Judge] = {}  # by process: a forked one must not share its parent's
 
 
-def use_judge(judge: Judge) -> None:
+def use_judge(judge: Judge | None) -> None:
     """Makes the rewards of this process use `judge`, for limits and slots of your own.
 
     Args:
-        judge ([`Judge`]):
-            The judge; a former one is not closed.
+        judge ([`Judge`], *optional*):
+            The judge; `None` is one of the default limits, made when it is needed. A former one is not closed.
     """
-    _judges[os.getpid()] = judge
+    if judge is None:
+        _judges.pop(os.getpid(), None)
+    else:
+        _judges[os.getpid()] = judge
 
 
 async def code_execution_reward(
-    completions: Sequence[Text], prompts: Sequence[Text] | None = None, **kwargs
+    completions: Sequence[Text],
+    prompts: Sequence[Text] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs,
 ) -> list[float | None]:
     """1.0 for a program that passes all its tests, 0.0 for any other.
 
@@ -46,6 +55,8 @@ async def code_execution_reward(
             Completions, plain or conversational; see [`extract_program`].
         prompts (`Sequence[str]` or `Sequence[list[dict]]`, *optional*):
             Their prompts.
+        log_metric (`Callable`, *optional*):
+            TRL's; gets `pass_rate`, the share of programs that pass, of those that have tests.
         **kwargs:
             The data set's columns.
 
@@ -56,7 +67,11 @@ async def code_execution_reward(
         `ValueError`: for tests that can't be read, before any program runs.
     """
     results = await _results(completions, prompts, kwargs)
-    return [None if found is None else float(found.verdict == "passed") for found in results]
+    rewards = [None if found is None else float(found.verdict == "passed") for found in results]
+    for reward in rewards if log_metric else ():
+        if reward is not None:
+            log_metric("pass_rate", reward)
+    return rewards
 
 
 async def fraction_passed_reward(
@@ -102,6 +117,8 @@ def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
 
     Returns:
         `Callable`: the reward function; minus `cost` for each latent of a completion, that is each own-line comment.
+        It gives TRL's `log_metric` the `think_rate` (latents for each line of code, mean over completions) and, where
+        a [`~ra3_trl.generation.CompletionRollout`] passes `latent_lengths`, the mean `latent_length` in tokens.
 
     Raises:
         `ValueError`: for a negative cost.
@@ -109,8 +126,20 @@ def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
     if not cost >= 0:
         raise ValueError(f"`cost` is {cost}; a latent costs at least 0.")
 
-    def think_cost_reward(completions: Sequence[Text], **kwargs) -> list[float]:
-        return [0.0 - cost * count_latents(_content(text)) for text in completions]
+    def think_cost_reward(
+        completions: Sequence[Text],
+        latent_lengths: Sequence[Sequence[int]] = (),
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs,
+    ) -> list[float]:
+        texts = [_content(text) for text in completions]
+        counts = [count_latents(text) for text in texts]
+        if log_metric:
+            for count, text in zip(counts, texts, strict=True):
+                log_metric("think_rate", count / max(1, count_code_lines(text)))
+            for length in (length for lengths in latent_lengths for length in lengths):
+                log_metric("latent_length", length)
+        return [0.0 - cost * count for count in counts]
 
     return think_cost_reward
 
@@ -146,16 +175,48 @@ def extract_program(prompt: Text | None, completion: Text) -> str:
     return text
 
 
+def find_latents(text: str) -> list[str]:
+    """Own-line comments of a text, what stands behind their `#`; a text that is cut or no Python is read as far as it
+    goes."""
+    return list(_own_line_comments(text))
+
+
 def count_latents(text: str) -> int:
-    """Number of own-line comments of a text; one that is cut or no Python is counted as far as it can be read."""
-    count, row = 0, ""
+    """Number of own-line comments of a text, see [`find_latents`]."""
+    return len(find_latents(text))
+
+
+def count_code_lines(text: str) -> int:
+    """Number of rows that are neither blank nor an own-line comment."""
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+
+
+def problem_columns(problem: Problem) -> dict[str, Any]:
+    """The columns of a data set's row from which the rewards read `problem`: [`Problem.from_row`] backwards.
+
+    Args:
+        problem ([`Problem`]):
+            What a program must do.
+
+    Returns:
+        `dict[str, Any]`: `inputs` and `outputs`, or `test_list`, `test_setup_code`, `entry_point` and `inside`.
+    """
+    if problem.cases:
+        inputs, outputs = zip(*problem.cases, strict=True)
+        return {"inputs": list(inputs), "outputs": list(outputs)}
+    return {
+        "test_list": list(problem.tests), "test_setup_code": problem.setup, "entry_point": problem.entry_point,
+        "inside": problem.inside,
+    }  # fmt: skip
+
+
+def _own_line_comments(text: str) -> Iterator[str]:
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            row = token.line[: token.start[1]]
-            count += token.type == tokenize.COMMENT and not row.strip()
+            if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+                yield token.string[1:]
     except (tokenize.TokenError, SyntaxError):
         pass
-    return count
 
 
 async def _results(completions: Sequence[Text], prompts: Sequence[Text] | None, kwargs: dict) -> list[Result | None]:

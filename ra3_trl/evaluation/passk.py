@@ -1,0 +1,114 @@
+"""pass@k without bias (Chen et al. 2021, https://huggingface.co/papers/2107.03374), and intervals for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that of `k` samples, drawn without putting back from `n` of which `c` passed, at least one passed.
+
+    This is `1 - C(n - c, k) / C(n, k)` (equation 1), as a product that can't overflow.
+
+    Args:
+        n (`int`):
+            Samples of a problem.
+        c (`int`):
+            Those that passed.
+        k (`int`):
+            Samples drawn.
+
+    Raises:
+        `ValueError`: unless `0 <= c <= n` and `1 <= k <= n`.
+
+    Example:
+
+    ```python
+    >>> pass_at_k(4, 1, 2)  # 3 of the 6 pairs hold the one that passed
+    0.5
+    ```
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"`c` is {c} of `n` = {n} samples; between none and all of them can pass.")
+    if not 1 <= k <= n:
+        raise ValueError(f"`k` is {k} with `n` = {n} samples; draw at least 1 and at most {n}, or take more samples.")
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def estimate(counts: Sequence[tuple[int, int]], k: int) -> float:
+    """Mean of [`pass_at_k`] over problems.
+
+    Args:
+        counts (`Sequence[tuple[int, int]]`):
+            Samples, and those that passed, of each problem.
+        k (`int`):
+            Samples drawn of each.
+
+    Raises:
+        `ValueError`: for no problems, or one with fewer than `k` samples.
+    """
+    if not counts:
+        raise ValueError("`counts` is empty; there is no mean over no problems.")
+    return float(np.mean([pass_at_k(n, c, k) for n, c in counts]))
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean, from problems drawn with putting back.
+
+    It says how far the mean might be from that over other problems of the same kind. Noise of the samples is in it,
+    since each problem's value carries its own.
+
+    Args:
+        values (`np.ndarray`):
+            A value for each problem, shape `[problems]`.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+        resamples (`int`, *optional*, defaults to `10000`):
+            Draws of as many problems as there are.
+        level (`float`, *optional*, defaults to `0.95`):
+            Share of the draws inside.
+
+    Raises:
+        `ValueError`: for no values, values that are not finite or not in one row, or a setting out of range.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"`values` has the shape {values.shape}; give one finite number for each problem.")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` is {level}; give a share between 0 and 1.")
+    if resamples < 1:
+        raise ValueError(f"`resamples` is {resamples}; draw at least once.")
+    draws = np.random.default_rng(seed)
+    means = [values[draws.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of `mean(b) - mean(a)`, both over the same drawn problems.
+
+    What makes a problem hard for both cancels, so this is narrower than two intervals side by side.
+
+    Args:
+        a (`np.ndarray`):
+            A value for each problem, shape `[problems]`.
+        b (`np.ndarray`):
+            The other model's, of the same problems in the same order.
+        seed, resamples, level:
+            As in [`bootstrap_interval`].
+
+    Raises:
+        `ValueError`: if the numbers of problems differ, and what [`bootstrap_interval`] raises.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape:
+        raise ValueError(f"`a` has the shape {a.shape} and `b` {b.shape}; compare values of the same problems.")
+    return bootstrap_interval(b - a, seed, resamples, level)

@@ -1,0 +1,152 @@
+"""Prompts in the forms of the reference harnesses, and what of a model's answer goes to samples.jsonl.
+
+complete    HumanEval's prompt but for white space at its end, MBPP's as a docstring (BigCode's harness)
+few_shot    MBPP with three solved tasks in front (Austin et al. 2021, https://huggingface.co/papers/2108.07732)
+chat        an instruction with the prompt in a fence; the answer begins with a fence (EvalPlus)
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .tasks import Task
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_FORMS = ("complete", "few_shot", "chat")
+FENCE = "\n```"
+_STOPS = {
+    "humaneval": ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", FENCE),
+    "mbpp": ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", FENCE),
+    "stdio": (FENCE,),
+}
+_SHOT = (
+    "You are an expert Python programmer, and here is your task: {description} Your code should pass these tests:\n\n"
+    "{tests}\n[BEGIN]\n"
+)
+_DONE = "[DONE]"
+_INSTRUCTION = "Write the whole program that begins as follows, with all imports, in one fenced code block.\n"
+
+
+def render_prompt(
+    task: Task,
+    kind: str,
+    form: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shots: Sequence[Task] = (),
+) -> str:
+    """The text that a model goes on with.
+
+    Args:
+        task ([`Task`]):
+            The task.
+        kind (`str`):
+            The benchmark's kind.
+        form (`str`):
+            One of `PROMPT_FORMS`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For `"chat"`: whose chat template is used. The text then has all special tokens, so tokenize it with
+            `add_special_tokens=False`.
+        shots (`Sequence[Task]`, *optional*):
+            For `"few_shot"`: the benchmark's.
+
+    Raises:
+        `ValueError`: for an unknown kind or form, or one that the task, the tokenizer or the shots do not allow.
+    """
+    _require(kind, form)
+    if form == "few_shot":
+        return _few_shot(task, shots)
+    if form == "complete":
+        # Many tokenizers join a newline and the indent behind it, which a newline at the end would forbid.
+        return task.prompt.rstrip() if kind == "humaneval" else task.prompt
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError("`prompt_form` is 'chat' and the tokenizer has no chat template; use 'complete'.")
+    fenced = f"{_INSTRUCTION}```python\n{task.prompt.strip()}\n```"
+    message = {"role": "user", "content": fenced}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + "```python\n"
+
+
+def stop_strings(kind: str, form: str) -> tuple[str, ...]:
+    """Texts that end an answer; the first of them, and what stands behind it, is no part of it.
+
+    Own-line comments are what RA3's latents are. One at the margin ends HumanEval's functions, as in the reference,
+    which are indented; MBPP's programs go on behind it.
+
+    Args:
+        kind (`str`):
+            The benchmark's kind.
+        form (`str`):
+            One of `PROMPT_FORMS`.
+
+    Raises:
+        `ValueError`: for an unknown kind or form, or `"few_shot"` for another kind than `"mbpp"`.
+    """
+    _require(kind, form)
+    return {"complete": _STOPS[kind], "few_shot": (_DONE, FENCE), "chat": (FENCE,)}[form]
+
+
+def completion_of(task: Task, form: str, text: str) -> str:
+    """What of a model's answer makes a program of the prompt: `task.prompt + completion`.
+
+    Args:
+        task ([`Task`]):
+            The task.
+        form (`str`):
+            The form of the prompt that was answered.
+        text (`str`):
+            The answer, perhaps with more behind its end.
+
+    Returns:
+        `str`: the answer up to the first stop string. Answers to `"few_shot"` and `"chat"` are whole programs: they
+        stand on lines of their own behind the prompt and define anew what it begins.
+    """
+    stops = stop_strings(task.kind, form)
+    if form != "complete":
+        text = re.sub(r"\A\s*```[^\n`]*\n", "", text)  # a fence that the model opens once more
+    ends = [found for stop in stops if (found := text.find(stop)) >= 0]
+    text = text[: min(ends, default=len(text))]
+    if form == "complete":
+        return text
+    return _close(task.prompt) + text.rstrip() + "\n"
+
+
+def _require(kind: str, form: str) -> None:
+    if kind not in _STOPS:
+        raise ValueError(f"`kind` is {kind!r}; known are {', '.join(_STOPS)}.")
+    if form not in PROMPT_FORMS:
+        raise ValueError(f"`prompt_form` is {form!r}; known are {', '.join(PROMPT_FORMS)}.")
+    if form == "few_shot" and kind != "mbpp":
+        raise ValueError(f"`prompt_form` is 'few_shot', which is for MBPP; use 'complete' for tasks of kind {kind!r}.")
+
+
+def _few_shot(task: Task, shots: Sequence[Task]) -> str:
+    if len(shots) != 3 or not all(shot.solution for shot in shots):
+        raise ValueError(
+            f"`prompt_form` is 'few_shot' and there are {len(shots)} solved examples; it needs MBPP's tasks 2, 3 and "
+            "4 with their `code`: give a file that has them too, or none, for the Hub's rows."
+        )
+    if task.task_id in {shot.task_id for shot in shots}:
+        raise ValueError(f"Task {task.task_id!r} is an example of 'few_shot' prompts; use MBPP's test split.")
+    solved = [f"{_ask(shot)}{shot.solution.removeprefix(shot.prompt).strip()}\n{_DONE}\n\n" for shot in shots]
+    return "".join(solved) + _ask(task)
+
+
+def _ask(task: Task) -> str:
+    return _SHOT.format(description=task.description, tests="\n".join(task.tests))
+
+
+def _close(prompt: str) -> str:
+    """What must stand behind a prompt so that it is a program by itself: nothing, an end of line or a body."""
+    end = "" if prompt.endswith("\n") else "\n"
+    for body in ("", "pass\n", "    pass\n", "        pass\n"):
+        try:
+            ast.parse(prompt + end + body)
+        except (SyntaxError, ValueError):
+            continue
+        return end + body
+    return end

