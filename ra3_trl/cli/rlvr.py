@@ -22,7 +22,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_
 from ..config_file import read_settings, write_settings
 from ..evaluation import Task, load_benchmark, render_prompt, stop_strings
 from ..evaluation.tasks import HUB
-from ..generation import CompletionRollout, check_heeded, until_stop
+from ..generation import CompletionRollout, until_stop
+from ..generation.grpo import check_heeded
 from ..hub.card import public_name
 from ..models import context_length, load_tokenizer
 from ..rewards import (
@@ -41,7 +42,7 @@ from .evaluate import open_judge
 from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .rewards import load_reward_funcs
-from .train import UNNAMED, last_checkpoint, quantization, resume_point, stopped
+from .train import named, quantization, resume_point, run_until_stopped
 
 
 _EXECUTED = {"code_execution": code_execution_reward, "fraction_passed": fraction_passed_reward}
@@ -369,11 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     if code is not None:
         return code
     script, args, model_args = parts
-    name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
-    if args.output_dir == UNNAMED:
-        args.output_dir = f"{Path(name.rstrip('/')).name}-RLVR"
+    name = named(model_args, args, "RLVR")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     resume = resume_point(args)
     # First, since it says best that there is no such checkpoint.
@@ -384,15 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             use_judge(stack.enter_context(open_judge(Limits(script.timeout, script.memory_mb), script.slots)))
             stack.callback(use_judge, None)
         trainer = build_trainer(script, args, model_args, tokenizer, settings)
-        if resume is None and trainer.is_world_process_zero() and last_checkpoint(args.output_dir) is not None:
-            logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
-        try:
-            run(trainer, source_name(script), settings, resume)
-        except KeyboardInterrupt:
-            if trainer.is_world_process_zero():
-                print(stopped(args, typed), file=sys.stderr)
-            return 130
-    return 0
+        return run_until_stopped(trainer, args, typed, lambda: run(trainer, source_name(script), settings, resume))
 
 
 if __name__ == "__main__":

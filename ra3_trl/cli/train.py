@@ -6,12 +6,13 @@ import logging
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from trl import (
@@ -32,7 +33,7 @@ from .rewards import load_reward_funcs
 
 
 _NOT_REPEATED = ("--resume_from_checkpoint", "--hub_token", "--hub-token")  # a log is no place for a token
-UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
+_UNNAMED = "trainer_output"  # what TrainingArguments writes to when nobody names a folder
 
 
 @dataclass
@@ -233,7 +234,35 @@ def resume_command(typed: str) -> str:
     return shlex.join([*kept, "--resume_from_checkpoint", "true"])
 
 
-def stopped(args: TrainingArguments, typed: str) -> str:
+def run_until_stopped(trainer: Trainer, args: TrainingArguments, typed: str, work: Callable[[], None]) -> int:
+    """The exit code of `work`, the run of a trainer; after Ctrl-C it says how to go on."""
+    anew = resume_point(args) is None and last_checkpoint(args.output_dir) is not None
+    if anew and trainer.is_world_process_zero():
+        logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
+    try:
+        work()
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(_stopped(args, typed), file=sys.stderr)
+        return 130
+    return 0
+
+
+def named(model_args: ModelConfig, args: TrainingArguments, suffix: str) -> str:
+    """The model's name, by which `output_dir` is called unless the user says otherwise.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
+    if args.output_dir == _UNNAMED:
+        args.output_dir = f"{Path(name.rstrip('/')).name}-{suffix}"
+    return name
+
+
+def _stopped(args: TrainingArguments, typed: str) -> str:
     """What to say after Ctrl-C: which checkpoint there is, and the command that goes on from it."""
     last = last_checkpoint(args.output_dir)
     if last is None:
@@ -263,26 +292,14 @@ def main(argv: list[str] | None = None) -> int:
     if code is not None:
         return code
     script, args, model_args, mixture = parts
-    name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
-    if args.output_dir == UNNAMED:
-        args.output_dir = f"{Path(name.rstrip('/')).name}-RA3"
+    named(model_args, args, "RA3")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if script.dry_run:
         return _dry_run(script, args, model_args, mixture)
     resume = resume_point(args)
     trainer = build_trainer(script, args, model_args, mixture)
-    if resume is None and trainer.is_world_process_zero() and last_checkpoint(args.output_dir) is not None:
-        logging.warning("%s holds checkpoints of an earlier run; this one starts anew.", args.output_dir)
     trainer.resume_hint = f"`{resume_command(typed)}`"  # for the message after a SIGTERM
-    try:
-        run(trainer, source_name(script, mixture), resume)
-    except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(stopped(args, typed), file=sys.stderr)
-        return 130
-    return 0
+    return run_until_stopped(trainer, args, typed, lambda: run(trainer, source_name(script, mixture), resume))
 
 
 if __name__ == "__main__":

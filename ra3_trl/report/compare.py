@@ -161,7 +161,7 @@ def _layout(comparison: Mapping[str, Any]) -> list[list[_Panel]]:
         ("cross-entropy (nats a token)", ".3f", [one.get("ce") for one in entropies]),
         ("the same, own latents", ".3f", [one.get("ce_policy") for one in entropies]),
         ("tokens per sample", ".0f", [one.get("tokens_per_sample") for one in models]),
-        ("latents per line of code", ".2f", [one.get("think_rate") for one in models]),
+        ("latents per line of code", ".3f", [one.get("think_rate") for one in models]),
     ]
     rows.append([
         _Panel(title, form, [None if value is None else {"value": value} for value in values])
