@@ -181,6 +181,17 @@ def test_samples_of_another_run_are_not_mixed(tasks, plain_checkpoint, capsys, w
 
 
 @needs_bwrap
+@pytest.mark.parametrize("name", ["run.json", "samples.jsonl"])
+def test_damaged_files_are_named(tasks, plain_checkpoint, capsys, name):
+    words = (plain_checkpoint, "--task", tasks, "--max_new_tokens", "4", "--output_dir", "out", "--no_card")
+    assert run(*words) == 0
+    path = Path("out", name)
+    path.write_bytes(path.read_bytes().replace(b'"', b"", 1))
+    assert run(*words) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@needs_bwrap
 def test_other_weights_are_another_run(tasks, tiny_model, tokenizers, capsys):
     for seed in (0, 1):
         tiny_model("llama", tokenizers["newline_indent"], seed).save_pretrained("model")

@@ -144,7 +144,7 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
             raise ValueError(f"{samples} exists, but no {RUN} that says what it is of; give another `output_dir`.")
         about.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         return []
-    _check_same(folder, json.loads(about.read_text("utf-8")), run)
+    _check_same(folder, _parsed(about.read_bytes(), about), run)
     lines = samples.read_bytes().splitlines(keepends=True) if samples.exists() else []
     done, end = [], 0
     for batch in batches:
@@ -152,15 +152,22 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
         found = lines[end : end + size]
         if len(found) < size or not found[-1].endswith(b"\n"):
             break
-        done.append([json.loads(line) for line in found])
+        done.append([_parsed(line, samples) for line in found])
         end += size
     if lines[end:]:
         os.truncate(samples, sum(map(len, lines[:end])))
     return done
 
 
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); give another `output_dir`, or delete this one.") from error
+
+
 def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    flat = [{**run, **run["settings"]} for run in (was, now)]
+    flat = [{**run, **run.get("settings", {})} for run in (was, now)]
     for name in flat[1]:
         if name != "settings" and flat[0].get(name) != flat[1][name]:
             raise ValueError(
