@@ -5,6 +5,7 @@ Nothing here needs the network: tokenizers are trained on a few files of the sta
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -125,6 +126,14 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         extra = {"bos_token": BOS} if name == "sentencepiece" else {}
         out[name] = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token=EOS, pad_token=PAD, **extra)
     return out
+
+
+@pytest.fixture(autouse=True)
+def tokenizers_are_left_alone(tokenizers):
+    """They are shared: a test that adds a token to one would change what later tests see."""
+    before = {name: len(tokenizer) for name, tokenizer in tokenizers.items()}
+    yield
+    assert {name: len(tokenizer) for name, tokenizer in tokenizers.items()} == before, "change a copy"
 
 
 @pytest.fixture(scope="session", params=TOKENIZERS)
@@ -265,7 +274,7 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
             "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
             "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
         }  # fmt: skip
-        tokenizer = tokenizers["newline_indent"]
+        tokenizer = copy.deepcopy(tokenizers["newline_indent"])  # a format with tags adds them
         data, eval_data = (Dataset.from_dict({"text": d}) if isinstance(d, list) else d for d in (data, eval_data))
         return RA3MidTrainer(
             model or tiny_model("llama", tokenizer), RA3Config(**defaults | settings), data, eval_data, tokenizer,
