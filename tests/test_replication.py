@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
 
-from benchmarks.replication import run, table, testbed
+from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import pretrain
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
@@ -29,12 +29,15 @@ from benchmarks.replication.records import (
     RlvrRecipe,
     t_quantile,
 )
+from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.table import ARMS, Form, find_bases, starts
 
 
 COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
-TINY = BaseRecipe(0, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2))
+TINY = BaseRecipe(
+    0, careful_steps=1, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2)
+)
 MID = MidRecipe(TINY, 0, m_steps=2, batch_size=2, num_latents=2, programs=8, corpus=Corpus(stanzas=1))
 TOY = Form(
     base=TINY,
@@ -213,19 +216,30 @@ def test_hash_knows_every_field():
     assert len({recipe_hash(recipe) for recipe in [MID, *others]}) == 6
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path, monkeypatch):
-    """Killed behind update 3 of 4, of which 2 are saved: pre-training and mid-training (2 E- and 2 M-updates)."""
-    recipe = replace(MID, e_steps=2)
+@pytest.mark.parametrize("start", ["base", "mid", "rlvr"])
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(start, tmp_path, monkeypatch):
+    """Killed before update 4 of 4, of which 2 are saved: pre-training, mid-training (2 E- and 2 M-updates), GRPO."""
+    make, recipe = {
+        "base": (pretrain, TINY),
+        "mid": (midtrain, replace(MID, e_steps=2)),
+        "rlvr": (reinforce, replace(TOY.rlvr, steps=4)),
+    }[start]
+    # Random weights never state a line right, and rewards that are all 0 teach nothing.
+    monkeypatch.setattr(rlvr, "right_line", lambda completions, **kwargs: [float(len(c)) for c in completions])
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
-    for make, made in ((pretrain, TINY), (midtrain, recipe)):
-        make(whole, made, save_steps=2)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", _kill_at(3))
-            make(halved, made, save_steps=2)
-        assert halved.find(made) is None
-        make(halved, made, save_steps=2)
-        weights = [load(store.folder(made) / "model")[0].state_dict() for store in (whole, halved)]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    found = make(whole, recipe, save_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", _kill_at(3))
+        make(halved, recipe, save_steps=2)
+    assert halved.find(recipe) is None
+    again = make(halved, recipe, save_steps=2)
+    assert again["seconds"] != found["seconds"]
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    weights = [load(store.folder(recipe) / "run/checkpoint-4")[0].state_dict() for store in (whole, halved)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    if start != "base":  # and the run did change them
+        base = load(whole.folder(TINY) / "model")[0].state_dict()
+        assert not any(torch.equal(base[name], weights[0][name]) for name in base)
 
 
 def _kill_at(step: int):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -30,6 +30,7 @@ from .testbed import make_tokenizer, programs
 
 GATE = 0.4
 HEADS = 4
+CAREFUL_DATA = 30_000  # added to the seed, so that no phase sees the programs of another
 QUIET = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
     "save_total_limit": 1, "activation_checkpointing": False,
@@ -72,7 +73,9 @@ def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[st
 
     def work(folder: Path) -> dict[str, Any]:
         tokenizer = make_tokenizer()
-        data = programs(recipe.corpus, recipe.seed, recipe.steps * recipe.batch_size)
+        rest = (recipe.steps - recipe.careful_steps) * recipe.batch_size
+        careful = programs(recipe.careful, CAREFUL_DATA + recipe.seed, recipe.careful_steps * recipe.batch_size)
+        data = concatenate_datasets([careful, programs(recipe.corpus, recipe.seed, rest)])
         args = TrainingArguments(
             output_dir=str(folder / "run"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_steps,

@@ -16,7 +16,7 @@ from .testbed import programs
 
 
 MAX_LATENT = 16  # `7*4=8+9=7-2=5` has 13 tokens
-MID_DATA = 10_000  # added to the seed, so that no phase sees the programs of another
+MID_DATA = 10_000  # as `CAREFUL_DATA`
 _LOGGED = ("estep/gain", "estep/think_rate", "estep/reward", "mstep/annotated_rate", "mstep/code_loss")
 
 

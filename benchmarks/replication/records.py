@@ -43,16 +43,22 @@ class Example:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """Pre-training from scratch on a commented corpus, cosine schedule, AdamW."""
+    """Pre-training from scratch, AdamW with a cosine schedule: first on careful programs, with a right comment before
+    each hard line, from which calculating is learned; then on the corpus.
+
+    Without the first part, of as many updates, comments were right in 30 % of the cases, not enough for the gate.
+    """
 
     seed: int
-    steps: int = 1200
+    careful_steps: int = 700
+    steps: int = 1400
     batch_size: int = 16
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     initializer_range: float = 0.08
     layers: int = 3
     width: int = 96
+    careful: Corpus = field(default_factory=lambda: Corpus(stanzas=4, hard_rate=1.0, easy_rate=0.1))
     corpus: Corpus = field(default_factory=lambda: Corpus(hard_rate=0.4, easy_rate=0.1, right=0.75))
     version: int = 1
 

@@ -15,7 +15,7 @@ from .store import Store
 from .testbed import right_line, tasks
 
 
-RLVR_DATA = 20_000  # as `MID_DATA`
+RLVR_DATA = 20_000  # as `CAREFUL_DATA`
 
 
 def reinforce(store: Store, recipe: RlvrRecipe, save_steps: int = 10) -> dict[str, Any]:
