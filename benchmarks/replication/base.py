@@ -45,6 +45,7 @@ def fresh_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Llama
             vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=8 * recipe.width // 3,
             num_hidden_layers=recipe.layers, num_attention_heads=HEADS, max_position_embeddings=1024,
             initializer_range=recipe.initializer_range, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
