@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PrinterCallback
 
 from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 
@@ -90,5 +91,7 @@ def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         args = config(MidRecipe(base, recipe.seed), Path(folder), eval_num_latents=recipe.num_latents)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
-        found = RA3MidTrainer(model, args, None, held_out, tokenizer).evaluate()
+        trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        found = trainer.evaluate()
     return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}

@@ -33,12 +33,13 @@ def model_folder(store: Store, recipe: BaseRecipe | MidRecipe) -> Path:
 
 def config(recipe: MidRecipe, folder: Path, **settings) -> RA3Config:
     """The settings of a run."""
+    prior = recipe.annotation_think_prob if recipe.e_steps else None  # without E-steps it would annotate all the same
     return RA3Config(
         output_dir=str(folder), seed=recipe.seed, e_steps=recipe.e_steps, m_steps=recipe.m_steps,
         e_learning_rate=recipe.e_learning_rate, learning_rate=recipe.learning_rate,
         per_device_train_batch_size=recipe.batch_size, num_latents=recipe.num_latents, max_latent_length=MAX_LATENT,
-        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef, packing=False, max_length=384,
-        log_latents_steps=0, code_loss_tolerance=10.0, abstraction_head=False, **QUIET, **settings,
+        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef, annotation_think_prob=prior,
+        packing=False, max_length=384, log_latents_steps=0, code_loss_tolerance=10.0, abstraction_head=False, **QUIET, **settings,
     )  # fmt: skip
 
 

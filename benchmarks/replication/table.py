@@ -35,7 +35,7 @@ class Form:
     mid: MidRecipe = MidRecipe(_SEED0, 0)
     rlvr: RlvrRecipe = RlvrRecipe(_SEED0, 0)
     measure: MeasureRecipe = MeasureRecipe(_SEED0)
-    e_steps: int = 40
+    e_steps: int = 15
     gate: float = GATE
     tries: int = 3
 
