@@ -16,7 +16,7 @@ import torch
 from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
-from benchmarks.replication.base import pretrain
+from benchmarks.replication.base import last_checkpoint, pretrain
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -31,9 +31,11 @@ from benchmarks.replication.records import (
 )
 from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
-from benchmarks.replication.table import ARMS, Form, find_bases, starts
+from benchmarks.replication.table import Form, find_bases, samples, starts
+from ra3_trl.segmentation import PYTHON, Segmenter
 
 
+ARMS = {"base", "ntp", "ntp_forced", "ra3"}
 COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
 TINY = BaseRecipe(
     0, careful_steps=1, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2)
@@ -216,6 +218,15 @@ def test_hash_knows_every_field():
     assert len({recipe_hash(recipe) for recipe in [MID, *others]}) == 6
 
 
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 @pytest.mark.parametrize("start", ["base", "mid", "rlvr"])
 def test_a_killed_run_ends_with_the_weights_of_one_left_alone(start, tmp_path, monkeypatch):
     """Killed before update 4 of 4, of which 2 are saved: pre-training, mid-training (2 E- and 2 M-updates), GRPO."""
@@ -275,6 +286,17 @@ def test_next_token_prediction_has_as_many_updates():
     found = starts(TOY, TINY, 7)
     assert (found["ra3"].e_steps, found["ra3"].m_steps, found["ntp"].e_steps, found["ntp"].m_steps) == (2, 2, 0, 4)
     assert found["ntp"] is found["ntp_forced"] and found["ra3"].seed == 7 and found["base"] is TINY
+    more = starts(replace(TOY, compute_updates=9), TINY, 7)
+    assert set(more) == ARMS | {"ntp_compute"}
+    # 9 updates of 2 programs want 18, of which each is seen once
+    assert (more["ntp_compute"].m_steps, more["ntp_compute"].programs) == (9, 18)
+
+
+def test_samples_by_hand():
+    """2 programs of 3 boundaries with 2 latents each an update, 2 E- and 2 M-updates; GRPO: 2 prompts, 2 each."""
+    assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24}
+    document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
+    assert len(document.sites) == testbed.boundaries(EXPERT) == 18
 
 
 def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
@@ -306,13 +328,13 @@ def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch):
     """One seed of all arms, then once more out of the cache alone."""
-    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1)
+    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, compute=False)
     found = run(args, TOY)
     keys = {"think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy", "rlvr_last"}
     keys |= {"rlvr_steps_to_50", "rlvr_steps_to_80", "rlvr_steps_to_90"}
     assert keys <= set(found)
     for key in keys:
-        assert set(found[key]) == set(ARMS)
+        assert set(found[key]) == ARMS
         assert all({"mean", "low", "high", "n"} <= set(row) for row in found[key].values())
     assert found["ce"]["ntp"] == found["ce"]["ntp_forced"] != found["ce"]["ra3"]
     assert found["think_hard"]["ntp_forced"]["mean"] == 1

@@ -21,7 +21,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .records import BaseRecipe
 from .store import Store
@@ -61,11 +60,17 @@ def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     return data.map(encode, batched=True, remove_columns=data.column_names)
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole one: `Trainer` writes in place, its state last of all, so that a kill may leave a part."""
+    steps = [int(path.parent.name.split("-")[-1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(folder / f"checkpoint-{max(steps)}") if steps else None
+
+
 def resume(trainer: Trainer, folder: Path) -> float:
     """Trains to the end, from the folder's last checkpoint if there is one; CPU seconds of this part of the run."""
     begin = time.process_time()
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return time.process_time() - begin
 
 

@@ -39,7 +39,8 @@ def config(recipe: MidRecipe, folder: Path, **settings) -> RA3Config:
         e_learning_rate=recipe.e_learning_rate, learning_rate=recipe.learning_rate,
         per_device_train_batch_size=recipe.batch_size, num_latents=recipe.num_latents, max_latent_length=MAX_LATENT,
         horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef, annotation_think_prob=prior,
-        packing=False, max_length=384, log_latents_steps=0, code_loss_tolerance=10.0, abstraction_head=False, **QUIET, **settings,
+        packing=False, max_length=384, log_latents_steps=0, code_loss_tolerance=10.0, abstraction_head=False,
+        **QUIET, **settings,
     )  # fmt: skip
 
 

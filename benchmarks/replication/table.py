@@ -13,9 +13,9 @@ from .measure import measure
 from .records import BaseRecipe, Curve, Estimate, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
 from .rlvr import curve
 from .store import Store
+from .testbed import boundaries
 
 
-ARMS = ("base", "ntp", "ntp_forced", "ra3")
 LEVELS = (0.5, 0.8, 0.9)
 _SEED0 = BaseRecipe(0)
 
@@ -27,6 +27,9 @@ class Form:
     Args:
         e_steps (`int`):
             Updates of RA3's E-phase; next-token prediction gets as many more of its own (equal updates).
+        compute_updates (`int`):
+            Updates of a further arm `ntp_compute`: as many of next-token prediction as take RA3's CPU seconds; 0 is no
+            such arm.
         tries (`int`):
             Bases that are tried at most for each one wanted.
     """
@@ -36,6 +39,7 @@ class Form:
     rlvr: RlvrRecipe = RlvrRecipe(_SEED0, 0)
     measure: MeasureRecipe = MeasureRecipe(_SEED0)
     e_steps: int = 15
+    compute_updates: int = 0
     gate: float = GATE
     tries: int = 3
 
@@ -83,7 +87,11 @@ def starts(form: Form, base: BaseRecipe, seed: int) -> dict[str, BaseRecipe | Mi
     """What each arm starts from: next-token prediction has as many updates as both of RA3's phases."""
     mid = replace(form.mid, base=base, seed=seed)
     ntp = replace(mid, m_steps=mid.m_steps + form.e_steps)
-    return {"base": base, "ntp": ntp, "ntp_forced": ntp, "ra3": replace(mid, e_steps=form.e_steps)}
+    found = {"base": base, "ntp": ntp, "ntp_forced": ntp, "ra3": replace(mid, e_steps=form.e_steps)}
+    if form.compute_updates:  # on programs it has not seen before, as all arms
+        updates = form.compute_updates
+        found["ntp_compute"] = replace(ntp, m_steps=updates, programs=max(mid.programs, updates * mid.batch_size))
+    return found
 
 
 def run_seed(store: Store, form: Form, base: BaseRecipe, seed: int) -> dict[str, ArmResult]:
@@ -105,9 +113,19 @@ def rows(results: list[dict[str, ArmResult]]) -> dict[str, dict[str, Any]]:
     """Estimates over seeds: a row of the table for each measure, over arms."""
 
     def row(read) -> dict[str, Any]:
-        return {arm: asdict(Estimate.of(tuple(read(result[arm]) for result in results))) for arm in ARMS}
+        return {arm: asdict(Estimate.of(tuple(read(result[arm]) for result in results))) for arm in results[0]}
 
     table = {f.name: row(lambda arm, name=f.name: getattr(arm.measures, name)) for f in fields(Measures)}
     for level in LEVELS:
         table[f"rlvr_steps_to_{level:.0%}".rstrip("%")] = row(lambda arm, level=level: arm.curve.steps_to(level))
     return table | {"rlvr_last": row(lambda arm: arm.curve.last)}
+
+
+def samples(form: Form) -> dict[str, int]:
+    """What is sampled: completions of an RLVR update, and latents of RA3's phases (all boundaries of a program)."""
+    latents = form.mid.batch_size * form.mid.num_latents * boundaries(form.mid.corpus)
+    return {
+        "rlvr_update": form.rlvr.prompts * form.rlvr.generations,
+        "ra3_e_phase": form.e_steps * latents,
+        "ra3_m_phase": form.mid.m_steps * latents,
+    }

@@ -121,6 +121,11 @@ def tasks(corpus: Corpus, seed: int, count: int, opening: str = "") -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "answer": answers, "opening": [opening] * count})
 
 
+def boundaries(corpus: Corpus) -> int:
+    """Places for a comment in a program without any: before each line."""
+    return 3 * corpus.stanzas
+
+
 def is_hard(line: str) -> bool:
     return line.startswith("assert ")
 
