@@ -139,8 +139,9 @@ def first_line(completion: str) -> str | None:
 def right_line(completions: list[str], answer: list[str], opening: list[str], **kwargs) -> list[float]:
     """TRL reward: 1 if the first line of code is the expert's, letter by letter.
 
-    The sandbox's `code_execution_reward` would pass a completion that asserts nothing, such as `d=3`; of completions
-    that do assert, its verdict is this one, since the line is true in Python for one value only.
+    A plain function for speed. Of an assertion about the name asked for, running prompt and line says the same, since
+    the line is true in Python for one value only; but a sandbox would also pass a line that asserts nothing, such as
+    `d=3`, and fail a right line for a completion that is cut off behind it.
     """
     rows = zip(opening, completions, answer, strict=True)
     return [float(first_line(begun + text) == line) for begun, text, line in rows]
