@@ -89,7 +89,7 @@ def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:
     """Cross-entropy and negative bounds by `trainer.evaluate()`, horizon 1."""
     base = recipe.start.base if isinstance(recipe.start, MidRecipe) else recipe.start
     with TemporaryDirectory() as folder:
-        args = config(MidRecipe(base, recipe.seed), Path(folder), eval_num_latents=recipe.num_latents)
+        args = config(MidRecipe(base, recipe.seed, horizon=1), Path(folder), eval_num_latents=recipe.num_latents)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
         trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
         trainer.remove_callback(PrinterCallback)
