@@ -6,10 +6,16 @@ import argparse
 import json
 import sys
 
-from . import head, phases, rollout, sandbox
+from . import head, phases, replication, rollout, sandbox
 
 
-BENCHMARKS = {"rollout": rollout, "phases": phases, "head": head, "sandbox": sandbox}
+BENCHMARKS = {
+    "rollout": rollout,
+    "phases": phases,
+    "head": head,
+    "sandbox": sandbox,
+    "replication": replication,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,57 @@
+"""A controlled replication of the paper's claims on a testbed small enough for two CPU cores.
+
+A tiny Llama is pre-trained on programs some of whose hard lines follow a comment in steps, then mid-trained on
+programs without comments: by next-token prediction, or by RA3. What each thinks, says and learns afterwards by GRPO is
+measured over seeds. All of it goes through `RA3MidTrainer`, `GRPOTrainer` and `generate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+
+from .store import Store
+from .table import Form, find_bases, rows, run_seed, samples
+
+
+CACHE = "~/.cache/ra3_trl/replication"
+COMPUTE_UPDATES = 1800  # 226 CPU seconds of RA3 over 0.125 of an update of next-token prediction, see LOG.md
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=1, help="runs of all arms, each with data and noise of its own")
+    parser.add_argument(
+        "--bases", type=int, default=None, help="independent bases, used in turn; 2 if there are seeds"
+    )
+    parser.add_argument("--cache", default=CACHE, help="folder of finished and begun results")
+    parser.add_argument("--compute", action="store_true", help="also next-token prediction at RA3's CPU seconds")
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
+    """Bases, seeds and rows; whatever the cache has is not done again."""
+    logging.getLogger("ra3_trl").setLevel(logging.ERROR)
+    disable_progress_bars()
+    torch.set_num_threads(args.threads)
+    store, form = Store(args.cache), form or Form(compute_updates=COMPUTE_UPDATES if args.compute else 0)
+    tried = list(find_bases(store, form, min(2, args.seeds) if args.bases is None else args.bases))
+    bases = [base.recipe for base in tried if base.passed]
+    results = [run_seed(store, form, bases[seed % len(bases)], seed) for seed in range(args.seeds)]
+    told = [{"seed": b.recipe.seed, "passed": b.passed, "comment_right": b.measures.comment_right} for b in tried]
+    seeds = [
+        {arm: {"seconds": found.seconds, "curve": list(found.curve.accuracy)} for arm, found in result.items()}
+        for result in results
+    ]
+    return {
+        "seeds": args.seeds,
+        "bases": told,
+        "samples": samples(form),
+        "form": asdict(form),
+        **rows(results),
+        "runs": seeds,
+    }

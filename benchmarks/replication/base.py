@@ -1,0 +1,98 @@
+"""Bases: tiny Llamas pre-trained from scratch on the commented corpus, by `transformers.Trainer`.
+
+A base counts if it can calculate at all: `comment_right` of at least `GATE`. That comes late and the loss does not
+show it (few tokens are results of steps), so it is measured; every base that was tried is told of.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from .records import BaseRecipe
+from .store import Store
+from .testbed import make_tokenizer, programs
+
+
+GATE = 0.4
+HEADS = 4
+CAREFUL_DATA = 30_000  # added to the seed, so that no phase sees the programs of another
+QUIET = {
+    "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
+    "save_total_limit": 1, "activation_checkpointing": False,
+}  # fmt: skip
+
+
+def fresh_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with random weights (0.335 M parameters in the default shape)."""
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=8 * recipe.width // 3,
+            num_hidden_layers=recipe.layers, num_attention_heads=HEADS, max_position_embeddings=1024,
+            initializer_range=recipe.initializer_range, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """Token ids of each program and the end of the text."""
+
+    def encode(rows):
+        return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]}
+
+    return data.map(encode, batched=True, remove_columns=data.column_names)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole one: `Trainer` writes in place, its state last of all, so that a kill may leave a part."""
+    steps = [int(path.parent.name.split("-")[-1]) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(folder / f"checkpoint-{max(steps)}") if steps else None
+
+
+def resume(trainer: Trainer, folder: Path) -> float:
+    """Trains to the end, from the folder's last checkpoint if there is one; CPU seconds of this part of the run."""
+    begin = time.process_time()
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return time.process_time() - begin
+
+
+def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[str, Any]:
+    """`seconds` of the last sitting and the `losses` of 50 steps each; the checkpoint is in the folder `model`."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        tokenizer = make_tokenizer()
+        rest = (recipe.steps - recipe.careful_steps) * recipe.batch_size
+        careful = programs(recipe.careful, CAREFUL_DATA + recipe.seed, recipe.careful_steps * recipe.batch_size)
+        data = concatenate_datasets([careful, programs(recipe.corpus, recipe.seed, rest)])
+        args = TrainingArguments(
+            output_dir=str(folder / "run"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_steps,
+            seed=recipe.seed, train_sampling_strategy="sequential", save_steps=save_steps, logging_steps=50, **QUIET,
+        )  # fmt: skip
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = Trainer(fresh_model(recipe, tokenizer), args, collator, tokenized(data, tokenizer))
+        seconds = resume(trainer, folder / "run")
+        trainer.save_model(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {"seconds": seconds, "losses": losses}
+
+    return store.get(recipe, work)

@@ -1,0 +1,198 @@
+"""What passes between the files of the replication: corpora, recipes, and what is measured.
+
+A recipe is a frozen record of all that shapes a result, the recipe it starts from included; its hash is the name under
+which the result is kept (`store.py`). `version` is raised by hand when code changes what the same settings give.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How programs are written, see `testbed.py`.
+
+    Args:
+        stanzas (`int`, *optional*, defaults to `6`):
+            Stanzas of a program.
+        operations (`int`, *optional*, defaults to `3`):
+            Serial operations of an expression.
+        hard_rate, easy_rate (`float`, *optional*, defaults to `0`):
+            Share of hard and of easy lines with a comment before them; 0 is the expert.
+        right (`float`, *optional*, defaults to `1`):
+            Share of the comments before hard lines whose steps are all right.
+    """
+
+    stanzas: int = 6
+    operations: int = 3
+    hard_rate: float = 0.0
+    easy_rate: float = 0.0
+    right: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment."""
+
+    prompt: str
+    answer: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """Pre-training from scratch, AdamW with a cosine schedule: first on careful programs, with a right comment before
+    each hard line, from which calculating is learned; then on the corpus.
+
+    Comments copy operands from some ten tokens before, for which rotary angles must tell near positions apart: with a
+    `rope_theta` of 10,000 this is learned much later. See benchmarks/LOG.md for the recipes that failed.
+    """
+
+    seed: int
+    careful_steps: int = 500
+    steps: int = 1200
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    initializer_range: float = 0.08
+    rope_theta: float = 100.0
+    layers: int = 3
+    width: int = 96
+    careful: Corpus = field(default_factory=lambda: Corpus(stanzas=4, hard_rate=1.0, easy_rate=0.1))
+    corpus: Corpus = field(default_factory=lambda: Corpus(hard_rate=0.4, easy_rate=0.1, right=0.75))
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class MidRecipe:
+    """Mid-training of a base on the expert's programs; without E-steps it is next-token prediction.
+
+    The E-phase is short: it has converged after 15 updates, and at twice the rate, after 20, code suffers. Annotation
+    has the gate as its prior (-1), which here is trained.
+    """
+
+    base: BaseRecipe
+    seed: int
+    e_steps: int = 0
+    m_steps: int = 60
+    e_learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    num_latents: int = 8
+    horizon: int = 1
+    penalty: float = 0.2
+    kl_coef: float = 0.0
+    annotation_think_prob: float = -1.0
+    programs: int = 2000
+    corpus: Corpus = field(default_factory=Corpus)
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class RlvrRecipe:
+    """GRPO from a checkpoint on the tasks; `forced` puts the think prefix behind each prompt."""
+
+    start: BaseRecipe | MidRecipe
+    seed: int
+    forced: bool = False
+    steps: int = 40
+    prompts: int = 16
+    generations: int = 8
+    learning_rate: float = 3e-4
+    completion_tokens: int = 24
+    corpus: Corpus = field(default_factory=lambda: Corpus(stanzas=2))
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class MeasureRecipe:
+    """What is measured of a checkpoint, all of it on held-out programs, the same for all arms and seeds."""
+
+    start: BaseRecipe | MidRecipe
+    programs: int = 48
+    tasks: int = 512
+    num_latents: int = 8
+    seed: int = 1_000_000
+    corpus: Corpus = field(default_factory=Corpus)
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A checkpoint on held-out programs.
+
+    Args:
+        think_hard, think_easy (`float`):
+            Mean P(think) before hard and before easy lines.
+        comment_right (`float`):
+            Share of comments, forced before hard lines and sampled, whose steps are all right.
+        ce, elbo, bound_multi (`float`):
+            Of `trainer.evaluate()`: cross-entropy and negative bounds in nats per token of code.
+        accuracy, accuracy_forced, accuracy_never (`float`):
+            Share of hard lines that are right when sampled: as the model likes, with a comment, without.
+    """
+
+    think_hard: float
+    think_easy: float
+    comment_right: float
+    ce: float
+    elbo: float
+    bound_multi: float
+    accuracy: float
+    accuracy_forced: float
+    accuracy_never: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy before each update of RLVR (`accuracy[k]` is after `k` updates), of an update's samples."""
+
+    accuracy: tuple[float, ...]
+    samples: int
+
+    def steps_to(self, level: float) -> int | None:
+        """Updates done when the accuracy, averaged over that update and the next, reached `level` first."""
+        pairs = zip(self.accuracy, self.accuracy[1:], strict=False)
+        return next((k for k, pair in enumerate(pairs) if sum(pair) / 2 >= level), None)
+
+    @property
+    def last(self) -> float:
+        """Mean of the last tenth."""
+        tail = self.accuracy[-max(1, len(self.accuracy) // 10) :]
+        return sum(tail) / len(tail)
+
+
+# 97.5 % quantiles of Student's t for 1 to 19 degrees of freedom; beyond, 1.96 + 2.4 / df is within 0.003.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093)  # fmt: skip
+
+
+def t_quantile(df: int) -> float:
+    return _T[df - 1] if df <= len(_T) else 1.96 + 2.4 / df
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds with a 95 % interval (Student's t; `None` for one seed), and what was seen."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    values: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, values: tuple[float | None, ...]) -> Estimate:
+        """`None` stands for "never reached": it is counted by `len(values) - n` and is in no mean."""
+        seen = [value for value in values if value is not None]
+        n = len(seen)
+        if not seen:
+            return cls(None, None, None, 0, values)
+        mean = sum(seen) / n
+        if n == 1:
+            return cls(mean, None, None, 1, values)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in seen) / (n - 1))
+        half = t_quantile(n - 1) * deviation / math.sqrt(n)
+        return cls(mean, mean - half, mean + half, n, values)

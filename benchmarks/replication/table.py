@@ -1,0 +1,131 @@
+"""The table: bases through the gate, arms for each seed, and rows of estimates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ..common import say
+from .base import GATE
+from .measure import measure
+from .records import BaseRecipe, Curve, Estimate, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
+from .rlvr import curve
+from .store import Store
+from .testbed import boundaries
+
+
+LEVELS = (0.5, 0.8, 0.9)
+_SEED0 = BaseRecipe(0)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Settings of all stages; the seeds and the checkpoints to start from are filled in.
+
+    Args:
+        e_steps (`int`):
+            Updates of RA3's E-phase; next-token prediction gets as many more of its own (equal updates).
+        compute_updates (`int`):
+            Updates of a further arm `ntp_compute`: as many of next-token prediction as take RA3's CPU seconds; 0 is no
+            such arm.
+        tries (`int`):
+            Bases that are tried at most for each one wanted.
+    """
+
+    base: BaseRecipe = _SEED0
+    mid: MidRecipe = MidRecipe(_SEED0, 0)
+    rlvr: RlvrRecipe = RlvrRecipe(_SEED0, 0)
+    measure: MeasureRecipe = MeasureRecipe(_SEED0)
+    e_steps: int = 15
+    compute_updates: int = 0
+    gate: float = GATE
+    tries: int = 3
+
+
+@dataclass(frozen=True)
+class TriedBase:
+    """A base and whether it calculates well enough to count."""
+
+    recipe: BaseRecipe
+    measures: Measures
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm on one seed."""
+
+    measures: Measures
+    curve: Curve
+    seconds: float = field(compare=False)
+
+
+def find_bases(store: Store, form: Form, wanted: int) -> Iterator[TriedBase]:
+    """Bases of seeds 0, 1, ... until so many have passed the gate.
+
+    Raises:
+        `ValueError`: if too few do.
+    """
+    passed = 0
+    for seed in range(form.tries * wanted):
+        recipe = replace(form.base, seed=seed)
+        say(f"base {seed}")
+        found = measure(store, replace(form.measure, start=recipe))
+        passed += found.comment_right >= form.gate
+        yield TriedBase(recipe, found, found.comment_right >= form.gate)
+        if passed == wanted:
+            return
+    raise ValueError(
+        f"{passed} of {form.tries * wanted} bases have right steps in {form.gate:.0%} of their comments; {wanted} are "
+        "wanted: pre-train longer."
+    )
+
+
+def starts(form: Form, base: BaseRecipe, seed: int) -> dict[str, BaseRecipe | MidRecipe]:
+    """What each arm starts from: next-token prediction has as many updates as both of RA3's phases."""
+    mid = replace(form.mid, base=base, seed=seed)
+    ntp = replace(mid, m_steps=mid.m_steps + form.e_steps)
+    found = {"base": base, "ntp": ntp, "ntp_forced": ntp, "ra3": replace(mid, e_steps=form.e_steps)}
+    if form.compute_updates:  # on programs it has not seen before, as all arms
+        updates = form.compute_updates
+        found["ntp_compute"] = replace(ntp, m_steps=updates, programs=max(mid.programs, updates * mid.batch_size))
+    return found
+
+
+def run_seed(store: Store, form: Form, base: BaseRecipe, seed: int) -> dict[str, ArmResult]:
+    """All arms."""
+    found = {}
+    for arm, start in starts(form, base, seed).items():
+        begin = time.perf_counter()
+        forced = arm == "ntp_forced"
+        measures = measure(store, replace(form.measure, start=start))
+        if forced:  # the same weights; a comment stands before every hard line
+            measures = replace(measures, think_hard=1.0, accuracy=measures.accuracy_forced)
+        learned = curve(store, replace(form.rlvr, start=start, seed=seed, forced=forced))
+        found[arm] = ArmResult(measures, learned, time.perf_counter() - begin)
+        say(f"seed {seed} {arm}: {measures}, RLVR {learned.accuracy[0]:.2f} to {learned.last:.2f}")
+    return found
+
+
+def rows(results: list[dict[str, ArmResult]]) -> dict[str, dict[str, Any]]:
+    """Estimates over seeds: a row of the table for each measure, over arms."""
+
+    def row(read) -> dict[str, Any]:
+        return {arm: asdict(Estimate.of(tuple(read(result[arm]) for result in results))) for arm in results[0]}
+
+    table = {f.name: row(lambda arm, name=f.name: getattr(arm.measures, name)) for f in fields(Measures)}
+    for level in LEVELS:
+        table[f"rlvr_steps_to_{level:.0%}".rstrip("%")] = row(lambda arm, level=level: arm.curve.steps_to(level))
+    return table | {"rlvr_last": row(lambda arm: arm.curve.last)}
+
+
+def samples(form: Form) -> dict[str, int]:
+    """What is sampled: completions of an RLVR update, and latents of RA3's phases (all boundaries of a program)."""
+    latents = form.mid.batch_size * form.mid.num_latents * boundaries(form.mid.corpus)
+    return {
+        "rlvr_update": form.rlvr.prompts * form.rlvr.generations,
+        "ra3_e_phase": form.e_steps * latents,
+        "ra3_m_phase": form.mid.m_steps * latents,
+    }

@@ -1,0 +1,166 @@
+"""Programs with lines that a tiny model can state only after a comment in steps.
+
+A stanza is three lines: an expression in serial operations, the hard line that states its value, and an easy line.
+
+    c=(7*4+9-2)%10
+    #7*4=8+9=7-2=5
+    assert c==5
+    d=3
+
+All of it is Python and true: only the first operation may be a product, so that Python's order of operations is left
+to right, and `%10` of the whole is that of each step (the comment's steps are modulo 10, `7*4=8`). The last two
+operands are uniform, and so is the value: who does not calculate is right in one case of ten. The expert's programs
+have no comments. The pre-training corpus has some: before hard lines in steps, before easy lines a single digit that
+says nothing. A wrong comment has one wrong step and goes on from it; the line after it is true all the same.
+
+Everything is drawn from `random.Random(seed)`; `content_hash` of a data set is frozen in `tests/test_replication.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import random
+from collections.abc import Iterator
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from .records import Corpus, Example
+
+
+MODULUS = 10
+NAMES = "abcdef"
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+WORDS = ("assert ", "==", "=(", ")%10")
+_OPERATIONS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters, but for `WORDS`, which are one token each; BOS in front, as Llama has it."""
+    pieces = (BOS, EOS, PAD, "\n", "#", "=", *_OPERATIONS, *NAMES, *map(str, range(MODULUS)), *WORDS)
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"assert |==|=\(|\)%10|[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def expression(rng: random.Random, operations: int) -> tuple[list[str], list[int]]:
+    """Operands and operators in turn, and the values after each operation: `7 * 4 + 9 - 2` and 8, 7, 5."""
+    parts = [str(rng.randrange(MODULUS))]
+    for k in range(operations):
+        parts += [rng.choice("*+-" if k == 0 else "+-"), str(rng.randrange(MODULUS))]
+    return parts, values_of(parts)
+
+
+def values_of(parts: list[str], slip: int = -1, by: int = 0) -> list[int]:
+    """Values after each operation; the result of operation `slip` is wrong `by` so much."""
+    values = [int(parts[0])]
+    for k, (symbol, operand) in enumerate(zip(parts[1::2], parts[2::2], strict=True)):
+        exact = _OPERATIONS[symbol](values[-1], int(operand)) + (by if k == slip else 0)
+        values.append(exact % MODULUS)
+    return values[1:]
+
+
+def steps(parts: list[str], values: list[int]) -> str:
+    """The comment that calculates: `#7*4=8+9=7-2=5`."""
+    rest = "".join(f"{s}{o}={v}" for s, o, v in zip(parts[1::2], parts[2::2], values, strict=True))
+    return f"#{parts[0]}{rest}"
+
+
+def stanza(rng: random.Random, corpus: Corpus) -> list[str]:
+    """Expression, hard line and easy line, each perhaps with a comment before it."""
+    name, other = rng.sample(NAMES, 2)
+    parts, values = expression(rng, corpus.operations)
+    definition = f"{name}=({''.join(parts)})%{MODULUS}"
+    lines = [*_useless(rng, corpus), definition]
+    if rng.random() < corpus.hard_rate:
+        said = values
+        if rng.random() >= corpus.right:
+            said = values_of(parts, rng.randrange(corpus.operations), rng.randrange(1, MODULUS))
+        lines.append(steps(parts, said))
+    lines.append(f"assert {name}=={values[-1]}")
+    return [*lines, *_useless(rng, corpus), f"{other}={rng.randrange(MODULUS)}"]
+
+
+def _useless(rng: random.Random, corpus: Corpus) -> list[str]:
+    return [f"#{rng.randrange(MODULUS)}"] if rng.random() < corpus.easy_rate else []
+
+
+def program(rng: random.Random, corpus: Corpus) -> str:
+    lines = [line for _ in range(corpus.stanzas) for line in stanza(rng, corpus)]
+    return "\n".join(lines) + "\n"
+
+
+def programs(corpus: Corpus, seed: int, count: int) -> Dataset:
+    """A data set with a column `text`, one program a row."""
+    rng = random.Random(seed)
+    return Dataset.from_dict({"text": [program(rng, corpus) for _ in range(count)]})
+
+
+def examples(corpus: Corpus, seed: int, count: int) -> Iterator[Example]:
+    """Programs cut before their last hard line."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        *before, answer, _ = program(rng, corpus).splitlines()
+        parts = list(before[-1][len("c=(") : -len(")%10")])
+        yield Example("\n".join(before) + "\n", answer, steps(parts, values_of(parts)))
+
+
+def tasks(corpus: Corpus, seed: int, count: int, opening: str = "") -> Dataset:
+    """Verifiable tasks for RLVR, columns `prompt`, `answer` and `opening`, of the expert's programs.
+
+    `opening` stands at each prompt's end and is read as the completion's beginning: the think prefix forces a comment.
+    """
+    rows = list(examples(corpus, seed, count))
+    prompts, answers = [row.prompt + opening for row in rows], [row.answer for row in rows]
+    return Dataset.from_dict({"prompt": prompts, "answer": answers, "opening": [opening] * count})
+
+
+def boundaries(corpus: Corpus) -> int:
+    """Places for a comment in a program without any: before each line."""
+    return 3 * corpus.stanzas
+
+
+def is_hard(line: str) -> bool:
+    return line.startswith("assert ")
+
+
+def first_line(completion: str) -> str | None:
+    """The first whole line of a completion that is no comment; `None` if it ends before one does."""
+    whole = completion.split("\n")[:-1]
+    return next((line for line in whole if not line.startswith("#")), None)
+
+
+def right_line(completions: list[str], answer: list[str], opening: list[str], **kwargs) -> list[float]:
+    """TRL reward: 1 if the first line of code is the expert's, letter by letter.
+
+    A plain function for speed. Of an assertion about the name asked for, running prompt and line says the same, since
+    the line is true in Python for one value only; but a sandbox would also pass a line that asserts nothing, such as
+    `d=3`, and fail a right line for a completion that is cut off behind it.
+    """
+    rows = zip(opening, completions, answer, strict=True)
+    return [float(first_line(begun + text) == line) for begun, text, line in rows]
+
+
+def floor(corpus: Corpus) -> float:
+    """Cross-entropy of the expert's programs in nats per token for one who knows their distribution and calculates;
+    tokens of newlines and the end of the text count, which this one knows."""
+    digits = corpus.operations + 1 + 1  # operands, and the easy line's value
+    choices = math.log(len(NAMES)) + math.log(len(NAMES) - 1) + digits * math.log(MODULUS)
+    choices += math.log(3) + (corpus.operations - 1) * math.log(2)
+    tokens = (2 * corpus.operations + 1 + 4) + 5 + 4  # c=(7*4+9-2)%10, assert c==5, d=3, each with its newline
+    return corpus.stanzas * choices / (corpus.stanzas * tokens + 1)  # and the end of the text
+
+
+def content_hash(data: Dataset) -> str:
+    """A hash of all cells of a data set, by which its generator is frozen."""
+    digest = hashlib.sha256()
+    for column in sorted(data.column_names):
+        for cell in data[column]:
+            digest.update(f"{column}\0{cell}\0".encode())
+    return digest.hexdigest()[:16]

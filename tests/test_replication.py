@@ -1,0 +1,351 @@
+"""The replication's testbed, cache and table at toy sizes; what it measures at full size is in benchmarks/LOG.md."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import random
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import disable_progress_bars, enable_progress_bars
+
+from benchmarks.replication import rlvr, run, table, testbed
+from benchmarks.replication.base import last_checkpoint, pretrain
+from benchmarks.replication.measure import gates
+from benchmarks.replication.mid import load, midtrain
+from benchmarks.replication.records import (
+    BaseRecipe,
+    Corpus,
+    Curve,
+    Estimate,
+    MeasureRecipe,
+    MidRecipe,
+    RlvrRecipe,
+    t_quantile,
+)
+from benchmarks.replication.rlvr import reinforce
+from benchmarks.replication.store import Store, recipe_hash
+from benchmarks.replication.table import Form, find_bases, samples, starts
+from ra3_trl.segmentation import PYTHON, Segmenter
+
+
+ARMS = {"base", "ntp", "ntp_forced", "ra3"}
+COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
+TINY = BaseRecipe(
+    0, careful_steps=1, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2)
+)
+MID = MidRecipe(TINY, 0, m_steps=2, batch_size=2, num_latents=2, programs=8, corpus=Corpus(stanzas=1))
+TOY = Form(
+    base=TINY,
+    mid=MID,
+    rlvr=RlvrRecipe(TINY, 0, steps=2, prompts=2, generations=2, completion_tokens=4, corpus=Corpus(stanzas=1)),
+    measure=MeasureRecipe(TINY, programs=2, tasks=4, num_latents=2, corpus=Corpus(stanzas=2)),
+    e_steps=2,
+    gate=0.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    threads = torch.get_num_threads()
+    disable_progress_bars()
+    yield
+    enable_progress_bars()
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A recipe that costs nothing."""
+
+    a: int
+    b: float = 1.0
+    version: int = 1
+
+
+# ---- the testbed ----
+
+
+@pytest.mark.parametrize("corpus", [COMMENTED, EXPERT, Corpus(operations=5, hard_rate=1.0, right=0.0)])
+def test_every_program_runs_and_is_true(corpus):
+    for text in testbed.programs(corpus, 3, 200)["text"]:
+        exec(compile(text, "program", "exec"), {})
+
+
+def test_comments_are_where_and_as_often_as_the_corpus_says():
+    """600 programs of 6 stanzas: 3,600 hard and 7,200 easy lines; a share of 0.4 has a standard deviation of 0.008."""
+    counts = dict.fromkeys(("hard", "easy", "hard#", "easy#", "right"), 0)
+    for text in testbed.programs(COMMENTED, 5, 600)["text"]:
+        lines = ["", *text.splitlines()]
+        for before, line in zip(lines, lines[1:], strict=False):
+            if not line.startswith("#"):
+                kind = "hard" if testbed.is_hard(line) else "easy"
+                counts[kind] += 1
+                counts[kind + "#"] += before.startswith("#")
+                if kind == "hard" and before.startswith("#"):
+                    counts["right"] += _steps_hold(before)
+    assert (counts["hard"], counts["easy"]) == (3600, 7200)
+    assert counts["hard#"] / 3600 == pytest.approx(0.4, abs=0.03)
+    assert counts["easy#"] / 7200 == pytest.approx(0.1, abs=0.015)
+    assert counts["right"] / counts["hard#"] == pytest.approx(0.75, abs=0.04)
+    assert not any("#" in text for text in testbed.programs(EXPERT, 5, 50)["text"])
+
+
+def _steps_hold(comment: str) -> bool:
+    """`#7*4=8+9=7` by Python alone: 7*4 and 8+9 modulo 10."""
+    claims = re.findall(r"(?=(?:^#|=)(\d[*+-]\d)=(\d))", comment)
+    assert len(claims) == 3
+    return all(eval(claim) % 10 == int(value) for claim, value in claims)
+
+
+def test_comments_by_hand():
+    """7*4 = 28, 8+9 = 17, 7-2 = 5; with 28+3 instead, 1+9 = 10, 0-2 = -2."""
+    parts = list("7*4+9-2")
+    assert testbed.steps(parts, testbed.values_of(parts)) == "#7*4=8+9=7-2=5"
+    assert testbed.steps(parts, testbed.values_of(parts, 0, 3)) == "#7*4=1+9=0-2=8"
+    assert eval("(7*4+9-2)%10") == 5
+
+
+def test_values_are_uniform():
+    """2,000 values: each digit 200 times, standard deviation 13."""
+    rng = random.Random(1)
+    values = [testbed.expression(rng, 3)[1][-1] for _ in range(2000)]
+    assert all(abs(values.count(digit) - 200) < 55 for digit in range(10))
+
+
+def test_data_are_frozen():
+    assert testbed.content_hash(testbed.programs(COMMENTED, 0, 50)) == "82d759a36b7a432f"
+    assert testbed.content_hash(testbed.programs(EXPERT, 0, 50)) == "a3e954dfd22a31f4"
+    assert testbed.content_hash(testbed.tasks(EXPERT, 0, 50)) == "ccb9ab3f041a1fe9"
+
+
+def test_tokenizer_has_one_token_a_word_and_loses_nothing():
+    tokenizer = testbed.make_tokenizer()
+    text = "c=(7*4+9-2)%10\n#7*4=8+9=7-2=5\nassert c==5\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids[1:]) == text
+    # BOS; c =( 7 * 4 + 9 - 2 )%10 newline; # and 13 and newline; assert c == 5 newline
+    assert len(ids) == 1 + 11 + 15 + 5
+    for text in testbed.programs(COMMENTED, 1, 50)["text"]:
+        assert tokenizer.pad_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_tasks_ask_for_the_last_hard_line():
+    for prompt, answer in zip(*(testbed.tasks(EXPERT, 2, 20)[name] for name in ("prompt", "answer")), strict=True):
+        exec(prompt + answer, {})
+        assert prompt.count("assert") == 5
+        wrong = f"{answer[:-1]}{(int(answer[-1]) + 1) % 10}"
+        with pytest.raises(AssertionError):
+            exec(prompt + wrong, {})
+
+
+def test_right_line():
+    said = [
+        "#7\nassert c==5\nd=1",
+        "assert c==5\n",
+        "assert c==4\n#5\nassert c==5\n",
+        "assert c==5",
+        "d=5\n",
+        "",
+    ]
+    assert testbed.right_line(said, ["assert c==5"] * 6, [""] * 6) == [1, 1, 0, 0, 0, 0]
+    # with the think prefix at the prompt's end the completion goes on with the comment
+    assert testbed.right_line(["7\nassert c==5\n", "assert c==5\n"], ["assert c==5"] * 2, ["#"] * 2) == [1, 0]
+
+
+def test_comment_of_an_example_is_right_and_python():
+    for example in testbed.examples(EXPERT, 4, 20):
+        assert _steps_hold(example.comment) and example.comment[-1] == example.answer[-1]
+        ast.parse(example.prompt + example.comment + "\n" + example.answer)
+
+
+def test_floor_by_hand():
+    """One operation: name, other name, 2 operands, 1 of 3 operations, the easy line's digit: 6*5*10*10*3*10 =
+    90,000 programs of a stanza; 7 + 5 + 4 tokens and the end of the text."""
+    assert testbed.floor(Corpus(stanzas=1, operations=1)) == pytest.approx(math.log(90_000) / 17)
+
+
+# ---- the cache ----
+
+
+def test_a_result_is_made_once(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def work(folder: Path):
+        calls.append(folder)
+        return {"sum": 3.0}
+
+    assert store.get(Sum(1), work) == store.get(Sum(1), work) == {"sum": 3.0}
+    assert len(calls) == 1
+    store.get(Sum(2), work)
+    store.get(Sum(1, version=2), work)  # the code changed: done anew
+    assert len(set(calls)) == 3
+    assert json.loads((store.folder(Sum(1)) / "recipe.json").read_text()) == {
+        "kind": "Sum", "a": 1, "b": 1.0, "version": 1,
+    }  # fmt: skip
+
+
+def test_unfinished_work_is_gone_on_with(tmp_path):
+    store = Store(tmp_path)
+
+    def killed(folder: Path):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get(Sum(1), killed)
+    assert store.find(Sum(1)) is None
+    assert store.get(Sum(1), lambda folder: {"half": (folder / "half").exists()}) == {"half": True}
+
+
+def test_a_result_that_is_not_finite_is_not_kept(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="loss"):
+        store.get(Sum(1), lambda folder: {"loss": math.nan})
+    assert store.find(Sum(1)) is None
+
+
+def test_hash_knows_every_field():
+    assert recipe_hash(MID) == recipe_hash(replace(MID))
+    others = [replace(MID, seed=1), replace(MID, penalty=math.inf), replace(MID, base=replace(TINY, seed=1))]
+    others += [replace(MID, corpus=Corpus(stanzas=2)), replace(MID, version=9)]
+    assert len({recipe_hash(recipe) for recipe in [MID, *others]}) == 6
+
+
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("start", ["base", "mid", "rlvr"])
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(start, tmp_path, monkeypatch):
+    """Killed before update 4 of 4, of which 2 are saved: pre-training, mid-training (2 E- and 2 M-updates), GRPO."""
+    make, recipe = {
+        "base": (pretrain, TINY),
+        "mid": (midtrain, replace(MID, e_steps=2)),
+        "rlvr": (reinforce, replace(TOY.rlvr, steps=4)),
+    }[start]
+    # Random weights never state a line right, and rewards that are all 0 teach nothing.
+    monkeypatch.setattr(rlvr, "right_line", lambda completions, **kwargs: [float(len(c)) for c in completions])
+    whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
+    found = make(whole, recipe, save_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", _kill_at(3))
+        make(halved, recipe, save_steps=2)
+    assert halved.find(recipe) is None
+    again = make(halved, recipe, save_steps=2)
+    assert again["seconds"] != found["seconds"]
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    weights = [load(store.folder(recipe) / "run/checkpoint-4")[0].state_dict() for store in (whole, halved)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    if start != "base":  # and the run did change them
+        base = load(whole.folder(TINY) / "model")[0].state_dict()
+        assert not any(torch.equal(base[name], weights[0][name]) for name in base)
+
+
+def _kill_at(step: int):
+    def on_step_begin(self, args, state, control):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return control
+
+    return on_step_begin
+
+
+# ---- the rows ----
+
+
+def test_intervals_by_hand():
+    """1, 2, 3: mean 2, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3) = 2.484 either way."""
+    found = Estimate.of((1.0, 2.0, None, 3.0))
+    assert (found.mean, found.n) == (2.0, 3)
+    assert (found.low, found.high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+    assert Estimate.of((0.5,)) == Estimate(0.5, None, None, 1, (0.5,))
+    assert Estimate.of((None, None)) == Estimate(None, None, None, 0, (None, None))
+    assert t_quantile(19) == 2.093 and t_quantile(30) == pytest.approx(2.042, abs=0.003)
+
+
+def test_steps_to_a_level():
+    """Averages of neighbours: 0.25, 0.6, 0.75, 0.85, 0.95."""
+    curve = Curve((0.1, 0.4, 0.8, 0.7, 1.0, 0.9), samples=128)
+    assert [curve.steps_to(level) for level in (0.2, 0.5, 0.8, 0.9, 0.99)] == [0, 1, 3, 4, None]
+    assert curve.last == 0.9
+
+
+def test_next_token_prediction_has_as_many_updates():
+    found = starts(TOY, TINY, 7)
+    assert (found["ra3"].e_steps, found["ra3"].m_steps, found["ntp"].e_steps, found["ntp"].m_steps) == (2, 2, 0, 4)
+    assert found["ntp"] is found["ntp_forced"] and found["ra3"].seed == 7 and found["base"] is TINY
+    more = starts(replace(TOY, compute_updates=9), TINY, 7)
+    assert set(more) == ARMS | {"ntp_compute"}
+    # 9 updates of 2 programs want 18, of which each is seen once
+    assert (more["ntp_compute"].m_steps, more["ntp_compute"].programs) == (9, 18)
+
+
+def test_samples_by_hand():
+    """2 programs of 3 boundaries with 2 latents each an update, 2 E- and 2 M-updates; GRPO: 2 prompts, 2 each."""
+    assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24}
+    document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
+    assert len(document.sites) == testbed.boundaries(EXPERT) == 18
+
+
+def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
+    shares = iter((0.1, 0.5, 0.2, 0.3, 0.3))
+
+    def measured(store, recipe):
+        return argparse.Namespace(comment_right=next(shares))
+
+    monkeypatch.setattr(table, "measure", measured)
+    tried = list(find_bases(Store(tmp_path), replace(TOY, gate=0.4), 1))
+    assert [(base.recipe.seed, base.passed) for base in tried] == [(0, False), (1, True)]
+    with pytest.raises(ValueError, match="0 of 3 bases"):
+        list(find_bases(Store(tmp_path), replace(TOY, gate=0.4), 1))
+
+
+def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
+    """Against each line's prompt by itself."""
+    pretrain(store := Store(tmp_path), TINY)
+    model, tokenizer = load(store.folder(TINY) / "model")
+    text = testbed.programs(EXPERT, 1, 1)["text"][0]
+    hard, easy = gates(model, tokenizer, [text])
+    lines, expected = text.splitlines(keepends=True), {True: [], False: []}
+    for k in range(1, len(lines)):
+        ids = tokenizer("".join(lines[:k]), return_tensors="pt")["input_ids"]
+        probs = model(input_ids=ids).logits[0, -1].detach().softmax(-1)
+        expected[testbed.is_hard(lines[k])].append(float(probs[tokenizer.convert_tokens_to_ids("#")]))
+    assert (hard, easy) == pytest.approx([sum(expected[k]) / len(expected[k]) for k in (True, False)], abs=1e-6)
+
+
+def test_the_command_at_toy_size(tmp_path, monkeypatch):
+    """One seed of all arms, then once more out of the cache alone."""
+    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, compute=False)
+    found = run(args, TOY)
+    keys = {"think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy", "rlvr_last"}
+    keys |= {"rlvr_steps_to_50", "rlvr_steps_to_80", "rlvr_steps_to_90"}
+    assert keys <= set(found)
+    for key in keys:
+        assert set(found[key]) == ARMS
+        assert all({"mean", "low", "high", "n"} <= set(row) for row in found[key].values())
+    assert found["ce"]["ntp"] == found["ce"]["ntp_forced"] != found["ce"]["ra3"]
+    assert found["think_hard"]["ntp_forced"]["mean"] == 1
+    assert found["rlvr_steps_to_80"]["base"]["mean"] is None and found["rlvr_steps_to_80"]["base"]["n"] == 0
+    assert found["bases"] == [{"seed": 0, "passed": True, "comment_right": found["comment_right"]["base"]["mean"]}]
+    json.dumps(found)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("transformers.Trainer.train", refuse)
+    again = run(args, TOY)
+    for key in keys:
+        assert again[key] == found[key]
