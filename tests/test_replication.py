@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -216,6 +216,9 @@ def test_hash_knows_every_field():
     others = [replace(MID, seed=1), replace(MID, penalty=math.inf), replace(MID, base=replace(TINY, seed=1))]
     others += [replace(MID, corpus=Corpus(stanzas=2)), replace(MID, version=9)]
     assert len({recipe_hash(recipe) for recipe in [MID, *others]}) == 6
+    # A field at its default is not part of it: with `b` left out, this is the hash of a record that has no such field.
+    alike = make_dataclass("Sum", [("a", int), ("version", int, 1)], frozen=True)
+    assert recipe_hash(Sum(1)) == recipe_hash(alike(1)) != recipe_hash(Sum(1, 2.0))
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
@@ -286,8 +289,10 @@ def test_next_token_prediction_has_as_many_updates():
     found = starts(TOY, TINY, 7)
     assert (found["ra3"].e_steps, found["ra3"].m_steps, found["ntp"].e_steps, found["ntp"].m_steps) == (2, 2, 0, 4)
     assert found["ntp"] is found["ntp_forced"] and found["ra3"].seed == 7 and found["base"] is TINY
-    more = starts(replace(TOY, compute_updates=9), TINY, 7)
-    assert set(more) == ARMS | {"ntp_compute"}
+    more = starts(replace(TOY, full=True, token_updates=3, compute_updates=9), TINY, 7)
+    assert set(more) == ARMS | {"ntp_tokens", "ntp_compute", "resample"}
+    assert more["ntp_tokens"].m_steps == 3 and more["ntp"].annotation_think_prob is None
+    assert (more["resample"].e_steps, more["resample"].m_steps, more["resample"].annotation_think_prob) == (0, 4, -1)
     # 9 updates of 2 programs want 18, of which each is seen once
     assert (more["ntp_compute"].m_steps, more["ntp_compute"].programs) == (9, 18)
 
@@ -328,7 +333,7 @@ def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch):
     """One seed of all arms, then once more out of the cache alone."""
-    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, compute=False)
+    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, full=False)
     found = run(args, TOY)
     keys = {"think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy", "rlvr_last"}
     keys |= {"rlvr_steps_to_50", "rlvr_steps_to_80", "rlvr_steps_to_90"}

@@ -20,7 +20,6 @@ from .table import Form, find_bases, rows, run_seed, samples
 
 
 CACHE = "~/.cache/ra3_trl/replication"
-COMPUTE_UPDATES = 1800  # 226 CPU seconds of RA3 over 0.125 of an update of next-token prediction, see LOG.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bases", type=int, default=None, help="independent bases, used in turn; 2 if there are seeds"
     )
     parser.add_argument("--cache", default=CACHE, help="folder of finished and begun results")
-    parser.add_argument("--compute", action="store_true", help="also next-token prediction at RA3's CPU seconds")
+    parser.add_argument(
+        "--full", action="store_true", help="also NTP with RA3's tokens and CPU seconds, and RA3 without E-steps"
+    )
     parser.add_argument("--threads", type=int, default=2)
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     logging.getLogger("ra3_trl").setLevel(logging.ERROR)
     disable_progress_bars()
     torch.set_num_threads(args.threads)
-    store, form = Store(args.cache), form or Form(compute_updates=COMPUTE_UPDATES if args.compute else 0)
+    store, form = Store(args.cache), form or Form(full=args.full)
     tried = list(find_bases(store, form, min(2, args.seeds) if args.bases is None else args.bases))
     bases = [base.recipe for base in tried if base.passed]
     results = [run_seed(store, form, bases[seed % len(bases)], seed) for seed in range(args.seeds)]

@@ -33,19 +33,19 @@ def model_folder(store: Store, recipe: BaseRecipe | MidRecipe) -> Path:
 
 def config(recipe: MidRecipe, folder: Path, **settings) -> RA3Config:
     """The settings of a run."""
-    prior = recipe.annotation_think_prob if recipe.e_steps else None  # without E-steps it would annotate all the same
     return RA3Config(
         output_dir=str(folder), seed=recipe.seed, e_steps=recipe.e_steps, m_steps=recipe.m_steps,
         e_learning_rate=recipe.e_learning_rate, learning_rate=recipe.learning_rate,
         per_device_train_batch_size=recipe.batch_size, num_latents=recipe.num_latents, max_latent_length=MAX_LATENT,
-        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef, annotation_think_prob=prior,
-        packing=False, max_length=384, log_latents_steps=0, code_loss_tolerance=10.0, abstraction_head=False,
-        **QUIET, **settings,
+        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef,
+        annotation_think_prob=recipe.annotation_think_prob, packing=False, max_length=384, log_latents_steps=0,
+        code_loss_tolerance=10.0, **QUIET | {"abstraction_head": False} | dict(recipe.settings) | settings,
     )  # fmt: skip
 
 
 def midtrain(store: Store, recipe: MidRecipe, save_steps: int = 20) -> dict[str, Any]:
-    """`seconds` of the last sitting and the `log`, one entry an update; the checkpoint is in `model`."""
+    """`seconds` of the last sitting, `tokens` (of programs and of latents spliced in) seen in all updates, and the
+    `log`, one entry an update; the checkpoint is in `model`."""
 
     def work(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(model_folder(store, recipe.base))
@@ -56,6 +56,7 @@ def midtrain(store: Store, recipe: MidRecipe, save_steps: int = 20) -> dict[str,
         seconds = resume(trainer, folder / "run")
         trainer.save_model(folder / "model")
         log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trainer.state.log_history]
-        return {"seconds": seconds, "log": [entry for entry in log if entry]}
+        tokens = trainer.state.num_input_tokens_seen
+        return {"seconds": seconds, "tokens": tokens, "log": [entry for entry in log if entry]}
 
     return store.get(recipe, work)

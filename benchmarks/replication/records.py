@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Corpus:
     hard_rate: float = 0.0
     easy_rate: float = 0.0
     right: float = 1.0
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class BaseRecipe:
 class MidRecipe:
     """Mid-training of a base on the expert's programs; without E-steps it is next-token prediction.
 
-    The E-phase is short: it has converged after 15 updates, and at twice the rate, after 20, code suffers. Annotation
-    has the gate as its prior (-1), which here is trained.
+    The E-phase is short: it has converged after 15 updates, and at twice the rate, after 20, code suffers. RA3's
+    annotation has the gate as its prior (`annotation_think_prob=-1`), which here is trained. `settings` are further
+    fields of [`RA3Config`] with their values.
     """
 
     base: BaseRecipe
@@ -84,10 +87,11 @@ class MidRecipe:
     horizon: int = 1
     penalty: float = 0.2
     kl_coef: float = 0.0
-    annotation_think_prob: float = -1.0
+    annotation_think_prob: float | None = None
     programs: int = 2000
+    settings: tuple[tuple[str, Any], ...] = ()
     corpus: Corpus = field(default_factory=Corpus)
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)

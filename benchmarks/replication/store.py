@@ -25,9 +25,23 @@ def described(recipe: Any) -> dict[str, Any]:
     return {"kind": type(recipe).__name__, **plain}
 
 
+def _told(recipe: Any) -> dict[str, Any]:
+    """As `described`, without fields at their defaults, so that a new field does not throw away what was done."""
+    default = {f.name: f.default for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING}
+    default |= {
+        f.name: f.default_factory() for f in dataclasses.fields(recipe) if f.default_factory is not dataclasses.MISSING
+    }
+    found = {"kind": type(recipe).__name__, "version": recipe.version}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name not in default or value != default[field.name]:
+            found[field.name] = _told(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
 def recipe_hash(recipe: Any) -> str:
-    """Twelve hexadecimal digits of a frozen record."""
-    text = json.dumps(described(recipe), sort_keys=True)  # infinity is written as such
+    """Twelve hexadecimal digits of a frozen record. Who changes a default raises the recipe's `version`."""
+    text = json.dumps(_told(recipe), sort_keys=True)  # infinity is written as such
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

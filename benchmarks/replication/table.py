@@ -17,6 +17,8 @@ from .testbed import boundaries
 
 
 LEVELS = (0.5, 0.8, 0.9)
+TOKEN_UPDATES = 120  # measured, see LOG.md
+COMPUTE_UPDATES = 1800  # 226 CPU seconds of RA3 over 0.125 of an update of next-token prediction
 _SEED0 = BaseRecipe(0)
 
 
@@ -27,9 +29,11 @@ class Form:
     Args:
         e_steps (`int`):
             Updates of RA3's E-phase; next-token prediction gets as many more of its own (equal updates).
-        compute_updates (`int`):
-            Updates of a further arm `ntp_compute`: as many of next-token prediction as take RA3's CPU seconds; 0 is no
-            such arm.
+        token_updates, compute_updates (`int`):
+            Updates of the arms `ntp_tokens` and `ntp_compute`: as many of next-token prediction as see RA3's tokens,
+            and as take its CPU seconds.
+        full (`bool`):
+            Whether these arms are run, and `resample`: RA3 without its E-phase.
         tries (`int`):
             Bases that are tried at most for each one wanted.
     """
@@ -39,7 +43,9 @@ class Form:
     rlvr: RlvrRecipe = RlvrRecipe(_SEED0, 0)
     measure: MeasureRecipe = MeasureRecipe(_SEED0)
     e_steps: int = 15
-    compute_updates: int = 0
+    token_updates: int = TOKEN_UPDATES
+    compute_updates: int = COMPUTE_UPDATES
+    full: bool = False
     gate: float = GATE
     tries: int = 3
 
@@ -86,11 +92,16 @@ def find_bases(store: Store, form: Form, wanted: int) -> Iterator[TriedBase]:
 def starts(form: Form, base: BaseRecipe, seed: int) -> dict[str, BaseRecipe | MidRecipe]:
     """What each arm starts from: next-token prediction has as many updates as both of RA3's phases."""
     mid = replace(form.mid, base=base, seed=seed)
-    ntp = replace(mid, m_steps=mid.m_steps + form.e_steps)
-    found = {"base": base, "ntp": ntp, "ntp_forced": ntp, "ra3": replace(mid, e_steps=form.e_steps)}
-    if form.compute_updates:  # on programs it has not seen before, as all arms
-        updates = form.compute_updates
-        found["ntp_compute"] = replace(ntp, m_steps=updates, programs=max(mid.programs, updates * mid.batch_size))
+
+    def ntp(updates: int) -> MidRecipe:  # on programs it has not seen before, as all arms
+        return replace(mid, m_steps=updates, programs=max(mid.programs, updates * mid.batch_size))
+
+    same = ntp(mid.m_steps + form.e_steps)
+    ours = replace(mid, e_steps=form.e_steps, annotation_think_prob=-1.0)
+    found = {"base": base, "ntp": same, "ntp_forced": same, "ra3": ours}
+    if form.full:
+        found |= {"ntp_tokens": ntp(form.token_updates), "ntp_compute": ntp(form.compute_updates)}
+        found["resample"] = replace(ours, e_steps=0, m_steps=mid.m_steps + form.e_steps)
     return found
 
 
