@@ -44,6 +44,7 @@ def test_phases_in_one_process(capsys, folder):
     assert {"torch", "trl", "transformers", "threads", "seed", "model", "commit"} <= set(found)
 
 
+@pytest.mark.slow
 def test_two_processes(capsys, folder):
     found = figures(capsys, folder, "processes")
     assert found["two_process_speedup"] > 0

@@ -84,6 +84,7 @@ def test_hold_is_released_when_latents_pay():
     assert GateHold("always", 0.2, released=True).holds and not GateHold("never", 0.2).holds
 
 
+@pytest.mark.slow  # what the remedy is for, not the remedy
 def test_without_hold_the_gate_collapses(bases, tmp_path):
     """The trap, measured on seeds 0, 1, 2: P(think) before assertions 0.39, 0.39, 0.37 -> 0.00 in 32 to 44 updates;
     it stays there although on seeds 1 and 2 comments come to gain +1.4 nats."""

@@ -195,7 +195,7 @@ def test_a_short_window_at_the_end_of_a_stream_is_an_update(make, monkeypatch):
     assert norms["list"][0] != pytest.approx(norms["list"][1], rel=1e-2)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stream_is_resumed_exactly(make, tmp_path, accumulation):
     """Also in its second pass (6 documents, 2 a batch: a pass is 3 updates, or 2 with accumulation), with shards in
     another order there, and in the second E-phase; the log too, the probe's numbers among it."""

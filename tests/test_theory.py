@@ -53,7 +53,7 @@ def test_longer_options_converge_sooner_within_the_bound(seed):
     assert all(2 * later < 1.3 * sooner for sooner, later in zip(iterations, iterations[1:], strict=False))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_regret_is_least_in_between(seed):
     """Pruning's falls and learning's rises with the size, so that the sum is least at neither end."""
     rows = theory.regret(seed)
