@@ -23,15 +23,14 @@ from benchmarks.replication.records import (
     BaseRecipe,
     Corpus,
     Curve,
-    Estimate,
     MeasureRecipe,
     MidRecipe,
     RlvrRecipe,
-    t_quantile,
 )
 from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.table import Form, find_bases, samples, starts
+from ra3_trl.analysis import Estimate, t_quantile
 from ra3_trl.segmentation import PYTHON, Segmenter
 
 

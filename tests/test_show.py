@@ -302,7 +302,7 @@ def mixed(hue, ground, share: float) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_all_text_can_be_read_on_every_shade(theme):
-    style = page.TEMPLATE.read_text("utf-8")
+    style = Path(page.__file__).with_name("palette.css").read_text("utf-8")
     pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
     color = {n: tuple(int(p[theme][i : i + 2], 16) for i in (1, 3, 5)) for n, *p in pairs}
     most = float(re.search(r"--most: (\d+)%", style)[1]) / 100

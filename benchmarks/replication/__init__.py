@@ -44,10 +44,7 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     bases = [base.recipe for base in tried if base.passed]
     results = [run_seed(store, form, bases[seed % len(bases)], seed) for seed in range(args.seeds)]
     told = [{"seed": b.recipe.seed, "passed": b.passed, "comment_right": b.measures.comment_right} for b in tried]
-    seeds = [
-        {arm: {"seconds": found.seconds, "curve": list(found.curve.accuracy)} for arm, found in result.items()}
-        for result in results
-    ]
+    seeds = [{arm: found.about() for arm, found in result.items()} for result in results]
     return {
         "seeds": args.seeds,
         "bases": told,

@@ -6,7 +6,6 @@ which the result is kept (`store.py`). `version` is raised by hand when code cha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,37 +165,3 @@ class Curve:
         """Mean of the last tenth."""
         tail = self.accuracy[-max(1, len(self.accuracy) // 10) :]
         return sum(tail) / len(tail)
-
-
-# 97.5 % quantiles of Student's t for 1 to 19 degrees of freedom; beyond, 1.96 + 2.4 / df is within 0.003.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093)  # fmt: skip
-
-
-def t_quantile(df: int) -> float:
-    return _T[df - 1] if df <= len(_T) else 1.96 + 2.4 / df
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over seeds with a 95 % interval (Student's t; `None` for one seed), and what was seen."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    values: tuple[float | None, ...]
-
-    @classmethod
-    def of(cls, values: tuple[float | None, ...]) -> Estimate:
-        """`None` stands for "never reached": it is counted by `len(values) - n` and is in no mean."""
-        seen = [value for value in values if value is not None]
-        n = len(seen)
-        if not seen:
-            return cls(None, None, None, 0, values)
-        mean = sum(seen) / n
-        if n == 1:
-            return cls(mean, None, None, 1, values)
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in seen) / (n - 1))
-        half = t_quantile(n - 1) * deviation / math.sqrt(n)
-        return cls(mean, mean - half, mean + half, n, values)

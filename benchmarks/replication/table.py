@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ra3_trl.analysis import Estimate
+
 from ..common import say
 from .base import GATE
 from .measure import measure
-from .records import BaseRecipe, Curve, Estimate, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
+from .records import BaseRecipe, Curve, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
 from .rlvr import curve
 from .store import Store
 from .testbed import boundaries
@@ -61,11 +63,16 @@ class TriedBase:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm on one seed."""
+    """One arm on one seed; `log` is that of mid-training, empty for a base."""
 
     measures: Measures
     curve: Curve
+    log: list[dict[str, float]]
     seconds: float = field(compare=False)
+
+    def about(self) -> dict[str, Any]:
+        """What the table does not say."""
+        return {"seconds": self.seconds, "curve": list(self.curve.accuracy), "log": self.log}
 
 
 def find_bases(store: Store, form: Form, wanted: int) -> Iterator[TriedBase]:
@@ -115,7 +122,8 @@ def run_seed(store: Store, form: Form, base: BaseRecipe, seed: int) -> dict[str,
         if forced:  # the same weights; a comment stands before every hard line
             measures = replace(measures, think_hard=1.0, accuracy=measures.accuracy_forced)
         learned = curve(store, replace(form.rlvr, start=start, seed=seed, forced=forced))
-        found[arm] = ArmResult(measures, learned, time.perf_counter() - begin)
+        log = (store.find(start) or {}).get("log", [])
+        found[arm] = ArmResult(measures, learned, log, time.perf_counter() - begin)
         say(f"seed {seed} {arm}: {measures}, RLVR {learned.accuracy[0]:.2f} to {learned.last:.2f}")
     return found
 

@@ -1,16 +1,16 @@
-"""The page of `ra3 show --html`: one file that loads nothing and runs no script."""
+"""Pages that are one file, load nothing and run no script: that of `ra3 show --html`, and what others share."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .show import ShownFile, ShownLatent, visible
 
 
-TEMPLATE = Path(__file__).parent / "page.html.jinja"
 GAIN_SCALE = 3.0  # nats at which the shade of a gain is full
 
 
@@ -21,10 +21,19 @@ def render_page(shown: ShownFile) -> str:
         shown ([`ShownFile`]):
             What to show.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"visible": visible, "shade": _shade, "minus": _minus, "sign": _sign}
-    template = environment.from_string(TEMPLATE.read_text("utf-8"))
-    return template.render(shown=shown, rows=shown.rows(), summary=shown.summary(), scale=GAIN_SCALE)
+    return render(
+        "page.html.jinja", shown=shown, rows=shown.rows(), summary=shown.summary(), scale=GAIN_SCALE, sign=_sign
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder as HTML; all values are escaped."""
+    loader = PackageLoader(__package__, "")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"visible": visible, "shade": _shade, "minus": _minus}
+    return environment.get_template(template).render(**values)
 
 
 def _shade(gain: float) -> str:
@@ -42,7 +51,7 @@ def _sign(latent: ShownLatent) -> str:
 
 
 def write_page(shown: ShownFile, path: Path) -> None:
-    """Writes the page aside and renames it: `path` is the whole page or what it was before.
+    """Writes the page; see [`write_whole`].
 
     Args:
         shown ([`ShownFile`]):
@@ -50,9 +59,14 @@ def write_page(shown: ShownFile, path: Path) -> None:
         path (`Path`):
             A file in a folder that is there.
     """
+    write_whole(path, render_page(shown).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file aside and renames it: `path` is the whole of it or what it was before."""
     aside = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
-        aside.write_text(render_page(shown), "utf-8", newline="\n")
+        aside.write_bytes(content)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

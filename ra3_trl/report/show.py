@@ -122,7 +122,7 @@ class ShownFile:
         at: dict[int, list[ShownBoundary]] = {}
         for boundary in self.boundaries:
             at.setdefault(boundary.line, []).append(boundary)
-        for number, runs in enumerate(_highlight(self.name, self.text), 1):
+        for number, runs in enumerate(highlight(self.name, self.text), 1):
             if not self.first <= number <= self.last:
                 continue
             here, begin, shown = None, 0, number
@@ -148,8 +148,9 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def _highlight(name: str, text: str) -> list[Runs]:
-    """Runs of each physical line. Lexers are asked for offsets only: their own text has other line ends."""
+def highlight(name: str, text: str) -> list[Runs]:
+    """Runs of each physical line of a file of that name. Lexers are asked for offsets only: their own text has other
+    line ends."""
     try:
         lexer = get_lexer_for_filename(name)
     except ClassNotFound:

@@ -1,0 +1,271 @@
+"""`ra3 report`: what it reads, which numbers it shows, and the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from ra3_trl.cli import report as command
+from ra3_trl.cli.main import main
+from ra3_trl.report.charts import Chart, Series, curve_over, draw_overview, replication_charts, training_charts
+from ra3_trl.report.report import make_sections, write_report
+from ra3_trl.report.runs import AnnotatedCorpus, Replication, TrainingRun, read_run
+
+
+TEXTS = ["def f(x):\n    y = x\n    return y\n"] * 4
+ANNOTATED = [
+    {
+        "annotated_text": "def f(x):\n    # <b>twice</b>\n    y = 2 * x\n    # so\n    return y\n",
+        "latents": [{"line": 2, "text": " <b>twice</b>", "gain": 1.5}, {"line": 4, "text": " so", "gain": -0.5}],
+    },
+    {"annotated_text": "x = 1\n", "latents": []},
+    {"annotated_text": "# a\nz = 3\n", "latents": [{"line": 1, "text": " a", "gain": None}]},
+]
+
+
+def estimate(*values):
+    """By hand, for two seeds: t(1) = 12.706 times the standard deviation |a - b| / sqrt(2), over sqrt(2)."""
+    seen = [value for value in values if value is not None]
+    mean = sum(seen) / len(seen) if seen else None
+    half = 12.706 * abs(seen[0] - seen[1]) / 2 if len(seen) > 1 else None
+    band = (None, None) if half is None else (mean - half, mean + half)
+    return {"mean": mean, "low": band[0], "high": band[1], "n": len(seen), "values": values}
+
+
+def replication():
+    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi")
+    measures += ("accuracy", "accuracy_forced", "accuracy_never", "rlvr_last")
+    table = {name: {"base": estimate(0.25, 0.35), "ra3": estimate(0.90, 0.92)} for name in measures}
+    table["rlvr_steps_to_80"] = {"base": estimate(None, None), "ra3": estimate(None, 2)}
+    log = [{"estep/reward": -6.0, "estep/think_rate": 0.2}, {"estep/reward": -5.5, "estep/think_rate": 0.3}]
+    arms = {"base": {"curve": [0.2, 0.4], "log": []}, "ra3": {"curve": [0.9, 0.95], "log": log}}
+    bases = [{"seed": 0, "passed": False, "comment_right": 0.1}, {"seed": 1, "passed": True, "comment_right": 0.7}]
+    return {"seeds": 2, "bases": bases, "form": {}, **table, "runs": [arms, arms]}
+
+
+@pytest.fixture
+def training(make_trainer, tmp_path):
+    """A folder of a run with both phases, and its log."""
+    trainer = make_trainer(TEXTS, eval_data=TEXTS[:2], e_steps=2, m_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.save_state()
+    return tmp_path / "run", trainer.state.log_history
+
+
+def write(path, value):
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+class Read(HTMLParser):
+    """Pictures, all text, and elements."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.pictures, self.text, self.tags = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "img":
+            self.pictures.append(base64.b64decode(dict(attrs)["src"].removeprefix("data:image/png;base64,")))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+# ---- reading ----
+
+
+def test_a_run_is_known_by_what_it_holds(training, tmp_path):
+    run = read_run(str(training[0]))
+    assert (run.label, run.kind) == ("run", "mid-training")
+    assert run.points("estep/reward") == {e["step"]: e["estep/reward"] for e in training[1] if "estep/reward" in e}
+    rlvr = tmp_path / "grpo" / "checkpoint-2"
+    rlvr.mkdir(parents=True)
+    write(rlvr / "trainer_state.json", {"log_history": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}]})
+    found = read_run(str(rlvr.parent), "mine")
+    assert (found.label, found.kind, found.points("reward")) == ("mine", "RLVR", {1: 0.5, 2: 1.0})
+    assert read_run(write(tmp_path / "a.b.json", replication())) == Replication("a.b", json.loads(
+        json.dumps(replication())
+    ))  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANNOTATED))
+    assert read_run(str(tmp_path / "rows.jsonl")) == AnnotatedCorpus("rows", ANNOTATED)
+    Dataset.from_list(ANNOTATED).save_to_disk(str(tmp_path / "saved"))
+    assert list(read_run(str(tmp_path / "saved")).rows) == ANNOTATED
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "'x.json' is not there; give the folder"),
+        ("no json", "can't be read"),
+        ("[1, 2]", "can't be read"),
+        ("{}", "nothing to report"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys, content, says):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    assert main(["report", "x.json", "--output_dir", "out"]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_folders_that_hold_no_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"without trainer_state.json or checkpoints"):
+        read_run(str(tmp_path))
+    write(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "loss": 2.0}]})
+    with pytest.raises(ValueError, match=r"neither phases of RA3MidTrainer nor rewards"):
+        read_run(str(tmp_path))
+    write(tmp_path / "trainer_state.json", {"global_step": 1})
+    with pytest.raises(ValueError, match=r"damaged .*log_history"):
+        read_run(str(tmp_path))
+    Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="without the columns of `ra3 annotate`"):
+        read_run(str(tmp_path / "plain"))
+
+
+def test_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "r.json", replication())
+    write(tmp_path / "x=y.json", replication())  # a file of that name is no label
+    found = command.read_runs(["a/r.json", "two=b/r.json", "two=a/r.json", "x=y.json"])
+    assert [run.label for run in found] == ["r", "two", "two", "x=y"]
+    with pytest.raises(ValueError, match="are both called 'r'; write LABEL=RUN"):
+        command.read_runs(["a/r.json", "b/r.json"])
+
+
+# ---- numbers ----
+
+
+def test_a_band_is_over_seeds_where_all_have_a_value():
+    """0.2 and 0.4: mean 0.3, standard deviation 0.1414, t(1) = 12.706: 12.706 * 0.1414 / sqrt(2) = 1.2706."""
+    found = curve_over("a", [{1: 0.2, 2: 0.5, 3: 9.0}, {1: 0.4, 2: 0.5}])
+    assert (found.x, found.y) == ([1, 2], pytest.approx([0.3, 0.5]))
+    assert found.band[0] == pytest.approx((0.3 - 1.2706, 0.3 + 1.2706)) and found.band[1] == (0.5, 0.5)
+    assert curve_over("a", [{1: 0.2}]).band == [None]
+
+
+def test_charts_of_a_run_are_what_it_logged(training):
+    charts = {chart.title: chart for chart in training_charts([read_run(str(training[0]))])}
+    for title, key in (("E-phase: reward", "estep/reward"), ("Held-out negative ELBO", "eval_elbo")):
+        logged = [(entry["step"], entry[key]) for entry in training[1] if key in entry]
+        (curve,) = charts[title].series
+        assert list(zip(curve.x, curve.y, strict=True)) == logged and logged
+    assert "M-phase: loss of code tokens" in charts
+
+
+def test_runs_without_a_number_are_not_in_its_chart():
+    runs = [TrainingRun(label, "RLVR", [{"step": 1, "reward": 1.0} | more]) for label, more in (
+        ("a", {"think_rate": 0.5}), ("b", {}), ("b", {}),
+    )]  # fmt: skip
+    charts = training_charts(runs)
+    assert [chart.title for chart in charts] == ["RLVR: reward", "RLVR: latents for each line of code"]
+    assert [[one.label for one in chart.series] for chart in charts] == [["a", "b"], ["a"]]
+    assert charts[0].note.endswith("over 2 seeds.")
+
+
+def test_the_table_of_the_replication():
+    """Base 0.25 and 0.35: 0.3 with 12.706 * 0.05 = 0.635 either way; ra3 0.91 with 0.127."""
+    (section,) = make_sections([Replication("x", replication())])
+    arms, rows = section.table
+    rows = dict(rows)
+    assert list(arms) == ["base", "ra3"]
+    assert rows["hard lines right"] == [("0.300", "[\u22120.335, 0.935]"), ("0.910", "[0.783, 1.037]")]
+    assert rows["GRPO updates to 80 %"] == [("\u2013", "(2 never)"), ("2.0", "(1 never)")]
+    assert (
+        "GRPO updates to 50 %" not in rows and "Bases tried: 2;" in section.about and "right: 0.70." in section.about
+    )
+    titles = {chart.title: chart for chart in section.charts}
+    assert set(titles) == {
+        "E-phase: reward", "E-phase: P(think)", "Thinks where it pays", "Held-out expert code", "Hard lines right",
+        "RLVR: tasks solved",
+    }  # fmt: skip
+    (reward,) = titles["E-phase: reward"].series
+    assert (reward.label, reward.x, reward.y) == ("ra3", [1, 2], [-6.0, -5.5])
+    ours = titles["RLVR: tasks solved"].series[1]
+    assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
+    assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3
+
+
+# ---- pictures and page ----
+
+
+def test_labels_keep_their_color():
+    """`ra3` is blue (0072b2) and `ntp` red (d55e00), alone or together; another takes neither."""
+
+    def colors(*labels):
+        curves = [Series(label, [0, 1], [i, 1 + i], [None, None]) for i, label in enumerate(labels)]
+        image = Image.open(io.BytesIO(draw_overview([Chart("a", "a", "", "", curves)]))).convert("RGB")
+        return {color for _, color in image.getcolors(maxcolors=1 << 24)}
+
+    blue, red = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+    found = [{blue, red} & colors(*labels) for labels in (["ra3"], ["ntp"], ["ntp", "ra3"], ["mine", "ra3"])]
+    assert found == [{blue}, {red}, {blue, red}, {blue}]
+
+
+def test_page_and_pictures(tmp_path, training, monkeypatch, capsys):
+    """Everything in one page that loads nothing; what comes from files is escaped."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "table.json", replication())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANNOTATED))
+    words = [str(training[0]), "table.json", "a<script>=rows.jsonl", "--output_dir", "out", "--title", "<i>$x$"]
+    assert main(["report", *words]) == 0
+    html = (tmp_path / "out" / "report.html").read_text()
+    page = Read(html)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    overview = files.pop("overview.png")
+    assert len(page.pictures) == len(files) and set(page.pictures) == set(files.values())
+    assert len(set(files.values())) == len(files)
+    sizes = {name: Image.open(io.BytesIO(content)).size for name, content in files.items()}
+    assert len(set(sizes.values())) == 1 and Image.open(io.BytesIO(overview)).size > max(sizes.values())
+    assert f"{1 + len(files)} pictures" in capsys.readouterr().out
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "b", "i"} and "url(" not in html
+    assert not [
+        a for _, attrs in page.tags for n, a in attrs.items() if n in ("src", "href") and "//" in (a or "")[:9]
+    ]
+    shown = "".join(page.text)
+    assert "<i>$x$" in shown and "Annotated: a<script>" in shown and "# <b>twice</b>" in shown
+    assert "3 programs with 3 latents; where gains were measured, +0.50 nats a latent, above 0 for 50%." in shown
+    assert "Program 1" in shown and "Program 2" not in shown and "Program 3" in shown
+    rows = [attrs.get("class", "") for tag, attrs in page.tags if tag == "tr"]
+    assert [row for row in rows if row.startswith("latent")] == ["latent up", "latent down", "latent "]
+    assert all(re.search(r"\w", attrs["alt"]) for tag, attrs in page.tags if tag == "img")
+
+
+def test_many_labels_with_odd_names_are_drawn(tmp_path):
+    runs = [TrainingRun(f"$run_{i}^", "RLVR", [{"step": s, "reward": i / 9} for s in range(40)]) for i in range(9)]
+    written = write_report(make_sections(runs), tmp_path / "new" / "folder", "many")
+    assert [path.name for path in written] == ["report.html", "rlvr_reward.png", "overview.png"]
+
+
+def test_bad_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "t.json", replication())
+    (tmp_path / "file").write_text("mine")
+    for words, says in ((["--output_dir", "file"], "a file; name a folder"), (["--programs", "-1"], "use 0 or more")):
+        assert main(["report", "t.json", *words]) == 2 and says in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install \"ra3-trl\[demo\]\""):
+        write_report(make_sections([Replication("x", replication())]), tmp_path / "out", "t")
+    assert not (tmp_path / "out").exists()
+
+
+def test_charts_of_one_replication_have_names_of_their_own():
+    names = [chart.name for label in ("a", "b c") for chart in replication_charts(Replication(label, replication()))]
+    assert len(set(names)) == len(names) == 12 and "b_c_rlvr_tasks_solved" in names
