@@ -1,0 +1,38 @@
+"""`python -m benchmarks.gpu FOLDER --preset h100|cpu|toy`: does what fits into the time, and says what is left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ..common import default_model
+from .drive import collect, drive
+from .plan import PRESETS, fitted
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when all is done, 3 when the command must be called again."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=sys.modules[__package__].__doc__)
+    parser.add_argument("folder", type=Path, help="of everything; a later call goes on there")
+    parser.add_argument("--preset", choices=PRESETS, default="h100")
+    parser.add_argument("--seconds", type=float, default=540.0, help="limit of this call (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the preset's")
+    parser.add_argument("--model", help="folder or Hub id (default: the demo's SmolLM2-135M)")
+    parser.add_argument("--code_dir", help="folder of .py files (default: the standard library)")
+    parser.add_argument("--mbpp", help="mbpp.jsonl, in place of the Hub's")
+    parser.add_argument("--json", action="store_true", help="print what is there as one JSON object")
+    args = parser.parse_args(argv)
+    preset = fitted(PRESETS[args.preset], args.model or default_model(), args.code_dir, args.mbpp)
+    preset = replace(preset, seeds=tuple(args.seeds)) if args.seeds else preset
+    done = drive(args.folder, preset, args.seconds)
+    if args.json:
+        json.dump(collect(args.folder, preset), sys.stdout)
+        print()
+    return 0 if done else 3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,139 @@
+"""Runs the stages of a plan within a time limit, and puts together what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ra3_trl.analysis import Estimate
+
+from ..common import say
+from ..replication.base import last_checkpoint
+from .plan import ARMS, MEASURES, Preset, Stage, later_stages, measure_stage, train_stage
+
+
+GRACE = 60.0  # seconds between being asked to end and being killed
+_STATE = "state.json"
+_ROOT = str(Path(__file__).parents[2])  # where `benchmarks` is
+_HELD_OUT = ("ce", "ce_never", "elbo", "bound_multi", "think_rate", "gain")
+
+
+class State:
+    """Seconds of each stage over all sittings, and updates that followed from them; a file of the folder."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / _STATE
+        known = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        self.seconds: dict[str, float] = known.get("seconds", {})
+        self.updates: dict[str, int] = known.get("updates", {})
+
+    def save(self) -> None:
+        aside = self.path.with_suffix(".part")
+        aside.write_text(json.dumps({"seconds": self.seconds, "updates": self.updates}, indent=1) + "\n", "utf-8")
+        os.replace(aside, self.path)
+
+    def matched_updates(self, preset: Preset, seed: int) -> int:
+        """Updates of next-token prediction that take as long as RA3 did, start and all; decided once."""
+        name, both = f"ntp_compute-{seed}", preset.e_steps + preset.m_steps
+        if name not in self.updates:
+            ratio = self.seconds[f"ra3-{seed}"] / self.seconds[f"ntp-{seed}"]
+            self.updates[name] = max(both, round(both * ratio))
+            self.save()
+        return self.updates[name]
+
+
+def stages(folder: Path, preset: Preset, state: State) -> Iterator[Stage]:
+    """All stages in order; each is asked for when those before it are done."""
+    both = preset.e_steps + preset.m_steps
+    for seed in preset.seeds:
+        yield train_stage(folder, preset, "ntp", seed, both)
+        yield train_stage(folder, preset, "ra3", seed, both)
+        yield train_stage(folder, preset, "ntp_compute", seed, state.matched_updates(preset, seed))
+        for arm in ARMS:
+            yield measure_stage(folder, preset, arm, seed)
+    yield from later_stages(folder, preset)
+
+
+def drive(folder: Path, preset: Preset, seconds: float) -> bool:
+    """Does what fits into `seconds`, going on where the last call ended; whether all is done.
+
+    Raises:
+        `RuntimeError`: if a stage fails; its output is in `logs/`.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    state, end = State(folder), time.monotonic() + seconds
+    for stage in stages(folder, preset, state):
+        if stage.done.exists():
+            continue
+        left = end - time.monotonic() - GRACE
+        if left <= 0 or not run_stage(stage, folder / "logs" / f"{stage.name}.log", left, state):
+            say(f"{stage.name} is not done; call again")
+            return False
+    say("all is done")
+    return True
+
+
+def run_stage(stage: Stage, log: Path, seconds: float, state: State) -> bool:
+    """Runs a stage for as long as there is time; whether it was done."""
+    words = [sys.executable, *stage.words]
+    if stage.output is not None and (last := last_checkpoint(stage.output)):
+        words += ["--resume_from_checkpoint", last]
+    say(f"{stage.name}: {state.seconds.get(stage.name, 0):.0f} s before")
+    begin = time.monotonic()
+    with log.open("ab") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": _ROOT})
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(stage.stop)
+            code = None
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    state.seconds[stage.name] = state.seconds.get(stage.name, 0) + time.monotonic() - begin
+    state.save()
+    if stage.done.exists():
+        return True
+    if code is not None:
+        tail = log.read_bytes()[-2000:].decode(errors="replace")
+        raise RuntimeError(f"{stage.name} failed with exit code {code}; {log} ends with:\n{tail}")
+    return False
+
+
+def collect(folder: Path, preset: Preset) -> dict[str, Any]:
+    """What is there so far: held-out numbers over seeds, pass@k, curves of GRPO, seconds."""
+    state = State(folder)
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__, "seeds": list(preset.seeds)}
+    found |= {"seconds": state.seconds, "updates": state.updates}
+    held_out = {}
+    for seed in preset.seeds:
+        paths = {arm: folder / f"seed-{seed}" / f"{arm}-{MEASURES}" for arm in ARMS}
+        if all(path.exists() for path in paths.values()):
+            held_out[seed] = {arm: json.loads(path.read_text("utf-8")) for arm, path in paths.items()}
+    for name in _HELD_OUT if held_out else ():
+        values = {arm: [one[arm][f"eval_{name}"] for one in held_out.values()] for arm in ARMS}
+        found[name] = {arm: asdict(Estimate.of(of_arm)) for arm, of_arm in values.items()}
+        for arm in ARMS[:-1]:
+            less = [ours - theirs for ours, theirs in zip(values["ra3"], values[arm], strict=True)]
+            found[name][f"ra3 less {arm}"] = asdict(Estimate.of(less))
+    for path in sorted(folder.glob("compare-*/compare.json")):
+        found[path.parent.name] = json.loads(path.read_text("utf-8"))
+    for path in sorted(folder.glob("rlvr-*/trainer_state.json")):
+        log = json.loads(path.read_text("utf-8"))["log_history"]
+        found[path.parent.name] = [entry["reward"] for entry in log if "reward" in entry]
+    return found

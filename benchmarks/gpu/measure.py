@@ -1,0 +1,39 @@
+"""`python -m benchmarks.gpu.measure MODEL OUT SEED DOCUMENTS CODE_DIR SETTINGS`: held-out numbers of a checkpoint.
+
+The documents are those that `ra3 train` holds out with this seed; noise and documents are the same for all arms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.cli.data import hold_out, load_splits
+
+
+LATENTS = 8
+
+
+def main(model: str, out: str, seed: str, documents: str, code_dir: str, settings: str) -> None:
+    held_out = hold_out(load_splits(None, code_dir or None, "train")["train"], int(documents), None, int(seed))[1]
+    known = json.loads(settings)
+    known["eval_max_sites"] = known.pop("max_sites", 0)
+    with TemporaryDirectory() as folder:
+        args = RA3Config(
+            output_dir=folder, seed=int(seed), eval_num_latents=LATENTS, per_device_eval_batch_size=1,
+            report_to="none", disable_tqdm=True, abstraction_head=False, **known,
+        )  # fmt: skip
+        found = RA3MidTrainer(model, args, eval_dataset=held_out).evaluate()
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,162 @@
+"""The stages of `benchmarks/gpu`: what they run, how they end in time and go on, what is put together."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import needs_bwrap
+
+from benchmarks.gpu import drive as module
+from benchmarks.gpu.drive import State, collect, drive, stages
+from benchmarks.gpu.plan import ARMS, PRESETS, Stage, fitted
+from ra3_trl.cli import compare, rlvr, train
+
+
+FITTED = {name: fitted(preset, "some/model", "code", "mbpp.jsonl") for name, preset in PRESETS.items()}
+FITTED["toy"] = replace(FITTED["toy"], tasks=("tasks.jsonl",), rlvr={**FITTED["toy"].rlvr, "task": "tasks.jsonl"})
+
+
+def plan(folder, preset):
+    """All stages, were each to take a second."""
+    state = State(folder)
+    state.seconds = {f"{arm}-{seed}": 1.0 for arm in ARMS for seed in preset.seeds}
+    return list(stages(folder, preset, state))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_command_is_understood(name, tmp_path):
+    """By the parser of its command; what is meant is what is read."""
+    preset = FITTED[name]
+    found = plan(tmp_path, preset)
+    assert len({stage.name for stage in found}) == len({stage.done for stage in found}) == len(found)
+    both = preset.e_steps + preset.m_steps
+    for stage in found:
+        if stage.words[1] != "ra3_trl.cli.main":
+            assert stage.words[1] == "benchmarks.gpu.measure"
+            continue
+        command, *words = stage.words[2:]
+        if "--bf16" in words:  # refused where there is no GPU
+            words[words.index("--bf16") + 1] = "false"
+        if command == "train":
+            _, args, model, _ = train.make_parser().parse_args_and_config(words)
+            assert model.model_name_or_path == "some/model" and args.output_dir == str(stage.output)
+            assert (args.e_steps, args.e_steps + args.m_steps) == (preset.e_steps * ("ra3" in stage.name), both)
+            assert args.use_cpu is (name != "h100") and stage.stop == signal.SIGTERM
+        elif command == "rlvr":
+            script, args, model = rlvr.make_parser().parse_args_and_config(words)
+            assert script.task_file == ("mbpp.jsonl" if script.task == "mbpp" else script.task_file)
+            assert args.max_steps == preset.rlvr["max_steps"] and model.model_name_or_path
+        else:
+            options = compare._parser().parse_args(words)
+            assert options.task in preset.tasks and options.no_ce and len(options.names) == len(options.places)
+            assert (options.task_file is not None) == (options.task == "mbpp")
+
+
+def test_next_token_prediction_gets_as_much_time(tmp_path):
+    """RA3 took 30 seconds and 3 of each 4 updates' time is its own: 4 updates in 10 seconds are 12 in 30."""
+    state = State(tmp_path)
+    state.seconds = {"ra3-0": 30.0, "ntp-0": 10.0}
+    assert state.matched_updates(PRESETS["toy"], 0) == 12
+    state.seconds["ra3-0"] = 99.0
+    again = State(tmp_path)
+    assert again.matched_updates(PRESETS["toy"], 0) == 12  # decided once, also for a later call
+
+
+def script(name, folder, body, **settings):
+    done = folder / f"{name}.done"
+    return Stage(
+        name, ("-c", f"import sys, time, pathlib\ndone = pathlib.Path({str(done)!r})\n{body}"), done, **settings
+    )
+
+
+@pytest.fixture
+def plan_of(monkeypatch):
+    def make(*found):
+        monkeypatch.setattr(module, "stages", lambda folder, preset, state: iter(found))
+        monkeypatch.setattr(module, "GRACE", 5.0)
+
+    return make
+
+
+def test_a_stage_out_of_time_is_asked_to_end_and_goes_on(tmp_path, plan_of):
+    """The first call ends the stage by its signal; the second resumes from its checkpoint, and the third has nothing
+    to do."""
+    body = (
+        "import signal\nlast = pathlib.Path(done.parent, 'out', 'checkpoint-3')\n"
+        "def save(*_):\n last.mkdir(parents=True); (last / 'trainer_state.json').touch(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "if sys.argv[1:] == ['--resume_from_checkpoint', str(last)]: done.touch()\n"
+        "else: time.sleep(60)"
+    )
+    slow = script("slow", tmp_path, body, output=tmp_path / "out", stop=signal.SIGTERM)
+    plan_of(script("quick", tmp_path, "done.touch()"), slow)
+    begin = time.monotonic()
+    assert not drive(tmp_path, None, 7.0) and time.monotonic() - begin < 12
+    seconds = State(tmp_path).seconds
+    assert (tmp_path / "quick.done").exists() and seconds["slow"] > 0.5
+    assert drive(tmp_path, None, 60.0)
+    after = State(tmp_path).seconds
+    assert after["slow"] > seconds["slow"] and after["quick"] == seconds["quick"]
+    assert drive(tmp_path, None, 60.0) and State(tmp_path).seconds == after
+
+
+def test_a_stage_that_fails_is_told_of(tmp_path, plan_of):
+    plan_of(script("bad", tmp_path, "print('what went wrong'); sys.exit(2)"))
+    with pytest.raises(RuntimeError, match=r"bad failed with exit code 2; .*bad.log ends with:\n.*what went wrong"):
+        drive(tmp_path, None, 60.0)
+
+
+def test_what_is_put_together(tmp_path):
+    """Differences are paired by seed: -0.1 and -0.3 have the mean -0.2."""
+    preset = replace(PRESETS["cpu"], seeds=(0, 1, 2))
+    names = ("ce", "ce_never", "elbo", "bound_multi", "think_rate", "gain")
+    for seed, (ntp, ra3) in enumerate([(1.0, 0.9), (2.0, 1.7)]):
+        (tmp_path / f"seed-{seed}").mkdir()
+        for arm, value in zip(ARMS, (3.0, ntp, ntp, ra3), strict=True):
+            (tmp_path / f"seed-{seed}" / f"{arm}-measures.json").write_text(
+                json.dumps({f"eval_{name}": value for name in names})
+            )
+    (tmp_path / "rlvr-ra3").mkdir()
+    log = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}, {"train_loss": 0.0}]
+    (tmp_path / "rlvr-ra3" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    found = collect(tmp_path, preset)
+    assert found["ce"]["ntp"]["values"] == (1.0, 2.0)  # the third seed is not done
+    assert found["ce"]["ra3 less ntp"]["mean"] == pytest.approx(-0.2)
+    assert found["rlvr-ra3"] == [0.25, 0.5] and "rlvr-base" not in found
+    assert collect(tmp_path / "new", preset)["seconds"] == {}
+
+
+@pytest.mark.slow
+@needs_bwrap
+def test_all_stages_at_toy_size(tmp_path, tiny_model, tokenizers):
+    """Some three minutes, most of it imports: every stage in a process of its own, in calls that are cut short."""
+    tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(tmp_path / "model")
+    tokenizers["newline_indent"].save_pretrained(tmp_path / "model")
+    (tmp_path / "code").mkdir()
+    for i in range(6):
+        (tmp_path / "code" / f"m{i}.py").write_text(
+            f"def f{i}(x):\n    y = x + {i}\n    if y > {i}:\n        return y\n    return x\n\n\n"
+            f"def g{i}(x):\n    z = x\n    z += {i}\n    return z\n"
+        )
+    test = "def check(c):\n    assert c(1) == 2\n"
+    rows = [{"task_id": f"t/{i}", "prompt": "def f(x):\n", "entry_point": "f", "test": test} for i in range(3)]
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preset = fitted(PRESETS["toy"], str(tmp_path / "model"), str(tmp_path / "code"), None)
+    preset = replace(preset, tasks=(str(tasks),), rlvr={**preset.rlvr, "task": str(tasks)})
+    folder, calls = tmp_path / "run", 1
+    while not drive(folder, preset, 180.0):
+        calls += 1
+    assert calls < 10
+    found = collect(folder, preset)
+    assert set(found["ce"]) >= set(ARMS) and all(one["n"] == 1 for one in found["ce"].values())
+    assert found["ce"]["ntp"] != found["ce"]["base"]
+    assert set(found["compare-tasks"]["models"]) == set(ARMS)
+    assert set(found["compare-tasks-grpo"]["models"]) == {"base-grpo", "ntp-grpo", "ra3-grpo"}
+    assert all(len(found[f"rlvr-{arm}"]) == 2 for arm in ("base", "ntp", "ra3"))
+    assert sys.modules[drive.__module__].State(folder).updates["ntp_compute-0"] >= 4
