@@ -1,6 +1,21 @@
 """What runs and policies say about the method: numbers only, no model is run here."""
 
+from .compactness import effective_numbers, entropy
 from .estimates import Estimate, t_quantile
+from .horizon import EffectiveHorizon, durations, effective_horizon, iteration_bound
+from .pruning import Alternatives, Pruning, measure_pruning
 
 
-__all__ = ["Estimate", "t_quantile"]
+__all__ = [
+    "Alternatives",
+    "EffectiveHorizon",
+    "Estimate",
+    "Pruning",
+    "durations",
+    "effective_horizon",
+    "effective_numbers",
+    "entropy",
+    "iteration_bound",
+    "measure_pruning",
+    "t_quantile",
+]
