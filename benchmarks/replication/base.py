@@ -78,7 +78,7 @@ def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[st
     """`seconds` of the last sitting and the `losses` of 50 steps each; the checkpoint is in the folder `model`."""
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(recipe.corpus)
         rest = (recipe.steps - recipe.careful_steps) * recipe.batch_size
         careful = programs(recipe.careful, CAREFUL_DATA + recipe.seed, recipe.careful_steps * recipe.batch_size)
         data = concatenate_datasets([careful, programs(recipe.corpus, recipe.seed, rest)])

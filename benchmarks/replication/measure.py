@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -16,31 +17,37 @@ from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 from .mid import MAX_LATENT, config, load, model_folder
 from .records import MeasureRecipe, Measures, MidRecipe
 from .store import Store
-from .testbed import examples, first_line, is_hard, programs
+from .testbed import examples, is_hard, is_right, programs
 
 
-_NEW_TOKENS = MAX_LATENT + 8  # a comment with `#` and newline, and `assert c==5`
+_NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
 _SITES_AT_ONCE = 64
 
 
 @torch.no_grad()
-def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
-    """Mean probability of the think prefix (one token here) before hard and before easy lines."""
-    hard, easy = [], []
+def think_probs(model, tokenizer, texts: list[str]) -> Iterator[tuple[str, float]]:
+    """Each line but a text's first, and the probability of the think prefix (one token here) before it."""
     think, newline = tokenizer.convert_tokens_to_ids(["#", "\n"])
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         probs = model(input_ids=ids).logits[0].softmax(-1)[:, think]
         lines = text.splitlines()
         ends = (ids[0] == newline).nonzero().flatten().tolist()[:-1]  # nothing follows the last
-        for end, following in zip(ends, lines[1:], strict=True):
-            (hard if is_hard(following) else easy).append(float(probs[end]))
+        yield from zip(lines[1:], probs[ends].tolist(), strict=True)
+
+
+def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
+    """Mean probability of the think prefix before hard and before easy lines."""
+    hard, easy = [], []
+    for line, prob in think_probs(model, tokenizer, texts):
+        (hard if is_hard(line) else easy).append(prob)
     return fmean(hard), fmean(easy)
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompts: list[str], think: str, seed: int) -> list[str]:
-    """A sampled completion of each prompt, temperature 1, with `think` as in [`ThinkLogitsProcessor`]."""
+def complete(model, tokenizer, prompts: list[str], think: str, seed: int, lines: int = 1) -> list[str]:
+    """A sampled completion of each prompt with tokens for so many hard lines, temperature 1, with `think` as in
+    [`ThinkLogitsProcessor`]."""
     torch.manual_seed(seed)
     found = []
     for begin in range(0, len(prompts), _SITES_AT_ONCE):
@@ -49,7 +56,7 @@ def complete(model, tokenizer, prompts: list[str], think: str, seed: int) -> lis
         )
         knob = ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)
         out = model.generate(
-            **batch, max_new_tokens=_NEW_TOKENS, do_sample=True, top_k=0, logits_processor=[knob],
+            **batch, max_new_tokens=lines * _NEW_TOKENS, do_sample=True, top_k=0, logits_processor=[knob],
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -66,9 +73,10 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
         cases = list(examples(recipe.corpus, recipe.seed + 1, recipe.tasks))
         prompts, answers = [case.prompt for case in cases], [case.answer for case in cases]
         said = {
-            think: complete(model, tokenizer, prompts, think, recipe.seed) for think in ("auto", "always", "never")
+            think: complete(model, tokenizer, prompts, think, recipe.seed, recipe.corpus.hard_lines)
+            for think in ("auto", "always", "never")
         }
-        right = {k: fmean(first_line(t) == a for t, a in zip(v, answers, strict=True)) for k, v in said.items()}
+        right = {k: fmean(map(is_right, v, answers)) for k, v in said.items()}
         comments = [text.split("\n")[0] for text in said["always"]]
         hard, easy = gates(model, tokenizer, texts)
         found = Measures(

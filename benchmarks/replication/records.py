@@ -24,6 +24,8 @@ class Corpus:
             Share of hard and of easy lines with a comment before them; 0 is the expert.
         right (`float`, *optional*, defaults to `1`):
             Share of the comments before hard lines whose steps are all right.
+        predicates (`bool`, *optional*, defaults to `False`):
+            Whether a stanza has three hard lines that share a comment, in the place of one that states the value.
     """
 
     stanzas: int = 6
@@ -31,12 +33,20 @@ class Corpus:
     hard_rate: float = 0.0
     easy_rate: float = 0.0
     right: float = 1.0
+    predicates: bool = False
     version: int = 1
+
+    @property
+    def hard_lines(self) -> int:
+        """Hard lines of a stanza."""
+        return 3 if self.predicates else 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment."""
+    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment.
+
+    With predicates the answer is all three lines."""
 
     prompt: str
     answer: str
