@@ -37,6 +37,7 @@ from ra3_trl.segmentation import PYTHON, Segmenter
 
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}
 COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
+SHARED = Corpus(stanzas=4, predicates=True)
 TINY = BaseRecipe(
     0, careful_steps=1, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2)
 )
@@ -72,7 +73,7 @@ class Sum:
 # ---- the testbed ----
 
 
-@pytest.mark.parametrize("corpus", [COMMENTED, EXPERT, Corpus(operations=5, hard_rate=1.0, right=0.0)])
+@pytest.mark.parametrize("corpus", [COMMENTED, EXPERT, SHARED, Corpus(operations=5, hard_rate=1.0, right=0.0)])
 def test_every_program_runs_and_is_true(corpus):
     for text in testbed.programs(corpus, 3, 200)["text"]:
         exec(compile(text, "program", "exec"), {})
@@ -112,6 +113,27 @@ def test_comments_by_hand():
     assert eval("(7*4+9-2)%10") == 5
 
 
+def test_predicates_tell_the_value_together_and_no_two_do():
+    """5 is above 4, odd and 2 modulo 3; 10 values, 10 triples. By halves: 0 to 4 have 3 even and 2 odd values."""
+    assert testbed.hard_lines("c", 5, SHARED) == ["assert c>4", "assert c%2==1", "assert c%3==2"]
+    assert testbed.hard_lines("c", 4, SHARED) == ["assert c<5", "assert c%2==0", "assert c%3==1"]
+    said = [testbed.hard_lines("c", value, SHARED) for value in range(10)]
+    assert len(set(map(tuple, said))) == 10
+    counts = [len({tuple(lines[i] for i in pair) for lines in said}) for pair in ((0, 1), (0, 2), (1, 2))]
+    assert counts == [4, 6, 6]
+
+
+def test_comments_stand_before_the_first_of_lines_that_share_them():
+    """400 programs of 4 stanzas with a share of 0.4: 640 of 1,600, standard deviation 20."""
+    corpus, first = replace(SHARED, hard_rate=0.4, easy_rate=0.1), 0
+    for text in testbed.programs(corpus, 5, 400)["text"]:
+        for before, line in zip(lines := text.splitlines(), lines[1:], strict=False):
+            if testbed.is_hard(line) and before.startswith("#"):
+                assert _steps_hold(before) and line[-2] in "<>"
+                first += 1
+    assert first == pytest.approx(640, abs=60)
+
+
 def test_values_are_uniform():
     """2,000 values: each digit 200 times, standard deviation 13."""
     rng = random.Random(1)
@@ -123,6 +145,8 @@ def test_data_are_frozen():
     assert testbed.content_hash(testbed.programs(COMMENTED, 0, 50)) == "82d759a36b7a432f"
     assert testbed.content_hash(testbed.programs(EXPERT, 0, 50)) == "a3e954dfd22a31f4"
     assert testbed.content_hash(testbed.tasks(EXPERT, 0, 50)) == "ccb9ab3f041a1fe9"
+    assert recipe_hash(BaseRecipe(0)) == "67f70c29970d"  # of the bases in benchmarks/LOG.md
+    assert testbed.content_hash(testbed.programs(SHARED, 0, 50)) == "4a8aa5e930e94ff2"
 
 
 def test_tokenizer_has_one_token_a_word_and_loses_nothing():
@@ -134,6 +158,16 @@ def test_tokenizer_has_one_token_a_word_and_loses_nothing():
     assert len(ids) == 1 + 11 + 15 + 5
     for text in testbed.programs(COMMENTED, 1, 50)["text"]:
         assert tokenizer.pad_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_predicates_have_three_more_tokens_and_the_others_none():
+    plain, more = testbed.make_tokenizer(COMMENTED), testbed.make_tokenizer(SHARED)
+    assert plain.get_vocab() == testbed.make_tokenizer().get_vocab()
+    assert more.get_vocab() == plain.get_vocab() | {"%": len(plain), ">": len(plain) + 1, "<": len(plain) + 2}
+    text = "assert c>4\nassert c%2==1\n"
+    assert more.tokenize(text) == ["assert ", "c", ">", "4", "\n", "assert ", "c", "%", "2", "==", "1", "\n"]
+    # BOS; of a stanza 11 for c=(7*4+9-2)%10, 5 + 7 + 7 for the hard lines and 4 for d=3, each with its newline
+    assert len(more(testbed.programs(SHARED, 1, 1)["text"][0])["input_ids"]) == 1 + 4 * 34
 
 
 def test_tasks_ask_for_the_last_hard_line():
@@ -159,6 +193,21 @@ def test_right_line():
     assert testbed.right_line(["7\nassert c==5\n", "assert c==5\n"], ["assert c==5"] * 2, ["#"] * 2) == [1, 0]
 
 
+def test_right_lines_and_comments_before_them():
+    answer = "assert c>4\nassert c%2==1\nassert c%3==2"
+    assert testbed.is_right(f"#7\n{answer}\nd=1", answer)
+    assert testbed.is_right("assert c>4\n#7\nassert c%2==1\nassert c%3==2\n", answer)
+    assert not testbed.is_right(answer, answer)  # its last line has no end
+    assert not testbed.is_right("assert c>4\nassert c%2==0\nassert c%3==2\n", answer)
+    said = "#1\nassert c>4\n#2\n#3\nassert c%2==1\nd=1\n#4\nd=2\n#5"
+    assert [testbed.comments_before(said, count) for count in (1, 2, 3, 9)] == [
+        ["#1"], ["#1", "#2", "#3"], ["#1", "#2", "#3"], ["#1", "#2", "#3", "#4"],
+    ]  # fmt: skip
+    example = next(testbed.examples(SHARED, 4, 1))
+    exec(example.prompt + example.comment + "\n" + example.answer, {})
+    assert example.answer.count("\n") == 2 and example.prompt.count("assert") == 9
+
+
 def test_comment_of_an_example_is_right_and_python():
     for example in testbed.examples(EXPERT, 4, 20):
         assert _steps_hold(example.comment) and example.comment[-1] == example.answer[-1]
@@ -167,8 +216,10 @@ def test_comment_of_an_example_is_right_and_python():
 
 def test_floor_by_hand():
     """One operation: name, other name, 2 operands, 1 of 3 operations, the easy line's digit: 6*5*10*10*3*10 =
-    90,000 programs of a stanza; 7 + 5 + 4 tokens and the end of the text."""
+    90,000 programs of a stanza; 7 + 5 + 4 tokens and the end of the text; with predicates 7 + 19 + 4."""
     assert testbed.floor(Corpus(stanzas=1, operations=1)) == pytest.approx(math.log(90_000) / 17)
+    shared = Corpus(stanzas=1, operations=1, predicates=True)
+    assert testbed.floor(shared) == pytest.approx(math.log(90_000) / 31)
 
 
 # ---- the cache ----
@@ -302,6 +353,7 @@ def test_samples_by_hand():
     assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24}
     document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
     assert len(document.sites) == testbed.boundaries(EXPERT) == 18
+    assert testbed.boundaries(SHARED) == 20  # 4 stanzas of 5 lines
 
 
 def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
@@ -333,7 +385,7 @@ def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch):
     """One seed of all arms, then once more out of the cache alone."""
-    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, full=False)
+    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, full=False, experiment=None)
     found = run(args, TOY)
     keys = {"think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy", "rlvr_last"}
     keys |= {"rlvr_steps_to_50", "rlvr_steps_to_80", "rlvr_steps_to_90"}

@@ -15,9 +15,9 @@ from transformers import PrinterCallback
 from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 
 from .mid import MAX_LATENT, config, load, model_folder
-from .records import MeasureRecipe, Measures, MidRecipe
+from .records import LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import examples, is_hard, is_right, programs
+from .testbed import boundaries, comments_before, examples, is_hard, is_right, programs
 
 
 _NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
@@ -95,11 +95,40 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
 
 def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:
     """Cross-entropy and negative bounds by `trainer.evaluate()`, horizon 1."""
+    found = evaluated(model, tokenizer, recipe, horizon=1, eval_num_latents=recipe.num_latents)
+    return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}
+
+
+def evaluated(model, tokenizer, recipe: MeasureRecipe | UseRecipe, **settings) -> dict[str, float]:
+    """`trainer.evaluate()` on the recipe's programs."""
     base = recipe.start.base if isinstance(recipe.start, MidRecipe) else recipe.start
     with TemporaryDirectory() as folder:
-        args = config(MidRecipe(base, recipe.seed, horizon=1), Path(folder), eval_num_latents=recipe.num_latents)
+        args = config(MidRecipe(base, recipe.seed), Path(folder), **settings)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
         trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
         trainer.remove_callback(PrinterCallback)
-        found = trainer.evaluate()
-    return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}
+        return trainer.evaluate()
+
+
+def latent_use(store: Store, recipe: UseRecipe) -> LatentUse:
+    """How a checkpoint uses latents; it is trained if it is not there."""
+    hard = recipe.corpus.hard_lines
+
+    def work(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(model_folder(store, recipe.start))
+        model.eval()
+        texts = list(programs(recipe.corpus, recipe.seed, recipe.programs)["text"])
+        probs = [prob for line, prob in think_probs(model, tokenizer, texts) if is_hard(line)]
+        prompts = [case.prompt for case in examples(recipe.corpus, recipe.seed + 1, recipe.tasks)]
+        said = complete(model, tokenizer, prompts, "auto", recipe.seed, hard)
+        comments = [comment for text in said for comment in comments_before(text, hard)]
+        found = evaluated(model, tokenizer, recipe, horizon=recipe.horizon, eval_num_latents=1)
+        return {
+            **{name: fmean(probs[k::hard]) for k, name in enumerate(("think_first", "think_second", "think_third"))},
+            "ce_policy": found["eval_ce_policy"],
+            "program_latents": found["eval_policy_latent_rate"] * boundaries(recipe.corpus),
+            "task_latents": len(comments) / recipe.tasks,
+            "task_latent_tokens": sum(len(comment) + 1 for comment in comments) / recipe.tasks,
+        }
+
+    return LatentUse(**store.get(recipe, work))

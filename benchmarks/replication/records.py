@@ -160,6 +160,43 @@ class Measures:
 
 
 @dataclass(frozen=True)
+class UseRecipe:
+    """What is measured of how a checkpoint uses latents; the policy annotates left to right, with this horizon."""
+
+    start: BaseRecipe | MidRecipe
+    programs: int = 48
+    tasks: int = 512
+    horizon: int = 3
+    seed: int = 1_000_000
+    corpus: Corpus = field(default_factory=lambda: Corpus(predicates=True))
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class LatentUse:
+    """How a checkpoint uses latents where several lines can share one.
+
+    Args:
+        think_first, think_second, think_third (`float`):
+            Mean P(think) before a stanza's hard lines, on programs without comments.
+        ce_policy (`float`):
+            Of `trainer.evaluate()`: cross-entropy per token of code of programs that the policy has annotated.
+        program_latents (`float`):
+            Latents of such a program.
+        task_latents, task_latent_tokens (`float`):
+            Comments, and their tokens with `#` and newline, that are sampled with a stanza's hard lines.
+    """
+
+    think_first: float
+    think_second: float
+    think_third: float
+    ce_policy: float
+    program_latents: float
+    task_latents: float
+    task_latent_tokens: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """Accuracy before each update of RLVR (`accuracy[k]` is after `k` updates), of an update's samples."""
 

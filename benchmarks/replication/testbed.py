@@ -159,6 +159,17 @@ def code_lines(completion: str, count: int = 1) -> str | None:
     return "\n".join(code[:count]) if len(code) >= count else None
 
 
+def comments_before(completion: str, count: int) -> list[str]:
+    """The comments before a completion's first `count` lines of code are done; all where it has fewer."""
+    found: list[str] = []
+    for line in completion.split("\n")[:-1]:
+        if line.startswith("#"):
+            found.append(line)
+        elif (count := count - 1) == 0:
+            break
+    return found
+
+
 def is_right(completion: str, answer: str) -> bool:
     """Whether the first lines of code are the expert's, letter by letter."""
     return code_lines(completion, 1 + answer.count("\n")) == answer
