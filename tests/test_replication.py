@@ -17,6 +17,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
+from benchmarks.replication.experiments import EXPERIMENTS, Experiment, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -27,6 +28,7 @@ from benchmarks.replication.records import (
     MeasureRecipe,
     MidRecipe,
     RlvrRecipe,
+    UseRecipe,
     t_quantile,
 )
 from benchmarks.replication.rlvr import reinforce
@@ -406,3 +408,55 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch):
     again = run(args, TOY)
     for key in keys:
         assert again[key] == found[key]
+
+
+# ---- the experiments ----
+
+
+def test_the_experiments_are_what_they_say():
+    found = EXPERIMENTS["shared"]()
+    assert {arm for arm, recipe in found.arms.items() if recipe and recipe.e_steps} == {
+        f"h{horizon}_c{penalty}" for horizon in (1, 2, 3) for penalty in (0.2, 1.0)
+    }
+    assert dict(found.arms["h3_c1.0"].settings)["discount"] == 1.0
+    for make in EXPERIMENTS.values():
+        experiment = make()
+        trained = [recipe for recipe in experiment.arms.values() if recipe]
+        assert experiment.arms["base"] is None
+        assert len({recipe.e_steps + recipe.m_steps for recipe in trained}) == 1  # equal updates
+        assert {recipe.corpus.predicates for recipe in trained} == {experiment.measure.corpus.predicates}
+        assert all(recipe.programs >= recipe.m_steps * recipe.batch_size for recipe in trained)
+
+
+def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
+    """Two seeds on one base, then once more out of the cache alone."""
+    expert = Corpus(stanzas=1, predicates=True)
+    base = replace(TINY, corpus=replace(expert, hard_rate=0.4))
+    ra3 = replace(MID, e_steps=1, m_steps=1, horizon=3, corpus=expert)
+    experiment = Experiment(
+        base,
+        {"base": None, "ra3": ra3},
+        MeasureRecipe(base, programs=2, tasks=4, num_latents=2, corpus=expert),
+        UseRecipe(base, programs=2, tasks=4, corpus=expert),
+        gate=(0.0, 1.0),
+    )
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda: experiment)
+    args = argparse.Namespace(seeds=2, bases=None, cache=str(tmp_path), threads=1, full=False, experiment="toy")
+    found = run(args)
+    json.dumps(found)
+    for name in ("think_hard", "elbo", "bound_multi", "accuracy", "think_third", "ce_policy", "program_latents"):
+        assert set(found[name]) == {"base", "ra3"} and found[name]["ra3"]["n"] == 2
+        assert len(set(found[name]["base"]["values"])) == 1  # the same base for both seeds
+    parts = [found[f"think_{which}"]["base"]["mean"] for which in ("first", "second", "third")]
+    assert sum(parts) / 3 == pytest.approx(found["think_hard"]["base"]["mean"])
+    assert 0 <= found["program_latents"]["ra3"]["mean"] <= testbed.boundaries(expert)
+    assert found["bases"] == [{"seed": 0, "passed": True, "comment_right": found["comment_right"]["base"]["mean"]}]
+    assert [set(run) for run in found["runs"]] == [{"ra3"}] * 2
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("transformers.Trainer.train", refuse)
+    assert run(args) == found
+    with pytest.raises(ValueError, match="No base is right in 50% to 60%"):
+        run_experiment(Store(tmp_path), replace(experiment, gate=(0.5, 0.6)), 1)

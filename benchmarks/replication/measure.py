@@ -99,11 +99,11 @@ def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:
     return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}
 
 
-def evaluated(model, tokenizer, recipe: MeasureRecipe | UseRecipe, **settings) -> dict[str, float]:
+def evaluated(model, tokenizer, recipe: MeasureRecipe | UseRecipe, horizon: int, **settings) -> dict[str, float]:
     """`trainer.evaluate()` on the recipe's programs."""
     base = recipe.start.base if isinstance(recipe.start, MidRecipe) else recipe.start
     with TemporaryDirectory() as folder:
-        args = config(MidRecipe(base, recipe.seed), Path(folder), **settings)
+        args = config(MidRecipe(base, recipe.seed, horizon=horizon), Path(folder), **settings)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
         trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
         trainer.remove_callback(PrinterCallback)
