@@ -59,7 +59,8 @@ class BaseRecipe:
     each hard line, from which calculating is learned; then on the corpus.
 
     Comments copy operands from some ten tokens before, for which rotary angles must tell near positions apart: with a
-    `rope_theta` of 10,000 this is learned much later. See benchmarks/LOG.md for the recipes that failed.
+    `rope_theta` of 10,000 this is learned much later. See benchmarks/LOG.md for the recipes that failed. With `start`
+    the weights of that base are gone on with, and the corpus' further tokens are added.
     """
 
     seed: int
@@ -74,6 +75,7 @@ class BaseRecipe:
     width: int = 96
     careful: Corpus = field(default_factory=lambda: Corpus(stanzas=4, hard_rate=1.0, easy_rate=0.1))
     corpus: Corpus = field(default_factory=lambda: Corpus(hard_rate=0.4, easy_rate=0.1, right=0.75))
+    start: BaseRecipe | None = None
     version: int = 1
 
 
