@@ -61,9 +61,9 @@ def shared() -> Experiment:
         corpus=replace(expert, hard_rate=0.4, easy_rate=0.1, right=0.75),
         start=BaseRecipe(0),
     )
-    ntp = MidRecipe(base, 0, m_steps=35, programs=1000, corpus=expert)
+    ntp = MidRecipe(base, 0, m_steps=25, programs=1000, corpus=expert)
     settings = (("discount", 1.0), ("gate_hold", "never"))  # held, the gate would hide what the penalty does
-    ra3 = replace(ntp, e_steps=20, m_steps=15, annotation_think_prob=-1.0, settings=settings)
+    ra3 = replace(ntp, e_steps=15, m_steps=10, num_latents=4, annotation_think_prob=-1.0, settings=settings)
     arms = {
         f"h{horizon}_c{penalty}": replace(ra3, horizon=horizon, penalty=penalty)
         for penalty in (1.0, 0.2)
@@ -72,12 +72,26 @@ def shared() -> Experiment:
     return Experiment(
         base,
         {"base": None, "ntp": ntp, **arms},
-        MeasureRecipe(base, programs=24, tasks=256, corpus=expert),
-        UseRecipe(base, programs=24, tasks=256, corpus=expert),
+        MeasureRecipe(base, programs=16, tasks=128, corpus=expert),
+        UseRecipe(base, programs=16, tasks=128, corpus=expert),
     )
 
 
-EXPERIMENTS: dict[str, Callable[[], Experiment]] = {"shared": shared}
+def weak() -> Experiment:
+    """A base of a third of the updates, with the gate held until comments pay and never held."""
+    base = BaseRecipe(0, careful_steps=240, steps=440)
+    ntp = MidRecipe(base, 0, m_steps=90, programs=1000, corpus=Corpus(stanzas=3))
+    ra3 = replace(ntp, e_steps=60, m_steps=30, e_learning_rate=1e-3, annotation_think_prob=-1.0)
+    arms = {hold: replace(ra3, settings=(("gate_hold", hold),)) for hold in ("never", "auto")}
+    return Experiment(
+        base,
+        {"base": None, "ntp": ntp, **arms},
+        MeasureRecipe(base, programs=16, tasks=256),
+        gate=(0.01, 0.15),
+    )
+
+
+EXPERIMENTS: dict[str, Callable[[], Experiment]] = {"shared": shared, "weak": weak}
 
 
 def seeded(base: BaseRecipe, seed: int) -> BaseRecipe:
