@@ -17,6 +17,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
+from benchmarks.replication.experiments import EXPERIMENTS, Experiment, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -26,6 +27,7 @@ from benchmarks.replication.records import (
     MeasureRecipe,
     MidRecipe,
     RlvrRecipe,
+    UseRecipe,
 )
 from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
@@ -36,6 +38,7 @@ from ra3_trl.segmentation import PYTHON, Segmenter
 
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}
 COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
+SHARED = Corpus(stanzas=4, predicates=True)
 TINY = BaseRecipe(
     0, careful_steps=1, steps=4, batch_size=2, layers=1, width=16, warmup_steps=1, corpus=replace(COMMENTED, stanzas=2)
 )
@@ -71,7 +74,7 @@ class Sum:
 # ---- the testbed ----
 
 
-@pytest.mark.parametrize("corpus", [COMMENTED, EXPERT, Corpus(operations=5, hard_rate=1.0, right=0.0)])
+@pytest.mark.parametrize("corpus", [COMMENTED, EXPERT, SHARED, Corpus(operations=5, hard_rate=1.0, right=0.0)])
 def test_every_program_runs_and_is_true(corpus):
     for text in testbed.programs(corpus, 3, 200)["text"]:
         exec(compile(text, "program", "exec"), {})
@@ -111,6 +114,27 @@ def test_comments_by_hand():
     assert eval("(7*4+9-2)%10") == 5
 
 
+def test_predicates_tell_the_value_together_and_no_two_do():
+    """5 is above 4, odd and 2 modulo 3; 10 values, 10 triples. By halves: 0 to 4 have 3 even and 2 odd values."""
+    assert testbed.hard_lines("c", 5, SHARED) == ["assert c>4", "assert c%2==1", "assert c%3==2"]
+    assert testbed.hard_lines("c", 4, SHARED) == ["assert c<5", "assert c%2==0", "assert c%3==1"]
+    said = [testbed.hard_lines("c", value, SHARED) for value in range(10)]
+    assert len(set(map(tuple, said))) == 10
+    counts = [len({tuple(lines[i] for i in pair) for lines in said}) for pair in ((0, 1), (0, 2), (1, 2))]
+    assert counts == [4, 6, 6]
+
+
+def test_comments_stand_before_the_first_of_lines_that_share_them():
+    """400 programs of 4 stanzas with a share of 0.4: 640 of 1,600, standard deviation 20."""
+    corpus, first = replace(SHARED, hard_rate=0.4, easy_rate=0.1), 0
+    for text in testbed.programs(corpus, 5, 400)["text"]:
+        for before, line in zip(lines := text.splitlines(), lines[1:], strict=False):
+            if testbed.is_hard(line) and before.startswith("#"):
+                assert _steps_hold(before) and line[-2] in "<>"
+                first += 1
+    assert first == pytest.approx(640, abs=60)
+
+
 def test_values_are_uniform():
     """2,000 values: each digit 200 times, standard deviation 13."""
     rng = random.Random(1)
@@ -122,6 +146,8 @@ def test_data_are_frozen():
     assert testbed.content_hash(testbed.programs(COMMENTED, 0, 50)) == "82d759a36b7a432f"
     assert testbed.content_hash(testbed.programs(EXPERT, 0, 50)) == "a3e954dfd22a31f4"
     assert testbed.content_hash(testbed.tasks(EXPERT, 0, 50)) == "ccb9ab3f041a1fe9"
+    assert recipe_hash(BaseRecipe(0)) == "67f70c29970d"  # of the bases in benchmarks/LOG.md
+    assert testbed.content_hash(testbed.programs(SHARED, 0, 50)) == "4a8aa5e930e94ff2"
 
 
 def test_tokenizer_has_one_token_a_word_and_loses_nothing():
@@ -133,6 +159,16 @@ def test_tokenizer_has_one_token_a_word_and_loses_nothing():
     assert len(ids) == 1 + 11 + 15 + 5
     for text in testbed.programs(COMMENTED, 1, 50)["text"]:
         assert tokenizer.pad_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_predicates_have_three_more_tokens_and_the_others_none():
+    plain, more = testbed.make_tokenizer(COMMENTED), testbed.make_tokenizer(SHARED)
+    assert plain.get_vocab() == testbed.make_tokenizer().get_vocab()
+    assert more.get_vocab() == plain.get_vocab() | {"%": len(plain), ">": len(plain) + 1, "<": len(plain) + 2}
+    text = "assert c>4\nassert c%2==1\n"
+    assert more.tokenize(text) == ["assert ", "c", ">", "4", "\n", "assert ", "c", "%", "2", "==", "1", "\n"]
+    # BOS; of a stanza 11 for c=(7*4+9-2)%10, 5 + 7 + 7 for the hard lines and 4 for d=3, each with its newline
+    assert len(more(testbed.programs(SHARED, 1, 1)["text"][0])["input_ids"]) == 1 + 4 * 34
 
 
 def test_tasks_ask_for_the_last_hard_line():
@@ -158,6 +194,21 @@ def test_right_line():
     assert testbed.right_line(["7\nassert c==5\n", "assert c==5\n"], ["assert c==5"] * 2, ["#"] * 2) == [1, 0]
 
 
+def test_right_lines_and_comments_before_them():
+    answer = "assert c>4\nassert c%2==1\nassert c%3==2"
+    assert testbed.is_right(f"#7\n{answer}\nd=1", answer)
+    assert testbed.is_right("assert c>4\n#7\nassert c%2==1\nassert c%3==2\n", answer)
+    assert not testbed.is_right(answer, answer)  # its last line has no end
+    assert not testbed.is_right("assert c>4\nassert c%2==0\nassert c%3==2\n", answer)
+    said = "#1\nassert c>4\n#2\n#3\nassert c%2==1\nd=1\n#4\nd=2\n#5"
+    assert [testbed.comments_before(said, count) for count in (1, 2, 3, 9)] == [
+        ["#1"], ["#1", "#2", "#3"], ["#1", "#2", "#3"], ["#1", "#2", "#3", "#4"],
+    ]  # fmt: skip
+    example = next(testbed.examples(SHARED, 4, 1))
+    exec(example.prompt + example.comment + "\n" + example.answer, {})
+    assert example.answer.count("\n") == 2 and example.prompt.count("assert") == 9
+
+
 def test_comment_of_an_example_is_right_and_python():
     for example in testbed.examples(EXPERT, 4, 20):
         assert _steps_hold(example.comment) and example.comment[-1] == example.answer[-1]
@@ -166,8 +217,10 @@ def test_comment_of_an_example_is_right_and_python():
 
 def test_floor_by_hand():
     """One operation: name, other name, 2 operands, 1 of 3 operations, the easy line's digit: 6*5*10*10*3*10 =
-    90,000 programs of a stanza; 7 + 5 + 4 tokens and the end of the text."""
+    90,000 programs of a stanza; 7 + 5 + 4 tokens and the end of the text; with predicates 7 + 19 + 4."""
     assert testbed.floor(Corpus(stanzas=1, operations=1)) == pytest.approx(math.log(90_000) / 17)
+    shared = Corpus(stanzas=1, operations=1, predicates=True)
+    assert testbed.floor(shared) == pytest.approx(math.log(90_000) / 31)
 
 
 # ---- the cache ----
@@ -301,6 +354,7 @@ def test_samples_by_hand():
     assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24}
     document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
     assert len(document.sites) == testbed.boundaries(EXPERT) == 18
+    assert testbed.boundaries(SHARED) == 20  # 4 stanzas of 5 lines
 
 
 def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
@@ -332,7 +386,7 @@ def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch):
     """One seed of all arms, then once more out of the cache alone."""
-    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, full=False)
+    args = argparse.Namespace(seeds=1, bases=None, cache=str(tmp_path), threads=1, full=False, experiment=None)
     found = run(args, TOY)
     keys = {"think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy", "rlvr_last"}
     keys |= {"rlvr_steps_to_50", "rlvr_steps_to_80", "rlvr_steps_to_90"}
@@ -353,3 +407,55 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch):
     again = run(args, TOY)
     for key in keys:
         assert again[key] == found[key]
+
+
+# ---- the experiments ----
+
+
+def test_the_experiments_are_what_they_say():
+    found = EXPERIMENTS["shared"]()
+    assert {arm for arm, recipe in found.arms.items() if recipe and recipe.e_steps} == {
+        f"h{horizon}_c{penalty}" for horizon in (1, 2, 3) for penalty in (0.2, 1.0)
+    }
+    assert dict(found.arms["h3_c1.0"].settings)["discount"] == 1.0
+    for make in EXPERIMENTS.values():
+        experiment = make()
+        trained = [recipe for recipe in experiment.arms.values() if recipe]
+        assert experiment.arms["base"] is None
+        assert len({recipe.e_steps + recipe.m_steps for recipe in trained}) == 1  # equal updates
+        assert {recipe.corpus.predicates for recipe in trained} == {experiment.measure.corpus.predicates}
+        assert all(recipe.programs >= recipe.m_steps * recipe.batch_size for recipe in trained)
+
+
+def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
+    """Two seeds on one base, then once more out of the cache alone."""
+    expert = Corpus(stanzas=1, predicates=True)
+    base = replace(TINY, corpus=replace(expert, hard_rate=0.4))
+    ra3 = replace(MID, e_steps=1, m_steps=1, horizon=3, corpus=expert)
+    experiment = Experiment(
+        base,
+        {"base": None, "ra3": ra3},
+        MeasureRecipe(base, programs=2, tasks=4, num_latents=2, corpus=expert),
+        UseRecipe(base, programs=2, tasks=4, corpus=expert),
+        gate=(0.0, 1.0),
+    )
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda: experiment)
+    args = argparse.Namespace(seeds=2, bases=None, cache=str(tmp_path), threads=1, full=False, experiment="toy")
+    found = run(args)
+    json.dumps(found)
+    for name in ("think_hard", "elbo", "bound_multi", "accuracy", "think_third", "ce_policy", "program_latents"):
+        assert set(found[name]) == {"base", "ra3"} and found[name]["ra3"]["n"] == 2
+        assert len(set(found[name]["base"]["values"])) == 1  # the same base for both seeds
+    parts = [found[f"think_{which}"]["base"]["mean"] for which in ("first", "second", "third")]
+    assert sum(parts) / 3 == pytest.approx(found["think_hard"]["base"]["mean"])
+    assert 0 <= found["program_latents"]["ra3"]["mean"] <= testbed.boundaries(expert)
+    assert found["bases"] == [{"seed": 0, "passed": True, "comment_right": found["comment_right"]["base"]["mean"]}]
+    assert [set(run) for run in found["runs"]] == [{"ra3"}] * 2
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("transformers.Trainer.train", refuse)
+    assert run(args) == found
+    with pytest.raises(ValueError, match="No base is right in 50% to 60%"):
+        run_experiment(Store(tmp_path), replace(experiment, gate=(0.5, 0.6)), 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 
+from .experiments import EXPERIMENTS, run_experiment
 from .store import Store
 from .table import Form, find_bases, rows, run_seed, samples
 
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full", action="store_true", help="also NTP with RA3's tokens and CPU seconds, and RA3 without E-steps"
     )
+    parser.add_argument(
+        "--experiment", choices=sorted(EXPERIMENTS), help="one of the experiments beside the table, in its place"
+    )
     parser.add_argument("--threads", type=int, default=2)
 
 
@@ -40,6 +44,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store, form = Store(args.cache), form or Form(full=args.full)
+    if args.experiment:
+        return {"experiment": args.experiment, **run_experiment(store, EXPERIMENTS[args.experiment](), args.seeds)}
     tried = list(find_bases(store, form, min(2, args.seeds) if args.bases is None else args.bases))
     bases = [base.recipe for base in tried if base.passed]
     results = [run_seed(store, form, bases[seed % len(bases)], seed) for seed in range(args.seeds)]

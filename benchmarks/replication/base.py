@@ -36,6 +36,17 @@ QUIET = {
 }  # fmt: skip
 
 
+def first_model(store: Store, recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """What pre-training begins with: random weights, or another base's with rows for the tokens that it lacks."""
+    if recipe.start is None:
+        return fresh_model(recipe, tokenizer)
+    pretrain(store, recipe.start)
+    model = LlamaForCausalLM.from_pretrained(store.folder(recipe.start) / "model")
+    torch.manual_seed(recipe.seed)
+    model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
 def fresh_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with random weights (0.335 M parameters in the default shape)."""
     torch.manual_seed(recipe.seed)
@@ -78,7 +89,7 @@ def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[st
     """`seconds` of the last sitting and the `losses` of 50 steps each; the checkpoint is in the folder `model`."""
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(recipe.corpus)
         rest = (recipe.steps - recipe.careful_steps) * recipe.batch_size
         careful = programs(recipe.careful, CAREFUL_DATA + recipe.seed, recipe.careful_steps * recipe.batch_size)
         data = concatenate_datasets([careful, programs(recipe.corpus, recipe.seed, rest)])
@@ -88,7 +99,7 @@ def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[st
             seed=recipe.seed, train_sampling_strategy="sequential", save_steps=save_steps, logging_steps=50, **QUIET,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        trainer = Trainer(fresh_model(recipe, tokenizer), args, collator, tokenized(data, tokenizer))
+        trainer = Trainer(first_model(store, recipe, tokenizer), args, collator, tokenized(data, tokenizer))
         seconds = resume(trainer, folder / "run")
         trainer.save_model(folder / "model")
         tokenizer.save_pretrained(folder / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -14,33 +15,39 @@ from transformers import PrinterCallback
 from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 
 from .mid import MAX_LATENT, config, load, model_folder
-from .records import MeasureRecipe, Measures, MidRecipe
+from .records import LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import examples, first_line, is_hard, programs
+from .testbed import boundaries, comments_before, examples, is_hard, is_right, programs
 
 
-_NEW_TOKENS = MAX_LATENT + 8  # a comment with `#` and newline, and `assert c==5`
+_NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
 _SITES_AT_ONCE = 64
 
 
 @torch.no_grad()
-def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
-    """Mean probability of the think prefix (one token here) before hard and before easy lines."""
-    hard, easy = [], []
+def think_probs(model, tokenizer, texts: list[str]) -> Iterator[tuple[str, float]]:
+    """Each line but a text's first, and the probability of the think prefix (one token here) before it."""
     think, newline = tokenizer.convert_tokens_to_ids(["#", "\n"])
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         probs = model(input_ids=ids).logits[0].softmax(-1)[:, think]
         lines = text.splitlines()
         ends = (ids[0] == newline).nonzero().flatten().tolist()[:-1]  # nothing follows the last
-        for end, following in zip(ends, lines[1:], strict=True):
-            (hard if is_hard(following) else easy).append(float(probs[end]))
+        yield from zip(lines[1:], probs[ends].tolist(), strict=True)
+
+
+def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
+    """Mean probability of the think prefix before hard and before easy lines."""
+    hard, easy = [], []
+    for line, prob in think_probs(model, tokenizer, texts):
+        (hard if is_hard(line) else easy).append(prob)
     return fmean(hard), fmean(easy)
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompts: list[str], think: str, seed: int) -> list[str]:
-    """A sampled completion of each prompt, temperature 1, with `think` as in [`ThinkLogitsProcessor`]."""
+def complete(model, tokenizer, prompts: list[str], think: str, seed: int, lines: int = 1) -> list[str]:
+    """A sampled completion of each prompt with tokens for so many hard lines, temperature 1, with `think` as in
+    [`ThinkLogitsProcessor`]."""
     torch.manual_seed(seed)
     found = []
     for begin in range(0, len(prompts), _SITES_AT_ONCE):
@@ -49,7 +56,7 @@ def complete(model, tokenizer, prompts: list[str], think: str, seed: int) -> lis
         )
         knob = ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)
         out = model.generate(
-            **batch, max_new_tokens=_NEW_TOKENS, do_sample=True, top_k=0, logits_processor=[knob],
+            **batch, max_new_tokens=lines * _NEW_TOKENS, do_sample=True, top_k=0, logits_processor=[knob],
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -66,9 +73,10 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
         cases = list(examples(recipe.corpus, recipe.seed + 1, recipe.tasks))
         prompts, answers = [case.prompt for case in cases], [case.answer for case in cases]
         said = {
-            think: complete(model, tokenizer, prompts, think, recipe.seed) for think in ("auto", "always", "never")
+            think: complete(model, tokenizer, prompts, think, recipe.seed, recipe.corpus.hard_lines)
+            for think in ("auto", "always", "never")
         }
-        right = {k: fmean(first_line(t) == a for t, a in zip(v, answers, strict=True)) for k, v in said.items()}
+        right = {k: fmean(map(is_right, v, answers)) for k, v in said.items()}
         comments = [text.split("\n")[0] for text in said["always"]]
         hard, easy = gates(model, tokenizer, texts)
         found = Measures(
@@ -87,11 +95,40 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
 
 def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:
     """Cross-entropy and negative bounds by `trainer.evaluate()`, horizon 1."""
+    found = evaluated(model, tokenizer, recipe, horizon=1, eval_num_latents=recipe.num_latents)
+    return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}
+
+
+def evaluated(model, tokenizer, recipe: MeasureRecipe | UseRecipe, horizon: int, **settings) -> dict[str, float]:
+    """`trainer.evaluate()` on the recipe's programs."""
     base = recipe.start.base if isinstance(recipe.start, MidRecipe) else recipe.start
     with TemporaryDirectory() as folder:
-        args = config(MidRecipe(base, recipe.seed, horizon=1), Path(folder), eval_num_latents=recipe.num_latents)
+        args = config(MidRecipe(base, recipe.seed, horizon=horizon), Path(folder), **settings)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
         trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
         trainer.remove_callback(PrinterCallback)
-        found = trainer.evaluate()
-    return {name: found[f"eval_{name}"] for name in ("ce", "elbo", "bound_multi")}
+        return trainer.evaluate()
+
+
+def latent_use(store: Store, recipe: UseRecipe) -> LatentUse:
+    """How a checkpoint uses latents; it is trained if it is not there."""
+    hard = recipe.corpus.hard_lines
+
+    def work(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(model_folder(store, recipe.start))
+        model.eval()
+        texts = list(programs(recipe.corpus, recipe.seed, recipe.programs)["text"])
+        probs = [prob for line, prob in think_probs(model, tokenizer, texts) if is_hard(line)]
+        prompts = [case.prompt for case in examples(recipe.corpus, recipe.seed + 1, recipe.tasks)]
+        said = complete(model, tokenizer, prompts, "auto", recipe.seed, hard)
+        comments = [comment for text in said for comment in comments_before(text, hard)]
+        found = evaluated(model, tokenizer, recipe, horizon=recipe.horizon, eval_num_latents=1)
+        return {
+            **{name: fmean(probs[k::hard]) for k, name in enumerate(("think_first", "think_second", "think_third"))},
+            "ce_policy": found["eval_ce_policy"],
+            "program_latents": found["eval_policy_latent_rate"] * boundaries(recipe.corpus),
+            "task_latents": len(comments) / recipe.tasks,
+            "task_latent_tokens": sum(len(comment) + 1 for comment in comments) / recipe.tasks,
+        }
+
+    return LatentUse(**store.get(recipe, work))

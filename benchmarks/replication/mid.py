@@ -17,7 +17,14 @@ from .testbed import programs
 
 MAX_LATENT = 16  # `7*4=8+9=7-2=5` has 13 tokens
 MID_DATA = 10_000  # as `CAREFUL_DATA`
-_LOGGED = ("estep/gain", "estep/think_rate", "estep/reward", "mstep/annotated_rate", "mstep/code_loss")
+_LOGGED = (
+    "estep/gain",
+    "estep/think_rate",
+    "estep/reward",
+    "estep/gate_held",
+    "mstep/annotated_rate",
+    "mstep/code_loss",
+)
 
 
 def load(folder: Path):

@@ -23,6 +23,8 @@ class Corpus:
             Share of hard and of easy lines with a comment before them; 0 is the expert.
         right (`float`, *optional*, defaults to `1`):
             Share of the comments before hard lines whose steps are all right.
+        predicates (`bool`, *optional*, defaults to `False`):
+            Whether a stanza has three hard lines that share a comment, in the place of one that states the value.
     """
 
     stanzas: int = 6
@@ -30,12 +32,20 @@ class Corpus:
     hard_rate: float = 0.0
     easy_rate: float = 0.0
     right: float = 1.0
+    predicates: bool = False
     version: int = 1
+
+    @property
+    def hard_lines(self) -> int:
+        """Hard lines of a stanza."""
+        return 3 if self.predicates else 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment."""
+    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment.
+
+    With predicates the answer is all three lines."""
 
     prompt: str
     answer: str
@@ -48,7 +58,8 @@ class BaseRecipe:
     each hard line, from which calculating is learned; then on the corpus.
 
     Comments copy operands from some ten tokens before, for which rotary angles must tell near positions apart: with a
-    `rope_theta` of 10,000 this is learned much later. See benchmarks/LOG.md for the recipes that failed.
+    `rope_theta` of 10,000 this is learned much later. See benchmarks/LOG.md for the recipes that failed. With `start`
+    the weights of that base are gone on with, and the corpus' further tokens are added.
     """
 
     seed: int
@@ -63,6 +74,7 @@ class BaseRecipe:
     width: int = 96
     careful: Corpus = field(default_factory=lambda: Corpus(stanzas=4, hard_rate=1.0, easy_rate=0.1))
     corpus: Corpus = field(default_factory=lambda: Corpus(hard_rate=0.4, easy_rate=0.1, right=0.75))
+    start: BaseRecipe | None = None
     version: int = 1
 
 
@@ -146,6 +158,43 @@ class Measures:
     accuracy: float
     accuracy_forced: float
     accuracy_never: float
+
+
+@dataclass(frozen=True)
+class UseRecipe:
+    """What is measured of how a checkpoint uses latents; the policy annotates left to right, with this horizon."""
+
+    start: BaseRecipe | MidRecipe
+    programs: int = 48
+    tasks: int = 512
+    horizon: int = 3
+    seed: int = 1_000_000
+    corpus: Corpus = field(default_factory=lambda: Corpus(predicates=True))
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class LatentUse:
+    """How a checkpoint uses latents where several lines can share one.
+
+    Args:
+        think_first, think_second, think_third (`float`):
+            Mean P(think) before a stanza's hard lines, on programs without comments.
+        ce_policy (`float`):
+            Of `trainer.evaluate()`: cross-entropy per token of code of programs that the policy has annotated.
+        program_latents (`float`):
+            Latents of such a program.
+        task_latents, task_latent_tokens (`float`):
+            Comments, and their tokens with `#` and newline, that are sampled with a stanza's hard lines.
+    """
+
+    think_first: float
+    think_second: float
+    think_third: float
+    ce_policy: float
+    program_latents: float
+    task_latents: float
+    task_latent_tokens: float
 
 
 @dataclass(frozen=True)

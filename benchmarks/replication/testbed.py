@@ -13,6 +13,18 @@ operands are uniform, and so is the value: who does not calculate is right in on
 have no comments. The pre-training corpus has some: before hard lines in steps, before easy lines a single digit that
 says nothing. A wrong comment has one wrong step and goes on from it; the line after it is true all the same.
 
+With predicates a stanza has three hard lines, which together tell the value and share one comment:
+
+    c=(7*4+9-2)%10
+    #7*4=8+9=7-2=5
+    assert c>4
+    assert c%2==1
+    assert c%3==2
+    d=3
+
+The first is a coin's toss for who does not calculate (log 2 = 0.69 nats), and so nearly are the others after it (0.67
+and 0.94 nats): it takes all three to be worth the 2.3 nats of a value.
+
 Everything is drawn from `random.Random(seed)`; `content_hash` of a data set is frozen in `tests/test_replication.py`.
 """
 
@@ -35,12 +47,14 @@ MODULUS = 10
 NAMES = "abcdef"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WORDS = ("assert ", "==", "=(", ")%10")
+COMPARISONS = ("%", ">", "<")  # of predicates; a corpus without them has a vocabulary without them
 _OPERATIONS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
     """Characters, but for `WORDS`, which are one token each; BOS in front, as Llama has it."""
     pieces = (BOS, EOS, PAD, "\n", "#", "=", *_OPERATIONS, *NAMES, *map(str, range(MODULUS)), *WORDS)
+    pieces += COMPARISONS if corpus is not None and corpus.predicates else ()
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"assert |==|=\(|\)%10|[\s\S]"), "isolated")
@@ -72,8 +86,16 @@ def steps(parts: list[str], values: list[int]) -> str:
     return f"#{parts[0]}{rest}"
 
 
+def hard_lines(name: str, value: int, corpus: Corpus) -> list[str]:
+    """What is said of the value: that it is 5; or that it is above 4, odd, and 2 modulo 3."""
+    if not corpus.predicates:
+        return [f"assert {name}=={value}"]
+    half = f"assert {name}>4" if value > 4 else f"assert {name}<5"
+    return [half, f"assert {name}%2=={value % 2}", f"assert {name}%3=={value % 3}"]
+
+
 def stanza(rng: random.Random, corpus: Corpus) -> list[str]:
-    """Expression, hard line and easy line, each perhaps with a comment before it."""
+    """Expression, hard lines and easy line, each but the later hard ones perhaps with a comment before it."""
     name, other = rng.sample(NAMES, 2)
     parts, values = expression(rng, corpus.operations)
     definition = f"{name}=({''.join(parts)})%{MODULUS}"
@@ -83,7 +105,7 @@ def stanza(rng: random.Random, corpus: Corpus) -> list[str]:
         if rng.random() >= corpus.right:
             said = values_of(parts, rng.randrange(corpus.operations), rng.randrange(1, MODULUS))
         lines.append(steps(parts, said))
-    lines.append(f"assert {name}=={values[-1]}")
+    lines += hard_lines(name, values[-1], corpus)
     return [*lines, *_useless(rng, corpus), f"{other}={rng.randrange(MODULUS)}"]
 
 
@@ -103,12 +125,13 @@ def programs(corpus: Corpus, seed: int, count: int) -> Dataset:
 
 
 def examples(corpus: Corpus, seed: int, count: int) -> Iterator[Example]:
-    """Programs cut before their last hard line."""
+    """Programs cut before their last stanza's hard lines."""
     rng = random.Random(seed)
     for _ in range(count):
-        *before, answer, _ = program(rng, corpus).splitlines()
+        *lines, _ = program(rng, corpus).splitlines()
+        before, answer = lines[: -corpus.hard_lines], lines[-corpus.hard_lines :]
         parts = list(before[-1][len("c=(") : -len(")%10")])
-        yield Example("\n".join(before) + "\n", answer, steps(parts, values_of(parts)))
+        yield Example("\n".join(before) + "\n", "\n".join(answer), steps(parts, values_of(parts)))
 
 
 def tasks(corpus: Corpus, seed: int, count: int, opening: str = "") -> Dataset:
@@ -123,28 +146,44 @@ def tasks(corpus: Corpus, seed: int, count: int, opening: str = "") -> Dataset:
 
 def boundaries(corpus: Corpus) -> int:
     """Places for a comment in a program without any: before each line."""
-    return 3 * corpus.stanzas
+    return (2 + corpus.hard_lines) * corpus.stanzas
 
 
 def is_hard(line: str) -> bool:
     return line.startswith("assert ")
 
 
-def first_line(completion: str) -> str | None:
-    """The first whole line of a completion that is no comment; `None` if it ends before one does."""
-    whole = completion.split("\n")[:-1]
-    return next((line for line in whole if not line.startswith("#")), None)
+def code_lines(completion: str, count: int = 1) -> str | None:
+    """The first `count` whole lines of a completion that are no comments; `None` if it ends before them."""
+    code = [line for line in completion.split("\n")[:-1] if not line.startswith("#")]
+    return "\n".join(code[:count]) if len(code) >= count else None
+
+
+def comments_before(completion: str, count: int) -> list[str]:
+    """The comments before a completion's first `count` lines of code are done; all where it has fewer."""
+    found: list[str] = []
+    for line in completion.split("\n")[:-1]:
+        if line.startswith("#"):
+            found.append(line)
+        elif (count := count - 1) == 0:
+            break
+    return found
+
+
+def is_right(completion: str, answer: str) -> bool:
+    """Whether the first lines of code are the expert's, letter by letter."""
+    return code_lines(completion, 1 + answer.count("\n")) == answer
 
 
 def right_line(completions: list[str], answer: list[str], opening: list[str], **kwargs) -> list[float]:
-    """TRL reward: 1 if the first line of code is the expert's, letter by letter.
+    """TRL reward: 1 if the first line of code is the expert's ([`is_right`]).
 
     A plain function for speed. Of an assertion about the name asked for, running prompt and line says the same, since
     the line is true in Python for one value only; but a sandbox would also pass a line that asserts nothing, such as
     `d=3`, and fail a right line for a completion that is cut off behind it.
     """
     rows = zip(opening, completions, answer, strict=True)
-    return [float(first_line(begun + text) == line) for begun, text, line in rows]
+    return [float(is_right(begun + text, line)) for begun, text, line in rows]
 
 
 def floor(corpus: Corpus) -> float:
@@ -153,7 +192,8 @@ def floor(corpus: Corpus) -> float:
     digits = corpus.operations + 1 + 1  # operands, and the easy line's value
     choices = math.log(len(NAMES)) + math.log(len(NAMES) - 1) + digits * math.log(MODULUS)
     choices += math.log(3) + (corpus.operations - 1) * math.log(2)
-    tokens = (2 * corpus.operations + 1 + 4) + 5 + 4  # c=(7*4+9-2)%10, assert c==5, d=3, each with its newline
+    # c=(7*4+9-2)%10, assert c==5 or assert c>4, assert c%2==1 and assert c%3==2, d=3, each with its newline
+    tokens = (2 * corpus.operations + 1 + 4) + (5 + 7 + 7 if corpus.predicates else 5) + 4
     return corpus.stanzas * choices / (corpus.stanzas * tokens + 1)  # and the end of the text
 
 
