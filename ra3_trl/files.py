@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 # What an older checkpoint may have left, by the weights of the new one.
 _BESIDE = ("adapter_*", "abstraction_*", "training_args.bin")
+_WEIGHTS = ("*.safetensors", "*.bin")
 _STALE = {"model": ("model*.safetensors*", "pytorch_model*.bin*", *_BESIDE), "adapter_model": _BESIDE}
 
 
@@ -52,10 +53,29 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
         return None
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Tells a folder's weights from others by their names, sizes and times, without reading them."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(folder).glob("*.safetensors"))]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+def fingerprint(name: str | Path, **place: Any) -> str:
+    """Tells a checkpoint's weights from others without reading them: a folder's by their files' names, sizes and
+    times, those of the Hub by their commit.
+
+    Args:
+        name (`str` or `Path`):
+            Folder or Hub id.
+        **place:
+            As for [`find_file`].
+
+    Raises:
+        `ValueError`: if there are no weights.
+    """
+    if Path(name).is_dir():
+        weights = sorted(p for pattern in _WEIGHTS for p in Path(name).glob(pattern))
+        found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]
+        if not found:
+            raise ValueError(f"{str(name)!r} is a folder without weights ({', '.join(_WEIGHTS)}).")
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    for filename in ("config.json", "adapter_config.json"):
+        if path := find_file(str(name), filename, **place):
+            return path.parent.name  # snapshots/COMMIT
+    raise ValueError(f"{name!r} has neither config.json nor adapter_config.json on the Hub.")
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import needs_bwrap
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
 
 from ra3_trl.cli import evaluate
 from ra3_trl.cli.main import guarded
 from ra3_trl.evaluation import draw, load_benchmark, plan_batches, read_results
+from ra3_trl.files import fingerprint
 from ra3_trl.generation import Completion
 
 
@@ -189,6 +191,57 @@ def test_damaged_files_are_named(tasks, plain_checkpoint, capsys, name):
     path.write_bytes(path.read_bytes().replace(b'"', b"", 1))
     assert run(*words) == 2
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@needs_bwrap
+@pytest.mark.parametrize("change", [
+    lambda lines: lines[1:2] + lines[:1] + lines[2:], lambda lines: [lines[0]] * len(lines),
+    lambda lines: ["null\n"] + lines[1:], lambda lines: [lines[0].replace('"tokens"', '"token"')] + lines[1:],
+], ids=["swapped", "repeated", "null", "without a field"])  # fmt: skip
+def test_samples_of_other_batches_are_not_taken(tasks, plain_checkpoint, capsys, change):
+    """Such as two processes in one folder leave: a task would be missing from pass@k and another counted twice."""
+    words = (plain_checkpoint, "--task", tasks, "--max_new_tokens", "4", "--output_dir", "out", "--no_card")
+    assert run(*words) == 0
+    path = Path("out", "samples.jsonl")
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    assert run(*words) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_weights_are_told_apart_wherever_they_are(tmp_path, monkeypatch):
+    """Also in the older format, and on the Hub, by the commit that a revision stands for."""
+    with pytest.raises(ValueError, match="without weights"):
+        fingerprint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a")
+    before = fingerprint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"ab")
+    assert fingerprint(tmp_path) != before
+    commits = {"main": "c0ffee", "v1": "facade"}
+
+    def download(name, filename, revision):
+        if filename == "config.json":
+            raise EntryNotFoundError("an adapter has none")
+        return str(tmp_path / "snapshots" / commits[revision] / filename)
+
+    monkeypatch.setattr("ra3_trl.files.hf_hub_download", download)
+    assert [fingerprint("org/name", revision=revision) for revision in commits] == ["c0ffee", "facade"]
+
+
+def test_latents_that_are_no_comments_are_refused():
+    """They would stand in the programs."""
+    evaluate._check_format(None)
+    evaluate._check_format({"action_format": "python"})
+    with pytest.raises(ValueError, match="`action_format` 'python_tags', whose latents are no comments"):
+        evaluate._check_format({"action_format": "python_tags"})
+
+
+@needs_bwrap
+def test_too_few_samples_from_elsewhere_are_refused_before_any_runs(tasks, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("".join(json.dumps({"task_id": name, "completion": text}) + "\n" for name, text in RIGHT.items()))
+    monkeypatch.setattr("ra3_trl.evaluation.Scorer.add", None)
+    assert run("--samples", str(path), "--task", tasks, "--k", "2") == 2
+    assert "`k` is 2 and `num_samples` 1" in capsys.readouterr().err
 
 
 @needs_bwrap

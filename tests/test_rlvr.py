@@ -478,6 +478,9 @@ DATA = [
     ([{"prompt": "x"}], "needs `test` and `entry_point`"),
     ([{"prompt": HEAD, "test_list": ["assert f("]}], "row 0 of the data.*are no Python"),
     ([ROW, ROW | {"entry_point": None}], "row 1 .*no `entry_point`"),
+    ([ROW, ROW | {"test": None}], "row 1 of the data"),
+    ([ROW, ROW | {"prompt": None}], "row 1 of the data has no `prompt`"),
+    ([ROW, ROW | {"prompt": ""}], "row 1 of the data has no `prompt`"),
     ([ROW | {"task_id": "HumanEval/3"}], "'HumanEval/3', which by its id"),
     ([{"task_id": 11, "prompt": HEAD, "test_list": ["assert f(1)"]}], "row 0 .* task 11, .*MBPP's test split"),
 ]

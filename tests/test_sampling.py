@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TOKENIZERS
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.generation import CompletionSettings, cut_at_stop, draw_completions
@@ -73,6 +73,21 @@ def test_what_the_prompt_begins_is_no_stop(wrapped):
     text = drawn(model, "def f(x):\n", max_new_tokens=24)[0].text
     assert drawn(model, "def f(x):\n", max_new_tokens=24, stop=("\n" + text[:2],))[0].text == text
     assert drawn(model, "def f(x):\n", max_new_tokens=24, stop=(text[:2],))[0].text == ""
+
+
+def test_the_checkpoints_generation_config_changes_nothing(wrapped):
+    """But for the ids that end a text; and it is left as it was."""
+    model = wrapped()
+    expected = drawn(model, *PROMPTS, max_new_tokens=8)
+    first = expected[0].token_ids[0]
+    changed = GenerationConfig(
+        suppress_tokens=[first], begin_suppress_tokens=[first], bad_words_ids=[[first]], guidance_scale=2.0,
+        return_dict_in_generate=True, sequence_bias=[[[first], -9.0]], max_time=1e-9,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )  # fmt: skip
+    model.pretrained_model.generation_config = changed
+    assert drawn(model, *PROMPTS, max_new_tokens=8) == expected
+    assert model.pretrained_model.generation_config is changed
 
 
 def test_the_end_of_the_text_is_drawn_and_padding_is_not(wrapped):

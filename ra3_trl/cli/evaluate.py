@@ -127,12 +127,13 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark, folder: Path, ju
         `dict[str, Any]`: `run` (the settings), `rows` (one for each sample), `seconds`.
     """
     model, settings = load_checkpoint(options.checkpoint, options.model_revision, options.dtype)
+    _check_format(settings)
     trained = settings is not None or model.abstraction_head.config.trained_on > 0
     think = options.think if trained or options.think != "auto" or options.threshold is not None else None
     drawn = completion_settings(options, benchmark.kind, think)
     about = {
         "checkpoint": public_name(options.checkpoint), "revision": options.model_revision, "dtype": options.dtype,
-        "weights": getattr(model.config, "_commit_hash", None) or fingerprint(options.checkpoint),
+        "weights": fingerprint(options.checkpoint, revision=options.model_revision),
     }  # fmt: skip
     scorer, start = Scorer(benchmark, judge), time.perf_counter()
     with tqdm(total=len(benchmark.tasks) * drawn.num_samples, unit="sample", desc=benchmark.name) as bar:
@@ -152,10 +153,25 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark, folder: Path, ju
     return {"run": run, "rows": rows, "seconds": {"draw": drawing, "judge": time.perf_counter() - start - drawing}}
 
 
-def judge_file(path: str, benchmark: Benchmark, judge: Judge) -> dict[str, Any]:
-    """As [`evaluate`], for samples that are there."""
+def _check_format(settings: dict[str, Any] | None) -> None:
+    """
+    Raises:
+        `ValueError`: for latents that are not comments of Python: they would stand in the programs.
+    """
+    action_format = (settings or {}).get("action_format", "python")
+    if action_format != "python":
+        raise ValueError(
+            f"the checkpoint was mid-trained with `action_format` {action_format!r}, whose latents are no comments of "
+            "Python, so its programs could not be run; use one that was trained with 'python'."
+        )
+
+
+def judge_file(path: str, benchmark: Benchmark, judge: Judge, ks: Sequence[int]) -> dict[str, Any]:
+    """As [`evaluate`], for samples that are there; there must be as many of each task as the largest of `ks`."""
     scorer, start = Scorer(benchmark, judge), time.perf_counter()
-    for task_id, samples in read_samples(path, benchmark).items():
+    found = read_samples(path, benchmark)
+    check_k(ks, min(map(len, found.values())))
+    for task_id, samples in found.items():
         for sample in samples:
             scorer.add(task_id, sample)
     rows = list(tqdm(scorer.rows(), total=len(scorer), unit="program", desc="verdicts"))
@@ -235,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(options.output_dir or f"results/{source}-{benchmark.name}")
     with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
         if options.samples:
-            found = judge_file(options.samples, benchmark, judge)
+            found = judge_file(options.samples, benchmark, judge, read_ks(options.k))
         else:
             found = evaluate(options, benchmark, folder, judge)
     results = finish(found, benchmark, read_ks(options.k), folder)

@@ -173,7 +173,9 @@ def load_data(script: RLVRScriptArguments, evaluates: bool) -> tuple[Data, Data 
             "`eval_strategy` is set and there is no evaluation data; leave it out, or pass a `dataset_name` that has "
             f"the split {script.dataset_test_split!r}."
         )
-    _check_data(train, script)
+    _check_data(train, script, script.allow_test_tasks)
+    if evaluates:
+        _check_data(held_out, script, True)
     return train, held_out if evaluates else None, stop if script.stop is None else tuple(script.stop)
 
 
@@ -215,8 +217,9 @@ def _as_data(tasks: list[Task]) -> Dataset:
     )
 
 
-def _check_data(data: Data, script: RLVRScriptArguments) -> None:
-    """Refuses data without prompts or tests, tests that can't be read, and tasks that are for testing."""
+def _check_data(data: Data, script: RLVRScriptArguments, may_be_tests: bool) -> None:
+    """Refuses data without prompts or tests, tests that can't be read, and tasks that are for testing unless they may
+    be; of a stream nothing but its columns is known."""
     columns = data.column_names or ()
     if columns and "prompt" not in columns:
         raise ValueError(f"the data has the columns {sorted(columns)}; GRPO needs a `prompt`.")
@@ -226,12 +229,14 @@ def _check_data(data: Data, script: RLVRScriptArguments) -> None:
             "`test_list`, or `inputs` and `outputs`."
         )
     for i, row in enumerate(data if isinstance(data, Dataset) else ()):
-        if not script.allow_test_tasks and _is_test_task(row):
+        if not may_be_tests and _is_test_task(row):
             raise ValueError(
                 f"row {i} of the data is the task {row['task_id']!r}, which by its id is one of HumanEval or of "
                 "MBPP's test split; leave it out, give tasks of your own other ids, or set `allow_test_tasks`."
             )
-        if script.executed and any(row.get(name) is not None for name in ("test", "test_list", "inputs")):
+        if not row.get("prompt"):
+            raise ValueError(f"row {i} of the data has no `prompt`; give it one, or leave the row out.")
+        if script.executed:
             try:
                 Problem.from_row(row)
             except (ValueError, TypeError) as error:

@@ -24,6 +24,7 @@ from .tasks import Benchmark, Task
 
 
 SAMPLES, RUN = "samples.jsonl", "run.json"
+_ROW = {"task_id", "completion", "sample", "tokens", "finished"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,14 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
         found = lines[end : end + size]
         if len(found) < size or not found[-1].endswith(b"\n"):
             break
-        done.append([_parsed(line, samples) for line in found])
+        rows = [_parsed(line, samples) for line in found]
+        planned = [(task.task_id, batch.first + i) for task in batch.tasks for i in range(batch.count)]
+        if [(row.get("task_id"), row.get("sample")) for row in rows] != planned or not all(map(_ROW.issubset, rows)):
+            raise ValueError(
+                f"{samples} is damaged (line {end + 1} and on are not the samples of {planned[0][0]!r} that were to "
+                "stand there); give another `output_dir`, or delete this one."
+            )
+        done.append(rows)
         end += size
     if lines[end:]:
         os.truncate(samples, sum(map(len, lines[:end])))
@@ -161,7 +169,10 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
 
 def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
+            raise ValueError("not the mapping that it was")
+        return found
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); give another `output_dir`, or delete this one.") from error
 

@@ -198,13 +198,16 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout, and without activation checkpointing, which drops the cache."""
-    was = model.training
+    """Without dropout, without activation checkpointing, which drops the cache, and without the checkpoint's
+    generation config, from which transformers would take what ours leaves out."""
+    was, config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
         model.train(was)
+        model.generation_config = config
 
 
 class _Stops(StoppingCriteria):
