@@ -35,7 +35,10 @@ from ra3_trl.rewards import code_execution_reward, get_think_cost_reward
 
 @dataclass
 class Arguments(ScriptArguments):
-    data_file: str | None = field(default=None, metadata={"help": "jsonl file with MBPP's columns, not the Hub's."})
+    data_file: str | None = field(
+        default=None,
+        metadata={"help": "jsonl file with MBPP's columns; of its ids 601 to 974."},
+    )
     think: Literal["auto", "always", "never"] = field(default="auto", metadata={"help": "Where latents stand."})
     think_cost: float = field(default=0.0, metadata={"help": "What a latent costs."})
 
@@ -48,6 +51,8 @@ def with_prompt(row: dict) -> dict:
 def main(script: Arguments, args: GRPOConfig, model: ModelConfig) -> None:
     if script.data_file:
         dataset = load_dataset("json", data_files=script.data_file, split="train")
+        if "task_id" in dataset.column_names:  # MBPP's file has all its splits
+            dataset = dataset.filter(lambda row: 601 <= row["task_id"] <= 974)
     else:
         dataset = load_dataset("google-research-datasets/mbpp", "full", split="train")
 

@@ -391,6 +391,7 @@ def test_few_shot_prompts_are_refused_where_they_can_not_be(added):
 
 def test_answers_are_cut_where_the_reference_cuts(added):
     latents = "    # a latent\n    y = x\n    # another\n    return y"
+    assert "__future__" not in completion_of(FUNCTION, "chat", "from __future__ import annotations\ndef f(): pass\n")
     assert completion_of(FUNCTION, "complete", latents) == latents
     for stop in ("\ndef g():", "\nclass A:", "\n# at the margin", "\nif __name__", "\nprint(1)", "\n@f", "\n```"):
         assert completion_of(FUNCTION, "complete", f"{latents}{stop} and more\ndef h(): pass") == latents

@@ -583,9 +583,16 @@ def test_example(folder, tmp_path, monkeypatch):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     argv = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(tmp_path / "out"), *SMALL[:-2]]
-    argv += ["--data_file", write(tmp_path / "mbpp.jsonl", mbpp(601, 602)), "--think", "always"]
+    argv += ["--data_file", write(tmp_path / "mbpp.jsonl", mbpp(11, 510, 601, 602)), "--think", "always"]
     parser = example.TrlParser((example.Arguments, example.GRPOConfig, example.ModelConfig))
+    trained = []
+    monkeypatch.setattr(
+        example.GRPOTrainer, "train",
+        lambda self, train=example.GRPOTrainer.train, **kwargs: trained.extend(self.train_dataset["task_id"])
+        or train(self, **kwargs),
+    )  # fmt: skip
     example.main(*parser.parse_args_and_config(argv))
+    assert trained == [601, 602]  # not the test split
     state = json.loads(next((tmp_path / "out").glob("checkpoint-*/trainer_state.json")).read_text())
     assert {"reward", "pass_rate", "think_rate", "latent_length"} <= set(state["log_history"][0])
     assert (tmp_path / "out" / "model.safetensors").is_file()

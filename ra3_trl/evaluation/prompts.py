@@ -108,6 +108,7 @@ def completion_of(task: Task, form: str, text: str) -> str:
     stops = stop_strings(task.kind, form)
     if form != "complete":
         text = re.sub(r"\A\s*```[^\n`]*\n", "", text)  # a fence that the model opens once more
+        text = re.sub(r"(?m)^from __future__ import .*\n", "", text)  # it may stand at a file's beginning only
     ends = [found for stop in stops if (found := text.find(stop)) >= 0]
     text = text[: min(ends, default=len(text))]
     if form == "complete":
