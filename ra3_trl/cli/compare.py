@@ -120,8 +120,16 @@ def _entrant(place: str, name: str | None) -> Entrant:
     results = read_results(folder)
     about = results.get("run", {})
     known = about.get("checkpoint")  # of a path its last part
-    here = known is not None and Path(known).is_dir() and fingerprint(known) == about.get("weights")
+    here = known is not None and _holds(Path(known), about.get("weights"))
     return Entrant(name or base.removesuffix(f"-{results['task']}"), place, results, known if here else None)
+
+
+def _holds(folder: Path, weights: str) -> bool:
+    """Whether a folder has the weights of this fingerprint."""
+    try:
+        return folder.is_dir() and fingerprint(folder) == weights
+    except ValueError:  # it has none
+        return False
 
 
 def read_tasks(options: argparse.Namespace, entrants: Sequence[Entrant]) -> tuple[list[int], Benchmark | None]:
