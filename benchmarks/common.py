@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,18 @@ SHARED = {
 LONG_PHASE = 1000  # so long that the probe of the code's loss, ten times a phase, stands at none of the timed updates
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _OPENING = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keeps the trainer's warnings, which a benchmark provokes on purpose, from the screen."""
+    logger = logging.getLogger("ra3_trl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def say(text: str) -> None:

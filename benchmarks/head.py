@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import time
 from collections import Counter
 from functools import partial
@@ -28,7 +27,7 @@ from ra3_trl.losses import compute_returns
 from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import load_code_directory, row_to_document, standard_library
 
-from .common import default_model, say
+from .common import default_model, no_warnings, say
 from .gate_testbed import expert, make_tokenizer, pretrain, probe
 
 
@@ -256,9 +255,9 @@ def real_code(updates: int) -> dict[str, Any]:
     return found | {f"real_annotation_skip_{skip}_latents_kept": placed[skip] / placed[0.0] for skip in SKIPS}
 
 
+@no_warnings()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All parts, for each seed."""
-    logging.getLogger("ra3_trl").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     say(f"pre-training {args.seeds} models")

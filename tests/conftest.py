@@ -6,6 +6,7 @@ Nothing here needs the network: tokenizers are trained on a few files of the sta
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -134,6 +135,14 @@ def tokenizers_are_left_alone(tokenizers):
     before = {name: len(tokenizer) for name, tokenizer in tokenizers.items()}
     yield
     assert {name: len(tokenizer) for name, tokenizer in tokenizers.items()} == before, "change a copy"
+
+
+@pytest.fixture(autouse=True)
+def loggers_are_left_alone():
+    """A level that a test leaves behind would hide warnings from later tests."""
+    before = {name: logging.getLogger(name).level for name in ("ra3_trl", "transformers", "trl")}
+    yield
+    assert {name: logging.getLogger(name).level for name in before} == before, "put the level back"
 
 
 @pytest.fixture(scope="session", params=TOKENIZERS)

@@ -18,7 +18,6 @@ from ra3_trl.rewards import (
     Sandbox,
     code_execution_reward,
     count_code_lines,
-    count_latents,
     extract_program,
     find_latents,
     format_reward,
@@ -194,7 +193,7 @@ def test_format_reward():
 def test_think_cost_reward():
     # Two own-line comments; one behind code; two in a text that is cut; none in a string.
     texts = ["# a\nx = 1\n    # b\n", "x = 1  # c\n", "# d\nx = (\n    # e", "'''\n# f\n'''\n"]
-    assert [count_latents(text) for text in texts] == [2, 0, 2, 0]
+    assert [len(find_latents(text)) for text in texts] == [2, 0, 2, 0]
     assert think_cost_reward(texts, prompts=None) == [-0.02, 0.0, -0.02, 0.0]
     assert get_think_cost_reward(0.5)([texts[0]]) == [-1.0]
     assert get_think_cost_reward().__name__ == "think_cost_reward"
@@ -206,6 +205,26 @@ def test_latents_and_lines_of_code():
     text = '# a\nx = 1  # b\n\n    #c\ny = """\n# d\n"""\n'
     assert find_latents(text) == [" a", "c"]
     assert count_code_lines(text) == 3  # a row of a string that begins with # is not told from a comment
+
+
+PROMPT = 'def f(x):\n    # given\n    """Doc.\n'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "latents"),
+    [
+        # It closes the docstring, and begins deeper than it ends: alone, it would be no Python.
+        (PROMPT, '    # no\n    """\n    # a\n    return x\n# b\nf(1)\n', 2),
+        ("def f(x):\n    if x:\n", "        # a\n        x = 1\n    # b\n    return x\n", 2),
+        ("x = 1 ", "# behind code\n", 0),
+        ("#", " begun by the prompt\n# a\n", 1),
+        ("Write f.", "# Heading\n```python\n# a\ndef f(): pass\n```\n# Another\n", 1),
+        ([{"role": "user", "content": "Write f."}], [{"role": "assistant", "content": "# T\n```\nx = 1\n```\n"}], 0),
+        (None, "# a\nx = 1\n", 1),
+    ],
+)
+def test_latents_are_those_of_the_program(prompt, completion, latents):
+    assert think_cost_reward([completion], prompts=[prompt]) == [-0.01 * latents]
 
 
 def test_metrics_are_logged_for_each_completion():
@@ -270,7 +289,10 @@ def test_a_judge_of_ones_own_can_be_given_up(judge):
         ("Write f.", "def f(): pass\n", "def f(): pass\n"),
         ("Write f.", "a\n```python\nx = 1\n```\nb\n```\ny = 2\n```", "y = 2\n"),
         ("Write f.", "```python\nx = 1\n", "x = 1\n"),
+        ("Fibonacci", "```python\nx = 1\n```", "x = 1\n"),
         (None, [{"role": "assistant", "content": "x = 1"}], "x = 1"),
+        # As `ra3 evaluate` judges answers to its `complete` prompts: it fails.
+        ('"""\nWrite f.\n"""\n', "```python\nx = 1\n```", '"""\nWrite f.\n"""\n```python\nx = 1\n```'),
     ],
 )
 def test_programs_are_found_in_completions(prompt, completion, program):

@@ -19,7 +19,7 @@ from ra3_trl.cli.data import hold_out
 from ra3_trl.cli.main import guarded
 from ra3_trl.config_file import write_settings
 from ra3_trl.evaluation import bootstrap_interval, draw, paired_interval
-from ra3_trl.evaluation.compare import common_ks, compare_runs, sampling_notes
+from ra3_trl.evaluation.compare import Problems, check_same_problems, common_ks, compare_runs, sampling_notes
 from ra3_trl.report.compare import comparison_markdown, comparison_rows, plot_comparison
 
 
@@ -32,7 +32,9 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def results(passed: list[int], n: int = 4, plus: list[int] | None = None, task: str = "toy", k=(1,), **settings):
+def results(
+    passed: list[int], n: int = 4, plus: list[int] | None = None, task: str = "toy", k=(1,), tasks=None, **settings
+):
     """What `ra3 evaluate` writes, of problems of which so many of `n` samples passed."""
 
     def verdicts(count):
@@ -41,7 +43,15 @@ def results(passed: list[int], n: int = 4, plus: list[int] | None = None, task: 
     problems = {f"T/{i}": {"verdict": verdicts(count)} for i, count in enumerate(passed)}
     for i, count in enumerate(plus or []):
         problems[f"T/{i}"]["plus_verdict"] = verdicts(count)
-    run = {"checkpoint": "gone", "weights": "0", "form": "complete", "dtype": "auto", "settings": SETTINGS | settings}
+    run = {
+        "tasks": tasks,
+        "limits": {"seconds": 3.0, "memory_mb": 512},
+        "checkpoint": "gone",
+        "weights": "0",
+        "form": "complete",
+        "dtype": "auto",
+        "settings": SETTINGS | settings,
+    }
     return {
         "task": task, "run": run, "num_tasks": len(passed), "num_samples": n, "problems": problems,
         "pass@k": {str(one): {"value": 0.0} for one in k}, "think_rate": 0.25, "latents_per_sample": 1.5,
@@ -134,7 +144,48 @@ def test_other_settings_are_named_but_for_thinking(other, says):
 
 def test_samples_from_elsewhere_are_named():
     notes = sampling_notes({"a": results([1]), "b": results([1]) | {"run": {"samples": "x.jsonl"}}})
-    assert notes == ["b was judged from a file of samples; how they were drawn is not known."]
+    assert notes == [
+        "b was judged from a file of samples; how they were drawn is not known.",
+        "Programs of a ran under 3 s and 512 MiB, those of b under unknown limits.",
+    ]
+
+
+def test_other_limits_are_named():
+    a, b = results([1]), results([1])
+    b["run"]["limits"] = {"seconds": 10.0, "memory_mb": 512}
+    assert sampling_notes({"a": a, "b": b, "c": a}) == [
+        "Programs of a ran under 3 s and 512 MiB, those of b under 10 s and 512 MiB."
+    ]
+
+
+def test_a_task_by_another_name_is_the_same():
+    a, b = results([1], tasks="f"), results([1], task="copy", tasks="f")
+    check_same_problems({"a": Problems.of_run(a), "b": Problems.of_run(b)})
+
+
+DAMAGES = {
+    "no verdicts": {"problems": {"T/0": {}}},
+    "no problems": {"problems": {}},
+    "a list": {"problems": [["passed"]]},
+    "a word": {"problems": {"T/0": {"verdict": "passed"}}},
+    "an unknown verdict": {"problems": {"T/0": {"verdict": ["good"]}}},
+    "no run": {"run": None},
+    "odd settings": {"run": {"settings": 3}},
+    "a number": {"pass@k": 3},
+    "odd k": {"pass@k": {"one": {"value": 1.0}}},
+    "no value": {"pass@k": {"1": {}}},
+    "no task": {"task": 3},
+    "odd means": {"think_rate": "0.5"},
+    "odd counts": {"verdicts": {"passed": "1"}},
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_results_are_named(change, capsys):
+    write("a", results([1]))
+    write("b", results([1]) | change)
+    assert run("a", "b") == 2
+    assert "results.json of 'b' is damaged" in capsys.readouterr().err
 
 
 # ---- table and picture ----
@@ -221,6 +272,8 @@ def nothing_is_loaded(monkeypatch):
         (("a", "b", "--names", "x", "../y"), "'../y', which is no folder's name"),
         (("a", "empty"), "'empty' is a folder with neither config.json"),
         (("a", "file"), "'file' is a file"),
+        (("a", "changed"), "'a' and 'changed' are of problems of the same ids with other prompts or tests"),
+        (("a", "changed", "--task", "both.jsonl"), "'a' and 'changed' are of problems of the same ids"),
         (("a", "mbpp"), "'a' is of the task 'toy' and 'mbpp' of 'mbpp'"),
         (("a", "fewer"), "'fewer' has no results for 1 of the problems ('T/1'), which 'a' has"),
         (("fewer", "a"), "'fewer' has no results for 1 of the problems ('T/1')"),
@@ -238,7 +291,8 @@ def nothing_is_loaded(monkeypatch):
 )
 def test_bad_input_is_refused_before_anything_is_loaded(nothing_is_loaded, capsys, words, says):
     for name, found in (
-        ("a", results([1, 2])), ("b", results([1, 2])), ("fewer", results([1])), ("only2", results([1, 2], k=(2,))),
+        ("a", results([1, 2], tasks="f")), ("changed", results([1, 2], tasks="g")), ("b", results([1, 2])),
+        ("fewer", results([1])), ("only2", results([1, 2], k=(2,))),
         ("mbpp", results([1, 2], task="mbpp")),
     ):  # fmt: skip
         write(name, found)

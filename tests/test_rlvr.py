@@ -297,6 +297,12 @@ def test_what_is_not_heeded_is_refused(make_grpo):
     for setting in ({"repetition_penalty": 1.1}, {"min_p": 0.1}, {"generation_kwargs": {"num_beams": 2}}):
         with pytest.raises(ValueError, match=f"`{next(iter(setting))}` is .*; leave it out"):
             make_grpo(CompletionRollout(), [odd_reward], **setting).train()
+    with pytest.raises(ValueError, match="`temperature` is 0.0, at which all completions are the same"):
+        make_grpo(CompletionRollout(), [odd_reward], temperature=0.0).train()
+
+
+def test_no_top_k_is_all(make_grpo):
+    make_grpo(CompletionRollout(), [odd_reward], top_k=None).train()
 
 
 @pytest.mark.parametrize(("kind", "stage", "name"), [("FSDP", None, "FSDP"), ("DEEPSPEED", 3, "ZeRO-3")])
@@ -481,6 +487,11 @@ DATA = [
     ([ROW, ROW | {"test": None}], "row 1 of the data"),
     ([ROW, ROW | {"prompt": None}], "row 1 of the data has no `prompt`"),
     ([ROW, ROW | {"prompt": ""}], "row 1 of the data has no `prompt`"),
+    ([ROW | {"entry_point": 3}], "row 0 of the data: `entry_point` holds 3"),
+    ([ROW | {"test": 3}], "row 0 of the data: `tests` holds 3"),
+    ([{"prompt": HEAD, "test_list": 3}], "row 0 of the data: `test_list` is 3"),
+    ([{"prompt": HEAD, "inputs": "1", "outputs": "1"}], "row 0 of the data: `inputs` is '1'"),
+    ([], "an empty file"),
     ([ROW | {"task_id": "HumanEval/3"}], "'HumanEval/3', which by its id"),
     ([{"task_id": 11, "prompt": HEAD, "test_list": ["assert f(1)"]}], "row 0 .* task 11, .*MBPP's test split"),
 ]
@@ -536,6 +547,13 @@ def test_a_stream_and_stops_of_ones_own(folder, rewards_here, capsys):
     assert cli(folder, rewards_here / "out", *OWN, *options) == 0
     drawn = Dataset.from_parquet(str(rewards_here / "out" / "completions" / "completions_00001.parquet"))
     assert all(text.count("\n") <= 1 and text.count("e") <= 2 for text in drawn["completion"])  # in the last token
+
+
+def test_a_streams_rows_are_checked_as_they_come(folder, rewards_here, capsys):
+    path = write(rewards_here / "data.jsonl", [{"prompt": HEAD}, {"prompt": HEAD, "task_id": "HumanEval/3"}] * 4)
+    options = ["--dataset_name", path, "--dataset_streaming", "true"]
+    assert cli(folder, rewards_here / "out", *OWN, *options) == 2
+    assert "row 1 of the data is the task 'HumanEval/3'" in capsys.readouterr().err
 
 
 def test_what_the_card_calls_the_data(tmp_path):

@@ -8,13 +8,13 @@ measured over seeds. All of it goes through `RA3MidTrainer`, `GRPOTrainer` and `
 from __future__ import annotations
 
 import argparse
-import logging
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from datasets import disable_progress_bars
 
+from ..common import no_warnings
 from .experiments import EXPERIMENTS, run_experiment
 from .store import Store
 from .table import Form, find_bases, rows, run_seed, samples
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2)
 
 
+@no_warnings()
 def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     """Bases, seeds and rows; whatever the cache has is not done again."""
-    logging.getLogger("ra3_trl").setLevel(logging.ERROR)
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store, form = Store(args.cache), form or Form(full=args.full)

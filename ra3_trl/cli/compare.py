@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ..config_file import read_settings
 from ..evaluation import Benchmark, check_k, read_results
-from ..evaluation.compare import check_same_problems, common_ks, compare_runs, sampling_notes
+from ..evaluation.compare import Problems, check_same_problems, common_ks, compare_runs, sampling_notes
 from ..evaluation.results import RESULTS
 from ..files import find_file, fingerprint
 from ..hub.card import public_name
@@ -118,9 +118,9 @@ def _entrant(place: str, name: str | None) -> Entrant:
             f"{place!r} is a folder with neither config.json (a checkpoint) nor {RESULTS} (of `ra3 evaluate`)."
         )
     results = read_results(folder)
-    about = results.get("run", {})
+    about = results["run"]
     known = about.get("checkpoint")  # of a path its last part
-    here = known is not None and _holds(Path(known), about.get("weights"))
+    here = isinstance(known, str) and _holds(Path(known), about.get("weights"))
     return Entrant(name or base.removesuffix(f"-{results['task']}"), place, results, known if here else None)
 
 
@@ -151,11 +151,12 @@ def read_tasks(options: argparse.Namespace, entrants: Sequence[Entrant]) -> tupl
             raise ValueError(f"`task` is missing; the results are of {known!r}, so give the file of its problems.")
         options.task = known if known in ("humaneval", "mbpp") else None
     benchmark = evaluate.read_benchmark(options) if options.task and (drawn or solutions) else None
-    tasks = {name: run["task"] for name, run in runs.items()}
-    problems = {name: run["problems"] for name, run in runs.items()}
-    for name in drawn:
-        tasks[name], problems[name] = benchmark.name, [task.task_id for task in benchmark.tasks]
-    check_same_problems(tasks, problems)
+    problems = {name: Problems.of_run(run) for name, run in runs.items()}
+    if benchmark and not drawn:  # for its solutions, of the problems that the results are of
+        benchmark = benchmark.only(next(iter(runs.values()))["problems"])
+    if benchmark:
+        problems |= dict.fromkeys(drawn or [f"`task` {benchmark.name}"], Problems.of_benchmark(benchmark))
+    check_same_problems(problems)
     return ks, benchmark
 
 
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     if measured and not options.no_ce:
         texts, source = held_out(options, benchmark)
     entropy = CrossEntropy(options, measured) if texts is not None else None
-    task = benchmark.name if benchmark else entrants[0].results["task"]
+    task = next((one.results["task"] for one in entrants if one.results is not None), benchmark and benchmark.name)
     folder = Path(options.output_dir or f"results/compare-{task}")
     runs = _evaluated(options, entrants, benchmark, ks, folder)
     models, notes = compare_runs(runs, ks), sampling_notes(runs)

@@ -59,6 +59,8 @@ def _load(name: str, config: str | None, split: str, streaming: bool):
     if suffix in _READERS:
         if not path.is_file():
             raise ValueError(f"`dataset_name` is {name!r}, but there is no such file.")
+        if not path.stat().st_size:
+            raise ValueError(f"`dataset_name` is {name!r}, an empty file; give one with rows.")
         options = {"data_files": {"train": name}, "split": wanted or "train"}
         return load_dataset(_READERS[suffix], streaming=streaming, **options)
     if path.is_dir() and not streaming and any(path.glob("**/*.py")) and not any(path.glob("**/*.json*")):

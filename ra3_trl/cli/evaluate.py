@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ from ..evaluation import (
     draw_samples,
     load_benchmark,
     push_results,
+    read_results,
     read_samples,
     stop_strings,
     summarise,
     write_results,
 )
+from ..evaluation.draw import RUN
 from ..evaluation.results import RESULTS
 from ..files import fingerprint
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings
@@ -126,6 +129,7 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark, folder: Path, ju
     Returns:
         `dict[str, Any]`: `run` (the settings), `rows` (one for each sample), `seconds`.
     """
+    _check_folder(folder, None)
     model, settings = load_checkpoint(options.checkpoint, options.model_revision, options.dtype)
     _check_format(settings)
     trained = settings is not None or model.abstraction_head.config.trained_on > 0
@@ -140,7 +144,7 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark, folder: Path, ju
 
         def take(rows: list[dict[str, Any]]) -> None:
             for row in rows:
-                scorer.add(row["task_id"], Sample(row["completion"]), tokens=row["tokens"], finished=row["finished"])
+                scorer.add(row["task_id"], Sample.of_row(row), tokens=row["tokens"], finished=row["finished"])
             bar.update(len(rows))
 
         draw_samples(
@@ -150,7 +154,14 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark, folder: Path, ju
     drawing = time.perf_counter() - start
     rows = list(tqdm(scorer.rows(), total=len(scorer), unit="program", desc="verdicts"))
     run = {**about, "form": options.prompt_form, "seed": options.seed, "settings": vars(drawn)}
-    return {"run": run, "rows": rows, "seconds": {"draw": drawing, "judge": time.perf_counter() - start - drawing}}
+    seconds = {"draw": drawing, "judge": time.perf_counter() - start - drawing}
+    return {"run": run | _judged(benchmark, judge), "rows": rows, "seconds": seconds}
+
+
+def _judged(benchmark: Benchmark, judge: Judge) -> dict[str, Any]:
+    """What verdicts depend on."""
+    limits = judge.sandbox.limits
+    return {"tasks": benchmark.fingerprint, "limits": {"seconds": limits.seconds, "memory_mb": limits.memory_mb}}
 
 
 def _check_format(settings: dict[str, Any] | None) -> None:
@@ -166,21 +177,44 @@ def _check_format(settings: dict[str, Any] | None) -> None:
         )
 
 
-def judge_file(path: str, benchmark: Benchmark, judge: Judge, ks: Sequence[int]) -> dict[str, Any]:
+def judge_file(path: str, benchmark: Benchmark, judge: Judge, ks: Sequence[int], folder: Path) -> dict[str, Any]:
     """As [`evaluate`], for samples that are there; there must be as many of each task as the largest of `ks`."""
     scorer, start = Scorer(benchmark, judge), time.perf_counter()
     found = read_samples(path, benchmark)
     check_k(ks, min(map(len, found.values())))
+    _check_folder(folder, path)
     for task_id, samples in found.items():
         for sample in samples:
             scorer.add(task_id, sample)
     rows = list(tqdm(scorer.rows(), total=len(scorer), unit="program", desc="verdicts"))
-    return {"run": {"samples": public_name(path)}, "rows": rows, "seconds": {"judge": time.perf_counter() - start}}
+    run = {"samples": public_name(path), "content": _content(path), **_judged(benchmark, judge)}
+    return {"run": run, "rows": rows, "seconds": {"judge": time.perf_counter() - start}}
+
+
+def _content(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+
+
+def _check_folder(folder: Path, samples: str | None) -> None:
+    """
+    Raises:
+        `ValueError`: if the folder holds results of other samples, which would be written over.
+    """
+    if not (folder / RESULTS).is_file():
+        return
+    try:
+        content = read_results(folder)["run"].get("content")
+    except ValueError:  # damaged; what it was of is not known
+        content = None
+    if content != (samples and _content(samples)) or (samples is None) != (folder / RUN).is_file():
+        raise ValueError(f"{str(folder)!r} holds results of other samples; give another `output_dir`, or delete it.")
 
 
 def report(results: dict[str, Any]) -> str:
     """The numbers in words, a line each."""
-    lines = [f"{results['task']}: {results['num_tasks']} tasks, {results['num_samples']} samples each"]
+    few, most = results["num_samples"], max(len(one["verdict"]) for one in results["problems"].values())
+    samples = f"{few} sample{'s' * (few > 1)} each" if few == most else f"{few} to {most} samples each"
+    lines = [f"{results['task']}: {results['num_tasks']} task{'s' * (results['num_tasks'] > 1)}, {samples}"]
     for prefix, plus in (("", ""), ("plus_", " (EvalPlus)")):
         for k, found in results.get(f"{prefix}pass@k", {}).items():
             lines.append(f"pass@{k}{plus}: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
@@ -251,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(options.output_dir or f"results/{source}-{benchmark.name}")
     with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
         if options.samples:
-            found = judge_file(options.samples, benchmark, judge, read_ks(options.k))
+            found = judge_file(options.samples, benchmark, judge, read_ks(options.k), folder)
         else:
             found = evaluate(options, benchmark, folder, judge)
     results = finish(found, benchmark, read_ks(options.k), folder)

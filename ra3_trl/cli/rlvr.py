@@ -174,8 +174,10 @@ def load_data(script: RLVRScriptArguments, evaluates: bool) -> tuple[Data, Data 
             f"the split {script.dataset_test_split!r}."
         )
     _check_data(train, script, script.allow_test_tasks)
+    train = _watched(train, script, script.allow_test_tasks)
     if evaluates:
         _check_data(held_out, script, True)
+        held_out = _watched(held_out, script, True)
     return train, held_out if evaluates else None, stop if script.stop is None else tuple(script.stop)
 
 
@@ -219,7 +221,7 @@ def _as_data(tasks: list[Task]) -> Dataset:
 
 def _check_data(data: Data, script: RLVRScriptArguments, may_be_tests: bool) -> None:
     """Refuses data without prompts or tests, tests that can't be read, and tasks that are for testing unless they may
-    be; of a stream nothing but its columns is known."""
+    be; of a stream nothing but its columns is known yet, see [`_watched`]."""
     columns = data.column_names or ()
     if columns and "prompt" not in columns:
         raise ValueError(f"the data has the columns {sorted(columns)}; GRPO needs a `prompt`.")
@@ -228,19 +230,35 @@ def _check_data(data: Data, script: RLVRScriptArguments, may_be_tests: bool) -> 
             f"the data has the columns {sorted(columns)}; {script.executed[0]!r} needs `test` and `entry_point`, "
             "`test_list`, or `inputs` and `outputs`."
         )
+    if isinstance(data, Dataset) and not len(data):
+        raise ValueError("the data has no rows; give it at least one.")
     for i, row in enumerate(data if isinstance(data, Dataset) else ()):
-        if not may_be_tests and _is_test_task(row):
-            raise ValueError(
-                f"row {i} of the data is the task {row['task_id']!r}, which by its id is one of HumanEval or of "
-                "MBPP's test split; leave it out, give tasks of your own other ids, or set `allow_test_tasks`."
-            )
-        if not row.get("prompt"):
-            raise ValueError(f"row {i} of the data has no `prompt`; give it one, or leave the row out.")
-        if script.executed:
-            try:
-                Problem.from_row(row)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"row {i} of the data: {error}") from error
+        _check_row(row, i, bool(script.executed), may_be_tests)
+
+
+def _check_row(row: dict[str, Any], i: int, executed: bool, may_be_tests: bool) -> dict[str, Any]:
+    """`row`, as it is."""
+    if not may_be_tests and _is_test_task(row):
+        raise ValueError(
+            f"row {i} of the data is the task {row['task_id']!r}, which by its id is one of HumanEval or of MBPP's "
+            "test split; leave it out, give tasks of your own other ids, or set `allow_test_tasks`."
+        )
+    if not row.get("prompt"):
+        raise ValueError(f"row {i} of the data has no `prompt`; give it one, or leave the row out.")
+    if executed:
+        try:
+            Problem.from_row(row)
+        except ValueError as error:
+            raise ValueError(f"row {i} of the data: {error}") from error
+    return row
+
+
+def _watched(data: Data, script: RLVRScriptArguments, may_be_tests: bool) -> Data:
+    """`data`; a stream's rows are checked as they come."""
+    if isinstance(data, Dataset):
+        return data
+    known = {"executed": bool(script.executed), "may_be_tests": may_be_tests}
+    return data.map(_check_row, with_indices=True, fn_kwargs=known, features=data.features)
 
 
 def _is_test_task(row: dict[str, Any]) -> bool:

@@ -5,9 +5,9 @@ from pathlib import Path
 from .card import add_to_card, card_results, push_results
 from .draw import draw_samples, plan_batches
 from .passk import bootstrap_interval, estimate, paired_interval, pass_at_k
-from .prompts import PROMPT_FORMS, completion_of, render_prompt, stop_strings
+from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .results import Scorer, check_k, read_results, summarise, write_results
-from .samples import Sample, read_samples, sample_row
+from .samples import Sample, read_samples
 from .tasks import Benchmark, Task, load_benchmark
 
 
@@ -24,7 +24,6 @@ __all__ = [
     "bootstrap_interval",
     "card_results",
     "check_k",
-    "completion_of",
     "draw_samples",
     "estimate",
     "load_benchmark",
@@ -35,7 +34,7 @@ __all__ = [
     "read_results",
     "read_samples",
     "render_prompt",
-    "sample_row",
+    "sample_of",
     "stop_strings",
     "summarise",
     "write_results",

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, metadata_update
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from yaml import YAMLError
 
 
 _NAMES = {"humaneval": "HumanEval", "mbpp": "MBPP"}
@@ -43,11 +44,21 @@ def card_results(results: dict[str, Any]) -> list[EvalResult]:
 
 def add_to_card(results: dict[str, Any], folder: Path) -> bool:
     """Puts a run's results into the card of a checkpoint's folder, in the place of the same ones; false if it has
-    none."""
+    none.
+
+    Raises:
+        `ValueError`: if its metadata can't be read.
+    """
     path = folder / "README.md"
     if not path.is_file():
         return False
-    card = ModelCard.load(path)
+    try:
+        card = ModelCard.load(path)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(
+            f"the results are saved, but not in {path}, whose metadata can't be read ({error}); correct them, or set "
+            "`no_card`."
+        ) from error
     card.data.model_name = card.data.model_name or folder.resolve().name
     card.data.eval_results = _merged(card.data.eval_results or [], card_results(results))
     card.save(path)

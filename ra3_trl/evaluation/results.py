@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..files import read_versioned
-from ..rewards import Judge, Result, count_code_lines, count_latents
+from ..rewards import VERDICTS, Judge, Result, count_code_lines, find_latents
 from .passk import bootstrap_interval, pass_at_k
 from .samples import Sample
 from .tasks import Benchmark
 
 
 VERSION, RESULTS = 1, "results.json"
+_MEANS = ("num_samples", "forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished")
 
 
 class Scorer:
@@ -41,8 +42,9 @@ class Scorer:
         """Puts a sample in line; `facts` are what is known of it, such as its `tokens`."""
         task = self.tasks[task_id]
         program = sample.program(task)
-        text = program.removeprefix(task.prompt)
-        facts = {"task_id": task_id, **facts, "latents": count_latents(text), "lines": count_code_lines(text)}
+        begin = 0 if sample.whole else len(task.prompt)
+        facts = {"task_id": task_id, **facts, "latents": len(find_latents(program, begin))}
+        facts["lines"] = count_code_lines(program[begin:])
         plus = None if task.plus is None else self.judge.submit(task.plus, program)
         self._line.append((facts, self.judge.submit(task.problem, program), plus))
 
@@ -84,14 +86,15 @@ def summarise(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
 
     Returns:
         `dict[str, Any]`: `pass@k` by k, each with `value`, `low` and `high` (95 % bootstrap interval over problems)
-        and, where there are EvalPlus's tests, `plus_pass@k`; counts of verdicts; means over samples of tokens, latents
+        and, where there are EvalPlus's tests, `plus_pass@k`; `num_samples`, the smallest number of samples of a
+        problem; counts of verdicts; means over samples of tokens, latents
         and `think_rate` (latents for each line of code); `problems` with the numbers of each.
     """
     problems: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         problems[row["task_id"]].append(row)
     kinds = ["verdict", *(["plus_verdict"] if "plus_verdict" in rows[0] else [])]
-    found: dict[str, Any] = {"num_tasks": len(problems), "num_samples": len(rows) // len(problems)}
+    found: dict[str, Any] = {"num_tasks": len(problems), "num_samples": min(map(len, problems.values()))}
     for kind in kinds:
         name = kind.removesuffix("verdict")
         passed = {task: [row[kind] == "passed" for row in of_task] for task, of_task in problems.items()}
@@ -139,5 +142,28 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no {RESULTS}; give a folder that `ra3 evaluate` wrote.")
     with read_versioned(path, str(folder), VERSION, "run `ra3 evaluate` again") as found:
-        _ = found["problems"], found["pass@k"], found["task"]
+        found.setdefault("run", {})
+        _require_form(found)
     return found
+
+
+def _require_form(found: dict[str, Any]) -> None:
+    """
+    Raises:
+        `KeyError`, `TypeError`: for what `ra3 evaluate` does not write.
+    """
+    problems, run = found["problems"], found["run"]
+    kinds = "verdict", "plus_verdict"
+    verdicts = [of_task[kind] for of_task in problems.values() for kind in kinds if kind in of_task]
+    numbers = [one["value"] for name in ("pass@k", "plus_pass@k") for one in found.get(name, {}).values()]
+    numbers += [found[name] for name in _MEANS if name in found] + list(found["verdicts"].values())
+    right = {
+        "task": isinstance(found["task"], str),
+        "run": all(isinstance(one, dict) for one in (run, run.get("settings", {}), run.get("limits") or {})),
+        "problems": problems and all("verdict" in of_task for of_task in problems.values())
+        and all(isinstance(one, list) and one and set(one) <= set(VERDICTS) for one in verdicts),
+        "pass@k": found["pass@k"] and all(k.isdecimal() and int(k) > 0 for k in found["pass@k"]),
+        "numbers": all(isinstance(one, int | float) for one in numbers),
+    }  # fmt: skip
+    if wrong := [name for name, holds in right.items() if not holds]:
+        raise TypeError(f"`{wrong[0]}` is not what it was")

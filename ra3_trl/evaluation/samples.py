@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,16 @@ class Sample:
         """The program to be judged."""
         return self.text if self.whole else task.prompt + self.text
 
+    def row(self, task_id: str) -> dict[str, Any]:
+        """Its row of samples.jsonl, as the reference tools read it."""
+        return {"task_id": task_id, "solution" if self.whole else "completion": self.text}
 
-def sample_row(task_id: str, completion: str) -> dict[str, Any]:
-    """A row of samples.jsonl, as the reference tool reads it."""
-    return {"task_id": task_id, "completion": completion}
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Sample | None:
+        """The sample of a row, `None` where it has none."""
+        whole = row.get("solution") is not None
+        text = row.get("solution" if whole else "completion")
+        return cls(text, whole) if isinstance(text, str) else None
 
 
 def read_samples(path: str | Path, benchmark: Benchmark, allow_missing: bool = False) -> dict[str, list[Sample]]:
@@ -48,12 +55,11 @@ def read_samples(path: str | Path, benchmark: Benchmark, allow_missing: bool = F
     found: dict[str, list[Sample]] = {task.task_id: [] for task in benchmark.tasks}
     unknown: dict[str, str] = {}
     for where, row in read_rows(path):
-        whole = row.get("solution") is not None
-        text, task_id = row.get("solution" if whole else "completion"), row.get("task_id")
-        if not isinstance(text, str) or not isinstance(task_id, str):
+        sample, task_id = Sample.of_row(row), row.get("task_id")
+        if sample is None or not isinstance(task_id, str):
             raise ValueError(f"{where} has the columns {sorted(row)}; give the texts `task_id` and `completion`.")
         if task_id in found:
-            found[task_id].append(Sample(text, whole))
+            found[task_id].append(sample)
         else:
             unknown.setdefault(task_id, where)
     if unknown:

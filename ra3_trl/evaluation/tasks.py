@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import codeop
 import gzip
+import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ class Benchmark:
     kind: str
     shots: tuple[Task, ...] = ()
     hub_id: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the tasks' prompts and tests from others, whatever they are called."""
+        told = [(task.task_id, task.prompt, task.problem, task.plus) for task in self.tasks]
+        return hashlib.sha256(repr(sorted(told, key=itemgetter(0))).encode()).hexdigest()[:16]
+
+    def only(self, ids: Iterable[str]) -> Benchmark:
+        """The tasks of these ids."""
+        wanted = set(ids)
+        return replace(self, tasks=tuple(task for task in self.tasks if task.task_id in wanted))
 
 
 def load_benchmark(name: str, task_file: str | None = None, token: str | bool | None = None) -> Benchmark:
@@ -274,12 +287,7 @@ def _docstring(prompt: str) -> str:
 
 def _stdio(row: Mapping[str, Any], task_id: str) -> Task:
     prompt = _text(row, "prompt")
-    if isinstance(row["inputs"], str) or isinstance(row.get("outputs"), str):
-        raise ValueError("`inputs` or `outputs` is one text; give lists of texts.")
-    problem = Problem.from_row(row)
-    if odd := [text for case in problem.cases for text in case if not isinstance(text, str)]:
-        raise ValueError(f"`inputs` or `outputs` hold {odd[0]!r}; give texts.")
-    return Task(task_id, prompt, problem, solution=_solution(prompt, row))
+    return Task(task_id, prompt, Problem.from_row(row), solution=_solution(prompt, row))
 
 
 # By a column that tells of which form a row is; the first that it has counts.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
 from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
-from ..rewards import find_latents
+from ..rewards import find_latents, locate_answer
 from .sampling import Completion, CompletionSettings, draw_completions
 from .wrapper import AutoModelForCausalLMWithAbstractionHead
 
@@ -86,7 +86,7 @@ class CompletionRollout:
         prompt_ids = _prompt_ids(prompts, trainer, chat)
         args, model = trainer.args, self._wrapped(trainer)
         settings = CompletionSettings(
-            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop=self.stop, think=self.think,
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, stop=self.stop, think=self.think,
             max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
         )  # fmt: skip
         drawn = [found for (found,) in draw_completions(model, prompt_ids, settings, tokenizer)]
@@ -98,7 +98,10 @@ class CompletionRollout:
             "logprobs": None,
             "env_mask": list(mask),
             "completion_text": [completion.text for completion in drawn],
-            "latent_lengths": [_latent_lengths(completion.text, tokenizer) for completion in drawn],
+            "latent_lengths": [
+                _latent_lengths(prompt, completion.text, tokenizer)
+                for prompt, completion in zip(prompts, drawn, strict=True)
+            ],
         }
 
     def _wrapped(self, trainer: GRPOTrainer) -> AutoModelForCausalLMWithAbstractionHead:
@@ -146,11 +149,14 @@ def _with_texts(completions: Sequence[Text], texts: Sequence[str] | None) -> Seq
 
 
 def check_heeded(args: GRPOConfig) -> None:
-    """Refuses settings of how completions are drawn that a [`CompletionRollout`] does not know.
+    """Refuses settings of how completions are drawn that GRPO can't learn from or a [`CompletionRollout`] does not
+    know.
 
     Raises:
         `ValueError`: naming the first.
     """
+    if not args.temperature > 0:
+        raise ValueError(f"`temperature` is {args.temperature}, at which all completions are the same; raise it.")
     for name, value in _NOT_HEEDED.items():
         if (found := getattr(args, name)) not in (value, None, {}):
             raise ValueError(
@@ -194,5 +200,6 @@ def _ended(completion: Completion, ends: tuple[int, ...]) -> tuple[list[int], li
     return ids, mask
 
 
-def _latent_lengths(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [len(tokenizer(latent, add_special_tokens=False).input_ids) for latent in find_latents(text)]
+def _latent_lengths(prompt: Text, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    latents = find_latents(*locate_answer(prompt, text))
+    return [len(tokenizer(latent, add_special_tokens=False).input_ids) for latent in latents]

@@ -24,6 +24,7 @@ from .judge import Judge, Problem, Result
 
 COLUMNS = ("test", "entry_point", "test_list", "test_setup_code", "test_imports", "inputs", "outputs", "inside")
 Text = str | list[dict[str, Any]]
+_CODE = (ast.Constant, ast.Call, ast.Await)  # expressions that are statements; `Fibonacci` and `top-k` are words
 _judges: dict[int, Judge] = {}  # by process: a forked one must not share its parent's
 
 
@@ -128,15 +129,17 @@ def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
 
     def think_cost_reward(
         completions: Sequence[Text],
+        prompts: Sequence[Text] | None = None,
         latent_lengths: Sequence[Sequence[int]] = (),
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs,
     ) -> list[float]:
-        texts = [_content(text) for text in completions]
-        counts = [count_latents(text) for text in texts]
+        pairs = zip(prompts or [None] * len(completions), completions, strict=True)
+        answers = [locate_answer(prompt, text) for prompt, text in pairs]
+        counts = [len(find_latents(program, begin)) for program, begin in answers]
         if log_metric:
-            for count, text in zip(counts, texts, strict=True):
-                log_metric("think_rate", count / max(1, count_code_lines(text)))
+            for count, (program, begin) in zip(counts, answers, strict=True):
+                log_metric("think_rate", count / max(1, count_code_lines(program[begin:])))
             for length in (length for lengths in latent_lengths for length in lengths):
                 log_metric("latent_length", length)
         return [0.0 - cost * count for count in counts]
@@ -152,9 +155,10 @@ def extract_program(prompt: Text | None, completion: Text) -> str:
 
     Args:
         prompt (`str` or `list[dict]`, *optional*):
-            The prompt. Where it is the beginning of a program, the completion goes on with it.
+            The prompt. Where it is the beginning of a program, the completion goes on with it, as it stands: what
+            `ra3 evaluate` makes of its `complete` prompts.
         completion (`str` or `list[dict]`):
-            The completion. Of text with fenced code (three backticks) the last block is the program.
+            The completion. Of an answer with fenced code (three backticks) the last block is the program.
 
     Returns:
         `str`: the program's source.
@@ -166,24 +170,22 @@ def extract_program(prompt: Text | None, completion: Text) -> str:
     'def f(x):\\n    return x\\n'
     ```
     """
+    return locate_answer(prompt, completion)[0]
+
+
+def locate_answer(prompt: Text | None, completion: Text) -> tuple[str, int]:
+    """What [`extract_program`] returns, and the character of it at which the completion begins."""
     text = _content(completion)
+    if isinstance(prompt, str) and (_begins_program(prompt) or _parses(prompt + text)):
+        return prompt + text, len(prompt)
     blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
-    if blocks:
-        return blocks[-1]
-    if isinstance(prompt, str) and (_parses(prompt + text) or _begins_program(prompt)):
-        return prompt + text
-    return text
+    return (blocks[-1] if blocks else text), 0
 
 
-def find_latents(text: str) -> list[str]:
-    """Own-line comments of a text, what stands behind their `#`; a text that is cut or no Python is read as far as it
-    goes."""
-    return list(_own_line_comments(text))
-
-
-def count_latents(text: str) -> int:
-    """Number of own-line comments of a text, see [`find_latents`]."""
-    return len(find_latents(text))
+def find_latents(program: str, begin: int = 0) -> list[str]:
+    """Own-line comments of a program from a character on, what stands behind their `#`. It is read from its start,
+    since only that tells a comment from a string's row; one that is cut or no Python is read as far as it goes."""
+    return list(_own_line_comments(program, begin))
 
 
 def count_code_lines(text: str) -> int:
@@ -210,10 +212,13 @@ def problem_columns(problem: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _own_line_comments(text: str) -> Iterator[str]:
+def _own_line_comments(text: str, begin: int) -> Iterator[str]:
+    before = text[:begin].split("\n")
+    first = len(before), len(before[-1])  # row, from 1, and column
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+            own_line = token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
+            if own_line and token.start >= first:
                 yield token.string[1:]
     except (tokenize.TokenError, SyntaxError):
         pass
@@ -256,8 +261,16 @@ def _parses(source: str) -> bool:
 
 
 def _begins_program(prompt: str) -> bool:
-    """Whether a prompt is code that waits for more, such as a function's head, perhaps with its docstring."""
-    return any(_parses(f"{prompt.rstrip()}\n{indent}pass\n") for indent in ("", "    ", "        "))
+    """Whether a prompt is code that waits for more: a docstring, a function's head, ..., but no single word, although
+    that parses too."""
+    for indent in ("", "    ", "        "):
+        source = f"{prompt.rstrip()}\n{indent}pass\n"
+        if _parses(source):
+            return not all(
+                isinstance(node, ast.Pass) or isinstance(node, ast.Expr) and not isinstance(node.value, _CODE)
+                for node in ast.parse(source).body
+            )
+    return False
 
 
 def _defines(source: str, name: str | None) -> bool:

@@ -63,6 +63,11 @@ class Problem:
     def __post_init__(self):
         if isinstance(self.tests, str):
             raise ValueError(f"`tests` is the text {self.tests[:60]!r}; give a tuple of texts.")
+        texts = {"tests": self.tests, "setup": [self.setup], "cases": [text for case in self.cases for text in case]}
+        texts["entry_point"] = [] if self.entry_point is None else [self.entry_point]
+        for name, found in texts.items():
+            if odd := [text for text in found if not isinstance(text, str)]:
+                raise ValueError(f"`{name}` holds {odd[0]!r}; give texts.")
         if bool(self.tests) == bool(self.cases):
             raise ValueError(f"a problem has {len(self.tests)} `tests` and {len(self.cases)} `cases`; give either.")
         if self.entry_point is not None and not self.entry_point.isidentifier():
@@ -86,6 +91,9 @@ class Problem:
         entry_point, inside = row.get("entry_point"), bool(row.get("inside"))
         if row.get("inputs") is not None:
             outputs = row.get("outputs")
+            for name, column in (("inputs", row["inputs"]), ("outputs", outputs)):
+                if column is not None and not isinstance(column, list | tuple):
+                    raise ValueError(f"`{name}` is {column!r}; give a list of texts.")
             if outputs is None or len(row["inputs"]) != len(outputs):
                 raise ValueError("a problem needs as many `outputs` as `inputs`; give one output for each input.")
             return cls(cases=tuple(zip(row["inputs"], outputs, strict=True)))
@@ -98,6 +106,8 @@ class Problem:
         if row.get("test_list") is not None:
             setup = "\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or ""])
             tests = row["test_list"]
+            if not isinstance(tests, str | list | tuple):
+                raise ValueError(f"`test_list` is {tests!r}; give a list of texts.")
             return cls(tests if isinstance(tests, str) else tuple(tests), setup, entry_point, inside=inside)
         raise ValueError(
             f"a problem has the columns {sorted(row)}; it needs `test` and `entry_point`, `test_list`, or `inputs` "
