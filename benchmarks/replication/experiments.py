@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from ra3_trl.analysis import Estimate
@@ -100,6 +101,7 @@ def weak() -> Experiment:
     )
 
 
+LAST = 5  # updates
 PENALTIES = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
 _SHORT = Corpus(stanzas=3)
 
@@ -202,4 +204,11 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
         name: {arm: asdict(Estimate.of(tuple(run[name] for run in seen))) for arm, seen in found.items()}
         for name in names
     }
+    rows["gain"] = {arm: asdict(Estimate.of(tuple(last_gain(run.get(arm)) for run in runs))) for arm in found}
     return {"seeds": seeds, "bases": told, **rows, "runs": runs}
+
+
+def last_gain(run: dict[str, Any] | None) -> float | None:
+    """Nats that a latent brought where it thought, over the last updates of the E-phase; `None` without one."""
+    gains = [entry["estep/gain"] for entry in (run or {"log": ()})["log"] if "estep/gain" in entry]
+    return fmean(gains[-LAST:]) if gains else None

@@ -11,9 +11,9 @@ from ..report.runs import Run, read_run
 
 
 _EPILOG = """Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, the JSON file of `python -m benchmarks
-replication --json`, or a corpus of `ra3 annotate`. LABEL=RUN calls it LABEL; runs of the same label are seeds of one
-another and become one curve with a band. OUTPUT_DIR gets report.html, which holds everything and loads nothing, a PNG
-for each chart, and overview.png with all of them."""
+replication --json` (with --experiment or without), or a corpus of `ra3 annotate`. LABEL=RUN calls it LABEL; runs of
+the same label are seeds of one another and become one curve with a band. OUTPUT_DIR gets report.html, which holds
+everything and loads nothing, a PNG for each chart, and overview.png with all of them."""
 
 
 def _parser() -> argparse.ArgumentParser:

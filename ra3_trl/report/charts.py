@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis import Estimate
-from .runs import MIDTRAINING, RLVR, Replication, TrainingRun
+from .runs import MIDTRAINING, RLVR, Experiment, Replication, TrainingRun
 
 
 # Okabe and Ito's colors, which the colour-blind can tell apart.
@@ -48,6 +48,17 @@ _ROWS = (
         "accuracy": "as it likes", "accuracy_forced": "comment\nforced", "accuracy_never": "comment\nbanned",
     }),
 )  # fmt: skip
+_OF_EXPERIMENTS = (
+    ("Thinks, and is right", "share", {
+        "think_hard": "P(think), hard lines", "think_easy": "P(think), easy lines", "comment_right": "comments right",
+        "accuracy": "hard lines right",
+    }),
+    ("Held-out expert code", "nats a token, lower is better", {
+        "ce": "cross-entropy", "elbo": "negative ELBO", "bound_multi": "multi-sample bound",
+    }),
+    ("Gain of a latent at the E-phase's end", "nats", {"gain": "gain"}),
+)  # fmt: skip
+_LONG_TICKS = 48  # characters of all of them that stand beside one another
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,25 @@ def replication_charts(found: Replication) -> list[Chart]:
     return [*charts, Chart(named(title), title, "update", "share", curves, note=note)]
 
 
+def experiment_charts(found: Experiment) -> list[Chart]:
+    """The measures of an experiment beside the table, over its arms, of which a sweep's are in their order."""
+    table = found.table
+    arms, note = tuple(table["accuracy"]), _note([table["seeds"]])
+    charts = []
+    for title, unit, measures in _OF_EXPERIMENTS:
+        known = {key: label for key, label in measures.items() if key in table}
+        spread = 0.3 / max(len(known) - 1, 1)
+        series = []
+        for i, (key, label) in enumerate(known.items()):
+            values = [table[key][arm] for arm in arms]
+            places = [place - 0.15 + spread * i for place in range(len(arms))]
+            band = [None if value["low"] is None else (value["low"], value["high"]) for value in values]
+            series.append(Series(label, places, [value["mean"] for value in values], band))
+        if series:
+            charts.append(Chart(_stem(f"{found.label} {title}"), title, "", unit, series, arms, note))
+    return charts
+
+
 def _stem(text: str) -> str:
     """A file's name from words: `"E-phase: reward"` becomes `"e_phase_reward"`."""
     return re.sub(r"\W+", "_", text.lower()).strip("_")
@@ -232,7 +262,8 @@ def _draw(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) -> Non
             low, high = zip(*(band or (y, y) for band, y in zip(one.band, one.y, strict=True)), strict=True)
             axis.fill_between(one.x, low, high, color=color, alpha=0.15, linewidth=0)
     if chart.ticks:
-        axis.set_xticks(range(len(chart.ticks)), chart.ticks)
+        turned = {"rotation": 35, "ha": "right"} if sum(map(len, chart.ticks)) > _LONG_TICKS else {}
+        axis.set_xticks(range(len(chart.ticks)), chart.ticks, **turned)
         for place in range(1, len(chart.ticks)):
             axis.axvline(place - 0.5, color=_FAINT, linewidth=0.6)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)

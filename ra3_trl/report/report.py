@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .charts import Chart, draw_chart, draw_overview, number, replication_charts, training_charts
+from .charts import Chart, draw_chart, draw_overview, experiment_charts, number, replication_charts, training_charts
 from .page import render, write_whole
-from .runs import MIDTRAINING, RLVR, AnnotatedCorpus, Replication, Run, TrainingRun
+from .runs import MIDTRAINING, RLVR, AnnotatedCorpus, Experiment, Replication, Run, TrainingRun
 from .show import Runs, highlight
 
 
@@ -27,6 +27,7 @@ _MEASURES = {
     "ce": "cross-entropy, nats a token",
     "elbo": "negative ELBO",
     "bound_multi": "negative multi-sample bound",
+    "gain": "nats of a latent at the E-phase's end",
     "accuracy": "hard lines right",
     "accuracy_forced": "the same, comment forced",
     "accuracy_never": "the same, comment banned",
@@ -95,11 +96,15 @@ def make_sections(runs: Sequence[Run], programs: int = 6) -> list[Section]:
         of_kind = [run for run in runs if isinstance(run, TrainingRun) and run.kind == kind]
         if of_kind:
             sections.append(Section(kind[0].upper() + kind[1:], _ABOUT[kind], training_charts(of_kind)))
-    sections += [_replication(run) for run in runs if isinstance(run, Replication)]
+    for run in runs:
+        if isinstance(run, Replication):
+            sections.append(_table(run, f"Replication: {run.label}", replication_charts(run)))
+        elif isinstance(run, Experiment):
+            sections.append(_table(run, f"Experiment {run.table['experiment']}: {run.label}", experiment_charts(run)))
     return sections + [_corpus(run, programs) for run in runs if isinstance(run, AnnotatedCorpus)]
 
 
-def _replication(run: Replication) -> Section:
+def _table(run: Replication | Experiment, title: str, charts: Sequence[Chart]) -> Section:
     table = run.table
     arms = list(table["accuracy"])
     bases = ", ".join(f"{base['comment_right']:.2f}" for base in table["bases"] if base["passed"])
@@ -108,17 +113,19 @@ def _replication(run: Replication) -> Section:
         f"right: {bases}. In brackets 95 % intervals over seeds (Student's t); what was never reached is counted."
     )
     rows = [
-        (label, [_cell(table[key][arm], 1 if key.startswith("rlvr_steps") else 3) for arm in arms])
+        (label, [_cell(table[key][arm], key.startswith("rlvr_steps")) for arm in arms])
         for key, label in _MEASURES.items()
         if key in table
     ]
-    return Section(f"Replication: {run.label}", about, replication_charts(run), (arms, rows))
+    return Section(title, about, charts, (arms, rows))
 
 
-def _cell(found: Mapping[str, Any], digits: int) -> tuple[str, str]:
+def _cell(found: Mapping[str, Any], never: bool) -> tuple[str, str]:
+    """A mean and its interval; of steps that some runs `never` reached, how many."""
+    digits = 1 if never else 3
     band = None if found["low"] is None else (found["low"], found["high"])
     value, _, interval = number(found["mean"], band, digits).partition(" ")
-    missed = len(found["values"]) - found["n"]
+    missed = len(found["values"]) - found["n"] if never else 0
     return value, " ".join(filter(None, (interval, f"({missed} never)" if missed else "")))
 
 

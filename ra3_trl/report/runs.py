@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 MIDTRAINING, RLVR = "mid-training", "RLVR"
 REPLICATION_KEYS = ("bases", "form", "runs", "accuracy")
+EXPERIMENT_KEYS = ("bases", "experiment", "runs", "accuracy")
 ANNOTATED_KEYS = ("annotated_text", "latents")
 _CURE = (
     "give the folder of a run of `ra3 train` or `ra3 rlvr` (with trainer_state.json or checkpoints), the JSON of "
@@ -52,6 +53,14 @@ class Replication:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """What `python -m benchmarks replication --experiment NAME --json` wrote."""
+
+    label: str
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class AnnotatedCorpus:
     """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`."""
 
@@ -59,7 +68,7 @@ class AnnotatedCorpus:
     rows: Sequence[Mapping[str, Any]]
 
 
-Run = TrainingRun | Replication | AnnotatedCorpus
+Run = TrainingRun | Replication | Experiment | AnnotatedCorpus
 
 
 def read_run(name: str, label: str | None = None) -> Run:
@@ -95,6 +104,8 @@ def _read_file(path: Path, name: str, label: str) -> Run:
         return AnnotatedCorpus(label, rows)
     if isinstance(rows, dict) and set(REPLICATION_KEYS) <= set(rows):
         return Replication(label, rows)
+    if isinstance(rows, dict) and set(EXPERIMENT_KEYS) <= set(rows):
+        return Experiment(label, rows)
     raise ValueError(f"`run` {name!r} is a file with nothing to report; {_CURE}.")
 
 
