@@ -25,13 +25,14 @@ from benchmarks.replication.records import (
     Corpus,
     Curve,
     MeasureRecipe,
+    Measures,
     MidRecipe,
     RlvrRecipe,
     UseRecipe,
 )
 from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
-from benchmarks.replication.table import Form, find_bases, samples, starts
+from benchmarks.replication.table import ArmResult, Form, find_bases, rows, samples, starts
 from ra3_trl.analysis import Estimate, t_quantile
 from ra3_trl.segmentation import PYTHON, Segmenter
 
@@ -351,7 +352,7 @@ def test_next_token_prediction_has_as_many_updates():
 
 def test_samples_by_hand():
     """2 programs of 3 boundaries with 2 latents each an update, 2 E- and 2 M-updates; GRPO: 2 prompts, 2 each."""
-    assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24}
+    assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24, "resample_m_phase": 48}
     document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
     assert len(document.sites) == testbed.boundaries(EXPERT) == 18
     assert testbed.boundaries(SHARED) == 20  # 4 stanzas of 5 lines
@@ -382,6 +383,22 @@ def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
         probs = model(input_ids=ids).logits[0, -1].detach().softmax(-1)
         expected[testbed.is_hard(lines[k])].append(float(probs[tokenizer.convert_tokens_to_ids("#")]))
     assert (hard, easy) == pytest.approx([sum(expected[k]) / len(expected[k]) for k in (True, False)], abs=1e-6)
+
+
+def test_samples_to_a_level_count_mid_trainings_own():
+    """GRPO draws 4 an update; 80 % are reached after two, so 8, and RA3 drew 24 + 24 before."""
+    measures = Measures(*[0.5] * 9)
+    fast, never = Curve((0.1, 0.5, 0.8, 0.8), 4), Curve((0.1, 0.1, 0.1, 0.1), 4)
+    arms = {
+        name: ArmResult(measures, curve, [], 0.0) for name, curve in (("base", fast), ("ra3", fast), ("ntp", never))
+    }
+    found = rows([arms], TOY)
+    assert {arm: row["mean"] for arm, row in found["rlvr_steps_to_80"].items()} == {"base": 2, "ra3": 2, "ntp": None}
+    assert {arm: row["mean"] for arm, row in found["rlvr_samples_to_80"].items()} == {
+        "base": 8,
+        "ra3": 56,
+        "ntp": None,
+    }
 
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch):

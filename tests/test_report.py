@@ -223,7 +223,7 @@ def test_an_experiment_is_drawn_over_its_arms(tmp_path):
     assert think.series[0].band[1] == pytest.approx((1.3 - 0.6353, 1.3 + 0.6353))
     assert len(code.series) == 3 and gain.series[0].y == [None, 1.0, None]
     assert [path.name for path in write_report([section], tmp_path / "out", "t")] == [
-        "report.html", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
+        "report.html", "tables.md", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
         "sweep_gain_of_a_latent_at_the_e_phase_s_end.png", "overview.png",
     ]  # fmt: skip
 
@@ -253,6 +253,12 @@ def test_page_and_pictures(tmp_path, training, monkeypatch, capsys):
     assert main(["report", *words]) == 0
     html = (tmp_path / "out" / "report.html").read_text()
     page = Read(html)
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert (
+        "## Replication: table" in table
+        and "| | base | ra3 |\n|---|---|---|\n| P(think) before hard lines | " in table
+    )
+    assert "| hard lines right | 0.300 [\u22120.335, 0.935] | 0.910 [0.783, 1.037] |" in table
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
     overview = files.pop("overview.png")
     assert len(page.pictures) == len(files) and set(page.pictures) == set(files.values())

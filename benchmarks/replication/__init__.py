@@ -56,6 +56,6 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
         "bases": told,
         "samples": samples(form),
         "form": asdict(form),
-        **rows(results),
+        **rows(results, form),
         "runs": seeds,
     }

@@ -128,16 +128,25 @@ def run_seed(store: Store, form: Form, base: BaseRecipe, seed: int) -> dict[str,
     return found
 
 
-def rows(results: list[dict[str, ArmResult]]) -> dict[str, dict[str, Any]]:
-    """Estimates over seeds: a row of the table for each measure, over arms."""
+def rows(results: list[dict[str, ArmResult]], form: Form) -> dict[str, dict[str, Any]]:
+    """Estimates over seeds: a row of the table for each measure, over arms. Samples to a level are completions of GRPO
+    and, of RA3, the latents that its own phases drew before."""
+    drawn = samples(form)
+    before = {"ra3": drawn["ra3_e_phase"] + drawn["ra3_m_phase"], "resample": drawn["resample_m_phase"]}
+
+    def samples_to(arm: ArmResult, name: str, level: float) -> int | None:
+        steps = arm.curve.steps_to(level)
+        return None if steps is None else steps * drawn["rlvr_update"] + before.get(name, 0)
 
     def row(read) -> dict[str, Any]:
-        return {arm: asdict(Estimate.of(tuple(read(result[arm]) for result in results))) for arm in results[0]}
+        return {arm: asdict(Estimate.of(tuple(read(arm, result[arm]) for result in results))) for arm in results[0]}
 
-    table = {f.name: row(lambda arm, name=f.name: getattr(arm.measures, name)) for f in fields(Measures)}
+    table = {f.name: row(lambda _, arm, name=f.name: getattr(arm.measures, name)) for f in fields(Measures)}
     for level in LEVELS:
-        table[f"rlvr_steps_to_{level:.0%}".rstrip("%")] = row(lambda arm, level=level: arm.curve.steps_to(level))
-    return table | {"rlvr_last": row(lambda arm: arm.curve.last)}
+        percent = f"{level:.0%}".rstrip("%")
+        table[f"rlvr_steps_to_{percent}"] = row(lambda _, arm, level=level: arm.curve.steps_to(level))
+        table[f"rlvr_samples_to_{percent}"] = row(lambda name, arm, level=level: samples_to(arm, name, level))
+    return table | {"rlvr_last": row(lambda _, arm: arm.curve.last)}
 
 
 def samples(form: Form) -> dict[str, int]:
@@ -147,4 +156,5 @@ def samples(form: Form) -> dict[str, int]:
         "rlvr_update": form.rlvr.prompts * form.rlvr.generations,
         "ra3_e_phase": form.e_steps * latents,
         "ra3_m_phase": form.mid.m_steps * latents,
+        "resample_m_phase": (form.mid.m_steps + form.e_steps) * latents,
     }

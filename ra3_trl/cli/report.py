@@ -13,7 +13,7 @@ from ..report.runs import Run, read_run
 _EPILOG = """Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, the JSON file of `python -m benchmarks
 replication --json` (with --experiment or without), or a corpus of `ra3 annotate`. LABEL=RUN calls it LABEL; runs of
 the same label are seeds of one another and become one curve with a band. OUTPUT_DIR gets report.html, which holds
-everything and loads nothing, a PNG for each chart, and overview.png with all of them."""
+everything and loads nothing, a PNG for each chart, overview.png with all of them, and tables.md."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,5 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.programs < 0:
         raise ValueError(f"`programs` is {options.programs}; use 0 or more.")
     written = write_report(make_sections(read_runs(options.runs), options.programs), folder, options.title)
-    print(f"Wrote {written[0]} and {len(written) - 1} pictures.")
+    pictures = sum(path.suffix == ".png" for path in written)
+    print(f"Wrote {written[0]} and {pictures} pictures.")
     return 0

@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..hub.markdown import cell
 from .charts import Chart, draw_chart, draw_overview, experiment_charts, number, replication_charts, training_charts
 from .page import render, write_whole
 from .runs import MIDTRAINING, RLVR, AnnotatedCorpus, Experiment, Replication, Run, TrainingRun
 from .show import Runs, highlight
 
 
-PAGE, OVERVIEW = "report.html", "overview.png"
+PAGE, TABLES, OVERVIEW = "report.html", "tables.md", "overview.png"
 _ABOUT = {
     MIDTRAINING: "Means over an update's batch; gains and rewards in nats, as the E-phase sees them.",
     RLVR: "Means over an update's completions.",
@@ -34,8 +35,14 @@ _MEASURES = {
     "rlvr_steps_to_50": "GRPO updates to 50 %",
     "rlvr_steps_to_80": "GRPO updates to 80 %",
     "rlvr_steps_to_90": "GRPO updates to 90 %",
+    "rlvr_samples_to_50": "samples to 50 %, the mid-training's own among them",
+    "rlvr_samples_to_80": "the same to 80 %",
+    "rlvr_samples_to_90": "the same to 90 %",
     "rlvr_last": "last level of GRPO",
 }
+
+
+_DIGITS = {"rlvr_steps": 1, "rlvr_samples": 0}  # of what may never be reached
 
 
 @dataclass(frozen=True)
@@ -113,19 +120,18 @@ def _table(run: Replication | Experiment, title: str, charts: Sequence[Chart]) -
         f"right: {bases}. In brackets 95 % intervals over seeds (Student's t); what was never reached is counted."
     )
     rows = [
-        (label, [_cell(table[key][arm], key.startswith("rlvr_steps")) for arm in arms])
+        (label, [_cell(table[key][arm], _DIGITS.get(key.rpartition("_to_")[0])) for arm in arms])
         for key, label in _MEASURES.items()
         if key in table
     ]
     return Section(title, about, charts, (arms, rows))
 
 
-def _cell(found: Mapping[str, Any], never: bool) -> tuple[str, str]:
-    """A mean and its interval; of steps that some runs `never` reached, how many."""
-    digits = 1 if never else 3
+def _cell(found: Mapping[str, Any], digits: int | None) -> tuple[str, str]:
+    """A mean and its interval; with `digits`, of what some runs never reached, how many these are."""
     band = None if found["low"] is None else (found["low"], found["high"])
-    value, _, interval = number(found["mean"], band, digits).partition(" ")
-    missed = len(found["values"]) - found["n"] if never else 0
+    value, _, interval = number(found["mean"], band, 3 if digits is None else digits).partition(" ")
+    missed = 0 if digits is None else len(found["values"]) - found["n"]
     return value, " ".join(filter(None, (interval, f"({missed} never)" if missed else "")))
 
 
@@ -150,8 +156,18 @@ def _program(title: str, row: Mapping[str, Any]) -> Program:
     return Program(title, [Line(n, runs, n in latents, latents.get(n)) for n, runs in rows])
 
 
+def table_markdown(section: Section) -> str:
+    """A section's table with its title, in Markdown."""
+    names, rows = section.table
+    lines = [f"## {cell(section.title)}", "", cell(section.about, 2000), ""]
+    lines += [f"| | {' | '.join(map(cell, names))} |", f"|---|{'---|' * len(names)}"]
+    lines += [f"| {label} | {' | '.join(' '.join(filter(None, one)) for one in cells)} |" for label, cells in rows]
+    return "\n".join(lines) + "\n"
+
+
 def write_report(sections: Sequence[Section], folder: Path, title: str) -> list[Path]:
-    """Writes the page, its pictures, and all of them in one; each file is whole or what it was before.
+    """Writes the page, its pictures and all of them in one, and its tables in Markdown; each file is whole or what it
+    was before.
 
     Args:
         sections (`Sequence[Section]`):
@@ -181,6 +197,8 @@ def write_report(sections: Sequence[Section], folder: Path, title: str) -> list[
         for section in sections
     ]
     page = {PAGE: render("report.html.jinja", title=title, sections=shown).encode()}
+    tables = "\n".join(table_markdown(section) for section in sections if section.table)
+    page |= {TABLES: tables.encode()} if tables else {}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, content in (page | pictures | overview).items():
