@@ -6,7 +6,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: install chromium bubblewrap test test-slow lint demo clean
+.PHONY: install chromium bubblewrap test test-slow lint demo replication clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,12 @@ lint: install
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 	$(BIN)/ra3 demo $(ARGS)
+
+# The table of benchmarks/replication and the README's picture of it: some hours on two cores, resumable.
+replication: install
+	mkdir -p runs/replication
+	$(BIN)/python -m benchmarks replication --json --seeds 5 --bases 2 --full $(ARGS) > runs/replication/table.json
+	$(BIN)/ra3 report runs/replication/table.json --output_dir runs/replication --title "RA3 on a testbed"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -490,5 +490,5 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
 
 def test_the_last_gain_is_of_five_updates():
     """Gains 1 to 7: the mean of 3 to 7 is 5."""
-    log = [{"estep/gain": float(i)} for i in range(1, 8)] + [{"mstep/code_loss": 1.0}]
+    log = [{"estep/gate_weighted_gain": float(i)} for i in range(1, 8)] + [{"mstep/code_loss": 1.0}]
     assert last_gain({"log": log}) == 5.0 and last_gain({"log": log[7:]}) is None and last_gain(None) is None

@@ -44,7 +44,8 @@ def replication():
     measures += ("accuracy", "accuracy_forced", "accuracy_never", "rlvr_last")
     table = {name: {"base": estimate(0.25, 0.35), "ra3": estimate(0.90, 0.92)} for name in measures}
     table["rlvr_steps_to_80"] = {"base": estimate(None, None), "ra3": estimate(None, 2)}
-    log = [{"estep/reward": -6.0, "estep/think_rate": 0.2}, {"estep/reward": -5.5, "estep/think_rate": 0.3}]
+    log = [{"estep/gate_weighted_gain": 0.5, "estep/think_rate": 0.2},
+           {"estep/gate_weighted_gain": 1.5, "estep/think_rate": 0.3}]  # fmt: skip
     arms = {"base": {"curve": [0.2, 0.4], "log": []}, "ra3": {"curve": [0.9, 0.95], "log": log}}
     bases = [{"seed": 0, "passed": False, "comment_right": 0.1}, {"seed": 1, "passed": True, "comment_right": 0.7}]
     return {"seeds": 2, "bases": bases, "form": {}, **table, "runs": [arms, arms]}
@@ -188,11 +189,11 @@ def test_the_table_of_the_replication():
     )
     titles = {chart.title: chart for chart in section.charts}
     assert set(titles) == {
-        "E-phase: reward", "E-phase: P(think)", "Thinks where it pays", "Held-out expert code", "Hard lines right",
-        "RLVR: tasks solved",
+        "E-phase: gain where it thinks", "E-phase: P(think)", "Thinks where it pays", "Held-out expert code",
+        "Hard lines right", "RLVR: tasks solved",
     }  # fmt: skip
-    (reward,) = titles["E-phase: reward"].series
-    assert (reward.label, reward.x, reward.y) == ("ra3", [1, 2], [-6.0, -5.5])
+    (gain,) = titles["E-phase: gain where it thinks"].series
+    assert (gain.label, gain.x, gain.y) == ("ra3", [1, 2], [0.5, 1.5])
     ours = titles["RLVR: tasks solved"].series[1]
     assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
     assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3

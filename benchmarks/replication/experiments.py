@@ -210,5 +210,6 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
 
 def last_gain(run: dict[str, Any] | None) -> float | None:
     """Nats that a latent brought where it thought, over the last updates of the E-phase; `None` without one."""
-    gains = [entry["estep/gain"] for entry in (run or {"log": ()})["log"] if "estep/gain" in entry]
+    name = "estep/gate_weighted_gain"
+    gains = [entry[name] for entry in (run or {"log": ()})["log"] if name in entry]
     return fmean(gains[-LAST:]) if gains else None

@@ -19,6 +19,7 @@ MAX_LATENT = 16  # `7*4=8+9=7-2=5` has 13 tokens
 MID_DATA = 10_000  # as `CAREFUL_DATA`
 _LOGGED = (
     "estep/gain",
+    "estep/gate_weighted_gain",
     "estep/think_rate",
     "estep/reward",
     "estep/gate_held",

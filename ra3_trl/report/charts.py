@@ -23,6 +23,7 @@ _TRAINING = {
     MIDTRAINING: (
         ("estep/reward", "E-phase: reward", "nats"),
         ("estep/gain", "E-phase: gain of a latent", "nats"),
+        ("estep/gate_weighted_gain", "E-phase: gain where it thinks", "nats"),
         ("estep/think_rate", "E-phase: P(think)", ""),
         ("mstep/annotated_rate", "M-phase: boundaries with a latent", "share"),
         ("mstep/code_loss", "M-phase: loss of code tokens", "nats a token"),
@@ -160,7 +161,7 @@ def replication_charts(found: Replication) -> list[Chart]:
     def named(title: str) -> str:
         return _stem(f"{found.label} {title}")
 
-    for key, title, unit in _TRAINING[MIDTRAINING][:3:2]:  # reward and P(think)
+    for key, title, unit in _TRAINING[MIDTRAINING][2:4]:  # gain where it thinks, and P(think)
         points = [dict(enumerate((one[key] for one in run["ra3"]["log"] if key in one), 1)) for run in runs]
         if all(points):
             charts.append(Chart(named(title), title, "update", unit, [curve_over("ra3", points)], note=note))
