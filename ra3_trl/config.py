@@ -26,6 +26,7 @@ _CHOICES = {
 }
 
 
+PROPOSALS = ("causal", "fim", "chat", "template", "function")
 _UNSUPPORTED = {
     "torch_compile": "forwards change their length at each update and carry branches, so graphs would be built anew",
     "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
@@ -87,6 +88,16 @@ class RA3Config(TrainingArguments):
         engine (`str`, *optional*, defaults to `"auto"`): `"branch"`, `"expand"`, or the first that is exact.
         max_branch_tokens (`int`, *optional*, defaults to `8192`): Branch tokens in flight; bounds memory only.
         max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried in an E-step; `0` is all.
+
+    Proposals:
+        proposal (`str`, *optional*, defaults to `"causal"`):
+            Where latents come from: `"causal"` (the policy, from the code so far), or in hindsight, knowing the next
+            lines, `"fim"` (fill in the middle), `"chat"` (an instruction), `"template"` (`proposal_template`) or
+            `"function"` (the trainer's `proposal_func`); or some of them with shares, `"causal:1+fim:3"`.
+        proposal_lines (`int`, *optional*, defaults to `4`): Next lines that a proposal in hindsight knows.
+        proposal_template (`str`, *optional*):
+            Prompt with the placeholders `{prefix}` (the code so far), `{suffix}` (the next lines) and, where the
+            latent's marker is wanted, `{think}`.
 
     Abstraction head:
         abstraction_head (`bool`, *optional*, defaults to `True`):
@@ -185,6 +196,13 @@ class RA3Config(TrainingArguments):
     max_branch_tokens: int = _help("Branch tokens in flight; bounds memory, not results.", 8192)
     max_sites: int = _help("Boundaries of a document tried in an E-step; 0 is all.", 0)
 
+    # Proposals
+    proposal: str = _help(
+        "Where latents come from: causal, fim, chat, template, function, or causal:1+fim:3.", "causal"
+    )
+    proposal_lines: int = _help("Next lines that a proposal in hindsight knows.", 4)
+    proposal_template: str | None = _help("Prompt with {prefix}, {suffix} and {think}.", None)
+
     # Abstraction head
     abstraction_head: bool = _help("Train an abstraction head beside the model and save it with the checkpoint.", True)
     gate: str = _help("What decides whether to think: token (the think prefix) or head.", "token")
@@ -272,6 +290,7 @@ class RA3Config(TrainingArguments):
             "annotation_skip": 0,
             "max_length": 16,
             "num_latents": 1,
+            "proposal_lines": 1,
         }
         for name, least in at_least.items():
             if not values[name] >= least:  # NaN fails too
@@ -307,10 +326,64 @@ class RA3Config(TrainingArguments):
         for name in ("gate", "boundary_selection"):
             if values[name] == "head" and not self.abstraction_head:
                 raise ValueError(f"`{name}` is 'head', but `abstraction_head` is False; leave one of the two out.")
+        self._check_proposal()
         prob = self.annotation_think_prob
         if prob is not None and prob != -1 and not 0 < prob < 1:
             raise ValueError(
                 f"`annotation_think_prob` is {prob}; use a number between 0 and 1, -1 (the gate) or None."
+            )
+
+    @property
+    def proposal_shares(self) -> dict[str, float]:
+        """`proposal` by names. Example: `"causal:1+fim:3"` is `{"causal": 1.0, "fim": 3.0}`."""
+        parts = [part.strip().partition(":") for part in self.proposal.split("+")]
+        return {name.strip(): float(share) if colon else 1.0 for name, colon, share in parts}
+
+    def _check_proposal(self) -> None:
+        try:
+            shares = self.proposal_shares
+        except ValueError:
+            shares = {}
+        parts = self.proposal.count("+") + 1
+        if (
+            len(shares) != parts
+            or not set(shares) <= set(PROPOSALS)
+            or not all(0 < s < math.inf for s in shares.values())
+        ):
+            raise ValueError(
+                f"`proposal` is {self.proposal!r}; use one of {', '.join(map(repr, PROPOSALS))}, or several of them, "
+                "each once, with shares above 0: 'causal:1+fim:3'."
+            )
+        if ("template" in shares) != (self.proposal_template is not None):
+            raise ValueError(
+                f"`proposal` is {self.proposal!r} and `proposal_template` is {self.proposal_template!r}; name "
+                "'template' among the proposals and give one, or neither."
+            )
+        if set(shares) == {"causal"}:
+            return
+        few = min(self.num_latents, self.eval_num_latents)
+        if few < len(shares):
+            name = "num_latents" if self.num_latents == few else "eval_num_latents"
+            raise ValueError(f"`{name}` is {few}, but `proposal` {self.proposal!r} has {len(shares)} parts; raise it.")
+        if self.annotation == "policy":
+            raise ValueError(
+                f"`proposal` is {self.proposal!r}, but `annotation` is 'policy', which writes what the policy writes; "
+                "set `annotation='resample'`."
+            )
+        training = self.e_steps and self.penalty < math.inf
+        if training and self.line_reduction == "mean":
+            raise ValueError(
+                f"`proposal` is {self.proposal!r}, whose reward is an ELBO in nats; set `line_reduction='sum'`."
+            )
+        if training and self.baseline == "leave_one_out" and self.num_latents < 2 * len(shares):
+            raise ValueError(
+                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents of each of the "
+                f"{len(shares)} parts of `proposal`; raise it or set `baseline='no_think'`."
+            )
+        if "causal" not in shares and "head" in (self.gate, self.boundary_selection):
+            name = "gate" if self.gate == "head" else "boundary_selection"
+            raise ValueError(
+                f"`{name}` is 'head', which learns from the policy's own latents; give 'causal' a share of `proposal`."
             )
 
     @classmethod

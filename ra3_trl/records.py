@@ -95,6 +95,7 @@ class RolloutGroup:
     latent_gate_logps_TGH: torch.Tensor  # log P(think again) before each of these lines
     states_SD: torch.Tensor | None = None  # last hidden states at all sites of the document, for the abstraction head
     head_logps_A: torch.Tensor | None = None  # log P(think) of the abstraction head, where it is the gate
+    log_ratio_TG: torch.Tensor | None = None  # log pi(z | s) - log q(z | s, a), where a latent is not the policy's own
 
     @property
     def decision_logps_A(self) -> torch.Tensor:
@@ -119,7 +120,7 @@ class AnnotatedExample:
     `labels` holds `-100` on the context, `is_latent` marks think prefix, latent and closure tokens. `placed` maps the
     position of an action to the latent that stands before it. `decisions` maps the token behind which a latent might
     begin to the position of its action; `gains` holds what thinking before an action would bring, in nats, where it
-    was measured.
+    was measured; `sizes` the effective sample size of the candidates there, <act> among them (1 to G + 1).
     """
 
     document: Document
@@ -129,6 +130,7 @@ class AnnotatedExample:
     placed: dict[int, Latent] = field(default_factory=dict)
     decisions: dict[int, int] = field(default_factory=dict)
     gains: dict[int, float] = field(default_factory=dict)
+    sizes: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from .em import (
     estep_backward,
     evaluate_documents,
     finish_metrics,
+    make_proposals,
     mstep_loss,
 )
 from .em.checkpoint import CheckpointMixin
@@ -131,6 +132,9 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
             [`~ra3_trl.em.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose weight
             is `args.likelihood_weight`.
+        proposal_func (`Callable[[str, str], str]`, *optional*):
+            What `"function"` in `args.proposal` stands for: makes a prompt, behind which the latent begins, of the
+            code so far and the next lines.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
@@ -149,6 +153,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        proposal_func: Callable[[str, str], str] | None = None,
     ):
         head = None
         if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
@@ -169,6 +174,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.backbone = Backbone(model, args.router_aux_loss_coef)
         self.engine = self._build_engine(args, tokenizer, action_format)
         self.segmenter = Segmenter(tokenizer, action_format, self._chunk_tokens(args), args.existing_comments)
+        self.proposals = make_proposals(args, tokenizer, context_length(self.backbone.causal_lm), proposal_func)
         self.counts: dict[str, dict[str, int]] = {}
         self._formatting_func = formatting_func
         self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
@@ -396,7 +402,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.callback_handler.eval_dataloader = dataloader
         with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
             for batch in dataloader:
-                found = evaluate_documents(self.engine, batch["documents"], self.args, self.learner)
+                found = evaluate_documents(self.engine, batch["documents"], self.args, self.learner, self.proposals)
                 sums.add_sums({name: [value, 1] for name, value in found.items()})
                 seen += len(batch["documents"])
                 self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)

@@ -23,7 +23,10 @@ _LOGGED = (
     "estep/think_rate",
     "estep/reward",
     "estep/gate_held",
+    "estep/hindsight/gain",
+    "estep/hindsight/log_ratio",
     "mstep/annotated_rate",
+    "mstep/effective_size",
     "mstep/code_loss",
 )
 

@@ -25,6 +25,11 @@ class Corpus:
             Share of the comments before hard lines whose steps are all right.
         predicates (`bool`, *optional*, defaults to `False`):
             Whether a stanza has three hard lines that share a comment, in the place of one that states the value.
+        useless (`float`, *optional*, defaults to `0`):
+            Share of the comments before hard lines that are a single digit, as those before easy lines are.
+        filled (`float`, *optional*, defaults to `0`):
+            Share of the texts that are written for filling in the middle, the comment between a program's beginning
+            and the lines that follow it; it is right whatever `right` says of the others.
     """
 
     stanzas: int = 6
@@ -33,6 +38,8 @@ class Corpus:
     easy_rate: float = 0.0
     right: float = 1.0
     predicates: bool = False
+    useless: float = 0.0
+    filled: float = 0.0
     version: int = 1
 
     @property

@@ -35,6 +35,7 @@ import math
 import operator
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -47,6 +48,8 @@ MODULUS = 10
 NAMES = "abcdef"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WORDS = ("assert ", "==", "=(", ")%10")
+FILL = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # of corpora with texts written for filling in the middle
+KNOWN_LINES = 2  # that stand behind the middle
 COMPARISONS = ("%", ">", "<")  # of predicates; a corpus without them has a vocabulary without them
 _OPERATIONS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
 
@@ -60,7 +63,10 @@ def make_tokenizer(corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"assert |==|=\(|\)%10|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    further = list(FILL) if corpus is not None and corpus.filled else []
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=further
+    )
 
 
 def expression(rng: random.Random, operations: int) -> tuple[list[str], list[int]]:
@@ -101,10 +107,13 @@ def stanza(rng: random.Random, corpus: Corpus) -> list[str]:
     definition = f"{name}=({''.join(parts)})%{MODULUS}"
     lines = [*_useless(rng, corpus), definition]
     if rng.random() < corpus.hard_rate:
-        said = values
-        if rng.random() >= corpus.right:
-            said = values_of(parts, rng.randrange(corpus.operations), rng.randrange(1, MODULUS))
-        lines.append(steps(parts, said))
+        if corpus.useless and rng.random() < corpus.useless:
+            lines.append(f"#{rng.randrange(MODULUS)}")
+        else:
+            said = values
+            if rng.random() >= corpus.right:
+                said = values_of(parts, rng.randrange(corpus.operations), rng.randrange(1, MODULUS))
+            lines.append(steps(parts, said))
     lines += hard_lines(name, values[-1], corpus)
     return [*lines, *_useless(rng, corpus), f"{other}={rng.randrange(MODULUS)}"]
 
@@ -118,10 +127,29 @@ def program(rng: random.Random, corpus: Corpus) -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(rng: random.Random, corpus: Corpus) -> str:
+    """A program's beginning, the next lines and the comment between them: `<fim_prefix>`, `c=(7*4+9-2)%10`, `#`,
+    `<fim_suffix>`, `assert c==5`, `d=3`, `<fim_middle>`, `7*4=8+9=7-2=5`; before an easy line a digit."""
+    plain = replace(corpus, hard_rate=0.0, easy_rate=0.0)
+    lines = [line for _ in range(corpus.stanzas) for line in stanza(rng, plain)]
+    places = [i for i, line in enumerate(lines) if i and (is_hard(line) or rng.random() < 1 / 3)]
+    at = rng.choice(places)
+    comment = str(rng.randrange(MODULUS))
+    if is_hard(lines[at]):
+        parts = list(lines[at - 1][len("c=(") : -len(")%10")])
+        comment = steps(parts, values_of(parts))[1:]
+    before, after = ("".join(f"{line}\n" for line in part) for part in (lines[:at], lines[at : at + KNOWN_LINES]))
+    return f"{FILL[0]}{before}#{FILL[1]}\n{after}{FILL[2]}{comment}\n"
+
+
 def programs(corpus: Corpus, seed: int, count: int) -> Dataset:
     """A data set with a column `text`, one program a row."""
     rng = random.Random(seed)
-    return Dataset.from_dict({"text": [program(rng, corpus) for _ in range(count)]})
+
+    def text() -> str:
+        return filled(rng, corpus) if corpus.filled and rng.random() < corpus.filled else program(rng, corpus)
+
+    return Dataset.from_dict({"text": [text() for _ in range(count)]})
 
 
 def examples(corpus: Corpus, seed: int, count: int) -> Iterator[Example]:

@@ -210,14 +210,17 @@ def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: Frozen
         begin = time.perf_counter()
         trainer.model.eval()
         with torch.no_grad():
-            rollouts = roll_out(trainer.engine, documents, args, noise, None, trainer.plug_ins, start)
+            rollouts = roll_out(
+                trainer.engine, documents, args, noise, None, trainer.plug_ins, start, proposals=trainer.proposals
+            )
         trainer.model.train()
         count = sum(len(rollout.group.sites) for rollout in rollouts)
+        branches = sum(len(rollout.group.sites) * rollout.group.num_latents for rollout in rollouts)
         estep_backward(
             trainer.engine, rollouts, args, float(count), trainer.gate_hold.holds,
             lambda loss: loss.backward(),
         )  # fmt: skip
-        points.append((count * args.num_latents, _elapsed(begin, args.device)))
+        points.append((branches, _elapsed(begin, args.device)))
     args.max_sites = sites
     (few, low), (many, high) = points[1:]
     slope = max(high - low, 0.0) / (many - few) if many > few else low / few
@@ -229,7 +232,9 @@ def _time_annotation(trainer: RA3MidTrainer, document: Document) -> tuple[float,
     trainer.model.eval()
     begin = time.perf_counter()
     with torch.no_grad():
-        example = annotate(trainer.engine, document, trainer.args, NoiseKey(trainer.args.seed, 1, 0))
+        example = annotate(
+            trainer.engine, document, trainer.args, NoiseKey(trainer.args.seed, 1, 0), proposals=trainer.proposals
+        )
     return _elapsed(begin, trainer.args.device) / len(document.sites), example
 
 

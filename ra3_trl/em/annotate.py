@@ -2,7 +2,8 @@
 
 By the policy itself (PAPER): think where the gate says so, write what the policy writes. By resampling: at each
 boundary <act> and G latents compete with weights prior x likelihood of the next lines, which is the posterior's
-importance-sampling estimate; no RL is needed for it to help, and it costs about G times as much.
+importance-sampling estimate; no RL is needed for it to help, and it costs about G times as much. Latents that were
+proposed in hindsight (`proposals.py`) count with pi(z | s) / q(z | s, a) besides.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey, RolloutEngine
 from ..segmentation import splice
 from .head import HeadLearner, measured_gain
+from .proposals import CAUSAL, Proposals, propose
 
 
 _WINDOW = 8  # boundaries proposed together where a latent placed changes what follows
@@ -32,23 +35,26 @@ def annotate(
     noise: NoiseKey,
     way: str | None = None,
     learner: HeadLearner | None = None,
+    proposals: Proposals = CAUSAL,
 ) -> AnnotatedExample:
     """Splices latents into `document`, left to right.
 
     With a horizon above 1 each decision sees the latents already placed, so that one that still serves is not
     repeated: proposals are made for a window of boundaries, used up to the first latent placed, and made anew behind
     it. With horizon 1 all boundaries are decided at once on the clean text. `way` overrides `args.annotation`. The
-    `learner`'s head is the gate, or says which boundaries are hopeless, where the settings say so.
+    `learner`'s head is the gate, or says which boundaries are hopeless, where the settings say so. Resampling chooses
+    among what `proposals` draw.
     """
     by_policy = (way or args.annotation) == "policy"
-    decide = _decide_by_policy if by_policy else _decide_by_resampling
+    decide = _decide_by_policy if by_policy else partial(_decide_by_resampling, proposals=proposals)
     placed: dict[int, Latent] = {}
     gains: dict[int, float] = {}
+    sizes: dict[int, float] = {}
     sites = list(document.sites)
     while sites:
         window = sites if args.horizon == 1 or by_policy else sites[:_WINDOW]
         context = splice(document, placed).document
-        found, measured = decide(engine, context, window, args, noise, learner)
+        found, measured, effective = decide(engine, context, window, args, noise, learner)
         if args.horizon > 1:
             found = dict(list(found.items())[:1])
             last = next(iter(found), window[-1])
@@ -56,11 +62,13 @@ def annotate(
             last = window[-1]
         placed |= found
         gains |= {site: gain for site, gain in measured.items() if site <= last}
+        sizes |= {site: size for site, size in effective.items() if site <= last}
         sites = [site for site in sites if site > last]
-    return replace(splice(document, placed), gains=gains)
+    return replace(splice(document, placed), gains=gains, sizes=sizes)
 
 
-_Decided = tuple[dict[int, Latent], dict[int, float]]  # latents, and the gains that were measured, by site
+# By site: latents, the gains that were measured, the candidates' effective sample sizes.
+_Decided = tuple[dict[int, Latent], dict[int, float], dict[int, float]]
 
 
 def _decided_gates(trunk: RolloutGroup, learner: HeadLearner | None) -> torch.Tensor:
@@ -94,9 +102,9 @@ def _decide_by_policy(
     if args.horizon > 1:
         thinks = thinks[:1]
     if not thinks:
-        return {}, {}
+        return {}, {}, {}
     group = engine.rollout(context, thinks, 1, args.horizon, noise, score=False)
-    return {site: row[0] for site, row in zip(thinks, group.latents, strict=True)}, {}
+    return {site: row[0] for site, row in zip(thinks, group.latents, strict=True)}, {}, {}
 
 
 def _decide_by_resampling(
@@ -106,6 +114,7 @@ def _decide_by_resampling(
     args: RA3Config,
     noise: NoiseKey,
     learner: HeadLearner | None,
+    proposals: Proposals,
 ) -> _Decided:
     """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
 
@@ -115,10 +124,10 @@ def _decide_by_resampling(
         log_think = _log_prior(trunk, sites, args, learner)
         return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
 
-    group = engine.rollout(context, hopeful, args.num_latents, args.horizon, noise)
+    group = propose(engine, context, hopeful, args.num_latents, args.horizon, noise, proposals)
     sites = group.sites
     if not sites:
-        return {}, {}
+        return {}, {}, {}
     returns = compute_returns(group, args.horizon, args.discount)
     log_think = _log_prior(group, sites, args, learner)
     weights = resampling_logits(returns.act_T, returns.latent_TG, log_think).double().softmax(-1)
@@ -127,4 +136,5 @@ def _decide_by_resampling(
     choice = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1)
     chosen = enumerate(zip(sites, choice.tolist(), strict=True))
     gains = dict(zip(sites, measured_gain(returns).tolist(), strict=True))
-    return {s: group.latents[t][c - 1] for t, (s, c) in chosen if c > 0}, gains
+    sizes = dict(zip(sites, (1 / weights.square().sum(-1)).tolist(), strict=True))
+    return {s: group.latents[t][c - 1] for t, (s, c) in chosen if c > 0}, gains, sizes

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey, PolicyLogProbs, RolloutEngine, check_finite, keyed_uniform
 from .head import HeadLearner
 from .monitor import MetricSums, Sums
+from .proposals import CAUSAL, Proposal, Proposals, own_logps, prior_logps
 from .rewards import RewardPlugIns
 
 
@@ -36,7 +38,8 @@ class Rollout:
     `weight_T` what share of the document's boundaries each tried one stands for, 1 on average.
 
     The group's lines without latents and its gates are the policy's; with `scored_live` false its lines under latents
-    and the returns are another reward model's.
+    and the returns are another reward model's. `view` is the document as a proposal in hindsight saw it
+    (`segmentation/hindsight.py`): its latents' reward is then the whole ELBO, and it is the proposal that learns.
     """
 
     group: RolloutGroup
@@ -45,6 +48,12 @@ class Rollout:
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     references: tuple[PolicyLogProbs, ...] = ()
     scored_live: bool = True
+    view: Document | None = None
+
+    @property
+    def drawn(self) -> RolloutGroup:
+        """The group on the document that its latents were drawn from."""
+        return self.group if self.view is None else replace(self.group, document=self.view)
 
 
 def choose_sites(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
@@ -96,10 +105,72 @@ def roll_out(
     plug_ins: RewardPlugIns | None = None,
     start: FrozenWeights | None = None,
     learner: HeadLearner | None = None,
+    proposals: Proposals = CAUSAL,
 ) -> list[Rollout]:
     """Samples under the live weights and scores under `reward` (`None`: the live weights, on the same cache); what was
     sampled is also scored under `start`, which the KL term is measured to and the gate anchored at. With
-    `boundary_selection="head"` the `learner` says where."""
+    `boundary_selection="head"` the `learner` says where. Each of the `proposals` gets its share of the latents and its
+    own rollouts, all of the first one before those of the next."""
+    counts = proposals.counts(args.num_latents)
+    found: list[Rollout] = []
+    for j, (part, count) in enumerate(zip(proposals.parts, counts, strict=True)):
+        draw = partial(_draw, engine, args, noise.of(j), part, proposals.lines, count)
+        found += _roll_out(engine, documents, args, noise, draw, reward, plug_ins, start, learner)
+    return found
+
+
+Drawn = tuple[RolloutGroup, Document | None]
+Choose = Callable[[RolloutGroup], tuple[int, ...]]
+
+
+def _draw(
+    engine: RolloutEngine,
+    args: RA3Config,
+    noise: NoiseKey,
+    part: Proposal,
+    lines: int,
+    count: int,
+    document: Document,
+    choose: Choose,
+    score: bool,
+) -> Drawn:
+    """Latents of one proposal at the sites that are chosen, and the view that it drew them from."""
+    if part.prompt is None:
+        return engine.rollout(document, choose, count, args.horizon, noise, score=score), None
+    trunk = engine.trunk(document)
+    sites = choose(trunk)
+    if not sites:
+        return engine.rollout(document, sites, count, args.horizon, noise, score=score), None
+    ((view, _),) = part.views(document, sites, lines)  # it shares its prefix, or it would not be trained
+    latents = engine.rollout(view, sites, count, 1, noise, score=False).latents
+    if score:
+        return engine.score(document, sites, latents, args.horizon), view
+    empty = torch.zeros(len(sites), count, args.horizon)
+    return replace(
+        trunk, sites=sites, latents=latents, latent_line_logps_TGH=empty, latent_gate_logps_TGH=empty - torch.inf
+    ), view
+
+
+def _weighed(engine: RolloutEngine, group: RolloutGroup, view: Document | None) -> RolloutGroup:
+    """A group with its log-ratio of prior and proposal; the prior is that of the weights in use."""
+    if view is None:
+        return group
+    prior_TG = prior_logps(engine, group.document, group.sites, group.latents)
+    return replace(group, log_ratio_TG=prior_TG - own_logps(group.latents))
+
+
+def _roll_out(
+    engine: RolloutEngine,
+    documents: Sequence[Document],
+    args: RA3Config,
+    noise: NoiseKey,
+    draw: Callable[[Document, Choose, bool], Drawn],
+    reward: FrozenWeights | BaseWeights | None,
+    plug_ins: RewardPlugIns | None,
+    start: FrozenWeights | None,
+    learner: HeadLearner | None,
+) -> list[Rollout]:
+    """[`roll_out`] of one proposal."""
     weights: list[torch.Tensor] = []
 
     def choose(trunk: RolloutGroup) -> tuple[int, ...]:
@@ -112,37 +183,44 @@ def roll_out(
         return sites
 
     with engine.backbone.gathered():
-        groups = [
-            engine.rollout(document, choose, args.num_latents, args.horizon, noise, score=reward is None)
-            for document in documents
-        ]
+        drawn = [draw(document, choose, reward is None) for document in documents]
+        views = [view for _, view in drawn]
+        groups = [group for group, _ in drawn]
+        if reward is None:
+            groups = [_weighed(engine, group, view) for group, view in drawn]
     if learner is not None:
         groups = [learner.decided(group) for group in groups]
     scored = groups
     if reward is not None:
         with reward.applied(), engine.backbone.gathered():
-            scored = [engine.score(g.document, g.sites, g.latents, args.horizon) for g in groups]
+            scored = [
+                _weighed(engine, engine.score(g.document, g.sites, g.latents, args.horizon), view)
+                for g, view in zip(groups, views, strict=True)
+            ]
+        taken = ("latent_line_logps_TGH", "latent_gate_logps_TGH", "log_ratio_TG")
         groups = [
-            replace(g, latent_line_logps_TGH=s.latent_line_logps_TGH, latent_gate_logps_TGH=s.latent_gate_logps_TGH)
-            for s, g in zip(scored, groups, strict=True)
+            replace(g, **{name: getattr(s, name) for name in taken}) for s, g in zip(scored, groups, strict=True)
         ]
     for group in scored:
         check_finite(group.line_logps_A)
     returns = [compute_returns(group, args.horizon, args.discount, args.line_reduction) for group in scored]
     found = [(r, {}) if plug_ins is None else plug_ins(g, r) for g, r in zip(groups, returns, strict=True)]
-    references = [()] * len(groups)
-    if start is not None:
-        with torch.no_grad(), start.applied(), engine.backbone.gathered():
-            references = [tuple(engine.log_probs(g, part) for part in engine.split(g)) for g in groups]
-    return [
-        Rollout(g, returns, weight_T, terms, ref, reward is None)
-        for g, weight_T, (returns, terms), ref in zip(groups, weights, found, references, strict=True)
+    rollouts = [
+        Rollout(g, returns, weight_T, terms, (), reward is None, view)
+        for g, weight_T, (returns, terms), view in zip(groups, weights, found, views, strict=True)
     ]
+    if start is None:
+        return rollouts
+    with torch.no_grad(), start.applied(), engine.backbone.gathered():
+        return [
+            replace(r, references=tuple(engine.log_probs(r.drawn, part) for part in engine.split(r.drawn)))
+            for r in rollouts
+        ]
 
 
 def count_chunks(engine: RolloutEngine, rollouts: Sequence[Rollout]) -> int:
     """Forwards with gradients that [`estep_backward`] does for these rollouts."""
-    return sum(len(engine.split(r.group)) for r in rollouts)
+    return sum(len(engine.split(r.drawn)) for r in rollouts)
 
 
 def estep_backward(
@@ -178,7 +256,7 @@ def estep_backward(
     pieces = [
         (r, part, r.references[i] if r.references else None)
         for r in rollouts
-        for i, part in enumerate(engine.split(r.group))
+        for i, part in enumerate(engine.split(r.drawn))
     ]
     total, parts, chunks = 0.0, {}, max(chunks, len(pieces))
     for i in range(chunks):
@@ -205,9 +283,10 @@ def _chunk_loss(
     through: nn.Module | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of some sites of a rollout, summed over them."""
-    logps = engine.log_probs(rollout.group, part, through, entropy=args.entropy_coef > 0)
+    logps = engine.log_probs(rollout.drawn, part, through, entropy=args.entropy_coef > 0)
+    gated = rollout.view is None  # a proposal in hindsight has no gate: whether to think is the policy's to say
     loss, named = estep_loss(
-        _terms(rollout, part, args, hold, logps.gate_T),
+        _terms(rollout, part, args, hold or not gated, logps.gate_T),
         logps.gate_T,
         logps.token_n,
         logps.branch_n,
@@ -217,8 +296,8 @@ def _chunk_loss(
         entropy_n=logps.entropy_n,
         entropy_coef=args.entropy_coef,
         prior_think=1 - args.prior_alpha,
-        gate_kl_coef=args.gate_kl_coef,
-        anchor_gate_logps_T=reference.gate_T if reference is not None and hold else None,
+        gate_kl_coef=args.gate_kl_coef if gated else 0.0,
+        anchor_gate_logps_T=reference.gate_T if reference is not None and hold and gated else None,
     )
     if logps.router is not None:
         named["router"] = logps.router.detach() * len(logps.gate_T)
@@ -241,41 +320,55 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
     can be added up."""
     sums = MetricSums()
     for r in rollouts:
+        origin = "" if r.view is None else "hindsight/"
         bounds = code_bounds(r.group)
         if r.scored_live and bool((r.weight_T == 1).all()):  # else it is of the lines that were picked
-            sums.add_total("elbo", bounds.elbo, bounds.tokens)
+            sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not r.group.sites:
             continue
+        if r.view is not None:
+            sums.add_total("hindsight/log_ratio", float(r.group.log_ratio_TG.sum()), r.group.log_ratio_TG.numel())
         gate_A, gain, weight = r.group.decision_logps_A.exp(), r.returns.gain_TG.mean(1), r.weight_T
         gate = weight * gate_A[list(r.group.sites)]
-        sums.add_total("reward", float((weight * r.returns.latent_TG.mean(1)).sum()), float(weight.sum()))
-        sums.add_total("gain", float((weight * gain).sum()), float(weight.sum()))
-        sums.add_total("gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
+        sums.add_total(origin + "reward", float((weight * r.returns.latent_TG.mean(1)).sum()), float(weight.sum()))
+        sums.add_total(origin + "gain", float((weight * gain).sum()), float(weight.sum()))
+        sums.add_total(origin + "gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
         sites = r.group.document.sites  # think rate and duration are of all boundaries, not only of tried ones
         sums.add_total("think_rate", float(gate_A[list(sites)].sum()), len(sites))
         sums.add_total("tried_rate", len(r.group.sites), len(sites))
         lines = sum(not action.comment for action in r.group.document.actions)
         sums.add_total("duration", lines, float(gate_A.sum()))
         for name, term_TG in r.terms.items():
-            sums.add_total(f"rewards/{name}/mean", float((weight * term_TG.mean(1)).sum()), float(weight.sum()))
+            sums.add_total(
+                f"{origin}rewards/{name}/mean", float((weight * term_TG.mean(1)).sum()), float(weight.sum())
+            )
             std_T = term_TG.std(1, correction=0)
-            sums.add_total(f"rewards/{name}/std", float((weight * std_T).sum()), float(weight.sum()))
-        _add_latents(sums, r.group, token_text)
+            sums.add_total(f"{origin}rewards/{name}/std", float((weight * std_T).sum()), float(weight.sum()))
+        _add_latents(sums, r.group, token_text, origin)
     return sums.sums
 
 
-def _add_latents(sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str]) -> None:
+def _add_latents(
+    sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str], origin: str
+) -> None:
     for site, row in zip(group.sites, group.latents, strict=True):
         action = group.document.actions[site]
         line = token_text(group.document.input_ids[action.start : action.end])
         texts = [token_text(z.token_ids) for z in row]
-        sums.add_total("same_rate", 1 - (len(set(texts)) - 1) / max(len(texts) - 1, 1), 1)
+        sums.add_total(origin + "same_rate", 1 - (len(set(texts)) - 1) / max(len(texts) - 1, 1), 1)
         for z, text in zip(row, texts, strict=True):
-            sums.add_total("latent_length", len(z.token_ids), 1)
-            sums.add_total("entropy", -sum(z.logps), len(z.logps))
-            sums.add_total("copy_rate", copy_rate(text, line), 1)
-            sums.add_total("wordless_rate", not any(c.isalnum() for c in text), 1)
+            sums.add_total(origin + "latent_length", len(z.token_ids), 1)
+            sums.add_total(origin + "entropy", -sum(z.logps), len(z.logps))
+            sums.add_total(origin + "copy_rate", copy_rate(text, line), 1)
+            sums.add_total(origin + "wordless_rate", not any(c.isalnum() for c in text), 1)
+            sums.add_total(origin + "foreign_rate", is_foreign(text, line), 1)
+
+
+def is_foreign(latent: str, line: str) -> bool:
+    """Whether most of the latent's letters are of an alphabet other than ASCII's, and the line has none such."""
+    letters = [c for c in latent if c.isalpha()]
+    return sum(not c.isascii() for c in letters) * 2 > len(letters) and line.isascii()
 
 
 def copy_rate(latent: str, line: str) -> float:

@@ -83,12 +83,22 @@ class GateHold:
 
 
 def latent_alarms(metrics: dict[str, float]) -> list[str]:
-    """What is wrong with a batch of latents, in words; `metrics` are averages of `rollout_sums`."""
+    """What is wrong with a batch of latents, in words; `metrics` are averages of `rollout_sums`, those of proposals in
+    hindsight under `hindsight/`."""
+    known = {
+        name.removeprefix("hindsight/"): value for name, value in metrics.items() if name.startswith("hindsight/")
+    }
+    return _alarms(metrics) + [f"proposed in hindsight, {alarm}" for alarm in _alarms(known)]
+
+
+def _alarms(metrics: dict[str, float]) -> list[str]:
     alarms = []
     if metrics.get("wordless_rate", 0) > 0.5:
         alarms.append("more than half of the latents hold no letter or digit (drift into emptiness): raise `kl_coef`.")
     if metrics.get("same_rate", 0) > 0.9:
         alarms.append("nearly all latents of a boundary are the same: raise `temperature` or `entropy_coef`.")
+    if metrics.get("foreign_rate", 0) > 0.5:
+        alarms.append("more than half of the latents are written in another alphabet than the code: raise `kl_coef`.")
     if metrics.get("copy_rate", 0) > 0.8:
         alarms.append("latents mostly repeat the line they stand before: raise `penalty` or `kl_coef`.")
     return alarms

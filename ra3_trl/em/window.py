@@ -15,10 +15,11 @@ from ..records import AnnotatedExample, Document
 from ..rollout import NoiseKey
 from ..segmentation import splice
 from .annotate import annotate
-from .estep import Rollout, count_chunks, roll_out, rollout_sums
+from .estep import Rollout, copy_rate, count_chunks, roll_out, rollout_sums
 from .head import HeadLearner, Observations, observe
 from .monitor import MetricSums
 from .mstep import pack
+from .proposals import CAUSAL, Proposals
 from .schedule import Phase
 
 
@@ -35,6 +36,7 @@ class WindowMixin:
     """
 
     learner: HeadLearner | None = None
+    proposals: Proposals = CAUSAL
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
@@ -111,13 +113,15 @@ class WindowMixin:
             self.plug_ins,
             start,
             self.learner,
+            self.proposals,
         )
         rollouts = self._split(flat, documents)
         scored = self.engine.score_seconds - scored
         self.metrics.add("seconds/score", scored)
         self.metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
         sites = sum(len(r.group.sites) for batch in rollouts for r in batch)
-        learned_from = [r for r in flat if r.group.sites] if self.learner is not None else []
+        own = [r for r in flat if r.group.sites and r.view is None]
+        learned_from = own if self.learner is not None else []
         return [{"rollouts": batch} for batch in rollouts], {
             "chunks": [count_chunks(self.engine, batch) for batch in rollouts],
             "count": float(sites),
@@ -132,8 +136,13 @@ class WindowMixin:
 
     @staticmethod
     def _split(flat: Sequence[Any], like: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """What was made of documents, in the batches that these were in; `flat` may have several rounds of them."""
         items = iter(flat)
-        return [[next(items) for _ in batch] for batch in like]
+        found: list[list[Any]] = [[] for _ in like]
+        for _ in range(len(flat) // max(sum(map(len, like)), 1)):
+            for batch, documents in zip(found, like, strict=True):
+                batch += [next(items) for _ in documents]
+        return found
 
     def _observe(self, rollouts: list[Rollout], everyone: list[dict[str, Any]]) -> None:
         """Metrics, gate and alarms of one update's rollouts, those of all processes together."""
@@ -161,7 +170,10 @@ class WindowMixin:
         if self.args.uses_latents:
             begin = time.perf_counter()
             with self.frozen["annotator"].applied(), self.backbone.gathered():
-                examples = [annotate(self.engine, d, self.args, noise, learner=self.learner) for d in flat]
+                examples = [
+                    annotate(self.engine, d, self.args, noise, learner=self.learner, proposals=self.proposals)
+                    for d in flat
+                ]
             self.metrics.add("seconds/annotate", time.perf_counter() - begin)
             self._log_annotation(examples)
         else:
@@ -176,6 +188,12 @@ class WindowMixin:
         if sites:
             self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
         for e in examples:
+            for size in e.sizes.values():
+                self.metrics.add("mstep/effective_size", size)
+            for site, latent in e.placed.items():
+                action = e.document.actions[site]
+                line = self._decode(e.document.input_ids[action.start : action.end])
+                self.metrics.add("mstep/copy_rate", copy_rate(self._decode(latent.token_ids), line))
             ids = e.input_ids[e.document.context :]
             again = self.processing_class(self._decode(ids), add_special_tokens=False)["input_ids"]
             self.metrics.add("mstep/retokenized_differs", float(tuple(again) != ids))

@@ -86,7 +86,9 @@ def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[di
             examples = []
             for document in documents:
                 document = replace(document, doc_id=numbers[row])  # noise is keyed by it
-                examples.append(annotate(trainer.engine, document, args, noise, learner=learner))
+                examples.append(
+                    annotate(trainer.engine, document, args, noise, learner=learner, proposals=trainer.proposals)
+                )
                 progress.update()
             if examples[0].document.status != "actions":
                 continue

@@ -17,8 +17,9 @@ class CodeBounds:
 
     `log_likelihood`: without latents (raw). `elbo`: E_q[log pi(a|s,z)] - KL(q || p) with q and p both the policy, so
     the KL is 0 and what stays is `(1-p) R_act + p mean_g R_g` a line. `multi_sample`:
-    `log[(1-p) P(a|act) + p mean_g P(a|z_g)]`, at least as tight in expectation. Lines without rollouts count as they
-    are, each line once.
+    `log[(1-p) P(a|act) + p mean_g P(a|z_g)]`, at least as tight in expectation. Latents that the policy has not drawn
+    count with `pi(z|s) / q(z|s, a)`, with which both stay bounds. Lines without rollouts count as they are, each line
+    once.
     """
 
     log_likelihood: float

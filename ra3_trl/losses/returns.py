@@ -31,8 +31,9 @@ def renormalise(line_logps: torch.Tensor, gate_logps: torch.Tensor) -> torch.Ten
 class Returns:
     """Returns of a group in nats (nats per token when the lines are reduced by their mean).
 
-    `act_T`: the lines without a latent; `latent_TG`: under each latent, penalty not yet paid. Over the same lines, so
-    `latent_TG - act_T[:, None]` is the gain of a latent.
+    `act_T`: the lines without a latent; `latent_TG`: under each latent, penalty not yet paid, and `log pi(z | s) -
+    log q(z | s, a)` added where it was not drawn by the policy. Over the same lines, so `latent_TG - act_T[:, None]`
+    is the gain of a latent.
     """
 
     act_T: torch.Tensor
@@ -69,7 +70,10 @@ def compute_returns(group: RolloutGroup, horizon: int, discount: float, reductio
             tokens = action.end - max(action.start, 1) if reduction == "mean" else 1
             weight_TH[t, k] = discount**k / max(tokens, 1)
             act_TH[t, k] = act_A[site + k]
-    return Returns((weight_TH * act_TH).sum(-1), (weight_TH[:, None] * latent_TGH).sum(-1))
+    latent_TG = (weight_TH[:, None] * latent_TGH).sum(-1)
+    if group.log_ratio_TG is not None:
+        latent_TG = latent_TG + group.log_ratio_TG
+    return Returns((weight_TH * act_TH).sum(-1), latent_TG)
 
 
 def advantages(returns: Returns, penalty: float, baseline: str = "leave_one_out") -> torch.Tensor:

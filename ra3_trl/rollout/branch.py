@@ -17,7 +17,15 @@ from .backbone import Backbone
 from .engine import PolicyLogProbs, Sites
 from .noise import NoiseKey
 from .plan import SitePlan, collect_scores, gate_targets, plan_site
-from .sampler import LatentDistribution, SamplingParams, draw_from_hidden, fed_tokens, sampled_symbols, symbol_logps
+from .sampler import (
+    LatentDistribution,
+    SamplingParams,
+    draw_from_hidden,
+    fed_tokens,
+    kept_sets,
+    sampled_symbols,
+    symbol_logps,
+)
 
 
 class BranchEngine:
@@ -201,7 +209,7 @@ class BranchEngine:
             [f + len(think) - 1 + np.arange(len(z.logps)) for f, think, z in zip(first, thinks, latents, strict=True)]
         )
         targets, state_n, step_n, branch_n = (self._long(x) for x in sampled_symbols(latents, self.table))
-        kept = [k for z in latents for k in z.kept] if self.params.truncated else None
+        kept = kept_sets(latents) if self.params.truncated else None
         token_n, entropy_n = symbol_logps(
             self.backbone, self.distribution, hidden[self._long(rows)], targets, state_n, step_n, kept, entropy
         )

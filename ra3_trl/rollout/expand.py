@@ -17,7 +17,7 @@ from .backbone import Backbone
 from .engine import PolicyLogProbs, Sites
 from .noise import NoiseKey
 from .plan import SitePlan, collect_scores, plan_site
-from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, sampled_symbols, symbol_logps
+from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, kept_sets, sampled_symbols, symbol_logps
 
 
 class _KeyedDraw(LogitsProcessor):
@@ -232,7 +232,7 @@ class ExpandEngine:
             torch.as_tensor(x, device=hidden.device) for x in sampled_symbols(latents, self.table)
         )
         at = torch.as_tensor([len(h) for h in heads], device=hidden.device)[branches] - 1 + steps
-        kept = [k for z in latents for k in z.kept] if self.params.truncated else None
+        kept = kept_sets(latents) if self.params.truncated else None
         token_n, entropy_n = symbol_logps(
             self.backbone, self.distribution, hidden[branches, at], symbols, states, steps, kept, entropy
         )

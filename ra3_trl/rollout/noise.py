@@ -6,7 +6,7 @@ equal to one left alone, and four small batches equal to a large one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,7 +34,13 @@ class NoiseKey:
     seed: int
     phase: int
     step: int
+    proposal: int = 0  # which of several draws at the same boundary
+
+    def of(self, proposal: int) -> NoiseKey:
+        """Noise for another draw at the same boundaries; 0 is this one."""
+        return replace(self, proposal=proposal)
 
     def uniform(self, doc_id: int, index: int | np.ndarray, latent: int | np.ndarray, token: int) -> np.ndarray:
         """Uniform numbers for boundaries `index` (ordinal of the line in its text) of a document."""
-        return keyed_uniform(self.seed, self.phase, self.step, doc_id, index, latent, token)
+        further = (self.proposal,) if self.proposal else ()
+        return keyed_uniform(self.seed, self.phase, self.step, doc_id, index, latent, token, *further)

@@ -150,12 +150,13 @@ def symbol_logps(
     targets_n: torch.Tensor,
     state_n: torch.Tensor,
     step_n: torch.Tensor,
-    kept: list[torch.Tensor] | None = None,
+    kept: list[torch.Tensor | None] | None = None,
     entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs `[n]` of symbols as they were sampled, differentiable, and the entropy `[n]` there (0 if not asked).
 
-    `kept` are the stored truncation sets: a recomputed nucleus could leave out the very symbol that was drawn.
+    `kept` are the stored truncation sets: a recomputed nucleus could leave out the very symbol that was drawn. Where
+    one is `None` (drawn from elsewhere) it is found anew, and what it leaves out has log-prob `-inf`.
     """
 
     def reduce(logits, targets, state, step, row) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +164,10 @@ def symbol_logps(
         if kept is not None:
             mask = torch.zeros_like(scaled, dtype=torch.bool)
             for i, r in enumerate(row.tolist()):
-                mask[i, kept[r]] = True
+                if kept[r] is None:
+                    mask[i] = distribution.kept(scaled[i : i + 1])[0]
+                else:
+                    mask[i, kept[r]] = True
             scaled = scaled.masked_fill(~mask, float("-inf"))
         logps = scaled.log_softmax(-1)
         h = (
@@ -176,6 +180,11 @@ def symbol_logps(
     rows = torch.arange(len(targets_n), device=targets_n.device)
     logps, h = backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)
     return logps, h
+
+
+def kept_sets(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
+    """The truncation set of everything that was drawn, in order; `None` where it is not known."""
+    return [k for z in latents for k in (z.kept or [None] * len(z.logps))]
 
 
 def fed_tokens(latent: Latent) -> tuple[int, ...]:

@@ -1,0 +1,235 @@
+"""Proposals: where latents come from, and what each weighs for having come from there.
+
+A latent may be drawn by the policy itself (`causal`) or in hindsight, from a prompt that holds the lines it explains
+(`segmentation/hindsight.py`). Whatever drew it, it counts for what it is worth under the policy: its lines'
+log-likelihood plus `log pi(z | s) - log q(z | s, a)`. A latent that copies the next line gains much and pays for it
+here. Latents of several proposals are pooled and weighted by the balance heuristic (Veach and Guibas 1995): `q` is the
+mixture of all proposals in the shares in which they were drawn, whichever one a latent is from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..config import RA3Config
+from ..records import Document, Latent, RolloutGroup
+from ..rollout import NoiseKey, RolloutEngine
+from ..rollout.engine import Sites
+from ..segmentation import Prompt, PromptFunction, PromptTemplate, chat_template, fim_template, parse_template
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One origin of latents.
+
+    Args:
+        name (`str`):
+            `"causal"`, `"fim"`, `"chat"`, `"template"` or `"function"`.
+        share (`float`):
+            Its share of the latents, relative to the other proposals'.
+        prompt ([`~ra3_trl.segmentation.Prompt`], *optional*):
+            What the latent is drawn from; `None` is the document itself.
+    """
+
+    name: str
+    share: float
+    prompt: Prompt | None = None
+
+    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[tuple[Document, tuple[int, ...]]]:
+        return [(document, tuple(sites))] if self.prompt is None else self.prompt.views(document, sites, lines)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """All origins of latents in a run, and how many next lines those in hindsight see."""
+
+    parts: tuple[Proposal, ...] = (Proposal("causal", 1.0),)
+    lines: int = 4
+
+    @property
+    def causal(self) -> bool:
+        """Whether all latents are the policy's own."""
+        return all(part.prompt is None for part in self.parts)
+
+    def counts(self, num_latents: int) -> tuple[int, ...]:
+        """How many of `num_latents` each proposal draws: at least one, else by largest remainder of the shares."""
+        return share_out(num_latents, tuple(part.share for part in self.parts))
+
+
+CAUSAL = Proposals()
+
+
+def share_out(total: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """`total` in whole parts of at least 1, by largest remainder. Example: `share_out(4, (1, 3)) == (1, 3)`.
+
+    Raises:
+        `ValueError`: if there are fewer than parts.
+    """
+    if total < len(shares):
+        raise ValueError(f"{total} latents can't be shared out among {len(shares)} proposals; raise `num_latents`.")
+    wanted = [share / sum(shares) * total for share in shares]
+    counts = [max(1, math.floor(w)) for w in wanted]
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
+        order = [i for i in range(len(counts)) if step > 0 or counts[i] > 1]
+        counts[max(order, key=lambda i: step * (wanted[i] - counts[i]))] += step
+    return tuple(counts)
+
+
+def make_proposals(
+    args: RA3Config,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    function: Callable[[str, str], str] | None = None,
+) -> Proposals:
+    """What `args.proposal` names, for this tokenizer.
+
+    Args:
+        context (`int`, *optional*):
+            Tokens that the model's context holds; `None` if it has no end.
+        function (`Callable[[str, str], str]`, *optional*):
+            What `"function"` stands for.
+
+    Raises:
+        `ValueError`: for what the tokenizer, the context or the settings can't do, with the cure.
+    """
+    shares = args.proposal_shares
+    if ("function" in shares) != (function is not None):
+        raise ValueError(
+            f"`proposal` is {args.proposal!r}, `proposal_func` is {function!r}; name 'function' among the proposals "
+            "and give the function, or neither."
+        )
+    room = (context or 1 << 62) - args.max_latent_length
+    parts = []
+    for name, share in shares.items():
+        prompt: Prompt | None = None
+        if name == "function":
+            prompt = PromptFunction(function, tokenizer, room - args.max_length)
+        elif name != "causal":
+            make = {"fim": fim_template, "chat": chat_template}.get(name)
+            prompt = make(tokenizer) if make else parse_template(args.proposal_template, tokenizer)
+            _check_context(prompt, args, room)
+        if prompt is not None and args.e_steps and args.uses_latents and not prompt.shares_prefix:
+            raise ValueError(
+                f"`proposal` has {name!r}, whose prompts do not begin with the code so far: an E-phase can't train "
+                "it. Set `e_steps=0` and `annotation_think_prob`, or put {prefix} before {suffix}."
+            )
+        parts.append(Proposal(name, share, prompt))
+    return Proposals(tuple(parts), args.proposal_lines)
+
+
+def _check_context(prompt: PromptTemplate, args: RA3Config, room: int) -> None:
+    longest = args.max_length + prompt.length
+    if longest > room:
+        raise ValueError(
+            f"`proposal` {args.proposal!r}: code so far, next lines and {prompt.length} tokens of the prompt may take "
+            f"{longest} tokens, but the model's context leaves room for {room}; lower `max_length` by "
+            f"{longest - room}."
+        )
+
+
+@torch.no_grad()
+def sample(
+    engine: RolloutEngine,
+    document: Document,
+    sites: Sequence[int],
+    count: int,
+    noise: NoiseKey,
+    part: Proposal,
+    lines: int,
+) -> list[tuple[Latent, ...]]:
+    """`count` latents at each site as this proposal draws them."""
+    return [
+        row
+        for view, places in part.views(document, sites, lines)
+        for row in engine.rollout(view, places, count, 1, noise, score=False).latents
+    ]
+
+
+@torch.no_grad()
+def latent_logps(
+    engine: RolloutEngine,
+    document: Document,
+    sites: Sequence[int],
+    latents: Sequence[Sequence[Latent]],
+    part: Proposal,
+    lines: int,
+    whole: bool = False,
+) -> torch.Tensor:
+    """Log-prob `[T, G]` of latents, whoever drew them, under the distribution that this proposal draws from; with
+    `whole`, without its truncation."""
+    rows, done = [], 0
+    everything = torch.arange(engine.backbone.vocab_size) if whole else None
+    for view, places in part.views(document, sites, lines):
+        # What another distribution left out by its truncation is not what this one does.
+        given = tuple(
+            tuple(replace(z, kept=(everything,) * len(z.logps) if whole else None) for z in row)
+            for row in latents[done : done + len(places)]
+        )
+        done += len(places)
+        empty = torch.zeros(len(places), len(given[0]), 0)
+        none = torch.zeros(len(view.actions))
+        group = RolloutGroup(view, places, given, none, none, empty, empty)
+        for piece in engine.split(group):
+            found = engine.log_probs(group, piece)
+            total = found.token_n.new_zeros(len(given[piece]) * len(given[0]))
+            rows.append(total.index_add(0, found.branch_n, found.token_n).view(-1, len(given[0])).float().cpu())
+    return torch.cat(rows)
+
+
+def prior_logps(
+    engine: RolloutEngine, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+) -> torch.Tensor:
+    """log pi(z | s) `[T, G]`: the policy's distribution over latents at the sampling temperature. It is not truncated,
+    so that no latent from elsewhere is impossible."""
+    return latent_logps(engine, document, sites, latents, Proposal("causal", 1.0), 0, whole=True)
+
+
+def own_logps(latents: Sequence[Sequence[Latent]]) -> torch.Tensor:
+    """Log-probs `[T, G]` of latents as they were drawn."""
+    return torch.tensor([[sum(z.logps) for z in row] for row in latents])
+
+
+def propose(
+    engine: RolloutEngine,
+    document: Document,
+    sites: Sites,
+    num_latents: int,
+    horizon: int,
+    noise: NoiseKey,
+    proposals: Proposals,
+) -> RolloutGroup:
+    """A group with the latents of all proposals, each with its `log_ratio_TG` under the balance heuristic.
+
+    Of the policy's own latents only, it is [`RolloutEngine.rollout`]'s.
+    """
+    if proposals.causal:
+        return engine.rollout(document, sites, num_latents, horizon, noise)
+    sites = tuple(sites(engine.trunk(document)) if callable(sites) else sites)
+    if not sites:
+        return engine.rollout(document, sites, num_latents, horizon, noise)
+    counts = proposals.counts(num_latents)
+    drawn = [
+        sample(engine, document, sites, count, noise.of(j), part, proposals.lines)
+        for j, (part, count) in enumerate(zip(proposals.parts, counts, strict=True))
+    ]
+    pooled = [sum(rows, ()) for rows in zip(*drawn, strict=True)]
+    group = engine.score(document, sites, pooled, horizon)
+
+    def under(part: Proposal) -> torch.Tensor:
+        return latent_logps(engine, document, sites, pooled, part, proposals.lines)
+
+    own_TG, mixed, begin = own_logps(pooled), [], 0
+    for part, count in zip(proposals.parts, counts, strict=True):
+        logps_TG = own_TG.clone() if count == num_latents else under(part)
+        own = slice(begin, begin + count)
+        logps_TG[:, own] = own_TG[:, own]  # as drawn: a nucleus found anew may leave out what stood at its edge
+        begin += count
+        mixed.append(logps_TG + math.log(count / num_latents))
+    prior_TG = prior_logps(engine, document, sites, pooled)
+    return replace(group, log_ratio_TG=prior_TG - torch.logsumexp(torch.stack(mixed), 0))

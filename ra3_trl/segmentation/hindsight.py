@@ -1,0 +1,250 @@
+"""Prompts in which a latent is proposed by who has seen the lines that it explains.
+
+The temporal ELBO holds for any q(z | s, a), so a latent may be drawn where the next lines are known: as the middle
+between them and the code so far (fill in the middle), or as a chat's answer. A prompt becomes a *view*: a document as
+any other, whose boundary has everything between the code so far and the latent for its think prefix. So the rollout
+engines sample from it, and score under it, as they do without hindsight, sharing the document's prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from ..records import Action, Boundary, Document
+
+
+FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # CodeLlama
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
+)
+CHAT_INSTRUCTION = (
+    "Here is the beginning of a program:\n\n{prefix}\n\nIt goes on with these lines:\n\n{suffix}\n\nWrite the short "
+    "comment, a few words, that belongs right before these lines and makes it clear what they do. Reply with the "
+    "comment only."
+)
+_PLACEHOLDERS = ("prefix", "think", "suffix")
+_MARKER = re.compile(r"<[|\uff5c]?[A-Za-z][\w\u2581 -]*[|\uff5c]?>")  # what looks like a special token
+View = tuple[Document, tuple[int, ...]]  # a document, and where its boundaries of the wanted sites are
+
+
+class Prompt(Protocol):
+    """How latents are proposed in hindsight."""
+
+    shares_prefix: bool
+
+    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
+        """Documents whose boundaries stand in the prompts of `sites`, in order; the next `lines` lines are known."""
+
+
+def next_lines(document: Document, site: int, lines: int) -> tuple[int, ...]:
+    """Tokens that follow a latent at `site`: what closes it, and `lines` lines of the document."""
+    last = document.actions[min(site + lines, len(document.actions)) - 1]
+    action = document.actions[site]
+    return (*action.boundary.close, *document.input_ids[action.start : last.end])
+
+
+def _view(document: Document, sites: Sequence[int], lead: Sequence[int], cues: dict[int, Sequence[int]], bos: int):
+    """`lead` before the document (behind its BOS), `cues` for think prefixes at `sites`, no boundary elsewhere."""
+    begin = int(bos)
+    shift = len(lead)
+
+    def moved(i: int, action: Action) -> Action:
+        boundary = Boundary(tuple(cues[i]), action.boundary.close) if i in cues else None
+        return replace(action, start=action.start + shift, end=action.end + shift, boundary=boundary)
+
+    ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:])
+    actions = tuple(moved(i, action) for i, action in enumerate(document.actions))
+    return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(sites)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt of tokens and placeholders.
+
+    `pieces` are ids of literal text, or one of `"prefix"` (the document up to the boundary), `"think"` (its think
+    prefix) and `"suffix"` (what closes a latent, and the next lines). Example, fill in the middle:
+    `((151659,), "prefix", "think", (151661,), "suffix", (151660,))`.
+    """
+
+    pieces: tuple[tuple[int, ...] | str, ...]
+    bos_token_id: int | None = None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what stands before the code so far is the same at all boundaries."""
+        return all(not isinstance(piece, str) for piece in self.pieces[: self.pieces.index("prefix")])
+
+    @property
+    def length(self) -> int:
+        """Tokens besides the document's own."""
+        return sum(len(piece) for piece in self.pieces if not isinstance(piece, str))
+
+    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
+        """One view of all sites where they share their prefix, else one of each."""
+        at = self.pieces.index("prefix")
+        starts_with_bos = bool(document.input_ids) and document.input_ids[0] == self.bos_token_id
+        cues = {site: self._fill(self.pieces[at + 1 :], document, site, lines) for site in sites}
+        groups = [tuple(sites)] if self.shares_prefix else [(site,) for site in sites]
+        return [
+            _view(
+                document, group, self._fill(self.pieces[:at], document, group[0], lines),
+                {site: cues[site] for site in group}, starts_with_bos,
+            )
+            for group in groups if group
+        ]  # fmt: skip
+
+    def _fill(self, pieces: Sequence[tuple[int, ...] | str], document: Document, site: int, lines: int):
+        found: list[int] = []
+        for piece in pieces:
+            if piece == "think":
+                found += document.actions[site].boundary.think
+            else:
+                found += next_lines(document, site, lines) if piece == "suffix" else piece
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class PromptFunction:
+    """Prompts that a user's function writes.
+
+    Args:
+        function (`Callable[[str, str], str]`):
+            From the code so far and the next lines to the text behind which the latent begins.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            For both ways.
+        longest (`int`):
+            Most tokens of a prompt.
+    """
+
+    function: Callable[[str, str], str]
+    tokenizer: PreTrainedTokenizerBase
+    longest: int
+    shares_prefix = False
+
+    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
+        """One view a site: the prompt in the place of the code so far."""
+        return [self._view_of(document, site, lines) for site in sites]
+
+    def _view_of(self, document: Document, site: int, lines: int) -> View:
+        ids, action = document.input_ids, document.actions[site]
+        bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ()
+        text = self.function(self._text(ids[len(bos) : action.start]), self._text(next_lines(document, site, lines)))
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
+        prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(prompt) > self.longest:
+            raise ValueError(
+                f"`proposal_func` returned a prompt of {len(prompt)} tokens, but the model's context leaves room for "
+                f"{self.longest}; return a shorter one, or lower `proposal_lines`."
+            )
+        shift = len(prompt) - 1 - action.start
+        actions = tuple(
+            replace(
+                later, start=later.start + shift, end=later.end + shift,
+                boundary=Boundary(prompt[-1:], action.boundary.close) if later is action else None,
+            )
+            for later in document.actions[site:]
+        )  # fmt: skip
+        return replace(document, input_ids=(*prompt[:-1], *ids[action.start :]), actions=actions, context=1), (0,)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def _special_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    index = tokenizer.get_vocab().get(text)
+    return None if index is None or index == tokenizer.unk_token_id else index
+
+
+def fim_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """Fill in the middle, by the tokens that the tokenizer has for it.
+
+    Raises:
+        `ValueError`: if it has none, or only some of them.
+    """
+    for markers in FIM_TOKENS:
+        ids = [_special_id(tokenizer, marker) for marker in markers]
+        if None not in ids:
+            prefix, suffix, middle = ((i,) for i in ids)
+            return PromptTemplate((prefix, "prefix", "think", suffix, "suffix", middle), tokenizer.bos_token_id)
+        if any(i is not None for i in ids):
+            missing = [marker for marker, i in zip(markers, ids, strict=True) if i is None]
+            raise ValueError(
+                f"`proposal` has 'fim', but the tokenizer lacks {missing} as tokens of their own; add them."
+            )
+    looked_for = ", ".join(markers[0] for markers in FIM_TOKENS)
+    raise ValueError(
+        f"`proposal` has 'fim', but the tokenizer has no tokens for filling in the middle (looked for {looked_for}); "
+        "use 'chat', a `proposal_template`, or 'causal'."
+    )
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """An instruction to a chat model, whose answer begins with the think prefix.
+
+    Raises:
+        `ValueError`: if the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "`proposal` has 'chat', but the tokenizer has no chat template; use an instruction-tuned model, 'fim', a "
+            "`proposal_template`, or 'causal'."
+        )
+    turns = [{"role": "user", "content": CHAT_INSTRUCTION}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return parse_template(text.replace("{", "{{").replace("}", "}}").replace("{{prefix}}", "{prefix}").replace(
+        "{{suffix}}", "{suffix}") + "{think}", tokenizer, "chat")  # fmt: skip
+
+
+def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "proposal_template") -> PromptTemplate:
+    """A template of text with `{prefix}`, `{suffix}` and, if wanted, `{think}`; braces are doubled.
+
+    Raises:
+        `ValueError`: for placeholders that are missing, unknown or there twice, nothing behind `{prefix}`, or what
+            looks like a special token and is not one of the tokenizer's.
+    """
+    parts = re.split(r"(\{\{|\}\}|\{\w*\}|[{}])", text)
+    pieces, literal = [], ""
+    for part in parts:
+        if part in ("{{", "}}"):
+            literal += part[0]
+        elif part.startswith("{") and part[1:-1] in _PLACEHOLDERS:
+            pieces += [literal, part[1:-1]]
+            literal = ""
+        elif part in ("{", "}") or part.startswith("{"):
+            raise ValueError(
+                f"`{name}` has {part!r}; its placeholders are {{prefix}}, {{think}} and {{suffix}}, other braces are "
+                "doubled."
+            )
+        else:
+            literal += part
+    pieces.append(literal)
+    for wanted, least in (("prefix", 1), ("suffix", 1), ("think", 0)):
+        if not least <= pieces[1::2].count(wanted) <= 1:
+            times = "at most once" if not least else "once"
+            raise ValueError(
+                f"`{name}` has {{{wanted}}} {pieces[1::2].count(wanted)} times; it must be there {times}."
+            )
+    split = [m for m in _MARKER.findall("".join(pieces[::2])) if len(_encode(tokenizer, m)) != 1]
+    if split:
+        raise ValueError(
+            f"`{name}` has {split[0]!r}, which the tokenizer splits into {len(_encode(tokenizer, split[0]))} tokens; "
+            "use its own special tokens, or write it otherwise if it is meant as text."
+        )
+    found = [_encode(tokenizer, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces)]
+    found = tuple(piece for piece in found if piece)
+    if found[-1] == "prefix":
+        raise ValueError(f"`{name}` ends with {{prefix}}; put {{think}} or other text behind it.")
+    return PromptTemplate(found, tokenizer.bos_token_id)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()

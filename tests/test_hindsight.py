@@ -1,0 +1,518 @@
+"""Latents proposed in hindsight: prompts, exact weights, bounds, gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from datasets import Dataset
+from slow_path import plain_forward
+
+from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.em import CAUSAL, Proposal, Proposals, annotate, latent_alarms, make_proposals, propose, roll_out
+from ra3_trl.em.estep import estep_backward, is_foreign
+from ra3_trl.em.proposals import latent_logps, own_logps, prior_logps, share_out
+from ra3_trl.losses import advantages, code_bounds, compute_returns, log1mexp, renormalise
+from ra3_trl.records import Document, Latent
+from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
+from ra3_trl.segmentation import build_token_table, chat_template, fim_template, parse_template
+
+
+NOISE = NoiseKey(seed=1, phase=0, step=0)
+CODE = "def area(r):\n    pi = 3\n    return pi * r * r\n\n\nprint(area(2))\n"
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+CHAT = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+
+
+@pytest.fixture(scope="module", params=["newline_indent", "sentencepiece"])
+def fim_tokenizer(request, tokenizers):
+    """With tokens for filling in the middle, one with a BOS and one without."""
+    tokenizer = copy.deepcopy(tokenizers[request.param])
+    tokenizer.add_special_tokens({"additional_special_tokens": [*FIM, "<|user|>", "<|bot|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["newline_indent"])
+    tokenizer.add_special_tokens({"additional_special_tokens": [*FIM, "<|user|>", "<|bot|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture
+def world(fim_tokenizer, tiny_model, segmenter):
+    """`world(...)`: an engine on a tiny model, and the document."""
+
+    def make(engine=BranchEngine, few: int = 0, **params):
+        model = tiny_model("llama", fim_tokenizer)
+        table = build_token_table(fim_tokenizer, len(fim_tokenizer))
+        if few:  # no more than so many tokens may stand in a latent, so that all latents can be listed
+            allowed = ((table.next_state_SV[0] >= 0) & ~table.blank_V).nonzero()[:, 0]
+            allowed = allowed[~torch.isin(allowed, table.stop_ids)][:few]
+            next_state = torch.full_like(table.next_state_SV, -1)
+            next_state[0, allowed] = 0
+            next_state[0, table.stop_ids] = 0
+            table = replace(table, next_state_SV=next_state)
+        params = SamplingParams(**{"max_length": 3} | params)
+        (document,) = segmenter(fim_tokenizer)(0, CODE)
+        return engine(Backbone(model), table, params), document
+
+    return make
+
+
+def fim(tokenizer, *shares: float) -> Proposals:
+    """Causal and fill-in-the-middle, or the latter alone."""
+    causal = [Proposal("causal", shares[0])] if len(shares) > 1 else []
+    return Proposals((*causal, Proposal("fim", shares[-1], fim_template(tokenizer))), lines=2)
+
+
+def fim_prompt(tokenizer, document: Document, site: int, lines: int) -> list[int]:
+    """The prompt written out: BOS if there is one, prefix, think prefix, suffix, middle."""
+    prefix, suffix, middle = tokenizer.convert_tokens_to_ids(list(FIM))
+    ids, action = list(document.input_ids), document.actions[site]
+    end = document.actions[min(site + lines, len(document.actions)) - 1].end
+    bos = [ids.pop(0)] if ids[0] == tokenizer.bos_token_id else []
+    start, end = action.start - len(bos), end - len(bos)
+    known = [*action.boundary.close, *ids[start:end]]
+    return [*bos, prefix, *ids[:start], *action.boundary.think, suffix, *known, middle]
+
+
+def logp_by_hand(engine, prompt: list[int], latent: Latent) -> float:
+    """Log-prob of a latent behind a prompt: plain forward, softmax over what may be drawn, the stop as one symbol."""
+    table, params = engine.table, engine.params
+    logits = plain_forward(engine.backbone.model, [*prompt, *latent.token_ids]).double() / params.temperature
+    total, state = 0.0, 0
+    for step, token in enumerate([*latent.token_ids, table.stop_id][: len(latent.logps)]):
+        row = logits[len(prompt) - 1 + step].clone()
+        stop = torch.logsumexp(row[table.stop_ids], -1)
+        row[~engine.distribution.allowed(state, step)] = -torch.inf
+        if engine.distribution.allowed(state, step)[table.stop_id]:
+            row[table.stop_id] = stop
+        if params.top_k:
+            row[row < row.topk(params.top_k).values[-1]] = -torch.inf
+        total += float(row.log_softmax(-1)[token])
+        state = int(table.next_state_SV[state, token])
+    return total
+
+
+@pytest.mark.parametrize("engine", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "top_k": 20}])
+def test_log_q_is_what_was_drawn_from(world, fim_tokenizer, engine, params):
+    engine, document = world(engine, **params)
+    sites = document.sites
+    group = propose(engine, document, sites, 2, 2, NOISE, fim(fim_tokenizer, 1.0))
+    own = own_logps(group.latents)
+    found = latent_logps(engine, document, sites, group.latents, fim(fim_tokenizer, 1.0).parts[0], 2)
+    torch.testing.assert_close(found, own, atol=1e-3, rtol=0)
+    whole = engine.__class__(engine.backbone, engine.table, replace(engine.params, top_k=0))
+    for t, site in enumerate(sites):
+        prompt = fim_prompt(fim_tokenizer, document, site, 2)
+        start = [*document.input_ids[: document.actions[site].start], *document.actions[site].boundary.think]
+        for g, latent in enumerate(group.latents[t]):
+            assert float(own[t, g]) == pytest.approx(logp_by_hand(engine, prompt, latent), abs=1e-3)
+            prior = logp_by_hand(whole, start, latent)  # not truncated
+            assert float(group.log_ratio_TG[t, g]) == pytest.approx(prior - float(own[t, g]), abs=2e-3)
+
+
+def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer):
+    engine, document = world()
+    proposals = fim(fim_tokenizer, 1.0, 3.0)
+    group = propose(engine, document, document.sites, 4, 1, NOISE, proposals)
+    assert proposals.counts(4) == (1, 3)
+    known = latent_logps(engine, document, document.sites, group.latents, proposals.parts[1], 2)
+    prior = prior_logps(engine, document, document.sites, group.latents)
+    mixed = torch.logaddexp(prior + math.log(1 / 4), known + math.log(3 / 4))
+    torch.testing.assert_close(group.log_ratio_TG, prior - mixed, atol=1e-3, rtol=0)
+    # The first of the latents is the policy's own: as a rollout of one would draw it.
+    alone = engine.rollout(document, document.sites, 1, 1, NOISE)
+    assert [row[0].token_ids for row in group.latents] == [row[0].token_ids for row in alone.latents]
+
+
+def test_the_policys_own_latents_are_a_plain_rollout(world):
+    engine, document = world()
+    group = propose(engine, document, document.sites, 2, 2, NOISE, CAUSAL)
+    plain = engine.rollout(document, document.sites, 2, 2, NOISE)
+    assert group.latents == plain.latents and group.log_ratio_TG is None
+    assert torch.equal(group.latent_line_logps_TGH, plain.latent_line_logps_TGH)
+
+
+def every_latent(engine) -> list[Latent]:
+    """All latents of a table with few tokens and `max_length` 2: one token and a stop, or two."""
+    table = engine.table
+    tokens = [i for i in (table.next_state_SV[0] >= 0).nonzero()[:, 0].tolist() if i not in table.stop_ids.tolist()]
+    one = [Latent((a,), True, (0.0, 0.0)) for a in tokens]
+    return one + [Latent((a, b), False, (0.0, 0.0)) for a, b in product(tokens, tokens)]
+
+
+def test_bounds_against_all_latents(world, fim_tokenizer):
+    """4 tokens: 4 latents of one token, 16 of two. In expectation over what is drawn, the pooled estimate of the
+    lines' probability is that probability, whatever the proposals; its log and the ELBO are below the log of it."""
+    engine, document = world(few=4, max_length=2)
+    site = document.sites[1]
+    actions = tuple(a if i == site else replace(a, boundary=None) for i, a in enumerate(document.actions))
+    document = replace(document, actions=actions)
+    latents = every_latent(engine)
+    proposals = fim(fim_tokenizer, 1.0, 1.0)
+    scored = engine.score(document, (site,), [latents], 1)
+    gates = scored.gate_logps_A.clone()
+    gates[site] = math.log(0.5)  # of a random model it is nearly 0, and all bounds the same
+    scored = replace(scored, gate_logps_A=gates)
+    logp = prior_logps(engine, document, (site,), [latents])[0].double()
+    logq = latent_logps(engine, document, (site,), [latents], proposals.parts[1], 2)[0].double()
+    assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
+    assert float(logq.exp().sum()) == pytest.approx(1, abs=1e-4)
+    assert float((logp - logq).abs().max()) > 0.5  # hindsight is another distribution
+
+    line = renormalise(scored.latent_line_logps_TGH, scored.latent_gate_logps_TGH)[0, :, 0].double()
+    act = renormalise(scored.line_logps_A, scored.gate_logps_A)[site].double()
+    log_think = scored.gate_logps_A[site].double()
+    thinking = torch.logsumexp(logp + line, 0)
+    exact = float(torch.logaddexp(log1mexp(log_think) + act, log_think + thinking))
+    rest = float(scored.line_logps_A.double().sum() - scored.line_logps_A[site].double())
+
+    mixed = torch.logaddexp(logp, logq) - math.log(2)
+    probability = expected_log = expected_elbo = 0.0
+    for i, j in product(range(len(latents)), repeat=2):  # one latent of each proposal
+        pair = [i, j]
+        group = replace(
+            scored,
+            latents=((latents[i], latents[j]),),
+            latent_line_logps_TGH=scored.latent_line_logps_TGH[:, pair],
+            latent_gate_logps_TGH=scored.latent_gate_logps_TGH[:, pair],
+            log_ratio_TG=(logp - mixed)[pair][None],
+        )
+        weight = float((logp[i] + logq[j]).exp())
+        bounds = code_bounds(group)
+        probability += weight * math.exp(bounds.multi_sample - rest)
+        expected_log += weight * (bounds.multi_sample - rest)
+        expected_elbo += weight * (bounds.elbo - rest)
+    assert math.log(probability) == pytest.approx(exact, abs=1e-4)
+    assert expected_elbo < expected_log < exact
+
+
+def test_hindsight_tightens_the_bound_where_the_prior_seldom_finds_it(world, fim_tokenizer):
+    """q drawn from the posterior itself makes every weight the line's probability: the bound is then exact."""
+    engine, document = world(few=4, max_length=2)
+    site = document.sites[1]
+    latents = every_latent(engine)
+    scored = engine.score(document, (site,), [latents], 1)
+    logp = prior_logps(engine, document, (site,), [latents])[0]
+    line = compute_returns(scored, 1, 1.0).latent_TG[0]
+    posterior = (logp + line).log_softmax(0)
+    group = replace(scored, log_ratio_TG=(logp - posterior)[None])
+    found = compute_returns(group, 1, 1.0).latent_TG[0]
+    torch.testing.assert_close(found, torch.logsumexp(logp + line, 0).expand(len(latents)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "text", ["{suffix}<|fim_suffix|>{prefix}{think}", "<|fim_middle|>{prefix}<|fim_suffix|>{suffix}<|fim_prefix|>#"]
+)
+def test_templates_of_ones_own(world, fim_tokenizer, text):
+    """Where the next lines come first each boundary has a prompt of its own."""
+    engine, document = world()
+    template = parse_template(text, fim_tokenizer)
+    assert template.shares_prefix == text.startswith("<")
+    part, sites = Proposal("template", 1.0, template), document.sites
+    assert len(template.views(document, sites, 2)) == (1 if template.shares_prefix else len(sites))
+    group = propose(engine, document, sites, 2, 1, NOISE, Proposals((part,), 2))
+    for t, site in enumerate(sites):
+        ids, action = document.input_ids, document.actions[site]
+        bos = [ids[0]] if ids[0] == fim_tokenizer.bos_token_id else []
+        code, end = ids[len(bos) : action.start], document.actions[min(site + 2, len(document.actions)) - 1].end
+        known = [*action.boundary.close, *ids[action.start : end]]
+        prefix, suffix, middle = fim_tokenizer.convert_tokens_to_ids(list(FIM))
+        if template.shares_prefix:
+            hash_ids = fim_tokenizer("#", add_special_tokens=False)["input_ids"]
+            after = template.pieces[-1][1:]  # "#" behind a special token, as this tokenizer has it
+            assert fim_tokenizer.decode(after).strip() == fim_tokenizer.decode(hash_ids).strip() == "#"
+            prompt = [*bos, middle, *code, suffix, *known, prefix, *after]
+        else:
+            prompt = [*bos, *known, suffix, *code, *action.boundary.think]
+        for latent in group.latents[t]:
+            assert sum(latent.logps) == pytest.approx(logp_by_hand(engine, prompt, latent), abs=1e-3)
+
+
+def test_a_function_writes_the_prompt(world, fim_tokenizer):
+    engine, document = world()
+    seen = []
+
+    def prompt(prefix: str, suffix: str) -> str:
+        seen.append((prefix, suffix))
+        return f"comment on{suffix}\n#"
+
+    args = RA3Config("x", proposal="function", e_steps=0, annotation_think_prob=0.5, use_cpu=True, max_length=64)
+    proposals = make_proposals(args, fim_tokenizer, 2048, prompt)
+    group = propose(engine, document, document.sites, 2, 1, NOISE, proposals)
+    assert seen[0][0].startswith("def area(r):") and "pi" not in seen[0][0]
+    assert "pi = 3" in seen[0][1] and "return pi * r * r" in seen[0][1]
+    bos = [fim_tokenizer.bos_token_id] if document.input_ids[0] == fim_tokenizer.bos_token_id else []
+    ids = bos + fim_tokenizer(prompt(*seen[0]), add_special_tokens=False)["input_ids"]
+    for latent in group.latents[0]:
+        assert sum(latent.logps) == pytest.approx(logp_by_hand(engine, ids, latent), abs=1e-3)
+    with pytest.raises(ValueError, match="`proposal_func` returned ''"):
+        propose(
+            engine, document, document.sites, 2, 1, NOISE, make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
+        )
+    with pytest.raises(ValueError, match="prompt of .* tokens, but the model's context leaves room for 24"):
+        # 100 of the context, less 12 of a latent and 64 of a document
+        long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
+        propose(engine, document, document.sites, 2, 1, NOISE, long)
+
+
+def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
+    """Share of <act> and of each latent over many draws, against weights worked out from the group."""
+    engine, document = world()
+    proposals = fim(fim_tokenizer, 1.0, 1.0)
+    args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
+    group = propose(engine, document, document.sites, 4, 1, NOISE, proposals)
+    returns = compute_returns(group, 1, 0.9)
+    # <act>: log 1/2 + its line; a latent: log(1/2 / 4) + its line + log-ratio, which the returns hold already.
+    logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
+    weights = logits.double().softmax(-1)
+    found = annotate(engine, document, args, NOISE, proposals=proposals)
+    for site, size in found.sizes.items():
+        t = group.sites.index(site)
+        assert size == pytest.approx(1 / float(weights[t].square().sum()), rel=1e-3)
+    assert min(found.sizes.values()) >= 1 and max(found.sizes.values()) <= 5
+    for site, latent in found.placed.items():
+        assert latent in group.latents[group.sites.index(site)]
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
+def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model, segmenter, baseline):
+    """The loss is minus the mean over latents of advantage times log q, the advantage that of the whole ELBO."""
+    tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
+    engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
+    (document,) = segmenter(tokenizer)(0, CODE)
+    args = RA3Config(
+        "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, baseline=baseline, penalty=0.3, gate_hold="never",
+        use_cpu=True,
+    )  # fmt: skip
+    (rollout,) = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer, 1.0))
+    group, sites = rollout.group, rollout.group.sites
+    returns = compute_returns(group, 1, 0.9)
+    prior = prior_logps(engine, document, sites, group.latents)
+    torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
+    bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
+    torch.testing.assert_close(returns.latent_TG, bare.latent_TG + group.log_ratio_TG)
+    model.zero_grad()
+    estep_backward(engine, [rollout], args, len(sites), False, lambda loss: loss.backward())
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    advantage = advantages(returns, 0.3, baseline)
+    for t, site in enumerate(sites):
+        prompt = fim_prompt(tokenizer, document, site, 2)
+        for g, latent in enumerate(group.latents[t]):
+            ids = torch.tensor([[*prompt, *latent.token_ids]])
+            logits = model(input_ids=ids).logits[0]
+            state, total = 0, 0.0
+            for step, token in enumerate([*latent.token_ids, engine.table.stop_id][: len(latent.logps)]):
+                row = logits[len(prompt) - 1 + step]
+                stop = torch.logsumexp(row[engine.table.stop_ids], -1)
+                allowed = engine.distribution.allowed(state, step)
+                is_stop = torch.arange(len(row)) == engine.table.stop_id
+                row = torch.where(is_stop, stop, row).masked_fill(~allowed, -torch.inf)
+                total = total + row.log_softmax(-1)[token]
+                state = int(engine.table.next_state_SV[state, token])
+            (-advantage[t, g] * total / 2 / len(sites)).backward()
+    assert found
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=2e-4, rtol=2e-3)
+
+
+CORPUS = [CODE, "x = 1\ny = x + 1\nprint(y)\n", "for i in range(3):\n    print(i)\n", "import os\nprint(os.sep)\n"]
+
+
+@pytest.fixture
+def hindsight_trainer(tmp_path, tokenizer_of, tiny_model):
+    def make(proposal_func=None, folder="run", **settings):
+        defaults = {
+            "output_dir": str(tmp_path / folder), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 4,
+            "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+            "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        data = Dataset.from_dict({"text": CORPUS})
+        return RA3MidTrainer(
+            tiny_model("llama", tokenizer_of), RA3Config(**defaults | settings), data, data, tokenizer_of,
+            proposal_func=proposal_func,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("proposal", ["fim", "causal+fim", "causal:1+chat:1", "causal+template"])
+@pytest.mark.parametrize("reward_model", ["live", "frozen"])
+def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
+    template = "<|user|>{prefix}<|bot|>{suffix}{think}" if "template" in proposal else None
+    trainer = hindsight_trainer(proposal=proposal, proposal_template=template, reward_model=reward_model)
+    before = trainer.evaluate()
+    assert {"eval_elbo_hindsight", "eval_bound_hindsight", "eval_gain_hindsight"} <= set(before)
+    assert (
+        before["eval_bound_hindsight"] <= before["eval_elbo_hindsight"]
+    )  # negated: the multi-sample bound is tighter
+    trainer.train()
+    log = {name for entry in trainer.state.log_history for name in entry}
+    assert {"estep/hindsight/gain", "estep/hindsight/log_ratio", "estep/hindsight/copy_rate"} <= log
+    assert ("estep/gain" in log) == ("causal" in proposal)
+    assert {"estep/code_loss", "mstep/effective_size", "mstep/annotated_rate"} <= log
+    ratios = [entry["estep/hindsight/log_ratio"] for entry in trainer.state.log_history if "estep/code_loss" in entry]
+    assert all(math.isfinite(ratio) for ratio in ratios)
+
+
+def test_two_passes_of_two_rollouts_are_one_of_four(hindsight_trainer):
+    """Rollouts of several proposals land in the batches that their documents were in."""
+    runs = {}
+    for accumulation, batch in ((1, 4), (2, 2)):
+        trainer = hindsight_trainer(
+            proposal="causal+fim", e_steps=1, m_steps=1, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=batch, folder=f"run{batch}",
+        )  # fmt: skip
+        trainer.train()
+        runs[batch] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for name, value in runs[4].items():
+        torch.testing.assert_close(value, runs[2][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_resumed_run_ends_the_same(hindsight_trainer):
+    whole = hindsight_trainer(proposal="causal+fim", e_steps=2, m_steps=2, save_strategy="steps", save_steps=1)
+    whole.train()
+    wanted = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    again = hindsight_trainer(proposal="causal+fim", e_steps=2, m_steps=2, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=f"{again.args.output_dir}/checkpoint-1")
+    for name, value in again.model.named_parameters():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
+    trainer = hindsight_trainer(
+        lambda prefix, suffix: f"# {suffix}\n#", proposal="causal+function", e_steps=0, annotation_think_prob=0.5
+    )
+    trainer.train()
+    assert any("mstep/effective_size" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"proposal": "fin"}, "`proposal` is 'fin'; use one of 'causal', 'fim'"),
+        ({"proposal": "causal+causal"}, "each once"),
+        ({"proposal": "causal:x+fim"}, "shares above 0"),
+        ({"proposal": "causal:0+fim"}, "shares above 0"),
+        ({"proposal": "template"}, "give one, or neither"),
+        ({"proposal_template": "{prefix}{suffix}"}, "give one, or neither"),
+        ({"proposal": "fim", "proposal_lines": 0}, "`proposal_lines` is 0; it must be at least 1"),
+        ({"proposal": "fim", "annotation": "policy"}, "set `annotation='resample'`"),
+        ({"proposal": "fim", "line_reduction": "mean"}, "set `line_reduction='sum'`"),
+        ({"proposal": "causal+fim", "num_latents": 3}, "2 latents of each of the 2 parts"),
+        ({"proposal": "causal+fim", "num_latents": 1, "baseline": "no_think"}, "`num_latents` is 1, but `proposal`"),
+        ({"proposal": "causal+fim", "eval_num_latents": 1}, "`eval_num_latents` is 1, but `proposal`"),
+        ({"proposal": "fim", "gate": "head"}, "give 'causal' a share"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RA3Config("x", use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{prefix} and", "has {suffix} 0 times; it must be there once"),
+        ("{suffix} and", "has {prefix} 0 times"),
+        ("{prefix}{suffix}{think}{think}", "has {think} 2 times; it must be there at most once"),
+        ("{prefix}{sufix}", "has '{sufix}'; its placeholders are {prefix}, {think} and {suffix}"),
+        ("{prefix}{suffix}{", "has '{'"),
+        ("{suffix}\n{prefix}", "ends with {prefix}"),
+        ("{prefix}<|fim_hole|>{suffix}#", "has '<|fim_hole|>', which the tokenizer splits into"),
+    ],
+)
+def test_templates_that_cannot_work(tokenizer_of, text, message):
+    with pytest.raises(ValueError) as caught:
+        parse_template(text, tokenizer_of)
+    assert message in str(caught.value)
+
+
+def test_braces_are_doubled(tokenizer_of):
+    template = parse_template("{{a}} {prefix}{{{suffix}}}{think}", tokenizer_of)
+    words = [piece if isinstance(piece, str) else tokenizer_of.decode(piece) for piece in template.pieces]
+    assert words == ["{a} ", "prefix", "{", "suffix", "}", "think"]
+
+
+def test_tokenizers_that_have_no_such_prompt(tokenizers, tokenizer_of):
+    plain = tokenizers["newline_indent"]
+    with pytest.raises(ValueError, match="has no tokens for filling in the middle"):
+        fim_template(plain)
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_template(plain)
+    half = copy.deepcopy(plain)
+    half.add_special_tokens({"additional_special_tokens": ["<fim_prefix>", "<fim_suffix>"]})
+    with pytest.raises(ValueError, match=r"lacks \['<fim_middle>'\] as tokens of their own"):
+        fim_template(half)
+
+
+@pytest.mark.parametrize(
+    "markers",
+    [
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+        ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+        ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ],
+)
+def test_other_families_tokens_are_found(tokenizers, markers):
+    tokenizer = copy.deepcopy(tokenizers["newline_alone"])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
+    prefix, suffix, middle = ((i,) for i in tokenizer.convert_tokens_to_ids(list(markers)))
+    assert fim_template(tokenizer).pieces == (prefix, "prefix", "think", suffix, "suffix", middle)
+
+
+def test_chats_prompt_reads_as_it_should(tokenizer_of, segmenter):
+    (document,) = segmenter(tokenizer_of)(0, CODE)
+    site = document.sites[0]
+    ((view, places),) = chat_template(tokenizer_of).views(document, (site,), 1)
+    action = view.actions[places[0]]
+    text = tokenizer_of.decode([*view.input_ids[: action.start], *action.boundary.think])
+    assert text.startswith("<|user|>Here is the beginning of a program:\n\ndef area(r):")
+    assert "It goes on with these lines:\n\n\n    pi = 3\n" in text and text.rstrip(" #").endswith("<|bot|>")
+    assert text.endswith("#") and "return" not in text
+
+
+def test_trainers_refuse_before_any_sampling(hindsight_trainer):
+    with pytest.raises(ValueError, match="lower `max_length` by 11"):
+        # 2048 + 3 tokens of the prompt, and 2048 - 8 of latents: the context is 2048
+        hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8)
+    with pytest.raises(ValueError, match="an E-phase can't train it"):
+        hindsight_trainer(proposal="template", proposal_template="{suffix}<|user|>{prefix}{think}")
+    with pytest.raises(ValueError, match="an E-phase can't train it"):
+        hindsight_trainer(lambda prefix, suffix: "#", proposal="function")
+    with pytest.raises(ValueError, match="give the function, or neither"):
+        hindsight_trainer(lambda prefix, suffix: "#")
+    with pytest.raises(ValueError, match="give the function, or neither"):
+        hindsight_trainer(proposal="function")
+
+
+def test_shares():
+    assert share_out(4, (1, 3)) == (1, 3)
+    assert share_out(5, (1, 1)) in ((2, 3), (3, 2))
+    assert share_out(4, (1, 100)) == (1, 3)  # at least one of each
+    assert share_out(3, (100, 1, 1)) == (1, 1, 1)
+    with pytest.raises(ValueError, match="raise `num_latents`"):
+        share_out(1, (1, 1))
+    for total in range(3, 20):
+        assert sum(share_out(total, (0.2, 0.5, 0.3))) == total
+
+
+def test_what_is_watched():
+    assert is_foreign("返回 结果", "return x") and not is_foreign("return", "return x")
+    assert not is_foreign("返回", "print('返回')")  # the code itself is written so
+    assert not is_foreign("123", "x = 1")
+    (alarm,) = latent_alarms({"copy_rate": 0.1, "hindsight/copy_rate": 0.9})
+    assert alarm.startswith("proposed in hindsight, latents mostly repeat")
+    (alarm,) = latent_alarms({"foreign_rate": 0.6})
+    assert "another alphabet" in alarm
