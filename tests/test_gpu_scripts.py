@@ -13,7 +13,7 @@ from conftest import needs_bwrap
 
 from benchmarks.gpu import drive as module
 from benchmarks.gpu.drive import State, collect, drive, stages
-from benchmarks.gpu.plan import ARMS, PRESETS, Stage, fitted
+from benchmarks.gpu.plan import ARMS, OURS, PRESETS, Stage, fitted
 from ra3_trl.cli import compare, rlvr, train
 
 
@@ -45,7 +45,9 @@ def test_every_command_is_understood(name, tmp_path):
         if command == "train":
             _, args, model, _ = train.make_parser().parse_args_and_config(words)
             assert model.model_name_or_path == "some/model" and args.output_dir == str(stage.output)
-            assert (args.e_steps, args.e_steps + args.m_steps) == (preset.e_steps * ("ra3" in stage.name), both)
+            ours = stage.name.startswith(OURS)
+            assert (args.e_steps, args.e_steps + args.m_steps) == (preset.e_steps * ours, both)
+            assert (args.proposal != "causal") == stage.name.startswith("hindsight")
             assert args.use_cpu is (name != "h100") and stage.stop == signal.SIGTERM
         elif command == "rlvr":
             script, args, model = rlvr.make_parser().parse_args_and_config(words)
@@ -117,9 +119,13 @@ def test_what_is_put_together(tmp_path):
     names = ("ce", "ce_never", "elbo", "bound_multi", "think_rate", "gain")
     for seed, (ntp, ra3) in enumerate([(1.0, 0.9), (2.0, 1.7)]):
         (tmp_path / f"seed-{seed}").mkdir()
-        for arm, value in zip(ARMS, (3.0, ntp, ntp, ra3), strict=True):
+        for arm, value in zip(ARMS, (3.0, ntp, ntp, ra3, ra3), strict=True):
+            sums = [
+                {"tokens": 10, **dict.fromkeys(("log_likelihood", "never", "elbo", "multi_sample"), -8 * value)},
+                {"tokens": 30, **dict.fromkeys(("log_likelihood", "never", "elbo", "multi_sample"), -32 * value)},
+            ]
             (tmp_path / f"seed-{seed}" / f"{arm}-measures.json").write_text(
-                json.dumps({f"eval_{name}": value for name in names})
+                json.dumps({f"eval_{name}": value for name in names} | {"sums": sums})
             )
     (tmp_path / "rlvr-ra3").mkdir()
     log = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}, {"train_loss": 0.0}]
@@ -127,6 +133,10 @@ def test_what_is_put_together(tmp_path):
     found = collect(tmp_path, preset)
     assert found["ce"]["ntp"]["values"] == (1.0, 2.0)  # the third seed is not done
     assert found["ce"]["ra3 less ntp"]["mean"] == pytest.approx(-0.2)
+    # By document, in tokens of 20 on average: 8 and 32 times -0.1 and -0.3 over 20, in all (8 + 32) / 20 / 2 * -0.2.
+    rows = found["elbo_by_document"]["ra3 less ntp"]
+    assert rows["values"] == pytest.approx((-0.04, -0.16, -0.12, -0.48)) and rows["mean"] == pytest.approx(-0.2)
+    assert found["elbo_by_document"]["hindsight less ra3"]["mean"] == 0
     assert found["rlvr-ra3"] == [0.25, 0.5] and "rlvr-base" not in found
     assert collect(tmp_path / "new", preset)["seconds"] == {}
 

@@ -18,12 +18,14 @@ from ra3_trl.analysis import Estimate
 
 from ..common import say
 from ..replication.base import last_checkpoint
-from .plan import ARMS, MEASURES, Preset, Stage, later_stages, measure_stage, train_stage
+from .plan import ARMS, MEASURES, OURS, Preset, Stage, later_stages, measure_stage, train_stage
 
 
 GRACE = 60.0  # seconds between being asked to end and being killed
 _STATE = "state.json"
 _ROOT = str(Path(__file__).parents[2])  # where `benchmarks` is
+_PAIRS = [(ours, theirs) for ours in OURS for theirs in ARMS[: ARMS.index(ours)]]
+_SUMS = {"ce": "log_likelihood", "ce_never": "never", "elbo": "elbo", "bound_multi": "multi_sample"}  # log-likelihoods
 _HELD_OUT = ("ce", "ce_never", "elbo", "bound_multi", "think_rate", "gain")
 
 
@@ -58,6 +60,7 @@ def stages(folder: Path, preset: Preset, state: State) -> Iterator[Stage]:
         yield train_stage(folder, preset, "ntp", seed, both)
         yield train_stage(folder, preset, "ra3", seed, both)
         yield train_stage(folder, preset, "ntp_compute", seed, state.matched_updates(preset, seed))
+        yield train_stage(folder, preset, "hindsight", seed, both)
         for arm in ARMS:
             yield measure_stage(folder, preset, arm, seed)
     yield from later_stages(folder, preset)
@@ -114,6 +117,19 @@ def run_stage(stage: Stage, log: Path, seconds: float, state: State) -> bool:
     return False
 
 
+def by_document(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Differences of arms in nats per token of code, paired by held-out document of all seeds, with intervals over
+    documents: what one seed can tell of, but for its noise in training."""
+    found: dict[str, Any] = {}
+    for name, key in _SUMS.items() if runs else ():
+        rows = found[f"{name}_by_document"] = {}
+        for ours, theirs in _PAIRS:
+            pairs = [pair for run in runs for pair in zip(run[ours]["sums"], run[theirs]["sums"], strict=True)]
+            tokens = sum(a["tokens"] for a, _ in pairs) / len(pairs)
+            rows[f"{ours} less {theirs}"] = asdict(Estimate.of([(b[key] - a[key]) / tokens for a, b in pairs]))
+    return found
+
+
 def collect(folder: Path, preset: Preset) -> dict[str, Any]:
     """What is there so far: held-out numbers over seeds, pass@k, curves of GRPO, seconds."""
     state = State(folder)
@@ -128,9 +144,10 @@ def collect(folder: Path, preset: Preset) -> dict[str, Any]:
     for name in _HELD_OUT if held_out else ():
         values = {arm: [one[arm][f"eval_{name}"] for one in held_out.values()] for arm in ARMS}
         found[name] = {arm: asdict(Estimate.of(of_arm)) for arm, of_arm in values.items()}
-        for arm in ARMS[:-1]:
-            less = [ours - theirs for ours, theirs in zip(values["ra3"], values[arm], strict=True)]
-            found[name][f"ra3 less {arm}"] = asdict(Estimate.of(less))
+        for ours, theirs in _PAIRS:
+            less = [a - b for a, b in zip(values[ours], values[theirs], strict=True)]
+            found[name][f"{ours} less {theirs}"] = asdict(Estimate.of(less))
+    found |= by_document(list(held_out.values()))
     for path in sorted(folder.glob("compare-*/compare.json")):
         found[path.parent.name] = json.loads(path.read_text("utf-8"))
     for path in sorted(folder.glob("rlvr-*/trainer_state.json")):

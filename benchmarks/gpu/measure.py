@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu.measure MODEL OUT SEED DOCUMENTS CODE_DIR SETTINGS`: held-out numbers of a checkpoint.
 
-The documents are those that `ra3 train` holds out with this seed; noise and documents are the same for all arms.
+The same as `trainer.evaluate()`, and the sums of each document, for intervals over documents. The documents are those
+that `ra3 train` holds out with this seed; noise and documents are the same for all arms.
 """
 
 from __future__ import annotations
@@ -8,11 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.cli.data import hold_out, load_splits
+from ra3_trl.em import evaluate_documents, finish_metrics
+from ra3_trl.segmentation import row_to_document
 
 
 LATENTS = 8
@@ -24,10 +31,20 @@ def main(model: str, out: str, seed: str, documents: str, code_dir: str, setting
     known["eval_max_sites"] = known.pop("max_sites", 0)
     with TemporaryDirectory() as folder:
         args = RA3Config(
-            output_dir=folder, seed=int(seed), eval_num_latents=LATENTS, per_device_eval_batch_size=1,
-            report_to="none", disable_tqdm=True, abstraction_head=False, **known,
+            output_dir=folder, seed=int(seed), eval_num_latents=LATENTS, report_to="none", disable_tqdm=True,
+            abstraction_head=False, **known,
         )  # fmt: skip
-        found = RA3MidTrainer(model, args, eval_dataset=held_out).evaluate()
+        trainer = RA3MidTrainer(model, args, eval_dataset=held_out)
+        chunks = [row_to_document(row) for row in trainer.eval_dataset]
+        trainer.model.eval()
+        sums = []
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            for _, of_document in groupby(chunks, key=lambda chunk: chunk.doc_id):
+                sums.append(evaluate_documents(trainer.engine, of_document, args))
+    total: Counter[str] = Counter()
+    for row in sums:
+        total.update(row)
+    found = {f"eval_{name}": value for name, value in finish_metrics(total).items()} | {"sums": sums}
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")

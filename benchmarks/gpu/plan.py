@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 
-ARMS = ("base", "ntp", "ntp_compute", "ra3")
+ARMS = ("base", "ntp", "ntp_compute", "ra3", "hindsight")
+OURS = ("ra3", "hindsight")  # with latents: of the policy alone, and also proposed in hindsight
 MEASURES = "measures.json"
 # Settings of the training that matter where it is measured.
 _HELD_OUT = ("max_length", "max_latent_length", "horizon", "existing_comments", "max_sites", "bf16", "use_cpu")
@@ -32,6 +33,8 @@ class Preset:
             For `ra3 compare --task`; `()` leaves pass@k out.
         compare (`dict`):
             Options of `ra3 compare`.
+        hindsight (`dict`):
+            Further options of `ra3 train` for the arm of that name: its proposals.
         rlvr (`dict` or `None`):
             Options of `ra3 rlvr`; `None` leaves it out.
         model (`str` or `None`):
@@ -45,6 +48,7 @@ class Preset:
     e_steps: int
     m_steps: int
     train: Mapping[str, Any]
+    hindsight: Mapping[str, Any]
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[str, ...] = ()
     compare: Mapping[str, Any] = field(default_factory=dict)
@@ -60,15 +64,16 @@ _SHARED = {
 }  # fmt: skip
 PRESETS = {
     "cpu": Preset(
-        e_steps=10, m_steps=20, seeds=(0, 1, 2), eval_documents=48,
+        e_steps=6, m_steps=14, seeds=(0,), eval_documents=32, hindsight={"proposal": "causal+chat"},
         train=_SHARED | {
-            "max_length": 256, "per_device_train_batch_size": 4, "num_latents": 4, "max_latent_length": 10,
-            "horizon": 2, "max_sites": 6, "e_learning_rate": 1e-5, "learning_rate": 1e-5, "save_steps": 5,
+            "max_length": 192, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 10,
+            "horizon": 1, "max_sites": 6, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "save_steps": 5,
             "use_cpu": True, "abstraction_head": False,
         },
     ),
     "h100": Preset(
         e_steps=60, m_steps=240, seeds=(0,), eval_documents=256, tasks=("humaneval", "mbpp"),
+        hindsight={"proposal": "causal+fim"},
         train=_SHARED | {
             "max_length": 1024, "per_device_train_batch_size": 16, "num_latents": 8, "max_latent_length": 16,
             "horizon": 2, "max_sites": 16, "e_learning_rate": 2e-6, "learning_rate": 1e-5, "save_steps": 20,
@@ -86,8 +91,9 @@ PRESETS = {
     ),
     "toy": Preset(
         e_steps=2, m_steps=2, eval_documents=2,
+        hindsight={"proposal": "causal+template", "proposal_template": "{prefix}{suffix}{think}"},
         train=_SHARED | {
-            "max_length": 128, "per_device_train_batch_size": 2, "num_latents": 2, "max_latent_length": 4,
+            "max_length": 128, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 4,
             "max_sites": 2, "save_steps": 1, "use_cpu": True,
         },
         compare={"num_samples": 2, "k": "1,2", "temperature": 0.8, "max_new_tokens": 8, "no_ce": True},
@@ -144,11 +150,12 @@ def _ra3(command: str, *words: str) -> tuple[str, ...]:
 def train_stage(folder: Path, preset: Preset, arm: str, seed: int, updates: int) -> Stage:
     """Mid-training of an arm; `updates` are those of next-token prediction, or RA3's in both phases."""
     output = Path(arm_folder(folder, preset, arm, seed))
-    e_steps = preset.e_steps if arm == "ra3" else 0
+    e_steps = preset.e_steps if arm in OURS else 0
+    proposals = preset.hindsight if arm == "hindsight" else {}
     data = {"code_dir": preset.code_dir} if preset.code_dir else {}
     settings = {
         "model_name_or_path": preset.model, **data, "output_dir": output, "seed": seed, "e_steps": e_steps,
-        "m_steps": updates - e_steps, "eval_documents": preset.eval_documents, **preset.train,
+        "m_steps": updates - e_steps, "eval_documents": preset.eval_documents, **preset.train, **proposals,
     }  # fmt: skip
     words = _ra3("train", *options(settings))
     return Stage(f"{arm}-{seed}", words, output / _TRAINED, output, signal.SIGTERM)  # on which it saves
@@ -189,9 +196,11 @@ def _compare(output: Path, task: str, places: Mapping[str, str], settings: Mappi
     return Stage(output.name, words, output / "compare.json")
 
 
-def fitted(preset: Preset, model: str | None, code_dir: str | None, mbpp: str | None) -> Preset:
-    """A preset with the user's model, corpus and MBPP file."""
-    changes: dict[str, Any] = {}
+def fitted(
+    preset: Preset, model: str | None, code_dir: str | None, mbpp: str | None, proposal: str | None = None
+) -> Preset:
+    """A preset with the user's model, corpus, MBPP file and proposals."""
+    changes: dict[str, Any] = {"hindsight": {"proposal": proposal}} if proposal else {}
     if mbpp:
         changes["compare"] = {**preset.compare, "task_file": mbpp}
         changes["rlvr"] = preset.rlvr and {**preset.rlvr, "task_file": mbpp}
