@@ -19,11 +19,13 @@ class Boundary:
     """A legal place for a latent: `think` tokens open one, `close` tokens end it and give back the carry.
 
     On `if x:\\n    return x` with a tokenizer that merges `\\n` and three spaces into one token, the boundary before
-    `return` has `think = (" #",)` and `close = ("\\n   ",)`; the expert's own `" return"` follows unchanged.
+    `return` has `think = (" #",)` and `close = ("\\n   ",)`; the expert's own `" return"` follows unchanged. Where it
+    does not `decide`, whether to think is not asked: there is no gate, as in a prompt whose `think` tokens are given.
     """
 
     think: tuple[int, ...]
     close: tuple[int, ...]
+    decides: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Action:
     end: int
     boundary: Boundary | None = None
     comment: bool = False
+
+    @property
+    def decides(self) -> bool:
+        """Whether there is a gate before this line."""
+        return self.boundary is not None and self.boundary.decides
 
 
 @dataclass(frozen=True)

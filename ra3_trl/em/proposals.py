@@ -172,13 +172,7 @@ def latent_logps(
             for row in latents[done : done + len(places)]
         )
         done += len(places)
-        empty = torch.zeros(len(places), len(given[0]), 0)
-        none = torch.zeros(len(view.actions))
-        group = RolloutGroup(view, places, given, none, none, empty, empty)
-        for piece in engine.split(group):
-            found = engine.log_probs(group, piece)
-            total = found.token_n.new_zeros(len(given[piece]) * len(given[0]))
-            rows.append(total.index_add(0, found.branch_n, found.token_n).view(-1, len(given[0])).float().cpu())
+        rows.append(engine.latent_logps(view, places, given))
     return torch.cat(rows)
 
 

@@ -124,6 +124,15 @@ class BranchState:
         """Number of layers that attended to the document through this state."""
         return len(self._document)
 
+    def spread(self, count: int) -> BranchState:
+        """Each branch `count` times, one after the other, with the keys and values that it has: what they have in
+        common is run once."""
+        state = BranchState(self.prefix_M.repeat_interleave(count), self.slots, self.cached)
+        state._document = self._document
+        state._own = {layer: tuple(x.repeat_interleave(count, 1) for x in kept) for layer, kept in self._own.items()}
+        state._position_ML = self._position_ML.repeat_interleave(count, 0)
+        return state
+
     def begin(self, tokens: BranchTokens | None, document_length: int = 0) -> torch.Tensor:
         """Announces a forward of `document_length` document tokens followed by `tokens`; returns its position ids."""
         self._tokens, self.document_length, self.blocks = tokens, document_length, []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -117,6 +117,8 @@ class BranchEngine:
         rows, targets, owner, branches = [], [], [], []
         for i in document.sites:
             action = document.actions[i]
+            if not action.decides:
+                continue
             following = document.input_ids[action.start :]
             pairs, side = gate_targets(action.boundary, action.start - 1, following, len(document.input_ids))
             if side:
@@ -139,18 +141,36 @@ class BranchEngine:
             owner = np.concatenate([[i] * (len(think) - 1) for (i, _), think in zip(branches, thinks, strict=True)])
             gates_A.index_add_(0, self._long(owner), self.backbone.token_logps(out, targets))
 
-    def _in_flight(self, group, state, sites, latents, num_latents, horizon, noise, score) -> RolloutGroup:
-        """Handles the sites in groups that fit `max_branch_tokens`, longest first, and puts the parts together."""
-        sites = tuple(sites)
-        plans = [plan_site(group.document, site, horizon) for site in sites]
+    @torch.no_grad()
+    def latent_logps(
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+    ) -> torch.Tensor:
+        found = torch.zeros(len(sites), len(latents[0]) if latents else 0)
+        with branch_attention(self.backbone.causal_lm):
+            _, state = self._trunk(document)
+            plans = [plan_site(document, site, 1) for site in sites]
+            for part in self._parts(plans, found.shape[1]):
+                flight = _Flight(self, document, [plans[i] for i in part], found.shape[1], state)
+                found[part] = flight.latent_logps([latents[i] for i in part])
+        return found
+
+    def _parts(self, plans: Sequence[SitePlan], num_latents: int) -> Iterator[list[int]]:
+        """The sites in groups that fit `max_branch_tokens`, longest first."""
         length = [len(p.think) + self.params.max_length + len(p.tokens) for p in plans]
-        drawn: list[list[Latent] | None] = [None] * len(sites)
-        lines = torch.zeros(len(sites), num_latents, horizon)
-        gates = torch.full_like(lines, float("-inf"))
-        order = sorted(range(len(sites)), key=lambda i: -length[i])
+        order = sorted(range(len(plans)), key=lambda i: -length[i])
         while order:
             fit = max(1, self.max_branch_tokens // (length[order[0]] * max(num_latents, 1)))
             part, order = sorted(order[:fit]), order[fit:]
+            yield part
+
+    def _in_flight(self, group, state, sites, latents, num_latents, horizon, noise, score) -> RolloutGroup:
+        """Handles the sites part by part and puts the parts together."""
+        sites = tuple(sites)
+        plans = [plan_site(group.document, site, horizon) for site in sites]
+        drawn: list[list[Latent] | None] = [None] * len(sites)
+        lines = torch.zeros(len(sites), num_latents, horizon)
+        gates = torch.full_like(lines, float("-inf"))
+        for part in self._parts(plans, num_latents):
             flight = _Flight(self, group.document, [plans[i] for i in part], num_latents, state)
             if latents is None:
                 index = np.array([group.document.actions[sites[i]].index for i in part])
@@ -218,7 +238,7 @@ class BranchEngine:
     def _packed_gates(self, hidden: torch.Tensor, actions, first: np.ndarray) -> torch.Tensor:
         rows, targets, owner = [], [], []
         for t, (action, start) in enumerate(zip(actions, first, strict=True)):
-            think = action.boundary.think
+            think = action.boundary.think if action.decides else action.boundary.think[:1]  # nobody wants to know
             rows += [action.start - 1, *range(start, start + len(think) - 1)]
             targets += think
             owner += [t] * len(think)
@@ -248,6 +268,7 @@ class _Flight:
         self.num_latents = num_latents
         self.plans = [p for p in plans for _ in range(num_latents)]
         slots = max(len(p.think) + len(p.tokens) for p in plans) + engine.params.max_length
+        self.opening = BranchState(engine._long([p.start for p in plans]), slots, True, trunk)
         self.state = BranchState(engine._long([p.start for p in self.plans]), slots, True, trunk)
         self.fed = np.zeros(len(self.plans), dtype=np.int64)
         self.tokens: list[list[int]] = [[] for _ in self.plans]
@@ -260,6 +281,39 @@ class _Flight:
         self.fed[branches] += [len(c) for c in chains]
         return hidden[self.engine._long(np.cumsum([len(c) for c in chains]) - 1)]
 
+    def _open(self) -> torch.Tensor:
+        """Runs the think prefixes, once a site; hidden state behind each branch's."""
+        thinks = [p.think for p in self.plans[:: self.num_latents]]
+        hidden = self.engine._forward(self.opening, (), _chains(self.engine, thinks))
+        self.state = self.opening.spread(self.num_latents)
+        self.fed = np.repeat([len(think) for think in thinks], self.num_latents)
+        last = self.engine._long(np.cumsum([len(think) for think in thinks]) - 1)
+        return hidden[last].repeat_interleave(self.num_latents, 0)
+
+    def latent_logps(self, latents: list[Sequence[Latent]]) -> torch.Tensor:
+        """Log-probs `[T, G]` of given latents, as this document's boundaries would draw them."""
+        engine, flat = self.engine, [z for row in latents for z in row]
+        behind = self._open()
+        fed = [fed_tokens(z) for z in flat]
+        some = np.flatnonzero([len(f) > 0 for f in fed])
+        hidden = behind[:0]
+        if len(some):
+            tokens = _chains(engine, [fed[m] for m in some], self.fed[some])
+            tokens.branch_n = engine._long(np.repeat(some, [len(fed[m]) for m in some]))
+            hidden = engine._forward(self.state, (), tokens)
+        begin = np.cumsum([0, *map(len, fed)])  # branch m's symbols are predicted behind the prefix and its own tokens
+        rows = torch.cat(
+            [
+                torch.cat([behind[m : m + 1], hidden[begin[m] : begin[m + 1]]])[: len(z.logps)]
+                for m, z in enumerate(flat)
+            ]
+        )
+        symbols, states, steps, branches = (engine._long(x) for x in sampled_symbols(flat, engine.table))
+        kept = kept_sets(flat) if engine.params.truncated else None
+        logps, _ = symbol_logps(engine.backbone, engine.distribution, rows, symbols, states, steps, kept)
+        total = logps.new_zeros(len(flat)).index_add(0, branches, logps)
+        return total.view(-1, self.num_latents).float().cpu()
+
     def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[list[Latent]]:
         """`num_latents` latents a site; `index_T` are the ordinals of the sites' lines, which key the noise."""
         engine, count = self.engine, len(self.plans)
@@ -268,7 +322,7 @@ class _Flight:
         stopped = np.zeros(count, dtype=bool)
         active = np.arange(count)
         index, latent = np.repeat(index_T, self.num_latents), np.tile(np.arange(self.num_latents), len(index_T))
-        hidden = self._feed(active, [p.think for p in self.plans])
+        hidden = self._open()
         state = torch.zeros(count, dtype=torch.long, device=hidden.device)
         for step in range(engine.params.max_length):
             u = noise.uniform(self.document.doc_id, index[active], latent[active], step)

@@ -68,6 +68,8 @@ class ExpandEngine:
             wanted += [(0, p - 1, ids[p], i, False) for p in range(max(action.start, 1), action.end)]
         for i in document.sites:
             action = document.actions[i]
+            if not action.decides:
+                continue
             think, gates[i] = action.boundary.think, 0.0
             rows.append((*ids[: action.start], *think[:-1]))
             wanted += [(len(rows) - 1, action.start - 1 + j, token, i, True) for j, token in enumerate(think)]
@@ -201,6 +203,19 @@ class ExpandEngine:
             latent_line_logps_TGH=lines, latent_gate_logps_TGH=gates,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def latent_logps(
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+    ) -> torch.Tensor:
+        none, empty = torch.zeros(len(document.actions)), torch.zeros(len(sites), len(latents[0]), 0)
+        group = RolloutGroup(document, tuple(sites), tuple(map(tuple, latents)), none, none, empty, empty)
+        rows = []
+        for part in self.split(group):
+            found = self.log_probs(group, part)
+            total = found.token_n.new_zeros(len(latents[part]) * group.num_latents)
+            rows.append(total.index_add(0, found.branch_n, found.token_n).view(-1, group.num_latents).float().cpu())
+        return torch.cat(rows)
+
     def split(self, group: RolloutGroup) -> list[slice]:
         longest = len(group.document.input_ids) + self.params.max_length + 8
         fit = max(1, self.max_branch_tokens // (longest * max(group.num_latents, 1)))
@@ -219,7 +234,8 @@ class ExpandEngine:
         hidden = self._hidden([(*head, *fed_tokens(z)) for head, z in zip(heads, latents, strict=True)], through)
         rows, positions, targets, owner = [], [], [], []
         for t, action in enumerate(actions):
-            for j, token in enumerate(action.boundary.think):
+            think = action.boundary.think if action.decides else action.boundary.think[:1]  # nobody wants to know
+            for j, token in enumerate(think):
                 rows.append(t * group.num_latents)
                 positions.append(action.start - 1 + j)
                 targets.append(token)

@@ -74,7 +74,7 @@ def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
     for k, later in enumerate(document.actions[site : site + count]):
         length = later.end - later.start
         wanted += [(slot + i, chain[slot + 1 + i], k, False) for i in range(length)]
-        if later.boundary is None:
+        if not later.decides:
             undecided.append(k)
         else:
             following = tuple(fed[slot + 1 :])

@@ -57,7 +57,7 @@ def _view(document: Document, sites: Sequence[int], lead: Sequence[int], cues: d
     shift = len(lead)
 
     def moved(i: int, action: Action) -> Action:
-        boundary = Boundary(tuple(cues[i]), action.boundary.close) if i in cues else None
+        boundary = Boundary(tuple(cues[i]), action.boundary.close, decides=False) if i in cues else None
         return replace(action, start=action.start + shift, end=action.end + shift, boundary=boundary)
 
     ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:])
@@ -149,7 +149,7 @@ class PromptFunction:
         actions = tuple(
             replace(
                 later, start=later.start + shift, end=later.end + shift,
-                boundary=Boundary(prompt[-1:], action.boundary.close) if later is action else None,
+                boundary=Boundary(prompt[-1:], action.boundary.close, decides=False) if later is action else None,
             )
             for later in document.actions[site:]
         )  # fmt: skip

@@ -1,0 +1,139 @@
+"""What latents are worth by where they come from: the policy, or a prompt that holds the lines they explain.
+
+On functions of the standard library, one boundary each: gain of a latent in nats of its line, its log-prob under the
+policy, what is left of the gain once that is paid, and how tight a bound many of them give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ra3_trl import RA3Config, RA3MidTrainer, load_code_directory
+from ra3_trl.analysis import Estimate
+from ra3_trl.em import propose
+from ra3_trl.losses import compute_returns, log1mexp
+from ra3_trl.records import Document, RolloutGroup
+from ra3_trl.rollout import NoiseKey
+from ra3_trl.segmentation import row_to_document
+
+from .common import default_model, no_warnings, say, scratch
+
+
+NOISE = NoiseKey(seed=0, phase=0, step=0)
+PAYS = 0.5  # nats
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--proposals", nargs="+", default=["causal", "chat", "causal+chat"], help="as in RA3Config")
+    parser.add_argument("--functions", type=int, default=24, help="functions, one boundary each")
+    parser.add_argument("--latents", type=int, default=6, help="latents at each boundary, of each proposal")
+    parser.add_argument("--lines", type=int, default=4, help="next lines that a proposal in hindsight knows")
+    parser.add_argument("--max_length", type=int, default=256, help="longest function, in tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of functions")
+
+
+def one_site(document: Document) -> tuple[int, ...]:
+    """The middle boundary."""
+    return (document.sites[len(document.sites) // 2],) if document.sites else ()
+
+
+def bound(group: RolloutGroup, think: float) -> float:
+    """Multi-sample bound on the log-probability of the line, thinking with probability `think`, over that without."""
+    returns = compute_returns(group, 1, 1.0)
+    log_think = torch.tensor(math.log(think))
+    latent_T = torch.logsumexp(returns.latent_TG, 1) - math.log(returns.latent_TG.shape[1])
+    return float(torch.logaddexp(log1mexp(log_think) + returns.act_T, log_think + latent_T) - returns.act_T)
+
+
+def of_group(group: RolloutGroup) -> dict[str, float]:
+    """What a boundary's latents are worth."""
+    ratio_TG = group.log_ratio_TG
+    weighed = compute_returns(group, 1, 1.0).gain_TG[0]
+    gain = compute_returns(replace(group, log_ratio_TG=None), 1, 1.0).gain_TG[0]
+    weights = torch.cat([torch.zeros(1), weighed - math.log(len(weighed))]).double().softmax(0)
+    own = torch.tensor([sum(z.logps) for z in group.latents[0]])
+    return {
+        "gain": float(gain.mean()),
+        "best_gain": float(gain.max()),
+        "one_pays": float(gain.max() > PAYS),
+        "log_prior": float((own if ratio_TG is None else group_prior(group)).mean()),
+        "elbo_gain": float(weighed.mean()),
+        "effective_size": float(1 / weights.square().sum()),
+        "kept_at_a_half": float(1 - weights[0]),
+        "bound": bound(group, 0.5),
+        "latent_tokens": sum(len(z.token_ids) for z in group.latents[0]) / len(weighed),
+    }
+
+
+def group_prior(group: RolloutGroup) -> torch.Tensor:
+    """log pi(z | s) of latents of one proposal; of a mixture, plus what the mixture lacks to the one that drew it."""
+    return group.log_ratio_TG[0] + torch.tensor([sum(z.logps) for z in group.latents[0]])
+
+
+def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
+    """Whole functions of at least four boundaries, as the data's order has them."""
+    found = (row_to_document(row) for row in trainer.train_dataset)
+    seen: dict[int, list[Document]] = {}
+    for document in found:
+        seen.setdefault(document.doc_id, []).append(document)
+    whole = [chunks[0] for chunks in seen.values() if len(chunks) == 1 and len(chunks[0].sites) >= 4]
+    return whole[:count]
+
+
+@no_warnings()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One row a measure, over proposals, with intervals over functions; texts of the latents."""
+    model = args.model or default_model()
+    data = load_code_directory().shuffle(seed=args.seed).select(range(20 * args.functions))
+    rows: dict[str, dict[str, list[float]]] = {}
+    texts: list[dict[str, Any]] = [{} for _ in range(args.functions)]
+    seconds = {}
+    for name in args.proposals:
+        with scratch() as folder:
+            config = RA3Config(
+                output_dir=str(folder), proposal=name, num_latents=args.latents, proposal_lines=args.lines,
+                max_length=args.max_length, max_latent_length=12, existing_comments="strip", e_steps=0,
+                annotation_think_prob=0.5, abstraction_head=False, use_cpu=True, report_to="none",
+                eval_num_latents=args.latents,
+            )  # fmt: skip
+            trainer = RA3MidTrainer(str(model), config, data)
+        begin = time.process_time()
+        for i, document in enumerate(choose(trainer, args.functions)):
+            with torch.no_grad():
+                group = propose(
+                    trainer.engine, document, one_site(document), args.latents, 1, NOISE, trainer.proposals
+                )
+            for key, value in of_group(group).items():
+                rows.setdefault(key, {}).setdefault(name, []).append(value)
+            texts[i] |= told(trainer, group, name)
+        seconds[name] = (time.process_time() - begin) / args.functions
+        say(f"{name}: " + ", ".join(f"{key} {sum(row[name]) / len(row[name]):.3g}" for key, row in rows.items()))
+    estimates = {
+        key: {name: Estimate.of(values).__dict__ for name, values in row.items()} for key, row in rows.items()
+    }
+    return {"functions": args.functions, "seconds": seconds, **estimates, "texts": texts}
+
+
+def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, Any]:
+    """The line, and each latent with its gain and what is left of it."""
+    decode = trainer.processing_class.decode
+    action = group.document.actions[group.sites[0]]
+    weighed = compute_returns(group, 1, 1.0).gain_TG[0].tolist()
+    gain = compute_returns(replace(group, log_ratio_TG=None), 1, 1.0).gain_TG[0].tolist()
+    latents = [
+        {"text": decode(list(z.token_ids)), "gain": round(g, 2), "elbo_gain": round(w, 2)}
+        for z, g, w in zip(group.latents[0], gain, weighed, strict=True)
+    ]
+    return {"line": decode(list(group.document.input_ids[action.start : action.end])), name: latents}
+
+
+def pairs(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    return Estimate.of([a - b for a, b in zip(values, others, strict=True)])
