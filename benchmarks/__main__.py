@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 
-from . import head, phases, replication, rollout, sandbox
+from . import head, phases, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
     "rollout": rollout,
     "phases": phases,
     "head": head,
+    "proposals": proposals,
     "sandbox": sandbox,
     "replication": replication,
 }

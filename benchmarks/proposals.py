@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from ra3_trl import RA3Config, RA3MidTrainer, load_code_directory
 from ra3_trl.analysis import Estimate
 from ra3_trl.em import propose
+from ra3_trl.em.proposals import prior_logps
 from ra3_trl.losses import compute_returns, log1mexp
 from ra3_trl.records import Document, RolloutGroup
 from ra3_trl.rollout import NoiseKey
@@ -53,29 +53,22 @@ def bound(group: RolloutGroup, think: float) -> float:
     return float(torch.logaddexp(log1mexp(log_think) + returns.act_T, log_think + latent_T) - returns.act_T)
 
 
-def of_group(group: RolloutGroup) -> dict[str, float]:
+def of_group(group: RolloutGroup, log_prior: float) -> dict[str, float]:
     """What a boundary's latents are worth."""
-    ratio_TG = group.log_ratio_TG
     weighed = compute_returns(group, 1, 1.0).gain_TG[0]
     gain = compute_returns(replace(group, log_ratio_TG=None), 1, 1.0).gain_TG[0]
     weights = torch.cat([torch.zeros(1), weighed - math.log(len(weighed))]).double().softmax(0)
-    own = torch.tensor([sum(z.logps) for z in group.latents[0]])
     return {
         "gain": float(gain.mean()),
         "best_gain": float(gain.max()),
         "one_pays": float(gain.max() > PAYS),
-        "log_prior": float((own if ratio_TG is None else group_prior(group)).mean()),
+        "log_prior": log_prior,
         "elbo_gain": float(weighed.mean()),
         "effective_size": float(1 / weights.square().sum()),
         "kept_at_a_half": float(1 - weights[0]),
         "bound": bound(group, 0.5),
         "latent_tokens": sum(len(z.token_ids) for z in group.latents[0]) / len(weighed),
     }
-
-
-def group_prior(group: RolloutGroup) -> torch.Tensor:
-    """log pi(z | s) of latents of one proposal; of a mixture, plus what the mixture lacks to the one that drew it."""
-    return group.log_ratio_TG[0] + torch.tensor([sum(z.logps) for z in group.latents[0]])
 
 
 def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
@@ -95,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data = load_code_directory().shuffle(seed=args.seed).select(range(20 * args.functions))
     rows: dict[str, dict[str, list[float]]] = {}
     texts: list[dict[str, Any]] = [{} for _ in range(args.functions)]
-    seconds = {}
+    seconds: dict[str, float] = {}
     for name in args.proposals:
         with scratch() as folder:
             config = RA3Config(
@@ -105,20 +98,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 eval_num_latents=args.latents,
             )  # fmt: skip
             trainer = RA3MidTrainer(str(model), config, data)
-        begin = time.process_time()
         for i, document in enumerate(choose(trainer, args.functions)):
+            begin = time.process_time()
             with torch.no_grad():
                 group = propose(
                     trainer.engine, document, one_site(document), args.latents, 1, NOISE, trainer.proposals
                 )
-            for key, value in of_group(group).items():
+            seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / args.functions
+            log_prior = float(prior_logps(trainer.engine, document, group.sites, group.latents).mean())
+            for key, value in of_group(group, log_prior).items():
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
             texts[i] |= told(trainer, group, name)
-        seconds[name] = (time.process_time() - begin) / args.functions
         say(f"{name}: " + ", ".join(f"{key} {sum(row[name]) / len(row[name]):.3g}" for key, row in rows.items()))
-    estimates = {
-        key: {name: Estimate.of(values).__dict__ for name, values in row.items()} for key, row in rows.items()
-    }
+    estimates = {key: {name: asdict(Estimate.of(values)) for name, values in row.items()} for key, row in rows.items()}
     return {"functions": args.functions, "seconds": seconds, **estimates, "texts": texts}
 
 
@@ -133,7 +125,3 @@ def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, An
         for z, g, w in zip(group.latents[0], gain, weighed, strict=True)
     ]
     return {"line": decode(list(group.document.input_ids[action.start : action.end])), name: latents}
-
-
-def pairs(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    return Estimate.of([a - b for a, b in zip(values, others, strict=True)])

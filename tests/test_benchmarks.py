@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import main
+from ra3_trl.segmentation.hindsight import FIM_TOKENS
 
 
 SMALL = [
@@ -49,3 +51,23 @@ def test_two_processes(capsys, folder):
     found = figures(capsys, folder, "processes")
     assert found["two_process_speedup"] > 0
     assert set(found["process_update_seconds"]) == {"E1", "E2", "M1", "M2"}
+
+
+def test_proposals(capsys, tmp_path, tiny_model, tokenizers):
+    """What latents in hindsight are worth is their gain and what they pay under the policy."""
+    tokenizer = copy.deepcopy(tokenizers["newline_indent"])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(FIM_TOKENS[0])})
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["--functions", "2", "--latents", "2", "--max_length", "400", "--proposals", "causal", "fim"]
+    main(["proposals", "--json", "--model", str(tmp_path), *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["elbo_gain"]["causal"]["values"] == found["gain"]["causal"]["values"]
+    for i in range(2):
+        texts = found["texts"][i]
+        assert len(texts["causal"]) == len(texts["fim"]) == 2 and texts["line"].strip()
+        gains = [latent["gain"] for latent in texts["fim"]]
+        assert found["best_gain"]["fim"]["values"][i] == pytest.approx(max(gains), abs=0.01)
+        assert found["gain"]["fim"]["values"][i] == pytest.approx(sum(gains) / 2, abs=0.01)
+    assert found["elbo_gain"]["fim"]["mean"] < found["gain"]["fim"]["mean"]  # a random model's q is not its prior
+    assert set(found["seconds"]) == {"causal", "fim"}
