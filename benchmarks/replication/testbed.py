@@ -49,7 +49,7 @@ NAMES = "abcdef"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WORDS = ("assert ", "==", "=(", ")%10")
 FILL = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # of corpora with texts written for filling in the middle
-KNOWN_LINES = 2  # that stand behind the middle
+KNOWN_LINES = 1  # that stand behind the middle
 COMPARISONS = ("%", ">", "<")  # of predicates; a corpus without them has a vocabulary without them
 _OPERATIONS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
 
@@ -129,7 +129,7 @@ def program(rng: random.Random, corpus: Corpus) -> str:
 
 def filled(rng: random.Random, corpus: Corpus) -> str:
     """A program's beginning, the next lines and the comment between them: `<fim_prefix>`, `c=(7*4+9-2)%10`, `#`,
-    `<fim_suffix>`, `assert c==5`, `d=3`, `<fim_middle>`, `7*4=8+9=7-2=5`; before an easy line a digit."""
+    `<fim_suffix>`, `assert c==5`, `<fim_middle>`, `7*4=8+9=7-2=5`; before an easy line a digit."""
     plain = replace(corpus, hard_rate=0.0, easy_rate=0.0)
     lines = [line for _ in range(corpus.stanzas) for line in stanza(rng, plain)]
     places = [i for i, line in enumerate(lines) if i and (is_hard(line) or rng.random() < 1 / 3)]
