@@ -34,7 +34,7 @@ from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.table import ArmResult, Form, find_bases, rows, samples, starts
 from ra3_trl.analysis import Estimate, t_quantile
-from ra3_trl.segmentation import PYTHON, Segmenter
+from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, fim_template
 
 
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}
@@ -149,6 +149,43 @@ def test_data_are_frozen():
     assert testbed.content_hash(testbed.tasks(EXPERT, 0, 50)) == "ccb9ab3f041a1fe9"
     assert recipe_hash(BaseRecipe(0)) == "67f70c29970d"  # of the bases in benchmarks/LOG.md
     assert testbed.content_hash(testbed.programs(SHARED, 0, 50)) == "4a8aa5e930e94ff2"
+
+
+def test_texts_for_filling_in_the_middle():
+    """The comment is right, and stands where the proposal `fim` asks for it: as its view has it, token by token."""
+    corpus = replace(COMMENTED, useless=0.98, filled=1.0)
+    tokenizer = testbed.make_tokenizer(corpus)
+    table = build_token_table(tokenizer, len(tokenizer))
+    assert not {i for i in tokenizer.convert_tokens_to_ids(list(testbed.FILL)) if table.next_state_SV[0, i] >= 0}
+    template, hard = fim_template(tokenizer), 0
+    for text in testbed.programs(corpus, 0, 60)["text"]:
+        before, rest = text.removeprefix(testbed.FILL[0]).split(f"#{testbed.FILL[1]}")
+        after, comment = rest.split(testbed.FILL[2])
+        line = after.splitlines()[1]
+        if testbed.is_hard(line):
+            hard += 1
+            definition = before.splitlines()[-1]
+            parts = list(definition[len("c=(") : -len(")%10")])
+            assert "#" + comment.strip() == testbed.steps(parts, testbed.values_of(parts))
+            assert line == f"assert {definition[0]}=={testbed.values_of(parts)[-1]}"
+        else:
+            assert comment.strip().isdigit() and len(comment) == 2
+        (document,) = Segmenter(tokenizer, PYTHON, 1000)(0, before + after[1:])
+        site = before.count("\n")
+        ((view, places),) = template.views(document, (site,), testbed.KNOWN_LINES)
+        action = view.actions[places[0]]
+        prompt = [*view.input_ids[: action.start], *action.boundary.think]
+        assert prompt == tokenizer(text)["input_ids"][: len(prompt)]
+        assert tokenizer.decode(tokenizer(text)["input_ids"][len(prompt) :]) == comment
+    assert 0.45 < hard / 60 < 0.9  # in each stanza one hard line and a third of two others: 0.6
+
+
+def test_useless_comments_before_hard_lines():
+    corpus = replace(COMMENTED, hard_rate=1.0, useless=0.9, right=1.0)
+    lines = "".join(testbed.programs(corpus, 0, 100)["text"]).splitlines()
+    comments = [a for a, b in zip(lines, lines[1:], strict=False) if testbed.is_hard(b)]
+    digits = [c for c in comments if len(c) == 2]
+    assert all(c.startswith("#") for c in comments) and 0.85 < len(digits) / len(comments) < 0.95
 
 
 def test_tokenizer_has_one_token_a_word_and_loses_nothing():
@@ -447,9 +484,15 @@ def test_the_experiments_are_what_they_say():
         experiment = make()
         trained = [recipe for recipe in experiment.arms.values() if recipe]
         assert experiment.arms["base"] is None
-        assert len({recipe.e_steps + recipe.m_steps for recipe in trained}) == 1  # equal updates
+        updates = [(r.e_steps + r.m_steps) * dict(r.settings).get("em_iterations", 1) for r in trained]
+        assert len(set(updates)) == 1  # equal updates
         assert {recipe.corpus.predicates for recipe in trained} == {experiment.measure.corpus.predicates}
-        assert all(recipe.programs >= recipe.m_steps * recipe.batch_size for recipe in trained)
+        rows = zip(trained, updates, strict=True)
+        assert all(recipe.programs >= recipe.m_steps / (recipe.e_steps + recipe.m_steps) * n for recipe, n in rows)
+    arms = EXPERIMENTS["hindsight"]().arms
+    known = {arm: dict(recipe.settings) if recipe else {} for arm, recipe in arms.items()}
+    assert known["fim_e"] == known["fim"] and known["mixed"]["proposal"] == "causal+fim"
+    assert "proposal" not in known["causal"] and arms["causal"].e_steps == arms["fim_e"].e_steps > 0
 
 
 def test_an_experiment_at_toy_size(tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ class Preset:
 _SHARED = {
     "lr_scheduler_type": "constant", "existing_comments": "strip", "save_strategy": "steps", "save_total_limit": 1,
     "report_to": "none", "logging_steps": 1, "log_latents_steps": 0, "eval_strategy": "no",
+    "eval_max_sites": 1, "eval_num_latents": 2,  # `ra3 train` evaluates at its end, which the stage `measure` does
 }  # fmt: skip
 PRESETS = {
     "cpu": Preset(
