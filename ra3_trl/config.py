@@ -98,6 +98,10 @@ class RA3Config(TrainingArguments):
         proposal_template (`str`, *optional*):
             Prompt with the placeholders `{prefix}` (the code so far), `{suffix}` (the next lines) and, where the
             latent's marker is wanted, `{think}`.
+        proposal_kl_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of log pi(z | s) - log q(z | s, a) in what a latent is worth to annotation and E-phase. `1` is the
+            ELBO; less lets the policy learn what it would hardly say yet, as annealing the KL does in variational
+            autoencoders. Held-out bounds do not depend on it.
 
     Abstraction head:
         abstraction_head (`bool`, *optional*, defaults to `True`):
@@ -202,6 +206,7 @@ class RA3Config(TrainingArguments):
     )
     proposal_lines: int = _help("Next lines that a proposal in hindsight knows.", 4)
     proposal_template: str | None = _help("Prompt with {prefix}, {suffix} and {think}.", None)
+    proposal_kl_coef: float = _help("Weight of log pi - log q in a latent's worth; 1 is the ELBO.", 1.0)
 
     # Abstraction head
     abstraction_head: bool = _help("Train an abstraction head beside the model and save it with the checkpoint.", True)
@@ -291,6 +296,7 @@ class RA3Config(TrainingArguments):
             "max_length": 16,
             "num_latents": 1,
             "proposal_lines": 1,
+            "proposal_kl_coef": 0,
         }
         for name, least in at_least.items():
             if not values[name] >= least:  # NaN fails too

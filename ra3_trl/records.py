@@ -115,6 +115,10 @@ class RolloutGroup:
         row = {site: i for i, site in enumerate(self.document.sites)}
         return self.states_SD[[row[site] for site in sites]]
 
+    def with_ratio(self, weight: float) -> RolloutGroup:
+        """The group with `log_ratio_TG` weighted."""
+        return self if self.log_ratio_TG is None else replace(self, log_ratio_TG=weight * self.log_ratio_TG)
+
     @property
     def num_latents(self) -> int:
         return len(self.latents[0]) if self.latents else 0

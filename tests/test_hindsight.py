@@ -265,6 +265,13 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         propose(engine, document, document.sites, 2, 1, NOISE, long)
 
 
+def replace_args(args: RA3Config, **changes) -> RA3Config:
+    args = copy.copy(args)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
 def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     """Share of <act> and of each latent over many draws, against weights worked out from the group."""
     engine, document = world()
@@ -276,6 +283,11 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
     weights = logits.double().softmax(-1)
     found = annotate(engine, document, args, NOISE, proposals=proposals)
+    annealed = annotate(engine, document, replace_args(args, proposal_kl_coef=0.0), NOISE, proposals=proposals)
+    bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
+    free = torch.cat([bare.act_T[:, None] + math.log(0.5), bare.latent_TG + math.log(0.5 / 4)], 1).double().softmax(-1)
+    for site, size in annealed.sizes.items():
+        assert size == pytest.approx(1 / float(free[group.sites.index(site)].square().sum()), rel=1e-3)
     for site, size in found.sizes.items():
         t = group.sites.index(site)
         assert size == pytest.approx(1 / float(weights[t].square().sum()), rel=1e-3)
@@ -284,23 +296,23 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
         assert latent in group.latents[group.sites.index(site)]
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
-def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model, segmenter, baseline):
+@pytest.mark.parametrize(("baseline", "weight"), [("leave_one_out", 1.0), ("no_think", 0.5)])
+def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model, segmenter, baseline, weight):
     """The loss is minus the mean over latents of advantage times log q, the advantage that of the whole ELBO."""
     tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
     args = RA3Config(
         "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, baseline=baseline, penalty=0.3, gate_hold="never",
-        use_cpu=True,
+        proposal_kl_coef=weight, use_cpu=True,
     )  # fmt: skip
     (rollout,) = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer, 1.0))
     group, sites = rollout.group, rollout.group.sites
-    returns = compute_returns(group, 1, 0.9)
+    returns = rollout.returns
     prior = prior_logps(engine, document, sites, group.latents)
     torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
     bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
-    torch.testing.assert_close(returns.latent_TG, bare.latent_TG + group.log_ratio_TG)
+    torch.testing.assert_close(returns.latent_TG, bare.latent_TG + weight * group.log_ratio_TG)
     model.zero_grad()
     estep_backward(engine, [rollout], args, len(sites), False, lambda loss: loss.backward())
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

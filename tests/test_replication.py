@@ -491,7 +491,7 @@ def test_the_experiments_are_what_they_say():
         assert all(recipe.programs >= recipe.m_steps / (recipe.e_steps + recipe.m_steps) * n for recipe, n in rows)
     arms = EXPERIMENTS["hindsight"]().arms
     known = {arm: dict(recipe.settings) if recipe else {} for arm, recipe in arms.items()}
-    assert known["fim_e"] == known["fim"] and known["mixed"]["proposal"] == "causal+fim"
+    assert known["fim_e"] == known["fim"] and known["mixed_e"]["proposal"] == "causal+fim"
     assert "proposal" not in known["causal"] and arms["causal"].e_steps == arms["fim_e"].e_steps > 0
 
 

@@ -24,6 +24,7 @@ _OF_THE_CHECKPOINT = (
     "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
     "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "gate", "boundary_selection",
     "boundary_budget", "annotation_skip", "proposal", "proposal_lines", "proposal_template",
+    "proposal_kl_coef",
 )  # fmt: skip
 # Of this corpus and this machine: a licence above all is not handed on from what the checkpoint was trained on.
 _SETTINGS = (*_OF_THE_CHECKPOINT, "dataset_text_field", "engine", "max_branch_tokens", "seed", "dataset_license")

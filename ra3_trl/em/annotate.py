@@ -125,6 +125,7 @@ def _decide_by_resampling(
         return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
 
     group = propose(engine, context, hopeful, args.num_latents, args.horizon, noise, proposals)
+    group = group.with_ratio(args.proposal_kl_coef)
     sites = group.sites
     if not sites:
         return {}, {}, {}

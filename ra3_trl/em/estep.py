@@ -203,6 +203,7 @@ def _roll_out(
         ]
     for group in scored:
         check_finite(group.line_logps_A)
+    scored = [group.with_ratio(args.proposal_kl_coef) for group in scored]
     returns = [compute_returns(group, args.horizon, args.discount, args.line_reduction) for group in scored]
     found = [(r, {}) if plug_ins is None else plug_ins(g, r) for g, r in zip(groups, returns, strict=True)]
     rollouts = [
