@@ -17,7 +17,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
-from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, run_experiment
+from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -491,8 +491,10 @@ def test_the_experiments_are_what_they_say():
         assert all(recipe.programs >= recipe.m_steps / (recipe.e_steps + recipe.m_steps) * n for recipe, n in rows)
     arms = EXPERIMENTS["hindsight"]().arms
     known = {arm: dict(recipe.settings) if recipe else {} for arm, recipe in arms.items()}
-    assert known["fim_e"] == known["fim"] and known["mixed_e"]["proposal"] == "causal+fim"
-    assert "proposal" not in known["causal"] and arms["causal"].e_steps == arms["fim_e"].e_steps > 0
+    assert {arm for arm, settings in known.items() if "proposal" in settings} == {"fim", "fim_kl", "fim_kl0"}
+    assert arms["fim_kl_ra3"].base == arms["fim_kl"] and arms["resample_ra3"].base == arms["resample"]
+    chained = on_base(arms["fim_kl_ra3"], BaseRecipe(7), 3)
+    assert (chained.seed, chained.base.seed, chained.base.base) == (3, 3, BaseRecipe(7))
 
 
 def test_an_experiment_at_toy_size(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def variants() -> Experiment:
 def hindsight() -> Experiment:
     """Comments before hard lines are in steps in one case of fifty, else a digit that says nothing, but right where
     the model fills in the middle; so the policy hardly ever draws what would help it, and knows how to read it. All
-    arms have 40 updates in four rounds, since what the prior has learned counts from the next round on. The base is
+    arms have 40 updates in four rounds, those that end in `_ra3` 40 more of the table's RA3, since what the prior has learned counts from the next round on. The base is
     one of the table's, trained on: from scratch copying operands from behind the next lines is not learned in time
     (see benchmarks/LOG.md)."""
     weak = replace(_SHORT, hard_rate=0.4, easy_rate=0.1, right=0.75, useless=0.98, filled=0.5)
@@ -182,21 +182,21 @@ def hindsight() -> Experiment:
     )
     ntp = MidRecipe(base, 0, m_steps=40, programs=1000, corpus=_SHORT)
     plain = replace(ntp, annotation_think_prob=0.3, m_steps=10, settings=(("em_iterations", 4),))
-    known = (("proposal_lines", KNOWN_LINES), *plain.settings)
-    fim, mixed = (("proposal", "fim"), *known), (("proposal", "causal+fim"), *known)
-    phases = {"e_steps": 4, "m_steps": 6}
+    known = (("proposal", "fim"), ("proposal_lines", KNOWN_LINES), *plain.settings)
+    annealed = replace(plain, settings=(("proposal_kl_coef", 0.2), *known))
+    then = {"e_steps": 15, "m_steps": 25, "annotation_think_prob": -1.0, "penalty": 0.2, "settings": ()}
     return Experiment(
         base,
         {
             "base": None,
             "ntp": ntp,
             "resample": plain,
-            "causal": replace(plain, **phases),
-            "fim": replace(plain, settings=fim),
-            "fim_kl": replace(plain, settings=(("proposal_kl_coef", 0.2), *fim)),
-            "fim_e": replace(plain, settings=fim, **phases),
-            "mixed_e": replace(plain, settings=mixed, **phases),
-            "mixed_kl_e": replace(plain, settings=(("proposal_kl_coef", 0.2), *mixed), **phases),
+            "causal": replace(plain, e_steps=4, m_steps=6),
+            "fim": replace(plain, settings=known),
+            "fim_kl": annealed,
+            "fim_kl0": replace(plain, settings=(("proposal_kl_coef", 0.0), *known)),
+            "resample_ra3": replace(plain, base=plain, **then),
+            "fim_kl_ra3": replace(plain, base=annealed, **then),
         },
         MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
         gate=(0.0, 0.15),
@@ -217,6 +217,12 @@ def seeded(base: BaseRecipe, seed: int) -> BaseRecipe:
     return replace(base, seed=seed, start=base.start and seeded(base.start, seed))
 
 
+def on_base(recipe: MidRecipe, base: BaseRecipe, seed: int) -> MidRecipe:
+    """Mid-training of this base with this seed, and so what it goes on from."""
+    start = on_base(recipe.base, base, seed) if isinstance(recipe.base, MidRecipe) else base
+    return replace(recipe, base=start, seed=seed)
+
+
 def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str, Any]:
     """Rows of estimates over seeds, for each measure over arms; E-phases' logs; all bases that were used."""
     bases = [seeded(experiment.base, seed) for seed in range(min(seeds, experiment.bases))]
@@ -235,7 +241,7 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
         runs.append({})
         for arm, recipe in experiment.arms.items():
             base = bases[seed % len(bases)]
-            start = base if recipe is None else replace(recipe, base=base, seed=seed)
+            start = base if recipe is None else on_base(recipe, base, seed)
             if isinstance(start, MidRecipe):
                 runs[seed][arm] = midtrain(store, start)
             values = asdict(measure(store, replace(experiment.measure, start=start)))

@@ -91,10 +91,10 @@ class MidRecipe:
 
     The E-phase is short: it has converged after 15 updates, and at twice the rate, after 20, code suffers. RA3's
     annotation has the gate as its prior (`annotation_think_prob=-1`), which here is trained. `settings` are further
-    fields of [`RA3Config`] with their values.
+    fields of [`RA3Config`] with their values. `base` may be mid-trained itself.
     """
 
-    base: BaseRecipe
+    base: BaseRecipe | MidRecipe
     seed: int
     e_steps: int = 0
     m_steps: int = 60
