@@ -359,8 +359,9 @@ def hindsight_trainer(tmp_path, tokenizer_of, tiny_model):
     return make
 
 
-@pytest.mark.parametrize("proposal", ["fim", "causal+fim", "causal:1+chat:1", "causal+template"])
-@pytest.mark.parametrize("reward_model", ["live", "frozen"])
+@pytest.mark.parametrize(
+    ("proposal", "reward_model"), [("fim", "live"), ("causal:1+chat:1", "live"), ("causal+template", "frozen")]
+)
 def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
     template = "<|user|>{prefix}<|bot|>{suffix}{think}" if "template" in proposal else None
     trainer = hindsight_trainer(proposal=proposal, proposal_template=template, reward_model=reward_model)

@@ -166,9 +166,9 @@ def variants() -> Experiment:
 def hindsight() -> Experiment:
     """Comments before hard lines are in steps in one case of fifty, else a digit that says nothing, but right where
     the model fills in the middle; so the policy hardly ever draws what would help it, and knows how to read it. All
-    arms have 40 updates in four rounds, since what the prior has learned counts from the next round on; those that end
-    in `_ra3` 40 more of the table's RA3. The base is one of the table's, trained on: from scratch copying operands from
-    behind the next lines is not learned in time (see benchmarks/LOG.md)."""
+    arms have 40 updates in four rounds, since what the prior has learned counts from the next round on; those that
+    end in `_ra3` 40 more of the table's RA3. The base is one of the table's, trained on: from scratch copying operands
+    from behind the next lines is not learned in time (see benchmarks/LOG.md)."""
     weak = replace(_SHORT, hard_rate=0.4, easy_rate=0.1, right=0.75, useless=0.98, filled=0.5)
     base = BaseRecipe(
         0,
