@@ -254,7 +254,8 @@ class RA3Config(TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "elbo"
         best = self.metric_for_best_model or ""
-        if best.endswith(("elbo", "bound_multi", "ce", "ce_never", "ce_policy")) and self.greater_is_better is None:
+        lower = ("elbo", "bound_multi", "ce", "ce_never", "ce_policy", "elbo_hindsight", "bound_hindsight")
+        if best.endswith(lower) and self.greater_is_better is None:
             self.greater_is_better = False  # logged as negative bounds, as losses are
         if self.ddp_find_unused_parameters is None:  # every weight has a gradient in every pass
             self.ddp_find_unused_parameters = False

@@ -174,7 +174,9 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.backbone = Backbone(model, args.router_aux_loss_coef)
         self.engine = self._build_engine(args, tokenizer, action_format)
         self.segmenter = Segmenter(tokenizer, action_format, self._chunk_tokens(args), args.existing_comments)
-        self.proposals = make_proposals(args, tokenizer, context_length(self.backbone.causal_lm), proposal_func)
+        self.proposals = make_proposals(
+            args, tokenizer, context_length(self.backbone.causal_lm), proposal_func, train_dataset is not None
+        )
         self.counts: dict[str, dict[str, int]] = {}
         self._formatting_func = formatting_func
         self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)

@@ -13,8 +13,9 @@ from datasets import Dataset
 from slow_path import plain_forward
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.cli.annotate import main
 from ra3_trl.em import CAUSAL, Proposal, Proposals, annotate, latent_alarms, make_proposals, propose, roll_out
-from ra3_trl.em.estep import estep_backward, is_foreign
+from ra3_trl.em.estep import estep_backward, is_foreign, rollout_sums
 from ra3_trl.em.proposals import latent_logps, own_logps, prior_logps, share_out
 from ra3_trl.losses import advantages, code_bounds, compute_returns, log1mexp, renormalise
 from ra3_trl.records import Document, Latent
@@ -259,8 +260,8 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         propose(
             engine, document, document.sites, 2, 1, NOISE, make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
         )
-    with pytest.raises(ValueError, match="prompt of .* tokens, but the model's context leaves room for 24"):
-        # 100 of the context, less 12 of a latent and 64 of a document
+    with pytest.raises(ValueError, match="prompt of .* tokens, but the model's context leaves room for [78]."):
+        # 100 of the context, less 12 of a latent, and a line
         long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
         propose(engine, document, document.sites, 2, 1, NOISE, long)
 
@@ -360,11 +361,13 @@ def hindsight_trainer(tmp_path, tokenizer_of, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("proposal", "reward_model"), [("fim", "live"), ("causal:1+chat:1", "live"), ("causal+template", "frozen")]
+    ("proposal", "reward_model"), [("fim", "live"), ("causal:1+chat:3", "live"), ("causal+template", "frozen")]
 )
 def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
     template = "<|user|>{prefix}<|bot|>{suffix}{think}" if "template" in proposal else None
     trainer = hindsight_trainer(proposal=proposal, proposal_template=template, reward_model=reward_model)
+    alarms = []
+    trainer._alarm = alarms.append
     before = trainer.evaluate()
     assert {"eval_elbo_hindsight", "eval_bound_hindsight", "eval_gain_hindsight"} <= set(before)
     assert (
@@ -375,6 +378,8 @@ def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
     assert {"estep/hindsight/gain", "estep/hindsight/log_ratio", "estep/hindsight/copy_rate"} <= log
     assert ("estep/gain" in log) == ("causal" in proposal)
     assert {"estep/code_loss", "mstep/effective_size", "mstep/annotated_rate"} <= log
+    assert len(alarms) == 2 and all("hindsight/copy_rate" in named for named in alarms)  # one an E-update
+    assert all(math.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
     ratios = [entry["estep/hindsight/log_ratio"] for entry in trainer.state.log_history if "estep/code_loss" in entry]
     assert all(math.isfinite(ratio) for ratio in ratios)
 
@@ -510,8 +515,75 @@ def test_trainers_refuse_before_any_sampling(hindsight_trainer):
         hindsight_trainer(proposal="function")
 
 
+def test_a_text_has_one_bos(tokenizers, segmenter):
+    """Chat templates of many families begin with it, and so may a document."""
+    tokenizer = copy.deepcopy(tokenizers["sentencepiece"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    (document,) = segmenter(tokenizer)(0, CODE)
+    bos, user = tokenizer.convert_tokens_to_ids([tokenizer.bos_token, "<|user|>"])
+    bare = replace(
+        document, input_ids=document.input_ids[1:],
+        actions=tuple(replace(a, start=a.start - 1, end=a.end - 1) for a in document.actions),
+    )  # fmt: skip
+    for one in (document, bare):
+        ((view, _),) = chat_template(tokenizer).views(one, one.sites, 1)
+        assert view.input_ids[:2] == (bos, user) and view.input_ids.count(bos) == 1
+
+
+def test_chat_templates_of_others(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["newline_indent"])
+    tokenizer.chat_template = CHAT  # its markers are plain text there
+    assert chat_template(tokenizer).shares_prefix
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(ValueError, match="refuses a user's instruction: no users here"):
+        chat_template(tokenizer)
+
+
+def test_bounds_in_hindsight_are_lower_where_better():
+    args = RA3Config("x", use_cpu=True, metric_for_best_model="eval_bound_hindsight", proposal="fim")
+    assert args.greater_is_better is False
+
+
+def test_a_document_without_boundaries_is_counted_where_it_belongs(tokenizer_of, tiny_model, segmenter):
+    engine = BranchEngine(
+        Backbone(tiny_model("llama", tokenizer_of)),
+        build_token_table(tokenizer_of, len(tokenizer_of)),
+        SamplingParams(2),
+    )
+    (document,) = segmenter(tokenizer_of)(0, "x = 1\n")
+    args = RA3Config("x", proposal="causal+fim", use_cpu=True)
+    rollouts = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
+    sums = rollout_sums(rollouts, tokenizer_of.decode)
+    assert not document.sites and sums["elbo"] == sums["hindsight/elbo"]
+
+
+def test_annotating_with_a_checkpoints_proposals(tmp_path, tokenizer_of, tiny_model):
+    """What was trained with is used again, and can be left."""
+    tiny_model("llama", tokenizer_of).save_pretrained(tmp_path / "model")
+    tokenizer_of.save_pretrained(tmp_path / "model")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("def f(x):\n    y = x\n    y += 1\n    return y\n" * 2)
+    last_first = {"proposal": "template", "proposal_template": "{suffix}<|bot|>{prefix}{think}"}
+
+    def annotated(settings: dict, *words: str) -> int:
+        config = RA3Config("x", use_cpu=True, e_steps=0, annotation_think_prob=0.9, max_length=64, **settings)
+        config.save_pretrained(str(tmp_path / "model"))
+        output = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        return main(
+            [str(tmp_path / "model"), "--code_dir", str(tmp_path / "code"), "--output", output, "--num_latents", "2",
+             "--max_latent_length", "3", *words]
+        )  # fmt: skip
+
+    assert annotated(last_first) == annotated(last_first, "--proposal", "causal") == 0
+    assert annotated({"proposal": "fim"}, "--annotation", "policy") == 0
+    with pytest.raises(ValueError, match="its function is not at hand; give another `--proposal`"):
+        annotated({"proposal": "function"})
+    assert annotated({"proposal": "function"}, "--proposal", "fim") == 0
+
+
 def test_shares():
-    assert share_out(4, (1, 3)) == (1, 3)
+    assert share_out(4, (1, 3)) == (1, 3) and share_out(4, (1, 3), least=2) == (2, 2)
     assert share_out(5, (1, 1)) in ((2, 3), (3, 2))
     assert share_out(4, (1, 100)) == (1, 3)  # at least one of each
     assert share_out(3, (100, 1, 1)) == (1, 1, 1)

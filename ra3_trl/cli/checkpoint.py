@@ -43,6 +43,14 @@ def make_config(
 ) -> RA3Config:
     """The settings `saved` with a checkpoint, changed by the flags that were given, for a trainer that won't train."""
     settings = {name: saved[name] for name in of_the_checkpoint if name in saved}
+    if "proposal" in settings and (options.proposal is not None or options.annotation == "policy"):
+        for name in ("proposal", "proposal_template"):  # they go together, and with resampling
+            settings.pop(name, None)
+    if "function" in settings.get("proposal", ""):
+        raise ValueError(
+            f"the checkpoint was trained with `proposal` {settings['proposal']!r}, and its function is not at hand; "
+            "give another `--proposal`, such as causal."
+        )
     settings |= {name: vars(options)[name] for name in names if vars(options)[name] is not None}
     # With an E-step chunks leave room for latents; against no latent one latent a boundary is enough.
     return RA3Config(

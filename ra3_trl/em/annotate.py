@@ -125,13 +125,13 @@ def _decide_by_resampling(
         return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
 
     group = propose(engine, context, hopeful, args.num_latents, args.horizon, noise, proposals)
-    group = group.with_ratio(args.proposal_kl_coef)
     sites = group.sites
     if not sites:
         return {}, {}, {}
     returns = compute_returns(group, args.horizon, args.discount)
+    worth = compute_returns(group.with_ratio(args.proposal_kl_coef), args.horizon, args.discount)
     log_think = _log_prior(group, sites, args, learner)
-    weights = resampling_logits(returns.act_T, returns.latent_TG, log_think).double().softmax(-1)
+    weights = resampling_logits(worth.act_T, worth.latent_TG, log_think).double().softmax(-1)
     index = np.array([context.actions[s].index for s in sites])
     u = torch.as_tensor(noise.uniform(context.doc_id, index, CHOICE, 0))
     choice = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1)

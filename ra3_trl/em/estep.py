@@ -111,7 +111,7 @@ def roll_out(
     sampled is also scored under `start`, which the KL term is measured to and the gate anchored at. With
     `boundary_selection="head"` the `learner` says where. Each of the `proposals` gets its share of the latents and its
     own rollouts, all of the first one before those of the next."""
-    counts = proposals.counts(args.num_latents)
+    counts = proposals.counts(args.num_latents, 2 if args.baseline == "leave_one_out" else 1)
     found: list[Rollout] = []
     for j, (part, count) in enumerate(zip(proposals.parts, counts, strict=True)):
         draw = partial(_draw, engine, args, noise.of(j), part, proposals.lines, count)
@@ -140,7 +140,7 @@ def _draw(
     trunk = engine.trunk(document)
     sites = choose(trunk)
     if not sites:
-        return engine.rollout(document, sites, count, args.horizon, noise, score=score), None
+        return engine.rollout(document, sites, count, args.horizon, noise, score=score), document
     ((view, _),) = part.views(document, sites, lines)  # it shares its prefix, or it would not be trained
     latents = engine.rollout(view, sites, count, 1, noise, score=False).latents
     if score:
@@ -153,7 +153,7 @@ def _draw(
 
 def _weighed(engine: RolloutEngine, group: RolloutGroup, view: Document | None) -> RolloutGroup:
     """A group with its log-ratio of prior and proposal; the prior is that of the weights in use."""
-    if view is None:
+    if view is None or not group.sites:
         return group
     prior_TG = prior_logps(engine, group.document, group.sites, group.latents)
     return replace(group, log_ratio_TG=prior_TG - own_logps(group.latents))

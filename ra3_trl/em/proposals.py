@@ -56,27 +56,27 @@ class Proposals:
         """Whether all latents are the policy's own."""
         return all(part.prompt is None for part in self.parts)
 
-    def counts(self, num_latents: int) -> tuple[int, ...]:
-        """How many of `num_latents` each proposal draws: at least one, else by largest remainder of the shares."""
-        return share_out(num_latents, tuple(part.share for part in self.parts))
+    def counts(self, num_latents: int, least: int = 1) -> tuple[int, ...]:
+        """How many of `num_latents` each proposal draws: at least so many, else by largest remainder of the shares."""
+        return share_out(num_latents, tuple(part.share for part in self.parts), least)
 
 
 CAUSAL = Proposals()
 
 
-def share_out(total: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """`total` in whole parts of at least 1, by largest remainder. Example: `share_out(4, (1, 3)) == (1, 3)`.
+def share_out(total: int, shares: Sequence[float], least: int = 1) -> tuple[int, ...]:
+    """`total` in whole parts, by largest remainder. Example: `share_out(4, (1, 3)) == (1, 3)`.
 
     Raises:
         `ValueError`: if there are fewer than parts.
     """
-    if total < len(shares):
+    if total < least * len(shares):
         raise ValueError(f"{total} latents can't be shared out among {len(shares)} proposals; raise `num_latents`.")
     wanted = [share / sum(shares) * total for share in shares]
-    counts = [max(1, math.floor(w)) for w in wanted]
+    counts = [max(least, math.floor(w)) for w in wanted]
     while sum(counts) != total:
         step = 1 if sum(counts) < total else -1
-        order = [i for i in range(len(counts)) if step > 0 or counts[i] > 1]
+        order = [i for i in range(len(counts)) if step > 0 or counts[i] > least]
         counts[max(order, key=lambda i: step * (wanted[i] - counts[i]))] += step
     return tuple(counts)
 
@@ -86,6 +86,7 @@ def make_proposals(
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
     function: Callable[[str, str], str] | None = None,
+    trains: bool = True,
 ) -> Proposals:
     """What `args.proposal` names, for this tokenizer.
 
@@ -94,6 +95,8 @@ def make_proposals(
             Tokens that the model's context holds; `None` if it has no end.
         function (`Callable[[str, str], str]`, *optional*):
             What `"function"` stands for.
+        trains (`bool`, *optional*, defaults to `True`):
+            Whether there may be E-phases.
 
     Raises:
         `ValueError`: for what the tokenizer, the context or the settings can't do, with the cure.
@@ -105,16 +108,18 @@ def make_proposals(
             "and give the function, or neither."
         )
     room = (context or 1 << 62) - args.max_latent_length
+    trains = trains and args.uses_latents and args.e_steps > 0
     parts = []
     for name, share in shares.items():
         prompt: Prompt | None = None
         if name == "function":
-            prompt = PromptFunction(function, tokenizer, room - args.max_length)
+            prompt = PromptFunction(function, tokenizer, room)
         elif name != "causal":
             make = {"fim": fim_template, "chat": chat_template}.get(name)
             prompt = make(tokenizer) if make else parse_template(args.proposal_template, tokenizer)
-            _check_context(prompt, args, room)
-        if prompt is not None and args.e_steps and args.uses_latents and not prompt.shares_prefix:
+            if args.uses_latents:
+                _check_context(prompt, args, room)
+        if prompt is not None and trains and not prompt.shares_prefix:
             raise ValueError(
                 f"`proposal` has {name!r}, whose prompts do not begin with the code so far: an E-phase can't train "
                 "it. Set `e_steps=0` and `annotation_think_prob`, or put {prefix} before {suffix}."
@@ -164,15 +169,11 @@ def latent_logps(
     """Log-prob `[T, G]` of latents, whoever drew them, under the distribution that this proposal draws from; with
     `whole`, without its truncation."""
     rows, done = [], 0
-    everything = torch.arange(engine.backbone.vocab_size) if whole else None
     for view, places in part.views(document, sites, lines):
         # What another distribution left out by its truncation is not what this one does.
-        given = tuple(
-            tuple(replace(z, kept=(everything,) * len(z.logps) if whole else None) for z in row)
-            for row in latents[done : done + len(places)]
-        )
+        given = [[replace(z, kept=None) for z in row] for row in latents[done : done + len(places)]]
         done += len(places)
-        rows.append(engine.latent_logps(view, places, given))
+        rows.append(engine.latent_logps(view, places, given, whole))
     return torch.cat(rows)
 
 
@@ -218,12 +219,14 @@ def propose(
     def under(part: Proposal) -> torch.Tensor:
         return latent_logps(engine, document, sites, pooled, part, proposals.lines)
 
-    own_TG, mixed, begin = own_logps(pooled), [], 0
+    own_TG, mixed, begin, prior_TG = own_logps(pooled), [], 0, None
     for part, count in zip(proposals.parts, counts, strict=True):
         logps_TG = own_TG.clone() if count == num_latents else under(part)
+        if part.prompt is None and not engine.params.truncated:
+            prior_TG = logps_TG.clone()  # the policy's distribution is both
         own = slice(begin, begin + count)
         logps_TG[:, own] = own_TG[:, own]  # as drawn: a nucleus found anew may leave out what stood at its edge
         begin += count
         mixed.append(logps_TG + math.log(count / num_latents))
-    prior_TG = prior_logps(engine, document, sites, pooled)
+    prior_TG = prior_logps(engine, document, sites, pooled) if prior_TG is None else prior_TG
     return replace(group, log_ratio_TG=prior_TG - torch.logsumexp(torch.stack(mixed), 0))

@@ -25,7 +25,7 @@ class WatchMixin:
 
     def _alarm(self, named: dict[str, float]) -> None:
         alarms = latent_alarms(named)
-        if self.gate_hold.holds and self.gate_hold.mode == "auto":
+        if "gain" in named and self.gate_hold.holds and self.gate_hold.mode == "auto":
             alarms.append(
                 "the model's own latents cost more than they bring where it thinks: P(think) is held where it "
                 "began until they pay (gate_hold='auto')."

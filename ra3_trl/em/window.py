@@ -158,6 +158,7 @@ class WindowMixin:
             if held and not self.gate_hold.holds:
                 logger.info("update %d: latents pay where the model thinks; P(think) is free", self.state.global_step)
             self.metrics.add("estep/gate_held", float(self.gate_hold.holds))
+        if {"gain", "hindsight/gain"} & set(named):
             self._alarm(named)
         if self.is_world_process_zero():
             self.latent_log.add(self.state.global_step, rollouts)

@@ -143,7 +143,7 @@ class BranchEngine:
 
     @torch.no_grad()
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
         found = torch.zeros(len(sites), len(latents[0]) if latents else 0)
         with branch_attention(self.backbone.causal_lm):
@@ -151,7 +151,7 @@ class BranchEngine:
             plans = [plan_site(document, site, 1) for site in sites]
             for part in self._parts(plans, found.shape[1]):
                 flight = _Flight(self, document, [plans[i] for i in part], found.shape[1], state)
-                found[part] = flight.latent_logps([latents[i] for i in part])
+                found[part] = flight.latent_logps([latents[i] for i in part], whole)
         return found
 
     def _parts(self, plans: Sequence[SitePlan], num_latents: int) -> Iterator[list[int]]:
@@ -290,7 +290,7 @@ class _Flight:
         last = self.engine._long(np.cumsum([len(think) for think in thinks]) - 1)
         return hidden[last].repeat_interleave(self.num_latents, 0)
 
-    def latent_logps(self, latents: list[Sequence[Latent]]) -> torch.Tensor:
+    def latent_logps(self, latents: list[Sequence[Latent]], whole: bool) -> torch.Tensor:
         """Log-probs `[T, G]` of given latents, as this document's boundaries would draw them."""
         engine, flat = self.engine, [z for row in latents for z in row]
         behind = self._open()
@@ -309,7 +309,7 @@ class _Flight:
             ]
         )
         symbols, states, steps, branches = (engine._long(x) for x in sampled_symbols(flat, engine.table))
-        kept = kept_sets(flat) if engine.params.truncated else None
+        kept = kept_sets(flat) if engine.params.truncated and not whole else None
         logps, _ = symbol_logps(engine.backbone, engine.distribution, rows, symbols, states, steps, kept)
         total = logps.new_zeros(len(flat)).index_add(0, branches, logps)
         return total.view(-1, self.num_latents).float().cpu()

@@ -62,10 +62,10 @@ class RolloutEngine(Protocol):
         """The same for given latents."""
 
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
-        """Log-probs `[T, G]` of latents, whoever drew them, under the distribution that is drawn from at `sites`. A
-        truncation set that a latent does not bring (`kept`) is found anew."""
+        """Log-probs `[T, G]` of latents, whoever drew them, under the distribution that is drawn from at `sites`, or
+        `whole`, without its truncation. A truncation set that a latent does not bring (`kept`) is found anew."""
 
     def split(self, group: RolloutGroup) -> list[slice]:
         """Slices of the group's sites whose branches may be in flight together."""

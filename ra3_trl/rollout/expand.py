@@ -205,19 +205,20 @@ class ExpandEngine:
 
     @torch.no_grad()
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
         none, empty = torch.zeros(len(document.actions)), torch.zeros(len(sites), len(latents[0]), 0)
         group = RolloutGroup(document, tuple(sites), tuple(map(tuple, latents)), none, none, empty, empty)
         rows = []
         for part in self.split(group):
-            found = self.log_probs(group, part)
+            found = self._log_probs(group, part, whole=whole)
             total = found.token_n.new_zeros(len(latents[part]) * group.num_latents)
             rows.append(total.index_add(0, found.branch_n, found.token_n).view(-1, group.num_latents).float().cpu())
         return torch.cat(rows)
 
     def split(self, group: RolloutGroup) -> list[slice]:
-        longest = len(group.document.input_ids) + self.params.max_length + 8
+        actions = [group.document.actions[site] for site in group.sites]
+        longest = max((a.start + len(a.boundary.think) for a in actions), default=0) + self.params.max_length
         fit = max(1, self.max_branch_tokens // (longest * max(group.num_latents, 1)))
         return [slice(i, min(i + fit, len(group.sites))) for i in range(0, len(group.sites), fit)]
 
@@ -226,6 +227,16 @@ class ExpandEngine:
 
     def log_probs(
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
+    ) -> PolicyLogProbs:
+        return self._log_probs(group, part, through, entropy)
+
+    def _log_probs(
+        self,
+        group: RolloutGroup,
+        part: slice,
+        through: nn.Module | None = None,
+        entropy: bool = False,
+        whole: bool = False,
     ) -> PolicyLogProbs:
         ids = group.document.input_ids
         actions = [group.document.actions[site] for site in group.sites[part]]
@@ -248,7 +259,7 @@ class ExpandEngine:
             torch.as_tensor(x, device=hidden.device) for x in sampled_symbols(latents, self.table)
         )
         at = torch.as_tensor([len(h) for h in heads], device=hidden.device)[branches] - 1 + steps
-        kept = kept_sets(latents) if self.params.truncated else None
+        kept = kept_sets(latents) if self.params.truncated and not whole else None
         token_n, entropy_n = symbol_logps(
             self.backbone, self.distribution, hidden[branches, at], symbols, states, steps, kept, entropy
         )

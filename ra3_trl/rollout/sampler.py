@@ -163,10 +163,10 @@ def symbol_logps(
         scaled = distribution(logits, state, step)
         if kept is not None:
             mask = torch.zeros_like(scaled, dtype=torch.bool)
+            unknown = [i for i, r in enumerate(row.tolist()) if kept[r] is None]
+            mask[unknown] = distribution.kept(scaled[unknown])
             for i, r in enumerate(row.tolist()):
-                if kept[r] is None:
-                    mask[i] = distribution.kept(scaled[i : i + 1])[0]
-                else:
+                if kept[r] is not None:
                     mask[i, kept[r]] = True
             scaled = scaled.masked_fill(~mask, float("-inf"))
         logps = scaled.log_softmax(-1)

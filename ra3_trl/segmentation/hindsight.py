@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..records import Action, Boundary, Document
@@ -51,17 +52,21 @@ def next_lines(document: Document, site: int, lines: int) -> tuple[int, ...]:
     return (*action.boundary.close, *document.input_ids[action.start : last.end])
 
 
-def _view(document: Document, sites: Sequence[int], lead: Sequence[int], cues: dict[int, Sequence[int]], bos: int):
-    """`lead` before the document (behind its BOS), `cues` for think prefixes at `sites`, no boundary elsewhere."""
-    begin = int(bos)
-    shift = len(lead)
+def _view(
+    document: Document, sites: Sequence[int], lead: Sequence[int], cues: dict[int, Sequence[int]], bos: bool, cut: bool
+):
+    """`lead` before the document (behind its BOS), `cues` for think prefixes at `sites`, no boundary elsewhere; what
+    stands behind the last of them is `cut` off."""
+    begin, shift = int(bos), len(lead)
+    last = max(sites) + 1 if cut else len(document.actions)
+    end = document.actions[last - 1].end if cut else len(document.input_ids)
 
     def moved(i: int, action: Action) -> Action:
         boundary = Boundary(tuple(cues[i]), action.boundary.close, decides=False) if i in cues else None
         return replace(action, start=action.start + shift, end=action.end + shift, boundary=boundary)
 
-    ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:])
-    actions = tuple(moved(i, action) for i, action in enumerate(document.actions))
+    ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:end])
+    actions = tuple(moved(i, action) for i, action in enumerate(document.actions[:last]))
     return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(sites)
 
 
@@ -76,6 +81,7 @@ class PromptTemplate:
 
     pieces: tuple[tuple[int, ...] | str, ...]
     bos_token_id: int | None = None
+    opens_with_bos: bool = False  # as chat templates do; the document may have one already, and one is enough
 
     @property
     def shares_prefix(self) -> bool:
@@ -91,12 +97,13 @@ class PromptTemplate:
         """One view of all sites where they share their prefix, else one of each."""
         at = self.pieces.index("prefix")
         starts_with_bos = bool(document.input_ids) and document.input_ids[0] == self.bos_token_id
+        bos = (self.bos_token_id,) if self.opens_with_bos and not starts_with_bos else ()
         cues = {site: self._fill(self.pieces[at + 1 :], document, site, lines) for site in sites}
         groups = [tuple(sites)] if self.shares_prefix else [(site,) for site in sites]
         return [
             _view(
-                document, group, self._fill(self.pieces[:at], document, group[0], lines),
-                {site: cues[site] for site in group}, starts_with_bos,
+                document, group, (*bos, *self._fill(self.pieces[:at], document, group[0], lines)),
+                {site: cues[site] for site in group}, starts_with_bos, not self.shares_prefix,
             )
             for group in groups if group
         ]  # fmt: skip
@@ -121,7 +128,7 @@ class PromptFunction:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             For both ways.
         longest (`int`):
-            Most tokens of a prompt.
+            Most tokens of a prompt and a line.
     """
 
     function: Callable[[str, str], str]
@@ -140,20 +147,16 @@ class PromptFunction:
         if not isinstance(text, str) or not text:
             raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
         prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(prompt) > self.longest:
+        line = ids[action.start : action.end]
+        room = self.longest - len(line) - len(action.boundary.close)
+        if len(prompt) > room:
             raise ValueError(
                 f"`proposal_func` returned a prompt of {len(prompt)} tokens, but the model's context leaves room for "
-                f"{self.longest}; return a shorter one, or lower `proposal_lines`."
+                f"{room}; return a shorter one, or lower `proposal_lines`."
             )
-        shift = len(prompt) - 1 - action.start
-        actions = tuple(
-            replace(
-                later, start=later.start + shift, end=later.end + shift,
-                boundary=Boundary(prompt[-1:], action.boundary.close, decides=False) if later is action else None,
-            )
-            for later in document.actions[site:]
-        )  # fmt: skip
-        return replace(document, input_ids=(*prompt[:-1], *ids[action.start :]), actions=actions, context=1), (0,)
+        begin, boundary = len(prompt) - 1, Boundary(prompt[-1:], action.boundary.close, decides=False)
+        moved = replace(action, start=begin, end=begin + len(line), boundary=boundary)
+        return replace(document, input_ids=(*prompt[:-1], *line), actions=(moved,), context=1), (0,)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -199,7 +202,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
             "`proposal_template`, or 'causal'."
         )
     turns = [{"role": "user", "content": CHAT_INSTRUCTION}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"`proposal` has 'chat', but the tokenizer's chat template refuses a user's instruction: {error}. Use "
+            "a `proposal_template`, or 'causal'."
+        ) from error
     return parse_template(text.replace("{", "{{").replace("}", "}}").replace("{{prefix}}", "{prefix}").replace(
         "{{suffix}}", "{suffix}") + "{think}", tokenizer, "chat")  # fmt: skip
 
@@ -233,17 +242,19 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
             raise ValueError(
                 f"`{name}` has {{{wanted}}} {pieces[1::2].count(wanted)} times; it must be there {times}."
             )
-    split = [m for m in _MARKER.findall("".join(pieces[::2])) if len(_encode(tokenizer, m)) != 1]
+    split = name != "chat" and [m for m in _MARKER.findall("".join(pieces[::2])) if len(_encode(tokenizer, m)) != 1]
     if split:
         raise ValueError(
             f"`{name}` has {split[0]!r}, which the tokenizer splits into {len(_encode(tokenizer, split[0]))} tokens; "
             "use its own special tokens, or write it otherwise if it is meant as text."
         )
     found = [_encode(tokenizer, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces)]
+    opens_with_bos = bool(found[0]) and found[0][0] == tokenizer.bos_token_id
+    found[0] = found[0][opens_with_bos:]
     found = tuple(piece for piece in found if piece)
     if found[-1] == "prefix":
         raise ValueError(f"`{name}` ends with {{prefix}}; put {{think}} or other text behind it.")
-    return PromptTemplate(found, tokenizer.bos_token_id)
+    return PromptTemplate(found, tokenizer.bos_token_id, opens_with_bos)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
