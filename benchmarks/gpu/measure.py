@@ -22,7 +22,7 @@ from ra3_trl.em import evaluate_documents, finish_metrics
 from ra3_trl.segmentation import row_to_document
 
 
-LATENTS = 8
+LATENTS = 4
 
 
 def main(model: str, out: str, seed: str, documents: str, code_dir: str, settings: str) -> None:

@@ -65,7 +65,7 @@ _SHARED = {
 }  # fmt: skip
 PRESETS = {
     "cpu": Preset(
-        e_steps=4, m_steps=10, seeds=(0,), eval_documents=24, hindsight={"proposal": "causal+chat"},
+        e_steps=4, m_steps=10, seeds=(0,), eval_documents=12, hindsight={"proposal": "causal+chat"},
         train=_SHARED | {
             "max_length": 192, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 10,
             "horizon": 1, "max_sites": 6, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "save_steps": 5,
