@@ -35,6 +35,14 @@ from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 
+# Few tests, each long; by the number of tests, as xdist orders files, they would come last and keep one worker waiting.
+_LONG = ("test_processes.py", "test_launch.py", "test_gpu_scripts.py", "test_replication.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def _bubblewrap_works() -> bool:
     """Whether it is there and may make namespaces; many containers forbid that."""
     trial = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
