@@ -35,7 +35,7 @@ from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 
-# Few tests, each long; by the number of tests, as xdist orders files, they would come last and keep one worker waiting.
+# Few tests, each long; in the order of xdist (by the number of tests) one worker would wait for the other at the end.
 _LONG = ("test_processes.py", "test_launch.py", "test_gpu_scripts.py", "test_replication.py", "test_benchmarks.py")
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,22 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import rlvr, run, table, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
-from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
+from benchmarks.replication.experiments import (
+    EXPERIMENTS,
+    Experiment,
+    last_gain,
+    on_base,
+    run_experiment,
+    seeded,
+    tried,
+)
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
     BaseRecipe,
     Corpus,
     Curve,
+    FillRecipe,
     MeasureRecipe,
     Measures,
     MidRecipe,
@@ -529,8 +538,31 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.Trainer.train", refuse)
     assert run(args) == found
-    with pytest.raises(ValueError, match="No base is right in 50% to 60%"):
+    with pytest.raises(ValueError, match=r"No base is as the experiment wants it, `gate` \(0.5, 0.6\)"):
         run_experiment(Store(tmp_path), replace(experiment, gate=(0.5, 0.6)), 1)
+
+
+def test_a_base_must_fill_in_right_comments_where_that_is_what_is_tried(tmp_path, monkeypatch):
+    """256 comments, every fourth right on the first base, every second on the other: GATE is 0.4."""
+    base = replace(TINY, corpus=replace(TINY.corpus, filled=0.5))
+    fill = FillRecipe(base)
+    right = [comment for _, comment in testbed.fillings(fill.corpus, fill.seed, fill.tasks)]
+    every = iter((4, 2))
+
+    def complete(model, tokenizer, prompts, think, seed):
+        assert think is None and all(prompt.endswith(testbed.FILL[2]) for prompt in prompts)
+        step = next(every)
+        return [f"{comment}\nassert" if i % step == 0 else f"{comment}0\n" for i, comment in enumerate(right)]
+
+    experiment = Experiment(base, {}, MeasureRecipe(base, programs=2, tasks=4), gate=(0.0, 1.0), fill=fill)
+    measures = Measures(**dict.fromkeys((field.name for field in fields(Measures)), 0.125))
+    monkeypatch.setattr("benchmarks.replication.measure.complete", complete)
+    monkeypatch.setattr("benchmarks.replication.experiments.measure", lambda store, recipe: measures)
+    found = [tried(Store(tmp_path), experiment, seeded(base, seed)) for seed in (0, 1)]
+    assert found == [
+        {"seed": seed, "passed": share >= 0.4, "comment_right": 0.125, "filled_right": share}
+        for seed, share in ((0, 0.25), (1, 0.5))
+    ]
 
 
 def test_the_last_gain_is_of_five_updates():

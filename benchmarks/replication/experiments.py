@@ -27,9 +27,9 @@ from ra3_trl.analysis import Estimate
 
 from ..common import say
 from .base import GATE
-from .measure import latent_use, measure
+from .measure import filled_right, latent_use, measure
 from .mid import midtrain
-from .records import BaseRecipe, Corpus, MeasureRecipe, MidRecipe, UseRecipe
+from .records import BaseRecipe, Corpus, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
 from .store import Store
 from .testbed import KNOWN_LINES
 
@@ -49,6 +49,8 @@ class Experiment:
             Range of `comment_right` within which a base counts.
         bases (`int`):
             Bases that are used in turn; fewer if there are fewer seeds.
+        fill ([`FillRecipe`], *optional*):
+            Where a base must be right in at least `GATE` of the comments that it fills in.
     """
 
     base: BaseRecipe
@@ -57,6 +59,7 @@ class Experiment:
     use: UseRecipe | None = None
     gate: tuple[float, float] = (GATE, 1.0)
     bases: int = 1
+    fill: FillRecipe | None = None
 
 
 def shared() -> Experiment:
@@ -200,6 +203,8 @@ def hindsight() -> Experiment:
         },
         MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
         gate=(0.0, 0.15),
+        bases=2,
+        fill=FillRecipe(base, corpus=_SHORT),
     )
 
 
@@ -223,18 +228,24 @@ def on_base(recipe: MidRecipe, base: BaseRecipe, seed: int) -> MidRecipe:
     return replace(recipe, base=start, seed=seed)
 
 
+def tried(store: Store, experiment: Experiment, base: BaseRecipe) -> dict[str, Any]:
+    """What is told of a base: whether it passed, and what that was decided by."""
+    low, high = experiment.gate
+    right = measure(store, replace(experiment.measure, start=base)).comment_right
+    row = {"seed": base.seed, "passed": low <= right <= high, "comment_right": right}
+    if experiment.fill is not None:
+        row["filled_right"] = filled_right(store, replace(experiment.fill, start=base))
+        row["passed"] &= row["filled_right"] >= GATE
+    return row
+
+
 def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str, Any]:
     """Rows of estimates over seeds, for each measure over arms; E-phases' logs; all bases that were used."""
     bases = [seeded(experiment.base, seed) for seed in range(min(seeds, experiment.bases))]
-    tried = [measure(store, replace(experiment.measure, start=base)).comment_right for base in bases]
-    low, high = experiment.gate
-    told = [
-        {"seed": base.seed, "passed": low <= right <= high, "comment_right": right}
-        for base, right in zip(bases, tried, strict=True)
-    ]
+    told = [tried(store, experiment, base) for base in bases]
     bases = [base for base, row in zip(bases, told, strict=True) if row["passed"]]
     if not bases:
-        raise ValueError(f"No base is right in {low:.0%} to {high:.0%} of its comments: {tried}.")
+        raise ValueError(f"No base is as the experiment wants it, `gate` {experiment.gate}: {told}.")
     found: dict[str, list[dict[str, float]]] = {}
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):

@@ -15,9 +15,9 @@ from transformers import PrinterCallback
 from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 
 from .mid import MAX_LATENT, config, load, model_folder
-from .records import LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
+from .records import FillRecipe, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import boundaries, comments_before, examples, is_hard, is_right, programs
+from .testbed import boundaries, comments_before, examples, fillings, is_hard, is_right, programs
 
 
 _NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
@@ -45,18 +45,18 @@ def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompts: list[str], think: str, seed: int, lines: int = 1) -> list[str]:
+def complete(model, tokenizer, prompts: list[str], think: str | None, seed: int, lines: int = 1) -> list[str]:
     """A sampled completion of each prompt with tokens for so many hard lines, temperature 1, with `think` as in
-    [`ThinkLogitsProcessor`]."""
+    [`ThinkLogitsProcessor`], or nothing of the kind."""
     torch.manual_seed(seed)
     found = []
     for begin in range(0, len(prompts), _SITES_AT_ONCE):
         batch = tokenizer(
             prompts[begin : begin + _SITES_AT_ONCE], return_tensors="pt", padding=True, padding_side="left"
         )
-        knob = ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)
+        knobs = [ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)] if think else []
         out = model.generate(
-            **batch, max_new_tokens=lines * _NEW_TOKENS, do_sample=True, top_k=0, logits_processor=[knob],
+            **batch, max_new_tokens=lines * _NEW_TOKENS, do_sample=True, top_k=0, logits_processor=knobs,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -91,6 +91,19 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
         return asdict(found)
 
     return Measures(**store.get(recipe, work))
+
+
+def filled_right(store: Store, recipe: FillRecipe) -> float:
+    """Share of comments before hard lines that a checkpoint fills in right, knowing the line."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        model, tokenizer = load(model_folder(store, recipe.start))
+        prompts, comments = zip(*fillings(recipe.corpus, recipe.seed, recipe.tasks), strict=True)
+        said = complete(model.eval(), tokenizer, list(prompts), None, recipe.seed)
+        right = fmean(text.split("\n")[0] == comment for text, comment in zip(said, comments, strict=True))
+        return {"filled_right": right}
+
+    return store.get(recipe, work)["filled_right"]
 
 
 def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:

@@ -205,6 +205,17 @@ class LatentUse:
 
 
 @dataclass(frozen=True)
+class FillRecipe:
+    """How often a checkpoint is right where it fills in the comment before a hard line."""
+
+    start: BaseRecipe | MidRecipe
+    tasks: int = 256
+    seed: int = 1_000_000
+    corpus: Corpus = field(default_factory=Corpus)
+    version: int = 1
+
+
+@dataclass(frozen=True)
 class Curve:
     """Accuracy before each update of RLVR (`accuracy[k]` is after `k` updates), of an update's samples."""
 

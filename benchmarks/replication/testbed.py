@@ -142,6 +142,16 @@ def filled(rng: random.Random, corpus: Corpus) -> str:
     return f"{FILL[0]}{before}#{FILL[1]}\n{after}{FILL[2]}{comment}\n"
 
 
+def fillings(corpus: Corpus, seed: int, count: int) -> Iterator[tuple[str, str]]:
+    """Such texts up to the comment before a hard line, and the comment that is right, without its `#`."""
+    rng = random.Random(seed)
+    while count:
+        prompt, comment = filled(rng, corpus).removesuffix("\n").split(FILL[2])
+        if "=" in comment:
+            count -= 1
+            yield prompt + FILL[2], comment
+
+
 def programs(corpus: Corpus, seed: int, count: int) -> Dataset:
     """A data set with a column `text`, one program a row."""
     rng = random.Random(seed)
