@@ -108,6 +108,7 @@ def weak() -> Experiment:
 
 
 LAST = 5  # updates
+TRIES = 3  # bases for each one wanted
 PENALTIES = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
 _SHORT = Corpus(stanzas=3)
 
@@ -175,8 +176,8 @@ def hindsight() -> Experiment:
     weak = replace(_SHORT, hard_rate=0.4, easy_rate=0.1, right=0.75, useless=0.98, filled=0.5)
     base = BaseRecipe(
         0,
-        careful_steps=1200,
-        steps=1600,
+        careful_steps=2400,
+        steps=2800,
         learning_rate=2e-3,
         warmup_steps=50,
         careful=Corpus(stanzas=2, hard_rate=1.0, easy_rate=0.1, filled=0.7),
@@ -240,12 +241,21 @@ def tried(store: Store, experiment: Experiment, base: BaseRecipe) -> dict[str, A
 
 
 def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str, Any]:
-    """Rows of estimates over seeds, for each measure over arms; E-phases' logs; all bases that were used."""
-    bases = [seeded(experiment.base, seed) for seed in range(min(seeds, experiment.bases))]
-    told = [tried(store, experiment, base) for base in bases]
-    bases = [base for base, row in zip(bases, told, strict=True) if row["passed"]]
-    if not bases:
-        raise ValueError(f"No base is as the experiment wants it, `gate` {experiment.gate}: {told}.")
+    """Rows of estimates over seeds, for each measure over arms; E-phases' logs; all bases that were tried.
+
+    Raises:
+        `ValueError`: if too few bases pass, of three tries for each that is wanted.
+    """
+    told, bases, wanted = [], [], min(seeds, experiment.bases)
+    for seed in range(TRIES * wanted):
+        base = seeded(experiment.base, seed)
+        told.append(tried(store, experiment, base))
+        if told[-1]["passed"]:
+            bases.append(base)
+        if len(bases) == wanted:
+            break
+    else:
+        raise ValueError(f"{len(bases)} of {wanted} bases are as the experiment wants them: {told}.")
     found: dict[str, list[dict[str, float]]] = {}
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
