@@ -85,9 +85,10 @@ def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One row a measure, over proposals, with intervals over functions; texts of the latents."""
     model = args.model or default_model()
-    data = load_code_directory().shuffle(seed=args.seed).select(range(20 * args.functions))
+    data = load_code_directory().shuffle(seed=args.seed)
+    data = data.select(range(min(20 * args.functions, len(data))))
     rows: dict[str, dict[str, list[float]]] = {}
-    texts: list[dict[str, Any]] = [{} for _ in range(args.functions)]
+    texts: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     for name in args.proposals:
         with scratch() as folder:
@@ -98,20 +99,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 eval_num_latents=args.latents,
             )  # fmt: skip
             trainer = RA3MidTrainer(str(model), config, data)
-        for i, document in enumerate(choose(trainer, args.functions)):
+        documents = choose(trainer, args.functions)
+        texts = texts or [{} for _ in documents]
+        for i, document in enumerate(documents):
             begin = time.process_time()
             with torch.no_grad():
                 group = propose(
                     trainer.engine, document, one_site(document), args.latents, 1, NOISE, trainer.proposals
                 )
-            seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / args.functions
+            seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / len(documents)
             log_prior = float(prior_logps(trainer.engine, document, group.sites, group.latents).mean())
             for key, value in of_group(group, log_prior).items():
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
             texts[i] |= told(trainer, group, name)
         say(f"{name}: " + ", ".join(f"{key} {sum(row[name]) / len(row[name]):.3g}" for key, row in rows.items()))
     estimates = {key: {name: asdict(Estimate.of(values)) for name, values in row.items()} for key, row in rows.items()}
-    return {"functions": args.functions, "seconds": seconds, **estimates, "texts": texts}
+    return {"functions": len(texts), "seconds": seconds, **estimates, "texts": texts}
 
 
 def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, Any]:

@@ -367,6 +367,11 @@ class RA3Config(TrainingArguments):
                 "'template' among the proposals and give one, or neither."
             )
         if set(shares) == {"causal"}:
+            if self.proposal_kl_coef != 1:
+                raise ValueError(
+                    f"`proposal_kl_coef` is {self.proposal_kl_coef}, but all latents are the policy's own; leave it "
+                    "at 1 or set `proposal`."
+                )
             return
         few = min(self.num_latents, self.eval_num_latents)
         if few < len(shares):
@@ -378,7 +383,7 @@ class RA3Config(TrainingArguments):
                 "set `annotation='resample'`."
             )
         training = self.e_steps and self.penalty < math.inf
-        if training and self.line_reduction == "mean":
+        if self.line_reduction == "mean":
             raise ValueError(
                 f"`proposal` is {self.proposal!r}, whose reward is an ELBO in nats; set `line_reduction='sum'`."
             )
@@ -386,6 +391,12 @@ class RA3Config(TrainingArguments):
             raise ValueError(
                 f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents of each of the "
                 f"{len(shares)} parts of `proposal`; raise it or set `baseline='no_think'`."
+            )
+        if training and "causal" not in shares and (self.gate_hold == "always" or self.gate_kl_coef):
+            name = "gate_kl_coef" if self.gate_kl_coef else "gate_hold"
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)!r}, but without the policy's own latents P(think) is free; give "
+                "'causal' a share of `proposal`."
             )
         if "causal" not in shares and "head" in (self.gate, self.boundary_selection):
             name = "gate" if self.gate == "head" else "boundary_selection"

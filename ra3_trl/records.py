@@ -70,6 +70,11 @@ class Document:
         """Positions in `actions` of the lines before which a latent may stand."""
         return tuple(i for i, action in enumerate(self.actions) if action.boundary is not None)
 
+    def lines_from(self, site: int, lines: int) -> tuple[int, ...]:
+        """Tokens of the next `lines` lines, or of as many as there are."""
+        last = self.actions[min(site + lines, len(self.actions)) - 1]
+        return self.input_ids[self.actions[site].start : last.end]
+
 
 @dataclass(frozen=True)
 class Latent:

@@ -44,6 +44,7 @@ from .em import (
     make_proposals,
     mstep_loss,
 )
+from .em.annotate import MARKUP
 from .em.checkpoint import CheckpointMixin
 from .em.head import make_learner
 from .em.phases import PhaseMixin
@@ -249,13 +250,15 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         return RewardPlugIns(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
     def _chunk_tokens(self, args: RA3Config) -> int:
-        """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any."""
+        """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any; without, as
+        long as the context has room for one that is drawn in evaluation."""
         context = context_length(self.backbone.causal_lm) or args.max_length
         if args.max_length > context:
             raise ValueError(
                 f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."
             )
-        room = max(args.max_length // 5, args.max_latent_length + 8) if args.uses_latents else 0
+        latent = args.max_latent_length + MARKUP
+        room = max(args.max_length // 5, latent) if args.uses_latents else max(0, args.max_length + latent - context)
         if args.max_length - room < 8:
             raise ValueError(
                 f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens "

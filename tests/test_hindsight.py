@@ -16,11 +16,13 @@ from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.cli.annotate import main
 from ra3_trl.em import CAUSAL, Proposal, Proposals, annotate, latent_alarms, make_proposals, propose, roll_out
 from ra3_trl.em.estep import estep_backward, is_foreign, rollout_sums
+from ra3_trl.em.monitor import MetricSums
 from ra3_trl.em.proposals import latent_logps, own_logps, prior_logps, share_out
 from ra3_trl.losses import advantages, code_bounds, compute_returns, log1mexp, renormalise
+from ra3_trl.models import FrozenWeights
 from ra3_trl.records import Document, Latent
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
-from ra3_trl.segmentation import build_token_table, chat_template, fim_template, parse_template
+from ra3_trl.segmentation import build_token_table, chat_template, fim_template, parse_template, token_bytes
 
 
 NOISE = NoiseKey(seed=1, phase=0, step=0)
@@ -121,14 +123,20 @@ def test_log_q_is_what_was_drawn_from(world, fim_tokenizer, engine, params):
             assert float(group.log_ratio_TG[t, g]) == pytest.approx(prior - float(own[t, g]), abs=2e-3)
 
 
-def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer):
-    engine, document = world()
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, top_k):
+    """Truncated, a latent of one proposal is often impossible under another; the prior is never truncated."""
+    engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
     group = propose(engine, document, document.sites, 4, 1, NOISE, proposals)
     assert proposals.counts(4) == (1, 3)
-    known = latent_logps(engine, document, document.sites, group.latents, proposals.parts[1], 2)
+    causal, known = (
+        latent_logps(engine, document, document.sites, group.latents, part, 2) for part in proposals.parts
+    )
+    assert (causal.isinf() | known.isinf()).any() == bool(top_k)
     prior = prior_logps(engine, document, document.sites, group.latents)
-    mixed = torch.logaddexp(prior + math.log(1 / 4), known + math.log(3 / 4))
+    assert group.log_ratio_TG.isfinite().all()
+    mixed = torch.logaddexp(causal + math.log(1 / 4), known + math.log(3 / 4))
     torch.testing.assert_close(group.log_ratio_TG, prior - mixed, atol=1e-3, rtol=0)
     # The first of the latents is the policy's own: as a rollout of one would draw it.
     alone = engine.rollout(document, document.sites, 1, 1, NOISE)
@@ -229,9 +237,8 @@ def test_templates_of_ones_own(world, fim_tokenizer, text):
         known = [*action.boundary.close, *ids[action.start : end]]
         prefix, suffix, middle = fim_tokenizer.convert_tokens_to_ids(list(FIM))
         if template.shares_prefix:
-            hash_ids = fim_tokenizer("#", add_special_tokens=False)["input_ids"]
-            after = template.pieces[-1][1:]  # "#" behind a special token, as this tokenizer has it
-            assert fim_tokenizer.decode(after).strip() == fim_tokenizer.decode(hash_ids).strip() == "#"
+            after = template.pieces[-1][1:]  # behind a special token, as this tokenizer has it
+            assert fim_tokenizer.decode(after).strip() == "#"
             prompt = [*bos, middle, *code, suffix, *known, prefix, *after]
         else:
             prompt = [*bos, *known, suffix, *code, *action.boundary.think]
@@ -274,7 +281,7 @@ def replace_args(args: RA3Config, **changes) -> RA3Config:
 
 
 def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
-    """Share of <act> and of each latent over many draws, against weights worked out from the group."""
+    """Effective sizes against weights that are worked out from the group."""
     engine, document = world()
     proposals = fim(fim_tokenizer, 1.0, 1.0)
     args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
@@ -293,8 +300,46 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
         t = group.sites.index(site)
         assert size == pytest.approx(1 / float(weights[t].square().sum()), rel=1e-3)
     assert min(found.sizes.values()) >= 1 and max(found.sizes.values()) <= 5
-    for site, latent in found.placed.items():
-        assert latent in group.latents[group.sites.index(site)]
+
+
+def test_annotation_draws_each_candidate_as_often_as_it_weighs(world, fim_tokenizer):
+    """<act> and four latents, 40 draws at each boundary; counts within four standard deviations of sums of weights."""
+    engine, document = world()
+    proposals = fim(fim_tokenizer, 1.0, 1.0)
+    args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
+    wanted, spread, found = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
+    for step in range(40):
+        noise = replace(NOISE, step=step)
+        group = propose(engine, document, document.sites, 4, 1, noise, proposals)
+        returns = compute_returns(group, 1, 0.9)
+        logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
+        weights = logits.double().softmax(-1)
+        placed = annotate(engine, document, args, noise, proposals=proposals).placed
+        for t, (site, row) in enumerate(zip(group.sites, group.latents, strict=True)):
+            if len({z.token_ids for z in row}) == 4:  # else it can't be told which one was placed
+                wanted += weights[t]
+                spread += weights[t] * (1 - weights[t])
+                found[1 + row.index(placed[site]) if site in placed else 0] += 1
+    assert wanted.min() > 1  # each is drawn at times
+    assert ((found - wanted).abs() < 4 * spread.sqrt()).all(), (found, wanted)
+
+
+def test_a_row_that_is_full_takes_no_more_latents(world, fim_tokenizer, segmenter):
+    """A document of n tokens, latents of at most 3 and their markup: each placed adds up to 11."""
+    engine, _ = world()
+    (document,) = segmenter(fim_tokenizer)(0, CODE * 3)
+    args = RA3Config(
+        "x", horizon=2, num_latents=4, annotation_think_prob=1 - 1e-9, max_latent_length=3, proposal="causal+fim",
+        use_cpu=True,
+    )  # fmt: skip
+    proposals, n = fim(fim_tokenizer, 1.0, 1.0), len(document.input_ids)
+    placed = {}
+    for room in (11, 22, 1000):
+        example = annotate(engine, document, replace_args(args, max_length=n + room), NOISE, proposals=proposals)
+        assert len(example.input_ids) <= n + room
+        placed[room] = list(example.placed)
+    assert len(placed[11]) == 1 and placed[22] == placed[1000][: len(placed[22])]
+    assert 1 < len(placed[22]) < len(placed[1000])
 
 
 @pytest.mark.parametrize(("baseline", "weight"), [("leave_one_out", 1.0), ("no_think", 0.5)])
@@ -338,6 +383,41 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
     assert found
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=2e-4, rtol=2e-3)
+
+
+def test_the_reference_of_a_proposal_is_its_own_at_the_start(tokenizer_of, tiny_model, segmenter):
+    """KL is measured between distributions behind the same prompt: at the start weights it is 0 for every token."""
+    tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
+    engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
+    (document,) = segmenter(tokenizer)(0, CODE)
+    args = RA3Config("x", proposal="fim", num_latents=2, horizon=1, kl_coef=0.1, use_cpu=True)
+    start = FrozenWeights(model)
+    (rollout,) = roll_out(engine, [document], args, NOISE, None, start=start, proposals=fim(tokenizer, 1.0))
+    own = torch.cat([torch.tensor(z.logps) for row in rollout.group.latents for z in row])
+    torch.testing.assert_close(
+        torch.cat([part.token_n for part in rollout.references]).sort().values, own.sort().values, atol=1e-4, rtol=0
+    )
+    _, parts = estep_backward(engine, [rollout], args, 1, False, lambda loss: loss.backward())
+    assert parts["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_frozen_rewards_prior_is_frozen_too(tokenizer_of, tiny_model, segmenter):
+    tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
+    engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
+    (document,) = segmenter(tokenizer)(0, CODE)
+    args = RA3Config("x", proposal="fim", num_latents=2, horizon=1, reward_model="frozen", use_cpu=True)
+    frozen = FrozenWeights(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    (rollout,) = roll_out(engine, [document], args, NOISE, frozen, proposals=fim(tokenizer, 1.0))
+    group = rollout.group
+    live = prior_logps(engine, document, group.sites, group.latents)
+    with frozen.applied():
+        prior = prior_logps(engine, document, group.sites, group.latents)
+    assert (prior - live).abs().min() > 1e-3
+    torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
 
 
 CORPUS = [CODE, "x = 1\ny = x + 1\nprint(y)\n", "for i in range(3):\n    print(i)\n", "import os\nprint(os.sep)\n"]
@@ -432,6 +512,10 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
         ({"proposal": "causal+fim", "num_latents": 1, "baseline": "no_think"}, "`num_latents` is 1, but `proposal`"),
         ({"proposal": "causal+fim", "eval_num_latents": 1}, "`eval_num_latents` is 1, but `proposal`"),
         ({"proposal": "fim", "gate": "head"}, "give 'causal' a share"),
+        ({"proposal": "fim", "gate_hold": "always"}, "`gate_hold` is 'always', but without"),
+        ({"proposal": "fim", "gate_kl_coef": 0.1}, "`gate_kl_coef` is 0.1, but without"),
+        ({"proposal": "fim", "line_reduction": "mean", "e_steps": 0}, "set `line_reduction='sum'`"),
+        ({"proposal_kl_coef": 0.2}, "leave it at 1 or set `proposal`"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -461,6 +545,19 @@ def test_braces_are_doubled(tokenizer_of):
     template = parse_template("{{a}} {prefix}{{{suffix}}}{think}", tokenizer_of)
     words = [piece if isinstance(piece, str) else tokenizer_of.decode(piece) for piece in template.pieces]
     assert words == ["{a} ", "prefix", "{", "suffix", "}", "think"]
+
+
+def test_text_in_a_template_has_no_dummy_space(tokenizers):
+    """SentencePiece puts one before a text of its own, not before what stands inside another; `<PRE>` is no token, but
+    with its dummy space it is."""
+    tokenizer = copy.deepcopy(tokenizers["sentencepiece"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"]})
+    template = parse_template("{prefix}\n# next:\n{suffix}x{think}", tokenizer)
+    data = token_bytes(tokenizer)
+    texts = [b"".join(data[i] for i in piece) for piece in template.pieces if not isinstance(piece, str)]
+    assert texts == [b"\n# next:\n", b"x"]
+    theirs = parse_template("\u2581<PRE>{prefix}{think}\u2581<SUF>{suffix}\u2581<MID>", tokenizer)
+    assert theirs.pieces == fim_template(tokenizer).pieces
 
 
 def test_tokenizers_that_have_no_such_prompt(tokenizers, tokenizer_of):
@@ -505,6 +602,8 @@ def test_trainers_refuse_before_any_sampling(hindsight_trainer):
     with pytest.raises(ValueError, match="lower `max_length` by 11"):
         # 2048 + 3 tokens of the prompt, and 2048 - 8 of latents: the context is 2048
         hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8)
+    with pytest.raises(ValueError, match="lower `max_length` by 11"):  # evaluation samples from it all the same
+        hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8, e_steps=0)
     with pytest.raises(ValueError, match="an E-phase can't train it"):
         hindsight_trainer(proposal="template", proposal_template="{suffix}<|user|>{prefix}{think}")
     with pytest.raises(ValueError, match="an E-phase can't train it"):
@@ -537,6 +636,9 @@ def test_chat_templates_of_others(tokenizers):
     assert chat_template(tokenizer).shares_prefix
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(ValueError, match="refuses a user's instruction: no users here"):
+        chat_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not leave the instruction as it is"):
         chat_template(tokenizer)
 
 
@@ -580,6 +682,31 @@ def test_annotating_with_a_checkpoints_proposals(tmp_path, tokenizer_of, tiny_mo
     with pytest.raises(ValueError, match="its function is not at hand; give another `--proposal`"):
         annotated({"proposal": "function"})
     assert annotated({"proposal": "function"}, "--proposal", "fim") == 0
+
+
+def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_model, segmenter):
+    """A latent that says the second of two known lines, `return pi * r * r`; of its six words one, `pi`, is in the
+    first, `pi = 3`. One latent alone is not the same as another."""
+    engine = BranchEngine(
+        Backbone(tiny_model("llama", tokenizer_of)),
+        build_token_table(tokenizer_of, len(tokenizer_of)),
+        SamplingParams(2),
+    )
+    (document,) = segmenter(tokenizer_of)(0, CODE)
+    args = RA3Config(
+        "x", proposal="causal+fim", num_latents=2, horizon=1, baseline="no_think", max_sites=1, use_cpu=True
+    )
+    causal, known = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
+    site = known.group.sites[0]
+    line = document.actions[site + 1]
+    said = replace(known.group.latents[0][0], token_ids=document.input_ids[line.start : line.end])
+    rollouts = [replace(r, group=replace(r.group, latents=((said,),))) for r in (causal, known)]
+    for lines, rate in ((1, 1 / 6), (2, 1.0)):
+        sums = MetricSums()
+        sums.add_sums(rollout_sums(rollouts, tokenizer_of.decode, lines))
+        rates = sums.averages()
+        assert rates["hindsight/copy_rate"] == rate and rates["copy_rate"] < 1
+        assert "same_rate" not in rates and "hindsight/same_rate" not in rates
 
 
 def test_shares():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 from slow_path import bytes_of, pending_bytes
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ra3_trl.segmentation import FragmentEncoder, build_token_table, token_bytes
@@ -157,6 +158,19 @@ def test_carriage_return_nul_special_and_foreign_ids_are_banned(tokenizer):
     for b in (b"a", b" ", b"\t", b"#"):
         assert int(table.next_state_SV[0, table.token_bytes.index(b)]) == 0
         assert (table.next_state_SV[1:, table.token_bytes.index(b)] == -1).all()  # not inside a character
+
+
+def test_markers_for_filling_in_the_middle_are_no_text(tokenizers):
+    """Qwen2.5-Coder's are added tokens that are not special; what such a model writes behind a middle ends a latent.
+    Gemma's tags are not special either, and are text."""
+    tokenizer = copy.deepcopy(tokenizers["newline_alone"])
+    markers = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|fim_pad|>"]
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in (*markers, "<table>")])
+    ids = tokenizer.convert_tokens_to_ids([*markers, "<table>"])
+    assert [token_bytes(tokenizer)[i] for i in ids] == [None] * 5 + [b"<table>"]
+    table = build_token_table(tokenizer, len(tokenizer))
+    assert (table.next_state_SV[:, ids[:3]] == -1).all() and table.next_state_SV[0, ids[5]] == 0
+    assert set(ids[3:5]) <= set(table.stop_ids.tolist()) and not set(ids[:3]) & set(table.stop_ids.tolist())
 
 
 def test_blank_tokens_are_those_of_white_space(tokenizer):

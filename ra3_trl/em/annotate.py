@@ -25,6 +25,7 @@ from .head import HeadLearner, measured_gain
 from .proposals import CAUSAL, Proposals, propose
 
 
+MARKUP = 8  # tokens that stand around a latent, at most
 _WINDOW = 8  # boundaries proposed together where a latent placed changes what follows
 
 
@@ -41,9 +42,9 @@ def annotate(
 
     With a horizon above 1 each decision sees the latents already placed, so that one that still serves is not
     repeated: proposals are made for a window of boundaries, used up to the first latent placed, and made anew behind
-    it. With horizon 1 all boundaries are decided at once on the clean text. `way` overrides `args.annotation`. The
-    `learner`'s head is the gate, or says which boundaries are hopeless, where the settings say so. Resampling chooses
-    among what `proposals` draw.
+    it, until a row of `max_length` is full. With horizon 1 all boundaries are decided at once on the clean text. `way`
+    overrides `args.annotation`. The `learner`'s head is the gate, or says which boundaries are hopeless, where the
+    settings say so. Resampling chooses among what `proposals` draw.
     """
     by_policy = (way or args.annotation) == "policy"
     decide = _decide_by_policy if by_policy else partial(_decide_by_resampling, proposals=proposals)
@@ -54,6 +55,8 @@ def annotate(
     while sites:
         window = sites if args.horizon == 1 or by_policy else sites[:_WINDOW]
         context = splice(document, placed).document
+        if placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
+            break  # the row is full
         found, measured, effective = decide(engine, context, window, args, noise, learner)
         if args.horizon > 1:
             found = dict(list(found.items())[:1])

@@ -316,9 +316,11 @@ def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logp
     return EStepTerms(slope.to(device), advantage.to(device), weight)
 
 
-def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str]) -> Sums:
+def rollout_sums(
+    rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str], known_lines: int = 1
+) -> Sums:
     """Numbers of a batch of rollouts (see README, "What is logged"): total and weight, so that batches and processes
-    can be added up."""
+    can be added up. A proposal in hindsight knows the next `known_lines`."""
     sums = MetricSums()
     for r in rollouts:
         origin = "" if r.view is None else "hindsight/"
@@ -346,18 +348,20 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int
             )
             std_T = term_TG.std(1, correction=0)
             sums.add_total(f"{origin}rewards/{name}/std", float((weight * std_T).sum()), float(weight.sum()))
-        _add_latents(sums, r.group, token_text, origin)
+        horizon = r.group.latent_line_logps_TGH.shape[2]
+        _add_latents(sums, r.group, token_text, origin, horizon if r.view is None else max(horizon, known_lines))
     return sums.sums
 
 
 def _add_latents(
-    sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str], origin: str
+    sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str], origin: str, lines: int
 ) -> None:
+    """Numbers of what the latents say, beside the next `lines`: those they are credited with, or knew."""
     for site, row in zip(group.sites, group.latents, strict=True):
-        action = group.document.actions[site]
-        line = token_text(group.document.input_ids[action.start : action.end])
+        line = token_text(group.document.lines_from(site, lines))
         texts = [token_text(z.token_ids) for z in row]
-        sums.add_total(origin + "same_rate", 1 - (len(set(texts)) - 1) / max(len(texts) - 1, 1), 1)
+        if len(texts) > 1:
+            sums.add_total(origin + "same_rate", 1 - (len(set(texts)) - 1) / (len(texts) - 1), 1)
         for z, text in zip(row, texts, strict=True):
             sums.add_total(origin + "latent_length", len(z.token_ids), 1)
             sums.add_total(origin + "entropy", -sum(z.logps), len(z.logps))
@@ -373,6 +377,6 @@ def is_foreign(latent: str, line: str) -> bool:
 
 
 def copy_rate(latent: str, line: str) -> float:
-    """Share of the latent's words that stand in the line."""
+    """Share of the latent's words that stand in the next lines."""
     words = latent.split()
     return sum(word in line for word in words) / len(words) if words else 0.0

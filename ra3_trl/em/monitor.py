@@ -88,10 +88,10 @@ def latent_alarms(metrics: dict[str, float]) -> list[str]:
     known = {
         name.removeprefix("hindsight/"): value for name, value in metrics.items() if name.startswith("hindsight/")
     }
-    return _alarms(metrics) + [f"proposed in hindsight, {alarm}" for alarm in _alarms(known)]
+    return _alarms(metrics) + [f"proposed in hindsight, {alarm}" for alarm in _alarms(known, "proposal_kl_coef")]
 
 
-def _alarms(metrics: dict[str, float]) -> list[str]:
+def _alarms(metrics: dict[str, float], dearer: str = "penalty") -> list[str]:
     alarms = []
     if metrics.get("wordless_rate", 0) > 0.5:
         alarms.append("more than half of the latents hold no letter or digit (drift into emptiness): raise `kl_coef`.")
@@ -100,5 +100,5 @@ def _alarms(metrics: dict[str, float]) -> list[str]:
     if metrics.get("foreign_rate", 0) > 0.5:
         alarms.append("more than half of the latents are written in another alphabet than the code: raise `kl_coef`.")
     if metrics.get("copy_rate", 0) > 0.8:
-        alarms.append("latents mostly repeat the line they stand before: raise `penalty` or `kl_coef`.")
+        alarms.append(f"latents mostly repeat the lines they stand before: raise `{dearer}` or `kl_coef`.")
     return alarms

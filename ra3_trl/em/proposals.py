@@ -20,7 +20,7 @@ from ..config import RA3Config
 from ..records import Document, Latent, RolloutGroup
 from ..rollout import NoiseKey, RolloutEngine
 from ..rollout.engine import Sites
-from ..segmentation import Prompt, PromptFunction, PromptTemplate, chat_template, fim_template, parse_template
+from ..segmentation import Prompt, PromptFunction, PromptTemplate, View, chat_template, fim_template, parse_template
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Proposal:
     share: float
     prompt: Prompt | None = None
 
-    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[tuple[Document, tuple[int, ...]]]:
+    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
         return [(document, tuple(sites))] if self.prompt is None else self.prompt.views(document, sites, lines)
 
 
@@ -117,8 +117,7 @@ def make_proposals(
         elif name != "causal":
             make = {"fim": fim_template, "chat": chat_template}.get(name)
             prompt = make(tokenizer) if make else parse_template(args.proposal_template, tokenizer)
-            if args.uses_latents:
-                _check_context(prompt, args, room)
+            _check_context(prompt, args, room)
         if prompt is not None and trains and not prompt.shares_prefix:
             raise ValueError(
                 f"`proposal` has {name!r}, whose prompts do not begin with the code so far: an E-phase can't train "
@@ -216,12 +215,12 @@ def propose(
     pooled = [sum(rows, ()) for rows in zip(*drawn, strict=True)]
     group = engine.score(document, sites, pooled, horizon)
 
-    def under(part: Proposal) -> torch.Tensor:
-        return latent_logps(engine, document, sites, pooled, part, proposals.lines)
-
     own_TG, mixed, begin, prior_TG = own_logps(pooled), [], 0, None
     for part, count in zip(proposals.parts, counts, strict=True):
-        logps_TG = own_TG.clone() if count == num_latents else under(part)
+        if count == num_latents:
+            logps_TG = own_TG.clone()
+        else:
+            logps_TG = latent_logps(engine, document, sites, pooled, part, proposals.lines)
         if part.prompt is None and not engine.params.truncated:
             prior_TG = logps_TG.clone()  # the policy's distribution is both
         own = slice(begin, begin + count)

@@ -126,7 +126,7 @@ class WindowMixin:
             "chunks": [count_chunks(self.engine, batch) for batch in rollouts],
             "count": float(sites),
             "tokens": sum(len(d.input_ids) for batch in documents for d in batch),
-            "sums": rollout_sums([r for batch in rollouts for r in batch], self._decode),
+            "sums": rollout_sums([r for batch in rollouts for r in batch], self._decode, self.args.proposal_lines),
             "seen": [observe(r.group, r.returns, r.weight_T, self.args) for r in learned_from],
         }
 
@@ -188,12 +188,12 @@ class WindowMixin:
         sites = sum(len(e.document.sites) for e in examples)
         if sites:
             self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
+        known = max(self.args.horizon, 1 if self.proposals.causal else self.args.proposal_lines)
         for e in examples:
             for size in e.sizes.values():
                 self.metrics.add("mstep/effective_size", size)
             for site, latent in e.placed.items():
-                action = e.document.actions[site]
-                line = self._decode(e.document.input_ids[action.start : action.end])
+                line = self._decode(e.document.lines_from(site, known))
                 self.metrics.add("mstep/copy_rate", copy_rate(self._decode(latent.token_ids), line))
             ids = e.input_ids[e.document.context :]
             again = self.processing_class(self._decode(ids), add_special_tokens=False)["input_ids"]

@@ -11,11 +11,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 
-_COLUMNS = ("step", "doc_id", "line_number", "think_prob", "latent", "line", "gain")
+_COLUMNS = ("step", "doc_id", "line_number", "think_prob", "latent", "line", "gain", "origin")
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """One row for each latent of rollouts (objects with `.group` and `.returns`); `gain` in nats."""
+    """One row for each latent of rollouts (objects with `.group`, `.returns` and `.view`); `gain` in nats, that of a
+    latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
     rows = []
     for rollout in rollouts:
         group = rollout.group
@@ -33,6 +34,7 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
                     text,
                     line,
                     float(rollout.returns.gain_TG[t, g]),
+                    "policy" if rollout.view is None else "hindsight",
                 )
                 rows.append(dict(zip(_COLUMNS, values, strict=True)))
     return rows

@@ -11,28 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..records import Action, Boundary, Document
+from .tokens import FIM_TOKENS
 
 
-FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # CodeLlama
-    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
-)
 CHAT_INSTRUCTION = (
     "Here is the beginning of a program:\n\n{prefix}\n\nIt goes on with these lines:\n\n{suffix}\n\nWrite the short "
     "comment, a few words, that belongs right before these lines and makes it clear what they do. Reply with the "
     "comment only."
 )
 _PLACEHOLDERS = ("prefix", "think", "suffix")
-_MARKER = re.compile(r"<[|\uff5c]?[A-Za-z][\w\u2581 -]*[|\uff5c]?>")  # what looks like a special token
+_MARKER = re.compile(r"\u2581?<[|\uff5c]?[A-Za-z][\w\u2581 -]*[|\uff5c]?>")  # what looks like a special token
 View = tuple[Document, tuple[int, ...]]  # a document, and where its boundaries of the wanted sites are
 
 
@@ -40,6 +34,7 @@ class Prompt(Protocol):
     """How latents are proposed in hindsight."""
 
     shares_prefix: bool
+    settings: Any  # what a resumed run must share, as JSON
 
     def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
         """Documents whose boundaries stand in the prompts of `sites`, in order; the next `lines` lines are known."""
@@ -47,27 +42,27 @@ class Prompt(Protocol):
 
 def next_lines(document: Document, site: int, lines: int) -> tuple[int, ...]:
     """Tokens that follow a latent at `site`: what closes it, and `lines` lines of the document."""
-    last = document.actions[min(site + lines, len(document.actions)) - 1]
-    action = document.actions[site]
-    return (*action.boundary.close, *document.input_ids[action.start : last.end])
+    return (*document.actions[site].boundary.close, *document.lines_from(site, lines))
 
 
-def _view(
-    document: Document, sites: Sequence[int], lead: Sequence[int], cues: dict[int, Sequence[int]], bos: bool, cut: bool
-):
-    """`lead` before the document (behind its BOS), `cues` for think prefixes at `sites`, no boundary elsewhere; what
-    stands behind the last of them is `cut` off."""
+def _view(document: Document, lead: Sequence[int], cues: dict[int, Sequence[int]], bos: bool) -> View:
+    """`lead` before the document (behind its BOS), `cues` for think prefixes at their sites, no boundary elsewhere."""
     begin, shift = int(bos), len(lead)
-    last = max(sites) + 1 if cut else len(document.actions)
-    end = document.actions[last - 1].end if cut else len(document.input_ids)
 
     def moved(i: int, action: Action) -> Action:
         boundary = Boundary(tuple(cues[i]), action.boundary.close, decides=False) if i in cues else None
         return replace(action, start=action.start + shift, end=action.end + shift, boundary=boundary)
 
-    ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:end])
-    actions = tuple(moved(i, action) for i, action in enumerate(document.actions[:last]))
-    return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(sites)
+    ids = (*document.input_ids[:begin], *lead, *document.input_ids[begin:])
+    actions = tuple(moved(i, action) for i, action in enumerate(document.actions))
+    return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(cues)
+
+
+def _only(view: View) -> View:
+    """A view of one site without the text behind it, and with no line to score but its own."""
+    document, (site,) = view
+    action = document.actions[site]
+    return replace(document, input_ids=document.input_ids[: action.end], actions=(action,), context=action.start), (0,)
 
 
 @dataclass(frozen=True)
@@ -93,20 +88,24 @@ class PromptTemplate:
         """Tokens besides the document's own."""
         return sum(len(piece) for piece in self.pieces if not isinstance(piece, str))
 
+    @property
+    def settings(self) -> list[list[int] | str]:
+        return [piece if isinstance(piece, str) else list(piece) for piece in self.pieces]
+
     def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
         """One view of all sites where they share their prefix, else one of each."""
         at = self.pieces.index("prefix")
         starts_with_bos = bool(document.input_ids) and document.input_ids[0] == self.bos_token_id
         bos = (self.bos_token_id,) if self.opens_with_bos and not starts_with_bos else ()
         cues = {site: self._fill(self.pieces[at + 1 :], document, site, lines) for site in sites}
-        groups = [tuple(sites)] if self.shares_prefix else [(site,) for site in sites]
+        if self.shares_prefix:
+            lead = (*bos, *self._fill(self.pieces[:at], document, 0, lines))
+            return [_view(document, lead, cues, starts_with_bos)] if sites else []
+        leads = [(*bos, *self._fill(self.pieces[:at], document, site, lines)) for site in sites]
         return [
-            _view(
-                document, group, (*bos, *self._fill(self.pieces[:at], document, group[0], lines)),
-                {site: cues[site] for site in group}, starts_with_bos, not self.shares_prefix,
-            )
-            for group in groups if group
-        ]  # fmt: skip
+            _only(_view(document, lead, {site: cues[site]}, starts_with_bos))
+            for site, lead in zip(sites, leads, strict=True)
+        ]
 
     def _fill(self, pieces: Sequence[tuple[int, ...] | str], document: Document, site: int, lines: int):
         found: list[int] = []
@@ -135,6 +134,10 @@ class PromptFunction:
     tokenizer: PreTrainedTokenizerBase
     longest: int
     shares_prefix = False
+
+    @property
+    def settings(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
     def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
         """One view a site: the prompt in the place of the code so far."""
@@ -173,16 +176,16 @@ def fim_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
     Raises:
         `ValueError`: if it has none, or only some of them.
     """
+    missing: list[str] = []
     for markers in FIM_TOKENS:
         ids = [_special_id(tokenizer, marker) for marker in markers]
         if None not in ids:
             prefix, suffix, middle = ((i,) for i in ids)
             return PromptTemplate((prefix, "prefix", "think", suffix, "suffix", middle), tokenizer.bos_token_id)
         if any(i is not None for i in ids):
-            missing = [marker for marker, i in zip(markers, ids, strict=True) if i is None]
-            raise ValueError(
-                f"`proposal` has 'fim', but the tokenizer lacks {missing} as tokens of their own; add them."
-            )
+            missing += [marker for marker, i in zip(markers, ids, strict=True) if i is None]
+    if missing:
+        raise ValueError(f"`proposal` has 'fim', but the tokenizer lacks {missing} as tokens of their own; add them.")
     looked_for = ", ".join(markers[0] for markers in FIM_TOKENS)
     raise ValueError(
         f"`proposal` has 'fim', but the tokenizer has no tokens for filling in the middle (looked for {looked_for}); "
@@ -209,6 +212,11 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
             f"`proposal` has 'chat', but the tokenizer's chat template refuses a user's instruction: {error}. Use "
             "a `proposal_template`, or 'causal'."
         ) from error
+    if any(text.count(f"{{{name}}}") != 1 for name in ("prefix", "suffix")):
+        raise ValueError(
+            "`proposal` has 'chat', but the tokenizer's chat template does not leave the instruction as it is; use a "
+            "`proposal_template`, or 'causal'."
+        )
     return parse_template(text.replace("{", "{{").replace("}", "}}").replace("{{prefix}}", "{prefix}").replace(
         "{{suffix}}", "{suffix}") + "{think}", tokenizer, "chat")  # fmt: skip
 
@@ -248,7 +256,7 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
             f"`{name}` has {split[0]!r}, which the tokenizer splits into {len(_encode(tokenizer, split[0]))} tokens; "
             "use its own special tokens, or write it otherwise if it is meant as text."
         )
-    found = [_encode(tokenizer, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces)]
+    found = [piece if i % 2 else _encode(tokenizer, piece, inside=i > 0) for i, piece in enumerate(pieces)]
     opens_with_bos = bool(found[0]) and found[0][0] == tokenizer.bos_token_id
     found[0] = found[0][opens_with_bos:]
     found = tuple(piece for piece in found if piece)
@@ -257,5 +265,14 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
     return PromptTemplate(found, tokenizer.bos_token_id, opens_with_bos)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, inside: bool = False) -> tuple[int, ...]:
+    """Tokens of `text`; `inside` another one behind an anchor, so that no dummy space gets before it."""
+
+    def ids(of: str) -> list[int]:
+        return tokenizer(of, add_special_tokens=False)["input_ids"] if of else []
+
+    for anchor in ("\n", "a") if inside and text else ():
+        head, whole = ids(anchor), ids(anchor + text)
+        if whole[: len(head)] == head:
+            return tuple(whole[len(head) :])
+    return tuple(ids(text))

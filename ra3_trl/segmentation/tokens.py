@@ -11,6 +11,7 @@ import json
 import re
 
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..records import TokenTable
@@ -32,6 +33,25 @@ _UTF8 = {
 }
 _PENDING = (0, 1, 2, 3, 2, 2, 3, 3)
 
+FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # CodeLlama
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
+)
+# What the same models write behind a middle; with the end of the text it ends a latent.
+_FIM_ENDS = (
+    "<|fim_pad|>",
+    "<|file_sep|>",
+    "<|repo_name|>",
+    "<|file_separator|>",
+    "<file_sep>",
+    "\u2581<EOT>",
+    "<|EOT|>",
+)
+_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>")
+
 
 def _byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 on."""
@@ -40,8 +60,15 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
+def is_control(token: AddedToken) -> bool:
+    """Whether an added token is no text: a special token, or one of a form that only such tokens have (Qwen2.5-Coder
+    lists those for filling in the middle as not special)."""
+    text = token.content
+    return token.special or bool(_CONTROL.fullmatch(text)) or text in _FIM_ENDS or any(text in t for t in FIM_TOKENS)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
-    """The bytes each token id stands for; `None` for special tokens and unused ids.
+    """The bytes each token id stands for; `None` for special tokens ([`is_control`]) and unused ids.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -62,7 +89,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
     out: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values()) + 1)
     for token, index in tokenizer.get_vocab().items():
         if index in added:
-            out[index] = None if added[index].special else token.encode()
+            out[index] = None if is_control(added[index]) else token.encode()
         elif alphabet is not None:
             out[index] = bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
         elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
@@ -164,7 +191,7 @@ def build_token_table(
         vocab_size (`int`):
             Width of the model's logits; ids beyond the tokenizer are forbidden.
         eos_token_ids (`tuple[int, ...]`, *optional*):
-            Further end-of-text ids (the generation config's), part of the stop symbol.
+            Further end-of-text ids (the generation config's), part of the stop symbol, as is what ends a middle.
         action_format ([`ActionFormat`], *optional*, defaults to `PYTHON`):
             What ends a latent and what it must not hold.
 
@@ -188,7 +215,8 @@ def build_token_table(
         blank[i] = not b.decode("utf-8", "ignore").strip() or bool(first and not b.startswith(first))
         for state in range(1 if b.isascii() else len(pending)):  # ASCII never stands inside a character
             next_state[state, i] = _run_automaton(b, state, edges)
-    eos = {tokenizer.eos_token_id, *eos_token_ids} - set(ends)
+    fim_ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in _FIM_ENDS}
+    eos = {tokenizer.eos_token_id, *eos_token_ids, *fim_ends} - set(ends)
     stop_ids = torch.tensor(ends + sorted(i for i in eos if i < vocab_size))
     next_state[0, stop_ids] = 0
     opening = (next_state[0] >= 0) & ~blank
