@@ -50,7 +50,7 @@ lint: install
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 	$(BIN)/ra3 demo $(ARGS)
 
-# The table of benchmarks/replication and the README's picture of it: some hours on two cores, resumable.
+# The table of benchmarks/replication and the README's picture of it: about two hours of one core, resumable.
 replication: install
 	mkdir -p runs/replication
 	$(BIN)/python -m benchmarks replication --json --seeds 5 --bases 2 --full $(ARGS) > runs/replication/table.json

@@ -12,6 +12,7 @@ import pytest
 from conftest import needs_bwrap
 
 from benchmarks.gpu import drive as module
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.drive import State, collect, drive, stages
 from benchmarks.gpu.plan import ARMS, OURS, PRESETS, Stage, fitted
 from ra3_trl.cli import compare, rlvr, train
@@ -170,3 +171,13 @@ def test_all_stages_at_toy_size(tmp_path, tiny_model, tokenizers):
     assert set(found["compare-tasks-grpo"]["models"]) == {"base-grpo", "ntp-grpo", "ra3-grpo"}
     assert all(len(found[f"rlvr-{arm}"]) == 2 for arm in ("base", "ntp", "ra3"))
     assert sys.modules[drive.__module__].State(folder).updates["ntp_compute-0"] >= 4
+
+
+def test_proposals_that_the_model_cannot_make_are_refused_at_once(tmp_path, tokenizers, capsys):
+    """Not after three arms have been trained."""
+    tokenizers["newline_indent"].save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "run"), "--preset", "h100", "--model", str(tmp_path / "model")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "has no tokens for filling in the middle" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -187,7 +187,7 @@ def test_multimodal_and_other_checkpoints_are_refused(tmp_path):
 
 def test_a_folder_without_tokenizer(llama, tmp_path, train):
     llama.save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="`processing_class` is missing, and no tokenizer loads"):
+    with pytest.raises(ValueError, match="no tokenizer loads from"):
         load_tokenizer(str(tmp_path / "bare"), None)
     with pytest.raises(ValueError, match="has no name to load a tokenizer by"):
         load_tokenizer("", None)

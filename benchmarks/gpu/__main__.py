@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common import default_model
 from .drive import collect, drive
-from .plan import PRESETS, fitted
+from .plan import PRESETS, check_proposals, fitted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     preset = fitted(PRESETS[args.preset], args.model or default_model(), args.code_dir, args.mbpp, args.proposal)
     preset = replace(preset, seeds=tuple(args.seeds)) if args.seeds else preset
+    try:
+        check_proposals(preset)
+    except ValueError as error:
+        parser.error(str(error))
     done = drive(args.folder, preset, args.seconds)
     if args.json:
         json.dump(collect(args.folder, preset), sys.stdout)

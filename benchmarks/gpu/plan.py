@@ -9,6 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from ra3_trl import RA3Config
+from ra3_trl.em import make_proposals
+
 
 ARMS = ("base", "ntp", "ntp_compute", "ra3", "hindsight")
 OURS = ("ra3", "hindsight")  # with latents: of the policy alone, and also proposed in hindsight
@@ -195,6 +200,17 @@ def _compare(output: Path, task: str, places: Mapping[str, str], settings: Mappi
         known.pop("task_file", None)
     words = _ra3("compare", *places.values(), "--names", *places, "--task", task, *options(known))
     return Stage(output.name, words, output / "compare.json")
+
+
+def check_proposals(preset: Preset) -> None:
+    """Refuses proposals that the model's tokenizer can't make, before anything is trained.
+
+    Raises:
+        `ValueError`: with the cure.
+    """
+    settings = {"e_steps": preset.e_steps, "num_latents": preset.train["num_latents"], **preset.hindsight}
+    tokenizer = AutoTokenizer.from_pretrained(preset.model)
+    make_proposals(RA3Config("unused", report_to="none", use_cpu=True, **settings), tokenizer, None)
 
 
 def fitted(

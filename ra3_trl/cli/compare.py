@@ -287,7 +287,7 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> list[str]:
     try:
         plot_comparison(comparison, folder / picture)
     except ImportError:
-        comparison["notes"].append("There is no picture, since matplotlib is not installed (`ra3-trl[demo]`).")
+        comparison["notes"].append("There is no picture, since matplotlib is not installed (`ra3-trl[plots]`).")
         picture = None
     (folder / "compare.json").write_text(json.dumps({"version": VERSION, **comparison}, indent=1) + "\n", "utf-8")
     (folder / "compare.md").write_text(comparison_markdown(comparison, picture), "utf-8")

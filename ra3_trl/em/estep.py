@@ -319,7 +319,7 @@ def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logp
 def rollout_sums(
     rollouts: Sequence[Rollout], token_text: Callable[[Sequence[int]], str], known_lines: int = 1
 ) -> Sums:
-    """Numbers of a batch of rollouts (see README, "What is logged"): total and weight, so that batches and processes
+    """Numbers of a batch of rollouts (docs/logging.md): total and weight, so that batches and processes
     can be added up. A proposal in hindsight knows the next `known_lines`."""
     sums = MetricSums()
     for r in rollouts:

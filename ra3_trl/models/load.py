@@ -183,7 +183,8 @@ def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTr
         return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in _SHARED if key in options})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`processing_class` is missing, and no tokenizer loads from {name!r}; pass the model's. ({error})"
+            f"no tokenizer loads from {name!r}: it is neither a folder with one nor a repository that can be reached; "
+            f"pass `processing_class` or another name. ({error})"
         ) from error
 
 

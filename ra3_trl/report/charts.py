@@ -204,7 +204,7 @@ def _stem(text: str) -> str:
 
 
 def draw_chart(chart: Chart) -> bytes:
-    """A chart as PNG. Needs matplotlib (`pip install "ra3-trl[demo]"`)."""
+    """A chart as PNG. Needs matplotlib (`pip install "ra3-trl[plots]"`)."""
     return _png([chart], 1, (6.4, 4.0))
 
 

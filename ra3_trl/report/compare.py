@@ -121,7 +121,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
         comparison (`Mapping`):
             What `ra3 compare` writes to compare.json.
         path (`str` or `Path`):
-            The PNG to write. Needs matplotlib (`pip install "ra3-trl[demo]"`).
+            The PNG to write. Needs matplotlib (`pip install "ra3-trl[plots]"`).
     """
     import matplotlib  # an optional dependency, and slow to load
 

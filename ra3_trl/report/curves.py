@@ -14,7 +14,7 @@ def plot_run(logs: dict[str, list[dict]], bars: dict[str, dict[str, float]], pat
         bars (`dict[str, dict[str, float]]`):
             Held-out nats per code token: measure -> model -> value.
         path (`str` or `Path`):
-            The PNG to write. Needs matplotlib (`pip install "ra3-trl[demo]"`).
+            The PNG to write. Needs matplotlib (`pip install "ra3-trl[plots]"`).
     """
     import matplotlib  # an optional dependency, and slow to load
 

@@ -185,7 +185,7 @@ def write_report(sections: Sequence[Section], folder: Path, title: str) -> list[
         pictures = {f"{chart.name}.png": draw_chart(chart) for chart in charts}
         overview = {OVERVIEW: draw_overview(charts)} if charts else {}
     except ImportError as error:
-        raise ValueError('pictures need matplotlib: pip install "ra3-trl[demo]".') from error
+        raise ValueError('pictures need matplotlib: pip install "ra3-trl[plots]".') from error
     shown = [
         {
             "title": section.title,
