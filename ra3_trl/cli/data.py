@@ -93,6 +93,13 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int) -> Splits:
         whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]
     except FileNotFoundError as error:
         raise ValueError(f"`datasets`: {error}; each `path`, or its `data_files`, must exist.") from error
+    except ValueError as error:
+        raise ValueError(
+            f"`datasets`: {error} Where pandas wrote `large_string`, write the file with "
+            '`datasets.Dataset.from_pandas(frame).cast_column("text", datasets.Value("string")).to_parquet(path)`.'
+            if "large_string" in str(error)
+            else f"`datasets`: {error}"
+        ) from error
     if size is None:
         return {"train": whole}
     return whole.train_test_split(size if size < 1 else int(size), seed=seed)
