@@ -11,7 +11,6 @@ from typing import get_type_hints
 import datasets
 import pytest
 import yaml
-from datasets import Dataset, Value
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig
 
@@ -272,12 +271,12 @@ def test_a_mixture_holds_its_sources(files):
 
 def test_a_mixture_of_two_kinds_of_strings_says_how_to_make_them_one(files, tmp_path):
     """`large_string`, as pandas 3 writes; and the cure works."""
-    rows, path = Dataset.from_dict({"text": ["x = 1\n"]}), str(tmp_path / "large.parquet")
-    rows.cast_column("text", Value("large_string")).to_parquet(path)
+    rows, path = datasets.Dataset.from_dict({"text": ["x = 1\n"]}), str(tmp_path / "large.parquet")
+    rows.cast_column("text", datasets.Value("large_string")).to_parquet(path)
     mixed = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": files["rows.jsonl"]}, {"path": path}])
     with pytest.raises(ValueError, match=r"`datasets`: .*cast_column\(\"text\", datasets.Value\(\"string\"\)\)"):
         load_mixture(mixed, 0)
-    rows.cast_column("text", Value("string")).to_parquet(path)
+    rows.cast_column("text", datasets.Value("string")).to_parquet(path)
     assert len(load_mixture(mixed, 0)["train"]) == 8 + 1
 
 
