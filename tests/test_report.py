@@ -298,7 +298,7 @@ def test_bad_options(tmp_path, monkeypatch, capsys):
 
 def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install \"ra3-trl\[demo\]\""):
+    with pytest.raises(ValueError, match=r"pip install \"ra3-trl\[plots\]\""):
         write_report(make_sections([Replication("x", replication())]), tmp_path / "out", "t")
     assert not (tmp_path / "out").exists()
 
