@@ -80,7 +80,7 @@ PRESETS = {
     "cpu_short": Preset(  # for half a billion parameters on two cores
         e_steps=4, m_steps=8, seeds=(0,), eval_documents=12, hindsight={"proposal": "causal+chat"},
         train=_SHARED | {
-            "max_length": 96, "per_device_train_batch_size": 2, "num_latents": 3, "max_latent_length": 10,
+            "max_length": 96, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 10,
             "horizon": 1, "max_sites": 3, "e_learning_rate": 5e-6, "learning_rate": 1e-5, "save_steps": 6,
             "use_cpu": True, "abstraction_head": False,
         },
