@@ -113,8 +113,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
             texts[i] |= told(trainer, group, name)
         say(f"{name}: " + ", ".join(f"{key} {sum(row[name]) / len(row[name]):.3g}" for key, row in rows.items()))
-    estimates = {key: {name: asdict(Estimate.of(values)) for name, values in row.items()} for key, row in rows.items()}
-    return {"functions": len(texts), "seconds": seconds, **estimates, "texts": texts}
+    return {"functions": len(texts), "seconds": seconds, **estimates(rows), "texts": texts}
+
+
+def estimates(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Each measure over proposals, and over differences to the first one, paired by function."""
+    found = {key: {name: asdict(Estimate.of(values)) for name, values in row.items()} for key, row in rows.items()}
+    for key, row in rows.items():
+        first, *others = row
+        for name in others:
+            less = [a - b for a, b in zip(row[name], row[first], strict=True)]
+            found[key][f"{name} less {first}"] = asdict(Estimate.of(less))
+    return found
 
 
 def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, Any]:

@@ -71,4 +71,7 @@ def test_proposals(capsys, tmp_path, tiny_model, tokenizers):
         assert found["best_gain"]["fim"]["values"][i] == pytest.approx(max(gains), abs=0.01)
         assert found["gain"]["fim"]["values"][i] == pytest.approx(sum(gains) / 2, abs=0.01)
     assert found["elbo_gain"]["fim"]["mean"] < found["gain"]["fim"]["mean"]  # a random model's q is not its prior
+    assert found["gain"]["fim less causal"]["mean"] == pytest.approx(
+        found["gain"]["fim"]["mean"] - found["gain"]["causal"]["mean"]
+    )
     assert set(found["seconds"]) == {"causal", "fim"}

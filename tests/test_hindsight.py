@@ -21,6 +21,7 @@ from ra3_trl.em.proposals import latent_logps, own_logps, prior_logps, share_out
 from ra3_trl.losses import advantages, code_bounds, compute_returns, log1mexp, renormalise
 from ra3_trl.models import FrozenWeights
 from ra3_trl.records import Document, Latent
+from ra3_trl.report import latent_rows
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, chat_template, fim_template, parse_template, token_bytes
 
@@ -701,6 +702,7 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
     line = document.actions[site + 1]
     said = replace(known.group.latents[0][0], token_ids=document.input_ids[line.start : line.end])
     rollouts = [replace(r, group=replace(r.group, latents=((said,),))) for r in (causal, known)]
+    assert [row["origin"] for row in latent_rows(1, rollouts, tokenizer_of)] == ["policy", "hindsight"]
     for lines, rate in ((1, 1 / 6), (2, 1.0)):
         sums = MetricSums()
         sums.add_sums(rollout_sums(rollouts, tokenizer_of.decode, lines))

@@ -15,17 +15,10 @@ import pytest
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
 
-from benchmarks.replication import rlvr, run, table, testbed
+from benchmarks.replication import bases, rlvr, run, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
-from benchmarks.replication.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    last_gain,
-    on_base,
-    run_experiment,
-    seeded,
-    tried,
-)
+from benchmarks.replication.bases import find_bases
+from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
@@ -41,7 +34,7 @@ from benchmarks.replication.records import (
 )
 from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
-from benchmarks.replication.table import ArmResult, Form, find_bases, rows, samples, starts
+from benchmarks.replication.table import ArmResult, Form, rows, samples, starts
 from ra3_trl.analysis import Estimate, t_quantile
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, fim_template
 
@@ -410,11 +403,11 @@ def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
     def measured(store, recipe):
         return argparse.Namespace(comment_right=next(shares))
 
-    monkeypatch.setattr(table, "measure", measured)
-    tried = list(find_bases(Store(tmp_path), replace(TOY, gate=0.4), 1))
+    monkeypatch.setattr(bases, "measure", measured)
+    tried = find_bases(Store(tmp_path), TOY.base, TOY.measure, 1, (0.4, 1.0))
     assert [(base.recipe.seed, base.passed) for base in tried] == [(0, False), (1, True)]
-    with pytest.raises(ValueError, match="0 of 3 bases"):
-        list(find_bases(Store(tmp_path), replace(TOY, gate=0.4), 1))
+    with pytest.raises(ValueError, match="0 of 3 bases are right in 40% to 100% of their comments; 1 are wanted"):
+        find_bases(Store(tmp_path), TOY.base, TOY.measure, 1, (0.4, 1.0))
 
 
 def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
@@ -538,8 +531,8 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.Trainer.train", refuse)
     assert run(args) == found
-    monkeypatch.setattr("benchmarks.replication.experiments.TRIES", 1)  # bases, or further ones would be trained
-    with pytest.raises(ValueError, match="0 of 1 bases are as the experiment wants them"):
+    monkeypatch.setattr(bases, "TRIES", 1)  # or further ones would be trained
+    with pytest.raises(ValueError, match="0 of 1 bases are right in 50% to 60%"):
         run_experiment(Store(tmp_path), replace(experiment, gate=(0.5, 0.6)), 1)
 
 
@@ -555,15 +548,30 @@ def test_a_base_must_fill_in_right_comments_where_that_is_what_is_tried(tmp_path
         step = next(every)
         return [f"{comment}\nassert" if i % step == 0 else f"{comment}0\n" for i, comment in enumerate(right)]
 
-    experiment = Experiment(base, {}, MeasureRecipe(base, programs=2, tasks=4), gate=(0.0, 1.0), fill=fill)
     measures = Measures(**dict.fromkeys((field.name for field in fields(Measures)), 0.125))
     monkeypatch.setattr("benchmarks.replication.measure.complete", complete)
-    monkeypatch.setattr("benchmarks.replication.experiments.measure", lambda store, recipe: measures)
-    found = [tried(Store(tmp_path), experiment, seeded(base, seed)) for seed in (0, 1)]
-    assert found == [
-        {"seed": seed, "passed": share >= 0.4, "comment_right": 0.125, "filled_right": share}
-        for seed, share in ((0, 0.25), (1, 0.5))
-    ]
+    monkeypatch.setattr(bases, "measure", lambda store, recipe: measures)
+    store = Store(tmp_path)
+    found = find_bases(store, base, MeasureRecipe(base), 1, (0.0, 1.0), fill)
+    assert [(one.passed, one.fills.filled_right) for one in found] == [(False, 0.25), (True, 0.5)]
+    assert found[0].told() == {"seed": 0, "passed": False, "comment_right": 0.125, **asdict(found[0].fills)}
+    # What the policy makes of the right comments, token by token.
+    model, tokenizer = load(store.folder(base) / "model")
+    totals = [0.0, 0.0]
+    for case in testbed.examples(fill.corpus, fill.seed + 1, fill.tasks):
+        ids = {text: tokenizer(text)["input_ids"] for text in (case.prompt, f"{case.prompt}{case.comment}\n")}
+        after = tokenizer(f"{case.answer}\n")["input_ids"][1:]  # without BOS
+        said = ids[f"{case.prompt}{case.comment}\n"][len(ids[case.prompt]) + 1 :]
+        for index, weight, context, text in (
+            (0, 1, [*ids[case.prompt], tokenizer.convert_tokens_to_ids("#")], said),
+            (1, 1, ids[f"{case.prompt}{case.comment}\n"], after),
+            (1, -1, ids[case.prompt], after),
+        ):
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([[*context, *text]])).logits[0].log_softmax(-1)
+            totals[index] += weight * sum(float(logps[len(context) - 1 + k, token]) for k, token in enumerate(text))
+    assert totals[0] / fill.tasks == pytest.approx(found[0].fills.right_logp, abs=1e-3)
+    assert totals[1] / fill.tasks == pytest.approx(found[0].fills.right_gain, abs=1e-3)
 
 
 def test_the_last_gain_is_of_five_updates():

@@ -428,3 +428,20 @@ def test_checkpoint_folder_is_whole(make, tmp_path):
     assert {"ra3_state.json", "ra3_frozen.safetensors", "trainer_state.json"} <= {
         p.name for p in Path(tmp_path / "run" / "checkpoint-3").iterdir()
     }
+
+
+def test_evaluation_without_latents_in_training_stays_inside_the_context(tmp_path, tokenizers, tiny_model):
+    """Next-token prediction with `max_length` at the context's end, which learned positions do not forgive: evaluation
+    draws latents before the last line of a chunk too."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("gpt2", tokenizer)
+    context = model.config.max_position_embeddings
+    data = Dataset.from_dict({"text": ["".join(f"a{i} = {i}\n" for i in range(context // 4))]})
+    args = RA3Config(
+        str(tmp_path), max_length=context, e_steps=0, horizon=1, eval_num_latents=1, report_to="none", use_cpu=True
+    )
+    trainer = RA3MidTrainer(model, args, data, data, tokenizer)
+    assert (
+        max(len(row["input_ids"]) for row in trainer.eval_dataset) > context - 40
+    )  # no more is given up than need be
+    assert trainer.evaluate()["eval_ce"] > 0

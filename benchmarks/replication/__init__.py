@@ -15,9 +15,10 @@ import torch
 from datasets import disable_progress_bars
 
 from ..common import no_warnings
+from .bases import find_bases
 from .experiments import EXPERIMENTS, run_experiment
 from .store import Store
-from .table import Form, find_bases, rows, run_seed, samples
+from .table import Form, rows, run_seed, samples
 
 
 CACHE = "~/.cache/ra3_trl/replication"
@@ -46,14 +47,14 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     store, form = Store(args.cache), form or Form(full=args.full)
     if args.experiment:
         return {"experiment": args.experiment, **run_experiment(store, EXPERIMENTS[args.experiment](), args.seeds)}
-    tried = list(find_bases(store, form, min(2, args.seeds) if args.bases is None else args.bases))
+    wanted = min(2, args.seeds) if args.bases is None else args.bases
+    tried = find_bases(store, form.base, form.measure, wanted, (form.gate, 1.0))
     bases = [base.recipe for base in tried if base.passed]
     results = [run_seed(store, form, bases[seed % len(bases)], seed) for seed in range(args.seeds)]
-    told = [{"seed": b.recipe.seed, "passed": b.passed, "comment_right": b.measures.comment_right} for b in tried]
     seeds = [{arm: found.about() for arm, found in result.items()} for result in results]
     return {
         "seeds": args.seeds,
-        "bases": told,
+        "bases": [base.told() for base in tried],
         "samples": samples(form),
         "form": asdict(form),
         **rows(results, form),

@@ -27,7 +27,8 @@ from ra3_trl.analysis import Estimate
 
 from ..common import say
 from .base import GATE
-from .measure import filled_right, latent_use, measure
+from .bases import find_bases
+from .measure import latent_use, measure
 from .mid import midtrain
 from .records import BaseRecipe, Corpus, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
 from .store import Store
@@ -108,7 +109,6 @@ def weak() -> Experiment:
 
 
 LAST = 5  # updates
-TRIES = 3  # bases for each one wanted
 PENALTIES = (0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
 _SHORT = Corpus(stanzas=3)
 
@@ -218,44 +218,21 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
 }
 
 
-def seeded(base: BaseRecipe, seed: int) -> BaseRecipe:
-    """The base of this seed, which starts from a base of this seed if it starts from one."""
-    return replace(base, seed=seed, start=base.start and seeded(base.start, seed))
-
-
 def on_base(recipe: MidRecipe, base: BaseRecipe, seed: int) -> MidRecipe:
     """Mid-training of this base with this seed, and so what it goes on from."""
     start = on_base(recipe.base, base, seed) if isinstance(recipe.base, MidRecipe) else base
     return replace(recipe, base=start, seed=seed)
 
 
-def tried(store: Store, experiment: Experiment, base: BaseRecipe) -> dict[str, Any]:
-    """What is told of a base: whether it passed, and what that was decided by."""
-    low, high = experiment.gate
-    right = measure(store, replace(experiment.measure, start=base)).comment_right
-    row = {"seed": base.seed, "passed": low <= right <= high, "comment_right": right}
-    if experiment.fill is not None:
-        row["filled_right"] = filled_right(store, replace(experiment.fill, start=base))
-        row["passed"] &= row["filled_right"] >= GATE
-    return row
-
-
 def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str, Any]:
     """Rows of estimates over seeds, for each measure over arms; E-phases' logs; all bases that were tried.
 
     Raises:
-        `ValueError`: if too few bases pass, of three tries for each that is wanted.
+        `ValueError`: if too few bases pass.
     """
-    told, bases, wanted = [], [], min(seeds, experiment.bases)
-    for seed in range(TRIES * wanted):
-        base = seeded(experiment.base, seed)
-        told.append(tried(store, experiment, base))
-        if told[-1]["passed"]:
-            bases.append(base)
-        if len(bases) == wanted:
-            break
-    else:
-        raise ValueError(f"{len(bases)} of {wanted} bases are as the experiment wants them: {told}.")
+    wanted = min(seeds, experiment.bases)
+    tried = find_bases(store, experiment.base, experiment.measure, wanted, experiment.gate, experiment.fill)
+    bases = [base.recipe for base in tried if base.passed]
     found: dict[str, list[dict[str, float]]] = {}
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
@@ -276,7 +253,7 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
         for name in names
     }
     rows["gain"] = {arm: asdict(Estimate.of(tuple(last_gain(run.get(arm)) for run in runs))) for arm in found}
-    return {"seeds": seeds, "bases": told, **rows, "runs": runs}
+    return {"seeds": seeds, "bases": [base.told() for base in tried], **rows, "runs": runs}
 
 
 def last_gain(run: dict[str, Any] | None) -> float | None:

@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
 
 from .mid import MAX_LATENT, config, load, model_folder
-from .records import FillRecipe, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
+from .records import FillRecipe, Fills, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
 from .store import Store
 from .testbed import boundaries, comments_before, examples, fillings, is_hard, is_right, programs
 
@@ -93,17 +93,33 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
     return Measures(**store.get(recipe, work))
 
 
-def filled_right(store: Store, recipe: FillRecipe) -> float:
-    """Share of comments before hard lines that a checkpoint fills in right, knowing the line."""
+@torch.no_grad()
+def text_logp(model, tokenizer, context: str, text: str) -> float:
+    """Log-probability of `text` behind `context`, which end and begin with whole tokens."""
+    begin = len(tokenizer(context)["input_ids"])
+    ids = tokenizer(context + text, return_tensors="pt")["input_ids"]
+    logps = model(input_ids=ids).logits[0, begin - 1 : -1].log_softmax(-1)
+    return float(logps.gather(1, ids[0, begin:, None]).sum())
+
+
+def fills(store: Store, recipe: FillRecipe) -> Fills:
+    """What a checkpoint fills in, and what its policy makes of the right comment."""
 
     def work(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(model_folder(store, recipe.start))
+        model.eval()
         prompts, comments = zip(*fillings(recipe.corpus, recipe.seed, recipe.tasks), strict=True)
-        said = complete(model.eval(), tokenizer, list(prompts), None, recipe.seed)
+        said = complete(model, tokenizer, list(prompts), None, recipe.seed)
+        logps, gains = [], []
+        for case in examples(recipe.corpus, recipe.seed + 1, recipe.tasks):
+            thought, lines = f"{case.comment}\n", f"{case.answer}\n"
+            logps.append(text_logp(model, tokenizer, case.prompt + thought[0], thought[1:]))
+            without = text_logp(model, tokenizer, case.prompt, lines)
+            gains.append(text_logp(model, tokenizer, case.prompt + thought, lines) - without)
         right = fmean(text.split("\n")[0] == comment for text, comment in zip(said, comments, strict=True))
-        return {"filled_right": right}
+        return asdict(Fills(right, fmean(logps), fmean(gains)))
 
-    return store.get(recipe, work)["filled_right"]
+    return Fills(**store.get(recipe, work))
 
 
 def bounds(model, tokenizer, recipe: MeasureRecipe) -> dict[str, float]:

@@ -206,13 +206,31 @@ class LatentUse:
 
 @dataclass(frozen=True)
 class FillRecipe:
-    """How often a checkpoint is right where it fills in the comment before a hard line."""
+    """What is measured of a checkpoint that can fill in the middle."""
 
     start: BaseRecipe | MidRecipe
     tasks: int = 256
     seed: int = 1_000_000
     corpus: Corpus = field(default_factory=Corpus)
-    version: int = 1
+    version: int = 2
+
+
+@dataclass(frozen=True)
+class Fills:
+    """What a checkpoint could learn from filling in.
+
+    Args:
+        filled_right (`float`):
+            Share of comments before hard lines that it fills in right, knowing the line.
+        right_logp (`float`):
+            Mean log-probability of the right comment behind the code so far and `#`, in nats.
+        right_gain (`float`):
+            Mean of what that comment adds to the log-probability of the hard lines, in nats.
+    """
+
+    filled_right: float
+    right_logp: float
+    right_gain: float
 
 
 @dataclass(frozen=True)

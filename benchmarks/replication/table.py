@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -36,8 +35,6 @@ class Form:
             and as take its CPU seconds.
         full (`bool`):
             Whether these arms are run, and `resample`: RA3 without its E-phase.
-        tries (`int`):
-            Bases that are tried at most for each one wanted.
     """
 
     base: BaseRecipe = _SEED0
@@ -49,16 +46,6 @@ class Form:
     compute_updates: int = COMPUTE_UPDATES
     full: bool = False
     gate: float = GATE
-    tries: int = 3
-
-
-@dataclass(frozen=True)
-class TriedBase:
-    """A base and whether it calculates well enough to count."""
-
-    recipe: BaseRecipe
-    measures: Measures
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -73,27 +60,6 @@ class ArmResult:
     def about(self) -> dict[str, Any]:
         """What the table does not say."""
         return {"seconds": self.seconds, "curve": list(self.curve.accuracy), "log": self.log}
-
-
-def find_bases(store: Store, form: Form, wanted: int) -> Iterator[TriedBase]:
-    """Bases of seeds 0, 1, ... until so many have passed the gate.
-
-    Raises:
-        `ValueError`: if too few do.
-    """
-    passed = 0
-    for seed in range(form.tries * wanted):
-        recipe = replace(form.base, seed=seed)
-        say(f"base {seed}")
-        found = measure(store, replace(form.measure, start=recipe))
-        passed += found.comment_right >= form.gate
-        yield TriedBase(recipe, found, found.comment_right >= form.gate)
-        if passed == wanted:
-            return
-    raise ValueError(
-        f"{passed} of {form.tries * wanted} bases have right steps in {form.gate:.0%} of their comments; {wanted} are "
-        "wanted: pre-train longer."
-    )
 
 
 def starts(form: Form, base: BaseRecipe, seed: int) -> dict[str, BaseRecipe | MidRecipe]:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..records import Action, Boundary, Document
-from .tokens import FIM_TOKENS
+from .tokens import FIM_TOKENS, encode_behind
 
 
 CHAT_INSTRUCTION = (
@@ -58,11 +58,13 @@ def _view(document: Document, lead: Sequence[int], cues: dict[int, Sequence[int]
     return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(cues)
 
 
-def _only(view: View) -> View:
-    """A view of one site without the text behind it, and with no line to score but its own."""
-    document, (site,) = view
-    action = document.actions[site]
-    return replace(document, input_ids=document.input_ids[: action.end], actions=(action,), context=action.start), (0,)
+def _alone(document: Document, site: int, before: Sequence[int], cue: Sequence[int]) -> View:
+    """The line of one site behind a prompt of its own: `before` and, for a think prefix, `cue`."""
+    action, begin = document.actions[site], len(before)
+    line = document.input_ids[action.start : action.end]
+    boundary = Boundary(tuple(cue), action.boundary.close, decides=False)
+    moved = replace(action, start=begin, end=begin + len(line), boundary=boundary)
+    return replace(document, input_ids=(*before, *line), actions=(moved,), context=1), (0,)
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class PromptTemplate:
         if self.shares_prefix:
             lead = (*bos, *self._fill(self.pieces[:at], document, 0, lines))
             return [_view(document, lead, cues, starts_with_bos)] if sites else []
-        leads = [(*bos, *self._fill(self.pieces[:at], document, site, lines)) for site in sites]
+        first, ids = int(starts_with_bos), document.input_ids
+        leads = {site: (*ids[:first], *bos, *self._fill(self.pieces[:at], document, site, lines)) for site in sites}
         return [
-            _only(_view(document, lead, {site: cues[site]}, starts_with_bos))
-            for site, lead in zip(sites, leads, strict=True)
+            _alone(document, site, (*lead, *ids[first : document.actions[site].start]), cues[site])
+            for site, lead in leads.items()
         ]
 
     def _fill(self, pieces: Sequence[tuple[int, ...] | str], document: Document, site: int, lines: int):
@@ -150,16 +153,13 @@ class PromptFunction:
         if not isinstance(text, str) or not text:
             raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
         prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        line = ids[action.start : action.end]
-        room = self.longest - len(line) - len(action.boundary.close)
+        room = self.longest - (action.end - action.start) - len(action.boundary.close)
         if len(prompt) > room:
             raise ValueError(
                 f"`proposal_func` returned a prompt of {len(prompt)} tokens, but the model's context leaves room for "
                 f"{room}; return a shorter one, or lower `proposal_lines`."
             )
-        begin, boundary = len(prompt) - 1, Boundary(prompt[-1:], action.boundary.close, decides=False)
-        moved = replace(action, start=begin, end=begin + len(line), boundary=boundary)
-        return replace(document, input_ids=(*prompt[:-1], *line), actions=(moved,), context=1), (0,)
+        return _alone(document, site, prompt[:-1], prompt[-1:])
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -267,12 +267,5 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, inside: bool = False) -> tuple[int, ...]:
     """Tokens of `text`; `inside` another one behind an anchor, so that no dummy space gets before it."""
-
-    def ids(of: str) -> list[int]:
-        return tokenizer(of, add_special_tokens=False)["input_ids"] if of else []
-
-    for anchor in ("\n", "a") if inside and text else ():
-        head, whole = ids(anchor), ids(anchor + text)
-        if whole[: len(head)] == head:
-            return tuple(whole[len(head) :])
-    return tuple(ids(text))
+    found = (encode_behind(tokenizer, anchor, text) for anchor in (("\n", "a", "") if inside else ("",)))
+    return tuple(next(ids for ids in found if ids is not None))

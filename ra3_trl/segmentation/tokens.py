@@ -229,6 +229,16 @@ def build_token_table(
     return TokenTable(stop_ids, blank, next_state, torch.tensor(pending), data, tokenizer.eos_token_id)
 
 
+def encode_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int] | None:
+    """Token ids of `text` as they come out behind `anchor`; `None` where the tokenizer merges the two."""
+
+    def ids(of: str) -> list[int]:
+        return tokenizer(of, add_special_tokens=False)["input_ids"] if of else []
+
+    head, whole = ids(anchor), ids(anchor + text)
+    return whole[len(head) :] if whole[: len(head)] == head else None
+
+
 class FragmentEncoder:
     """Tokens of a short text as they come out in the middle of a document.
 
@@ -242,9 +252,6 @@ class FragmentEncoder:
         self._bytes = token_bytes(tokenizer)
         self._cache: dict[str, tuple[int, ...] | None] = {text: (i,) for text, i in special_ids(tokenizer).items()}
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
     def __call__(self, text: str) -> tuple[int, ...] | None:
         """Token ids of `text`, or `None` when the tokenizer has no exact tokens for it."""
         if text not in self._cache:
@@ -253,9 +260,8 @@ class FragmentEncoder:
 
     def _find(self, text: str) -> tuple[int, ...] | None:
         for anchor in ("\n", "a", ""):
-            head, whole = self._encode(anchor), self._encode(anchor + text)
-            ids = whole[len(head) :]
-            data = [self._bytes[i] for i in ids]
-            if whole[: len(head)] == head and None not in data and b"".join(data) == text.encode():
+            ids = encode_behind(self.tokenizer, anchor, text)
+            data = [self._bytes[i] for i in ids or ()]
+            if ids is not None and None not in data and b"".join(data) == text.encode():
                 return tuple(ids)
         return None
