@@ -144,6 +144,29 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     assert [row[0].token_ids for row in group.latents] == [row[0].token_ids for row in alone.latents]
 
 
+def test_what_was_drawn_was_possible(world, fim_tokenizer, monkeypatch):
+    """A nucleus found anew may leave out a token at its edge; here it leaves out all. What was drawn counts as
+    drawn, so that q is then the own proposal's share of its probability: 1/4 and 3/4."""
+    engine, document = world(top_k=5)
+
+    def found_anew(engine, document, sites, latents, *_):
+        return torch.full((len(latents), 4), -torch.inf)
+
+    monkeypatch.setattr("ra3_trl.em.proposals.latent_logps", found_anew)
+    monkeypatch.setattr("ra3_trl.em.proposals.prior_logps", lambda *_: torch.zeros(()))
+    group = propose(engine, document, document.sites, 4, 1, NOISE, fim(fim_tokenizer, 1.0, 3.0))
+    own = own_logps(group.latents) + torch.tensor([1 / 4, 3 / 4, 3 / 4, 3 / 4]).log()
+    torch.testing.assert_close(group.log_ratio_TG, -own)
+
+
+def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
+    """Twice the same proposal: with one noise for both, the second half would repeat the first."""
+    engine, document = world()
+    (part,) = fim(fim_tokenizer, 1.0).parts
+    group = propose(engine, document, document.sites, 4, 1, NOISE, Proposals((part, part), 2))
+    assert all([z.token_ids for z in row[:2]] != [z.token_ids for z in row[2:]] for row in group.latents)
+
+
 def test_the_policys_own_latents_are_a_plain_rollout(world):
     engine, document = world()
     group = propose(engine, document, document.sites, 2, 2, NOISE, CAUSAL)
