@@ -291,8 +291,9 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         propose(
             engine, document, document.sites, 2, 1, NOISE, make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
         )
-    with pytest.raises(ValueError, match="prompt of .* tokens, but the model's context leaves room for [78]."):
-        # 100 of the context, less 12 of a latent, and a line
+    first = document.actions[document.sites[0]]
+    room = 100 - args.max_latent_length - (first.end - first.start) - len(first.boundary.close)
+    with pytest.raises(ValueError, match=f"prompt of .* tokens, but the model's context leaves room for {room};"):
         long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
         propose(engine, document, document.sites, 2, 1, NOISE, long)
 
