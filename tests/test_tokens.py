@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ra3_trl.segmentation import FragmentEncoder, build_token_table, token_bytes
-from ra3_trl.segmentation.tokens import _PENDING, _run_automaton
+from ra3_trl.segmentation.tokens import _PENDING, _run_automaton, encode_behind
 
 
 # ---- UTF-8 ----
@@ -229,6 +229,8 @@ def test_fragments_are_as_in_the_middle_of_a_document(tokenizers):
     assert merged.convert_ids_to_tokens(FragmentEncoder(merged)("\n   ")) == ["ĊĠĠĠ"]
     punctuation = tokenizers["newline_punctuation"]
     assert punctuation.convert_ids_to_tokens(FragmentEncoder(punctuation)("\n")) == ["Ċ"]
+    assert encode_behind(merged, "\n", "   ") is None  # one token of both
+    assert merged.convert_ids_to_tokens(encode_behind(merged, "a", "\n   ")) == ["ĊĠĠĠ"]
 
 
 def test_a_fragment_without_exact_tokens_is_none():
