@@ -163,8 +163,13 @@ def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
     """Twice the same proposal: with one noise for both, the second half would repeat the first."""
     engine, document = world()
     (part,) = fim(fim_tokenizer, 1.0).parts
-    group = propose(engine, document, document.sites, 4, 1, NOISE, Proposals((part, part), 2))
+    twice = Proposals((part, part), 2)
+    group = propose(engine, document, document.sites, 4, 1, NOISE, twice)
     assert all([z.token_ids for z in row[:2]] != [z.token_ids for z in row[2:]] for row in group.latents)
+    args = RA3Config("x", proposal="fim", num_latents=4, horizon=1, use_cpu=True)
+    first, second = roll_out(engine, [document], args, NOISE, None, proposals=twice)
+    for row, other in zip(first.group.latents, second.group.latents, strict=True):
+        assert [z.token_ids for z in row] != [z.token_ids for z in other]
 
 
 def test_the_policys_own_latents_are_a_plain_rollout(world):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu FOLDER --preset h100|cpu|toy`: does what fits into the time, and says what is left."""
+"""`python -m benchmarks.gpu FOLDER --preset PRESET`: does what fits into the time, and says what is left."""
 
 from __future__ import annotations
 
