@@ -17,7 +17,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks.replication import bases, rlvr, run, testbed
 from benchmarks.replication.base import last_checkpoint, pretrain
-from benchmarks.replication.bases import find_bases
+from benchmarks.replication.bases import find_bases, seeded
 from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
 from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
@@ -408,6 +408,11 @@ def test_bases_that_fail_are_told_of(monkeypatch, tmp_path):
     assert [(base.recipe.seed, base.passed) for base in tried] == [(0, False), (1, True)]
     with pytest.raises(ValueError, match="0 of 3 bases are right in 40% to 100% of their comments; 1 are wanted"):
         find_bases(Store(tmp_path), TOY.base, TOY.measure, 1, (0.4, 1.0))
+
+
+def test_a_base_that_goes_on_from_another_has_its_seed():
+    base = replace(TOY.base, start=TOY.base)
+    assert (seeded(base, 3).seed, seeded(base, 3).start.seed) == (3, 3)
 
 
 def test_gates_are_probabilities_of_the_think_prefix(tmp_path):
