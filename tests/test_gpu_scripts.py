@@ -14,7 +14,7 @@ from conftest import needs_bwrap
 from benchmarks.gpu import drive as module
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.drive import State, collect, drive, stages
-from benchmarks.gpu.plan import ARMS, OURS, PRESETS, Stage, fitted
+from benchmarks.gpu.plan import ARMS, EVALUATED, OURS, PRESETS, Stage, fitted
 from ra3_trl.cli import compare, rlvr, train
 
 
@@ -22,10 +22,20 @@ FITTED = {name: fitted(preset, "some/model", "code", "mbpp.jsonl") for name, pre
 FITTED["toy"] = replace(FITTED["toy"], tasks=("tasks.jsonl",), rlvr={**FITTED["toy"].rlvr, "task": "tasks.jsonl"})
 
 
+def trained(folder, arm, evaluation, seed=0):
+    """What a trained arm leaves: the seconds of its evaluation."""
+    place = folder / f"seed-{seed}" / arm
+    place.mkdir(parents=True)
+    (place / EVALUATED).write_text(json.dumps({"eval_runtime": evaluation}))
+
+
 def plan(folder, preset):
-    """All stages, were each to take a second."""
+    """All stages, were each to take a second, and hindsight three."""
     state = State(folder)
-    state.seconds = {f"{arm}-{seed}": 1.0 for arm in ARMS for seed in preset.seeds}
+    for seed in preset.seeds:
+        for arm in ("ntp", "ra3", "hindsight"):
+            state.seconds[f"{arm}-{seed}"] = 4.0 if arm == "hindsight" else 2.0
+            trained(folder, arm, 1.0, seed)
     return list(stages(folder, preset, state))
 
 
@@ -35,7 +45,6 @@ def test_every_command_is_understood(name, tmp_path):
     preset = FITTED[name]
     found = plan(tmp_path, preset)
     assert len({stage.name for stage in found}) == len({stage.done for stage in found}) == len(found)
-    both = preset.e_steps + preset.m_steps
     for stage in found:
         if stage.words[1] != "ra3_trl.cli.main":
             assert stage.words[1] == "benchmarks.gpu.measure"
@@ -46,8 +55,9 @@ def test_every_command_is_understood(name, tmp_path):
         if command == "train":
             _, args, model, _ = train.make_parser().parse_args_and_config(words)
             assert model.model_name_or_path == "some/model" and args.output_dir == str(stage.output)
-            ours = stage.name.startswith(OURS)
-            assert (args.e_steps, args.e_steps + args.m_steps) == (preset.e_steps * ours, both)
+            ours, times = stage.name.startswith(OURS), 3 if stage.name.startswith("ra3_compute") else 1
+            assert args.e_steps == preset.e_steps * times * ours
+            assert args.e_steps + args.m_steps == preset.updates * times
             assert (args.proposal != "causal") == stage.name.startswith("hindsight")
             assert args.use_cpu is (name != "h100") and stage.stop == signal.SIGTERM
         elif command == "rlvr":
@@ -60,14 +70,18 @@ def test_every_command_is_understood(name, tmp_path):
             assert (options.task_file is not None) == (options.task == "mbpp")
 
 
-def test_next_token_prediction_gets_as_much_time(tmp_path):
-    """RA3 took 30 seconds and 3 of each 4 updates' time is its own: 4 updates in 10 seconds are 12 in 30."""
+def test_arms_get_as_much_time(tmp_path):
+    """RA3 took 30 seconds and next-token prediction 10, of which 5 and 5 are evaluation: 4 updates in 5 seconds are 20
+    in 25. Hindsight took 55, 50 without evaluation: RA3's 4 in 25 are 8."""
     state = State(tmp_path)
-    state.seconds = {"ra3-0": 30.0, "ntp-0": 10.0}
-    assert state.matched_updates(PRESETS["toy"], 0) == 12
+    state.seconds = {"ra3-0": 30.0, "ntp-0": 10.0, "hindsight-0": 55.0}
+    for arm in ("ra3", "ntp", "hindsight"):
+        trained(tmp_path, arm, 5.0)
+    assert state.matched_updates(PRESETS["toy"], "ntp_compute", 0) == 20
+    assert state.matched_updates(PRESETS["toy"], "ra3_compute", 0) == 8
     state.seconds["ra3-0"] = 99.0
     again = State(tmp_path)
-    assert again.matched_updates(PRESETS["toy"], 0) == 12  # decided once, also for a later call
+    assert again.matched_updates(PRESETS["toy"], "ntp_compute", 0) == 20  # decided once, also for a later call
 
 
 def script(name, folder, body, **settings):
@@ -108,6 +122,20 @@ def test_a_stage_out_of_time_is_asked_to_end_and_goes_on(tmp_path, plan_of):
     assert drive(tmp_path, None, 60.0) and State(tmp_path).seconds == after
 
 
+def test_seconds_are_counted_as_they_pass(tmp_path, plan_of, monkeypatch):
+    """A call that is killed has lost none but the last few: the stage finds its own while it runs."""
+    monkeypatch.setattr(module, "COUNT", 0.2)
+    state = tmp_path / "state.json"
+    body = (
+        f"import json\nstate, end = pathlib.Path({str(state)!r}), time.monotonic() + 30\n"
+        "while not state.exists() and time.monotonic() < end: time.sleep(0.05)\n"
+        "done.write_text(str(json.loads(state.read_text())['seconds']['slow']))"
+    )
+    plan_of(script("slow", tmp_path, body))
+    assert drive(tmp_path, None, 60.0)
+    assert 0.2 <= float((tmp_path / "slow.done").read_text()) < State(tmp_path).seconds["slow"]
+
+
 def test_a_stage_that_fails_is_told_of(tmp_path, plan_of):
     plan_of(script("bad", tmp_path, "print('what went wrong'); sys.exit(2)"))
     with pytest.raises(RuntimeError, match=r"bad failed with exit code 2; .*bad.log ends with:\n.*what went wrong"):
@@ -120,7 +148,7 @@ def test_what_is_put_together(tmp_path):
     names = ("ce", "ce_never", "elbo", "bound_multi", "think_rate", "gain")
     for seed, (ntp, ra3) in enumerate([(1.0, 0.9), (2.0, 1.7)]):
         (tmp_path / f"seed-{seed}").mkdir()
-        for arm, value in zip(ARMS, (3.0, ntp, ntp, ra3, ra3), strict=True):
+        for arm, value in zip(ARMS, (3.0, ntp, ntp, ra3, ra3, ra3), strict=True):
             sums = [
                 {"tokens": 10, **dict.fromkeys(("log_likelihood", "never", "elbo", "multi_sample"), -8 * value)},
                 {"tokens": 30, **dict.fromkeys(("log_likelihood", "never", "elbo", "multi_sample"), -32 * value)},

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ra3_trl.analysis import Estimate
 
 from ..common import say
 from ..replication.base import last_checkpoint
-from .plan import ARMS, MEASURES, OURS, Preset, Stage, later_stages, measure_stage, train_stage
+from .plan import ARMS, EVALUATED, MATCHED, MEASURES, OURS, Preset, Stage, later_stages, measure_stage, train_stage
 
 
 GRACE = 60.0  # seconds between being asked to end and being killed
+COUNT = 30.0  # seconds after which a stage's are written down, again and again
 _STATE = "state.json"
 _ROOT = str(Path(__file__).parents[2])  # where `benchmarks` is
 _PAIRS = [(ours, theirs) for ours in OURS for theirs in ARMS[: ARMS.index(ours)]]
@@ -43,24 +44,28 @@ class State:
         aside.write_text(json.dumps({"seconds": self.seconds, "updates": self.updates}, indent=1) + "\n", "utf-8")
         os.replace(aside, self.path)
 
-    def matched_updates(self, preset: Preset, seed: int) -> int:
-        """Updates of next-token prediction that take as long as RA3 did, start and all; decided once."""
-        name, both = f"ntp_compute-{seed}", preset.e_steps + preset.m_steps
+    def matched_updates(self, preset: Preset, arm: str, seed: int) -> int:
+        """Updates of an arm of [`MATCHED`]: as many as take the time that they are matched to, start and all, but
+        without the evaluation at the end; decided once."""
+        name = f"{arm}-{seed}"
         if name not in self.updates:
-            ratio = self.seconds[f"ra3-{seed}"] / self.seconds[f"ntp-{seed}"]
-            self.updates[name] = max(both, round(both * ratio))
+            of_these, as_long = (self._training_seconds(other, seed) for other in MATCHED[arm])
+            self.updates[name] = max(preset.updates, round(preset.updates * as_long / of_these))
             self.save()
         return self.updates[name]
+
+    def _training_seconds(self, arm: str, seed: int) -> float:
+        evaluated = json.loads((self.path.parent / f"seed-{seed}" / arm / EVALUATED).read_text("utf-8"))
+        return self.seconds[f"{arm}-{seed}"] - evaluated["eval_runtime"]
 
 
 def stages(folder: Path, preset: Preset, state: State) -> Iterator[Stage]:
     """All stages in order; each is asked for when those before it are done."""
-    both = preset.e_steps + preset.m_steps
     for seed in preset.seeds:
-        yield train_stage(folder, preset, "ntp", seed, both)
-        yield train_stage(folder, preset, "ra3", seed, both)
-        yield train_stage(folder, preset, "ntp_compute", seed, state.matched_updates(preset, seed))
-        yield train_stage(folder, preset, "hindsight", seed, both)
+        for arm in ("ntp", "ra3", "hindsight"):
+            yield train_stage(folder, preset, arm, seed, preset.updates)
+        for arm in MATCHED:
+            yield train_stage(folder, preset, arm, seed, state.matched_updates(preset, arm, seed))
         for arm in ARMS:
             yield measure_stage(folder, preset, arm, seed)
     yield from later_stages(folder, preset)
@@ -90,31 +95,42 @@ def run_stage(stage: Stage, log: Path, seconds: float, state: State) -> bool:
     words = [sys.executable, *stage.words]
     if stage.output is not None and (last := last_checkpoint(stage.output)):
         words += ["--resume_from_checkpoint", last]
-    say(f"{stage.name}: {state.seconds.get(stage.name, 0):.0f} s before")
-    begin = time.monotonic()
+    before, begin = state.seconds.get(stage.name, 0), time.monotonic()
+    say(f"{stage.name}: {before:.0f} s before")
+
+    def count() -> None:
+        state.seconds[stage.name] = before + time.monotonic() - begin
+        state.save()
+
     with log.open("ab") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": _ROOT})
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(stage.stop)
-            code = None
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            code = _wait(process, seconds, count)
+            if code is None:
+                process.send_signal(stage.stop)
+                _wait(process, GRACE, count)
         finally:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    state.seconds[stage.name] = state.seconds.get(stage.name, 0) + time.monotonic() - begin
-    state.save()
+    count()
     if stage.done.exists():
         return True
     if code is not None:
         tail = log.read_bytes()[-2000:].decode(errors="replace")
         raise RuntimeError(f"{stage.name} failed with exit code {code}; {log} ends with:\n{tail}")
     return False
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float, count: Callable[[], None]) -> int | None:
+    """The exit code, or `None` after `seconds`; counts them as it goes, for a call that is killed."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        try:
+            return process.wait(min(left, COUNT))
+        except subprocess.TimeoutExpired:
+            count()
+    return None
 
 
 def by_document(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from ra3_trl import RA3Config
 from ra3_trl.em import make_proposals
 
 
-ARMS = ("base", "ntp", "ntp_compute", "ra3", "hindsight")
-OURS = ("ra3", "hindsight")  # with latents: of the policy alone, and also proposed in hindsight
+ARMS = ("base", "ntp", "ntp_compute", "ra3", "ra3_compute", "hindsight")
+OURS = ("ra3", "ra3_compute", "hindsight")  # with latents: of the policy alone, and also proposed in hindsight
+MATCHED = {"ntp_compute": ("ntp", "ra3"), "ra3_compute": ("ra3", "hindsight")}  # the one, for the other's time
 MEASURES = "measures.json"
 # Settings of the training that matter where it is measured.
 _HELD_OUT = ("max_length", "max_latent_length", "horizon", "existing_comments", "max_sites", "bf16", "use_cpu")
 _TRAINED = "trainer_state.json"  # the last thing that `ra3 train` and `ra3 rlvr` write beside their weights
+EVALUATED = "eval_results.json"  # of `ra3 train` at its end, with its seconds
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Preset:
     model: str | None = None
     code_dir: str | None = None
     eval_documents: int = 64
+
+    @property
+    def updates(self) -> int:
+        """Of both phases."""
+        return self.e_steps + self.m_steps
 
 
 _SHARED = {
@@ -162,9 +169,10 @@ def _ra3(command: str, *words: str) -> tuple[str, ...]:
 
 
 def train_stage(folder: Path, preset: Preset, arm: str, seed: int, updates: int) -> Stage:
-    """Mid-training of an arm; `updates` are those of next-token prediction, or RA3's in both phases."""
+    """Mid-training of an arm; `updates` are those of next-token prediction, or RA3's in both phases, in the preset's
+    shares."""
     output = Path(arm_folder(folder, preset, arm, seed))
-    e_steps = preset.e_steps if arm in OURS else 0
+    e_steps = round(updates * preset.e_steps / preset.updates) if arm in OURS else 0
     proposals = preset.hindsight if arm == "hindsight" else {}
     data = {"code_dir": preset.code_dir} if preset.code_dir else {}
     settings = {
