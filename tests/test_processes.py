@@ -63,11 +63,12 @@ def load(folder: Path, name: str) -> dict:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scenario", ["same", "uneven", "adapter"])
+@pytest.mark.parametrize("scenario", ["same", "uneven", "adapter", "hindsight"])
 def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
     """Invariant 5, float tolerance. "uneven": texts of different length, every second one without a boundary, several
     chunks of branches for a batch on one rank and none on the other, and accumulation. "adapter": LoRA rewarded by the
-    model without it, with activation checkpointing, on the expand engine."""
+    model without it, with activation checkpointing, on the expand engine. "hindsight": proposals that see the next
+    lines, in both phases."""
     one, first, second = (load(folder, f"{scenario}-{rank}") for rank in ("1-0", "2-0", "2-1"))
     assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
     assert furthest(first["weights"], second["weights"]) == 0
@@ -77,7 +78,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
     assert furthest(first["head"], second["head"]) == 0 and furthest(one["head"], first["head"]) < 1e-3
 
 
-@pytest.mark.parametrize("scenario", ["same", "uneven"])
+@pytest.mark.parametrize("scenario", ["same", "uneven", "hindsight"])
 def test_the_log_is_that_of_all_processes(folder, scenario):
     one, first = (load(folder, f"{scenario}-{rank}")["log"] for rank in ("1-0", "2-0"))
     assert len(one) == len(first) > 4

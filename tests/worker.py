@@ -100,12 +100,19 @@ def main(folder: Path) -> None:
     )
     trainer.train()
     keep(trainer, folder, "adapter")
-    # 4. An evaluation set that does not divide evenly: no document counts twice.
+    # 4. Latents proposed in hindsight, learned from in both phases; some batches are without a boundary on a rank.
+    proposals = {"proposal": "causal+template", "proposal_template": "{prefix}{suffix}{think}", "num_latents": 4}
+    trainer = make(
+        folder, UNEVEN, "hindsight", annotation_think_prob=0.5, gradient_accumulation_steps=2, max_sites=3, **proposals
+    )
+    trainer.train()
+    keep(trainer, folder, "hindsight")
+    # 5. An evaluation set that does not divide evenly: no document counts twice.
     metrics = make(folder, TEXTS, "eval", per_device_eval_batch_size=2).evaluate(
         Dataset.from_dict({"text": TEXTS[:5]})
     )
     torch.save(metrics, folder / f"eval-{state.num_processes}-{state.process_index}.pt")
-    # 5. A run that goes on.
+    # 6. A run that goes on.
     if state.num_processes == 2:
         trainer = make(folder, TEXTS, "left", optim="adamw_torch", save_strategy="steps", save_steps=1, m_steps=3)
         trainer.train()
@@ -114,7 +121,7 @@ def main(folder: Path) -> None:
             trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", m_steps=3)
             trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
             keep(trainer, folder, f"resumed{step}")
-    # 6. Streams: a process that runs dry goes on with empty batches; no document twice.
+    # 7. Streams: a process that runs dry goes on with empty batches; no document twice.
     for workers in (0, 2):
         data = stream(11, 2)
         settings = {"dataloader_num_workers": workers, "m_steps": 3, "e_steps": 1, "max_steps": 4, "batch": 2}
@@ -123,7 +130,7 @@ def main(folder: Path) -> None:
         trainer.train()
         keep(trainer, folder, f"stream{workers}")
         torch.save(seen, folder / f"seen{workers}-{state.num_processes}-{state.process_index}.pt")
-    # 7. The wrapper under DDP, in anyone's own loop.
+    # 8. The wrapper under DDP, in anyone's own loop.
     wrapper = AutoModelForCausalLMWithAbstractionHead.from_pretrained(str(folder / "model"))
     model = DistributedDataParallel(wrapper) if state.num_processes > 1 else wrapper
     step_wrapper(model, folder)
