@@ -160,8 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     ntp.train()
     results = _results(facts, {"base": base, "ntp": ntp.evaluate(), "ra3": final}, after_e, time.time() - begin)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    bars = {m: {k: results[f"{m}_{k}"] for k in ("base", "ntp", "ra3")} for m in ("ce", "elbo")}
-    plot_run({"RA3": log, "NTP": ntp.state.log_history}, bars, output / "curves.png")
+    names = {"ce": "cross-entropy", "elbo": "negative ELBO"}
+    held_out = {name: {k: results[f"{m}_{k}"] for k in ("base", "ntp", "ra3")} for m, name in names.items()}
+    plot_run({"RA3": log, "NTP": ntp.state.log_history}, held_out, output / "curves.png")
     _say(results, output)
     return 0
 

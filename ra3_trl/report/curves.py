@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def plot_run(logs: dict[str, list[dict]], bars: dict[str, dict[str, float]], path: str | Path) -> None:
+def plot_run(logs: dict[str, list[dict]], held_out: dict[str, dict[str, float]], path: str | Path) -> None:
     """Draws what a mid-training run did.
 
     Args:
         logs (`dict[str, list[dict]]`):
             `trainer.state.log_history` of each run, by name; the first is the one with an E-phase.
-        bars (`dict[str, dict[str, float]]`):
+        held_out (`dict[str, dict[str, float]]`):
             Held-out nats per code token: measure -> model -> value.
         path (`str` or `Path`):
             The PNG to write. Needs matplotlib (`pip install "ra3-trl[plots]"`).
@@ -42,17 +42,16 @@ def plot_run(logs: dict[str, list[dict]], bars: dict[str, dict[str, float]], pat
     axes[2].set_title("M-phase: loss of code tokens (nats)", fontsize=10)
     axes[2].set_xlabel("update")
     axes[2].legend(frameon=False, fontsize=9)
-    models = list(next(iter(bars.values())))
-    width = 0.8 / len(models)
+    models = list(next(iter(held_out.values())))
     for i, (color, model) in enumerate(zip([colors[2], colors[1], colors[0]], models, strict=False)):
-        values = [row[model] for row in bars.values()]
-        at = [x + (i - (len(models) - 1) / 2) * width for x in range(len(bars))]
-        drawn = axes[3].bar(at, values, width, label=model, color=color)
-        axes[3].bar_label(drawn, fmt="%.3f", fontsize=7)
-    low = min(v for row in bars.values() for v in row.values())
-    high = max(v for row in bars.values() for v in row.values())
-    axes[3].set_ylim(low - 0.3 * (high - low) - 0.02, high + 0.3 * (high - low) + 0.02)
-    axes[3].set_xticks(range(len(bars)), list(bars))
+        at = [x + 0.25 * (i - (len(models) - 1) / 2) for x in range(len(held_out))]
+        values = [row[model] for row in held_out.values()]
+        axes[3].plot(at, values, "o", color=color, label=model)
+        for x, value in zip(at, values, strict=True):
+            text = f"{value:.3f}"
+            axes[3].annotate(text, (x, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    axes[3].margins(x=0.25, y=0.3)
+    axes[3].set_xticks(range(len(held_out)), list(held_out))
     axes[3].set_title("Held-out, nats per code token (lower is better)", fontsize=10)
     axes[3].legend(frameon=False, fontsize=8, ncols=len(models), loc="upper center")
     for axis in axes:
