@@ -174,7 +174,8 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         self.ra3_args = args
         self.backbone = Backbone(model, args.router_aux_loss_coef)
         self.engine = self._build_engine(args, tokenizer, action_format)
-        self.segmenter = Segmenter(tokenizer, action_format, self._chunk_tokens(args), args.existing_comments)
+        longest = self._chunk_tokens(args, args.uses_latents)
+        self.segmenter = Segmenter(tokenizer, action_format, longest, args.existing_comments)
         self.proposals = make_proposals(
             args, tokenizer, context_length(self.backbone.causal_lm), proposal_func, train_dataset is not None
         )
@@ -249,16 +250,16 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             return None
         return RewardPlugIns(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
-    def _chunk_tokens(self, args: RA3Config) -> int:
-        """Longest chunk of a text: `max_length` less room for latents (a fifth), where there will be any; without, as
-        long as the context has room for one that is drawn in evaluation."""
+    def _chunk_tokens(self, args: RA3Config, latents: bool) -> int:
+        """Longest chunk of a text: `max_length`, less room for latents (a fifth) where there will be any. Evaluation
+        always draws some, so its documents are the same for next-token prediction."""
         context = context_length(self.backbone.causal_lm) or args.max_length
         if args.max_length > context:
             raise ValueError(
                 f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."
             )
         latent = args.max_latent_length + MARKUP
-        room = max(args.max_length // 5, latent) if args.uses_latents else max(0, args.max_length + latent - context)
+        room = max(args.max_length // 5, latent) if latents else 0
         if args.max_length - room < 8:
             raise ValueError(
                 f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens "
@@ -272,8 +273,12 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         args = self.ra3_args
         if isinstance(dataset, IterableDataset):
             dataset = own_share(dataset, args.process_index, args.world_size)
+        segmenter = self.segmenter
+        if split != "train" and not args.uses_latents:
+            longest = self._chunk_tokens(args, True)
+            segmenter = Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments)
         segmented = segment_dataset(
-            dataset, self.segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
+            dataset, segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
         )
         if isinstance(segmented, Dataset):
             name = split if split == "train" or split.startswith("eval") else f"eval_{split}"
