@@ -99,9 +99,9 @@ class RA3Config(TrainingArguments):
             Prompt with the placeholders `{prefix}` (the code so far), `{suffix}` (the next lines) and, where the
             latent's marker is wanted, `{think}`.
         proposal_kl_coef (`float`, *optional*, defaults to `1.0`):
-            Weight of log pi(z | s) - log q(z | s, a) in what a latent is worth to annotation and E-phase. `1` is the
-            ELBO; less lets the policy learn what it would hardly say yet, as annealing the KL does in variational
-            autoencoders. Held-out bounds do not depend on it.
+            Weight, up to 1, of log pi(z | s) - log q(z | s, a) in what a latent is worth to annotation and E-phase.
+            `1` is the ELBO; less lets the policy learn what it would hardly say yet, as annealing the KL does in
+            variational autoencoders. Held-out bounds do not depend on it.
 
     Abstraction head:
         abstraction_head (`bool`, *optional*, defaults to `True`):
@@ -297,11 +297,12 @@ class RA3Config(TrainingArguments):
             "max_length": 16,
             "num_latents": 1,
             "proposal_lines": 1,
-            "proposal_kl_coef": 0,
         }
         for name, least in at_least.items():
             if not values[name] >= least:  # NaN fails too
                 raise ValueError(f"`{name}` is {values[name]}; it must be at least {least}.")
+            if values[name] == math.inf and name not in ("penalty", "code_loss_tolerance"):
+                raise ValueError(f"`{name}` is {values[name]}; it must be finite.")
         if self.num_latents < 2 and self.baseline == "leave_one_out" and self.e_steps and self.penalty < math.inf:
             raise ValueError(
                 f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
@@ -321,6 +322,8 @@ class RA3Config(TrainingArguments):
         for name in ("discount", "top_p", "prior_alpha", "boundary_budget", "boundary_exploration"):
             if not 0 < values[name] <= 1:
                 raise ValueError(f"`{name}` is {values[name]}; it must be above 0 and at most 1.")
+        if not 0 <= self.proposal_kl_coef <= 1:
+            raise ValueError(f"`proposal_kl_coef` is {self.proposal_kl_coef}; it must be at least 0 and at most 1.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}; it must be above 0.")
         if self.prior_alpha == 1 and self.annotation == "resample" and self.annotation_think_prob is None:
@@ -371,6 +374,11 @@ class RA3Config(TrainingArguments):
                 raise ValueError(
                     f"`proposal_kl_coef` is {self.proposal_kl_coef}, but all latents are the policy's own; leave it "
                     "at 1 or set `proposal`."
+                )
+            if (self.metric_for_best_model or "").endswith("_hindsight"):
+                raise ValueError(
+                    f"`metric_for_best_model` is {self.metric_for_best_model!r}, which is measured with latents in "
+                    f"hindsight, but `proposal` is {self.proposal!r}; use 'elbo' or 'bound_multi'."
                 )
             return
         few = min(self.num_latents, self.eval_num_latents)

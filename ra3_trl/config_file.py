@@ -43,7 +43,7 @@ def write_settings(settings: dict[str, Any], folder: str | Path) -> None:
 def _from_1(settings: dict[str, Any]) -> dict[str, Any]:
     """Facts of the run that are no settings go; there was no abstraction head. `m_steps` and `em_iterations` were not
     kept and become the defaults."""
-    facts = {"world_size", "train_dataset", "reward_funcs", "prompts", "dataloader_num_workers"}
+    facts = {"world_size", "train_dataset", "reward_funcs", "prompts", "proposal_func", "dataloader_num_workers"}
     return {name: value for name, value in settings.items() if name not in facts} | {"abstraction_head": False}
 
 

@@ -135,7 +135,8 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             is `args.likelihood_weight`.
         proposal_func (`Callable[[str, str], str]`, *optional*):
             What `"function"` in `args.proposal` stands for: makes a prompt, behind which the latent begins, of the
-            code so far and the next lines.
+            code so far and the next lines, which begin with what closes a latent (a newline, on Python). A run that
+            is resumed knows it by its name only.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the

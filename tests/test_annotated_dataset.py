@@ -472,6 +472,18 @@ def test_the_command_takes_the_settings_of_the_checkpoint(make_trainer, tmp_path
         command.main([str(tmp_path / "run"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--push_to_hub", "a/b"])
 
 
+def test_the_policys_own_latents_after_training_in_hindsight(make_trainer, tmp_path):
+    """`proposal`, its template and its price go together: with the policy's own latents none of them is left."""
+    rows = Dataset.from_dict({"text": TEXTS})
+    template = {"proposal": "template", "proposal_template": "{prefix}{think}{suffix}", "proposal_kl_coef": 0.2}
+    trainer = make_trainer(rows, **SETTINGS | template)
+    trainer.save_model()
+    for flags in (("--proposal", "causal"), ("--annotation", "policy")):
+        assert len(annotated_by_command(tmp_path, rows, *flags)) == len(TEXTS)
+    with pytest.raises(ValueError, match="`proposal_kl_coef` is 0.5, but all latents are the policy's own"):
+        annotated_by_command(tmp_path, rows, "--proposal", "causal", "--proposal_kl_coef", "0.5")
+
+
 def test_the_head_of_the_checkpoint_decides(make_trainer, tmp_path):
     """One that always thinks, which the tokens' gate of a random model does not; then one that sees no chance."""
     rows = Dataset.from_dict({"text": TEXTS})

@@ -546,6 +546,9 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
         ({"proposal": "fim", "gate_kl_coef": 0.1}, "`gate_kl_coef` is 0.1, but without"),
         ({"proposal": "fim", "line_reduction": "mean", "e_steps": 0}, "set `line_reduction='sum'`"),
         ({"proposal_kl_coef": 0.2}, "leave it at 1 or set `proposal`"),
+        ({"proposal": "fim", "proposal_kl_coef": math.inf}, "`proposal_kl_coef` is inf; it must be .* at most 1"),
+        ({"proposal": "fim", "proposal_kl_coef": -0.1}, "`proposal_kl_coef` is -0.1; it must be at least 0"),
+        ({"metric_for_best_model": "elbo_hindsight"}, "`metric_for_best_model` is 'elbo_hindsight', .* use 'elbo'"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -634,14 +637,40 @@ def test_trainers_refuse_before_any_sampling(hindsight_trainer):
         hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8)
     with pytest.raises(ValueError, match="lower `max_length` by 11"):  # evaluation samples from it all the same
         hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8, e_steps=0)
-    with pytest.raises(ValueError, match="an E-phase can't train it"):
+    with pytest.raises(ValueError, match="an E-phase can't train it.*nothing but fixed text stand before {prefix}"):
         hindsight_trainer(proposal="template", proposal_template="{suffix}<|user|>{prefix}{think}")
-    with pytest.raises(ValueError, match="an E-phase can't train it"):
+    with pytest.raises(ValueError, match="an E-phase can't train it.*`annotation_think_prob`.$"):
         hindsight_trainer(lambda prefix, suffix: "#", proposal="function")
-    with pytest.raises(ValueError, match="give the function, or neither"):
+    with pytest.raises(ValueError, match="give the function to the trainer"):
         hindsight_trainer(lambda prefix, suffix: "#")
-    with pytest.raises(ValueError, match="give the function, or neither"):
+    with pytest.raises(ValueError, match="give the function to the trainer"):
         hindsight_trainer(proposal="function")
+    annotates = {"e_steps": 0, "annotation_think_prob": 0.5}
+    with pytest.raises(ValueError, match="`proposal_func` is 'x'; give a function of two texts"):
+        hindsight_trainer("x", proposal="function", **annotates)
+    with pytest.raises(ValueError, match="`proposal_func` does not take what it is given .*too many positional"):
+        hindsight_trainer(lambda prefix: "#", proposal="function", **annotates)
+    with pytest.raises(ValueError, match="`proposal` is 'fim', but no latent is drawn in this training: `e_steps`"):
+        hindsight_trainer(proposal="fim", e_steps=0)
+
+
+def test_another_function_does_not_resume(hindsight_trainer, tmp_path):
+    """It is known by its name."""
+
+    def first(prefix, suffix):
+        return prefix + suffix + "#"
+
+    def second(prefix, suffix):
+        return prefix + "#"
+
+    settings = {
+        "proposal": "function", "e_steps": 0, "annotation_think_prob": 0.5, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    hindsight_trainer(first, **settings).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(ValueError, match="`proposal_func` is '.*second', but .*-1 was written with '.*first'"):
+        hindsight_trainer(second, **settings).train(resume_from_checkpoint=checkpoint)
+    hindsight_trainer(first, **settings).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_text_has_one_bos(tokenizers, segmenter):

@@ -44,7 +44,8 @@ def make_config(
     """The settings `saved` with a checkpoint, changed by the flags that were given, for a trainer that won't train."""
     settings = {name: saved[name] for name in of_the_checkpoint if name in saved}
     if "proposal" in settings and (options.proposal is not None or options.annotation == "policy"):
-        for name in ("proposal", "proposal_template"):  # they go together, and with resampling
+        own = options.proposal in (None, "causal")
+        for name in ("proposal", "proposal_template", *(["proposal_kl_coef"] if own else [])):  # they go together
             settings.pop(name, None)
     if "function" in settings.get("proposal", ""):
         raise ValueError(

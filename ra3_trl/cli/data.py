@@ -56,6 +56,10 @@ def _load(name: str, config: str | None, split: str, streaming: bool):
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         return load_from_disk(name)
     suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".py":
+        raise ValueError(
+            f"{name!r} is a single program; give its folder, or a file with a row for each text (.jsonl)."
+        )
     if suffix in _READERS:
         if not path.is_file():
             raise ValueError(f"`dataset_name` is {name!r}, but there is no such file.")

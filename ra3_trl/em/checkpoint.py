@@ -123,7 +123,9 @@ class CheckpointMixin:
         if isinstance(self.train_dataset, IterableDataset):  # whose rows workers share out
             found["dataloader_num_workers"] = args.dataloader_num_workers
         found["reward_funcs"] = sorted(self.plug_ins.funcs) if self.plug_ins is not None else []
-        found["prompts"] = [part.prompt.settings for part in self.proposals.parts if part.prompt is not None]
+        prompts = {part.name: part.prompt.settings for part in self.proposals.parts if part.prompt is not None}
+        found["proposal_func"] = prompts.pop("function", None)
+        found["prompts"] = prompts
         return json.loads(json.dumps(found))
 
     def _save_em_state(self, folder: Path, each: list[dict[str, Any]], frozen: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ mixture of all proposals in the shares in which they were drawn, whichever one a
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -105,10 +106,12 @@ def make_proposals(
     if ("function" in shares) != (function is not None):
         raise ValueError(
             f"`proposal` is {args.proposal!r}, `proposal_func` is {function!r}; name 'function' among the proposals "
-            "and give the function, or neither."
+            "and give the function to the trainer (in Python; no command takes one), or neither."
         )
+    if function is not None:
+        _check_function(function)
     room = (context or 1 << 62) - args.max_latent_length
-    trains = trains and args.uses_latents and args.e_steps > 0
+    in_e_phase = trains and args.uses_latents and args.e_steps > 0
     parts = []
     for name, share in shares.items():
         prompt: Prompt | None = None
@@ -118,13 +121,33 @@ def make_proposals(
             make = {"fim": fim_template, "chat": chat_template}.get(name)
             prompt = make(tokenizer) if make else parse_template(args.proposal_template, tokenizer)
             _check_context(prompt, args, room)
-        if prompt is not None and trains and not prompt.shares_prefix:
+        if prompt is not None and in_e_phase and not prompt.shares_prefix:
+            other = "" if name == "function" else ", or let nothing but fixed text stand before {prefix}"
             raise ValueError(
-                f"`proposal` has {name!r}, whose prompts do not begin with the code so far: an E-phase can't train "
-                "it. Set `e_steps=0` and `annotation_think_prob`, or put {prefix} before {suffix}."
+                f"`proposal` has {name!r}, whose prompts need not begin with the code so far: an E-phase can't train "
+                f"it. Set `e_steps=0` and `annotation_think_prob`{other}."
             )
         parts.append(Proposal(name, share, prompt))
-    return Proposals(tuple(parts), args.proposal_lines)
+    found = Proposals(tuple(parts), args.proposal_lines)
+    if trains and not found.causal and not args.uses_latents:
+        raise ValueError(
+            f"`proposal` is {args.proposal!r}, but no latent is drawn in this training: `e_steps` is {args.e_steps}, "
+            f"`annotation_think_prob` {args.annotation_think_prob} and `penalty` {args.penalty}; set one of the first "
+            "two (and a finite penalty), or leave `proposal` at 'causal'."
+        )
+    return found
+
+
+def _check_function(function: Callable[[str, str], str]) -> None:
+    wanted = "give a function of two texts, the code so far and the next lines"
+    if not callable(function):
+        raise ValueError(f"`proposal_func` is {function!r}; {wanted}.")
+    try:
+        inspect.signature(function).bind("", "")
+    except TypeError as error:
+        raise ValueError(f"`proposal_func` does not take what it is given ({error}); {wanted}.") from error
+    except ValueError:
+        pass  # some that are built in have no signature
 
 
 def _check_context(prompt: PromptTemplate, args: RA3Config, room: int) -> None:

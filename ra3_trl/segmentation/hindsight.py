@@ -140,7 +140,7 @@ class PromptFunction:
 
     @property
     def settings(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)
 
     def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
         """One view a site: the prompt in the place of the code so far."""
