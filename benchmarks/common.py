@@ -76,7 +76,7 @@ def chunks_of(tokenizer: PreTrainedTokenizerBase, module: str, tokens: int, full
     """
     text = (standard_library() / module).read_text("utf-8")
     chunks = Segmenter(tokenizer, PYTHON, tokens, "strip")(1, text)
-    full = [c for c in chunks if len(c.input_ids) >= fullness * tokens and c.sites]
+    full = [c for c in chunks if len(c.input_ids) >= fullness * tokens and c.boundaries]
     if not full:
         raise ValueError(f"`--module` {module!r} has no chunk of about {tokens} tokens; pass a longer file.")
     return full
@@ -84,7 +84,7 @@ def chunks_of(tokenizer: PreTrainedTokenizerBase, module: str, tokens: int, full
 
 def median_chunk(tokenizer: PreTrainedTokenizerBase, module: str, tokens: int) -> Document:
     """Of the nearly full chunks the one with the median number of boundaries."""
-    full = sorted(chunks_of(tokenizer, module, tokens, 0.9), key=lambda c: len(c.sites))
+    full = sorted(chunks_of(tokenizer, module, tokens, 0.9), key=lambda c: len(c.boundaries))
     return full[(len(full) - 1) // 2]
 
 

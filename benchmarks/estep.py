@@ -49,21 +49,21 @@ def stop_ids(table: TokenTable, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return sorted({*table.stop_ids.tolist(), tokenizer.eos_token_id})
 
 
-def sample_sites(document: Document, count: int) -> list[int]:
+def sample_boundaries(document: Document, count: int) -> list[int]:
     """`count` of the boundaries by pairs of neighbours (which pad well together), the pairs evenly spaced."""
-    sites = document.sites
-    count = min(count, len(sites)) // 2 * 2 or 1
+    boundaries = document.boundaries
+    count = min(count, len(boundaries)) // 2 * 2 or 1
     if count == 1:
-        return [sites[len(sites) // 2]]
+        return [boundaries[len(boundaries) // 2]]
     pairs = count // 2
-    firsts = [min(int((i + 0.5) * len(sites) / pairs - 0.5), len(sites) - 2) for i in range(pairs)]
-    return sorted({sites[at + step] for at in firsts for step in (0, 1)})
+    firsts = [min(int((i + 0.5) * len(boundaries) / pairs - 0.5), len(boundaries) - 2) for i in range(pairs)]
+    return sorted({boundaries[at + step] for at in firsts for step in (0, 1)})
 
 
-def grpo_rows(tokenizer: PreTrainedTokenizerBase, document: Document, sites: list[int]) -> list[dict]:
+def grpo_rows(tokenizer: PreTrainedTokenizerBase, document: Document, boundaries: list[int]) -> list[dict]:
     rows = []
-    for site in sites:
-        action = document.actions[site]
+    for boundary in boundaries:
+        action = document.actions[boundary]
         prefix = [*document.input_ids[: action.start], *action.boundary.think]
         rows.append(
             {
@@ -94,7 +94,7 @@ def measure_estep(folder: str, args: argparse.Namespace) -> dict:
     """Both trainers do a warm-up update and a timed one in each round; the best round of each side counts."""
     tokenizer = load(folder)[1]
     document = median_chunk(tokenizer, args.module, args.document_tokens)
-    sampled = sample_sites(document, args.sampled_boundaries)
+    sampled = sample_boundaries(document, args.sampled_boundaries)
     with scratch() as out:
         ours = make_ra3(
             folder, out / "ra3", [opening(tokenizer), document], e_steps=LONG_PHASE, m_steps=0, horizon=1,
@@ -103,12 +103,12 @@ def measure_estep(folder: str, args: argparse.Namespace) -> dict:
         )  # fmt: skip
         stops = stop_ids(ours.table, tokenizer)
         # The first boundary is the cheapest: it stands for all in the warm-up.
-        rows = grpo_rows(tokenizer, document, [document.sites[0]] * len(sampled) + sampled)
+        rows = grpo_rows(tokenizer, document, [document.boundaries[0]] * len(sampled) + sampled)
         batch = 2 if len(sampled) > 1 else 1
         theirs = make_grpo(folder, out / "grpo", rows, batch, stops, args, ours.args.kl_coef)
         clocks = timed(ours, args.clock, last=2), timed(theirs, args.clock)
         best = [float("inf"), float("inf")]
-        share = len(document.sites) / len(sampled)
+        share = len(document.boundaries) / len(sampled)
         for turn in range(args.estep_repeats):
             for side, trainer in enumerate((ours, theirs)):
                 trainer.train()
@@ -117,7 +117,7 @@ def measure_estep(folder: str, args: argparse.Namespace) -> dict:
                 best[side] = min(best[side], total if side == 0 else (total - step) * share + step)
                 say(f"E-step round {turn + 1}: {'GRPO' if side else 'RA3'} {total:.1f} s, optimizer {step:.2f} s")
         lengths = _lengths(ours, theirs)
-    boundaries = len(document.sites)
+    boundaries = len(document.boundaries)
     return {
         "estep_vs_grpo": round(best[1] / best[0], 2),
         "estep_boundaries_per_s": round(boundaries / best[0], 3),

@@ -116,14 +116,14 @@ def probe(trainer: RA3MidTrainer) -> Probe:
     for row in trainer.eval_dataset:
         document = row_to_document(row)
         texts = [tokenizer.decode(document.input_ids[a.start : a.end]) for a in document.actions]
-        sites = [i for i in document.sites if texts[i].startswith("assert")]
+        boundaries = [i for i in document.boundaries if texts[i].startswith("assert")]
         gates = trainer.engine.trunk(document).gate_logps_A.exp()
-        hard += gates[sites].tolist()
-        easy += [float(gates[i]) for i in document.sites if i not in sites]
-        group = trainer.engine.rollout(document, sites, 4, 1, NoiseKey(seed=7, phase=0, step=0))
+        hard += gates[boundaries].tolist()
+        easy += [float(gates[i]) for i in document.boundaries if i not in boundaries]
+        group = trainer.engine.rollout(document, boundaries, 4, 1, NoiseKey(seed=7, phase=0, step=0))
         gain += compute_returns(group, 1, 1.0).gain_TG.flatten().tolist()
-        for site, row in zip(sites, group.latents, strict=True):
-            value = texts[site].strip()[-1]
+        for boundary, row in zip(boundaries, group.latents, strict=True):
+            value = texts[boundary].strip()[-1]
             right += [tokenizer.decode(z.token_ids).strip() == value for z in row]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return Probe(mean(hard), mean(easy), mean(gain), mean(right))

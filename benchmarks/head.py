@@ -34,7 +34,7 @@ from .gate_testbed import expert, make_tokenizer, pretrain, probe
 _UPDATES, _LATENTS, _BOUNDARIES = 44, 4, 24  # boundaries of a program of eight stanzas
 ARMS = {
     "all": {},
-    "random_half": {"max_sites": _BOUNDARIES // 2},
+    "random_half": {"max_boundaries": _BOUNDARIES // 2},
     "head_half": {"boundary_selection": "head", "boundary_budget": 0.5},
     "head_third": {"boundary_selection": "head", "boundary_budget": 1 / 3},
 }
@@ -91,13 +91,13 @@ def objective(trainer: RA3MidTrainer) -> dict[str, float]:
     total, hard, easy = [], [], []
     for row in trainer.eval_dataset:
         document = row_to_document(row)
-        group = trainer.engine.rollout(document, document.sites, _LATENTS, 1, NoiseKey(seed=7, phase=0, step=0))
+        group = trainer.engine.rollout(document, document.boundaries, _LATENTS, 1, NoiseKey(seed=7, phase=0, step=0))
         group = trainer.learner.decided(group)
         returns = compute_returns(group, 1, 1.0)
-        p = group.decision_logps_A[list(document.sites)].exp()
+        p = group.decision_logps_A[list(document.boundaries)].exp()
         total += ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - trainer.args.penalty)).tolist()
-        for site, prob in zip(document.sites, p.tolist(), strict=True):
-            action = document.actions[site]
+        for boundary, prob in zip(document.boundaries, p.tolist(), strict=True):
+            action = document.actions[boundary]
             text = trainer.processing_class.decode(document.input_ids[action.start : action.end])
             (hard if text.startswith("assert") else easy).append(prob)
     return {"objective": fmean(total), "think_hard": fmean(hard), "think_easy": fmean(easy)}

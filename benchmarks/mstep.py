@@ -31,7 +31,7 @@ def pick_documents(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace,
     latent = Latent(tuple(tokenizer(" the next step", add_special_tokens=False)["input_ids"]), True)
     for share in (0.8, 0.7, 0.6, 0.5, 0.4):  # the largest chunks that leave room for the comments
         plain = chunks_of(tokenizer, args.module, int(share * tokens))
-        chunks = [splice(c, dict.fromkeys(c.sites, latent)).document for c in plain]
+        chunks = [splice(c, dict.fromkeys(c.boundaries, latent)).document for c in plain]
         chunks = [c for c in chunks if len(c.input_ids) <= tokens]
         if len(chunks) >= len(plain) / 4:
             return [chunks[i % len(chunks)] for i in range(count)]

@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of functions")
 
 
-def one_site(document: Document) -> tuple[int, ...]:
+def one_boundary(document: Document) -> tuple[int, ...]:
     """The middle boundary."""
-    return (document.sites[len(document.sites) // 2],) if document.sites else ()
+    return (document.boundaries[len(document.boundaries) // 2],) if document.boundaries else ()
 
 
 def bound(group: RolloutGroup, think: float) -> float:
@@ -77,7 +77,7 @@ def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
     seen: dict[int, list[Document]] = {}
     for document in found:
         seen.setdefault(document.doc_id, []).append(document)
-    whole = [chunks[0] for chunks in seen.values() if len(chunks) == 1 and len(chunks[0].sites) >= 4]
+    whole = [chunks[0] for chunks in seen.values() if len(chunks) == 1 and len(chunks[0].boundaries) >= 4]
     return whole[:count]
 
 
@@ -105,10 +105,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             begin = time.process_time()
             with torch.no_grad():
                 group = propose(
-                    trainer.engine, document, one_site(document), args.latents, 1, NOISE, trainer.proposals
+                    trainer.engine, document, one_boundary(document), args.latents, 1, NOISE, trainer.proposals
                 )
             seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / len(documents)
-            log_prior = float(prior_logps(trainer.engine, document, group.sites, group.latents).mean())
+            log_prior = float(prior_logps(trainer.engine, document, group.boundaries, group.latents).mean())
             for key, value in of_group(group, log_prior).items():
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
             texts[i] |= told(trainer, group, name)
@@ -130,7 +130,7 @@ def estimates(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, di
 def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, Any]:
     """The line, and each latent with its gain and what is left of it."""
     decode = trainer.processing_class.decode
-    action = group.document.actions[group.sites[0]]
+    action = group.document.actions[group.boundaries[0]]
     weighed = compute_returns(group, 1, 1.0).gain_TG[0].tolist()
     gain = compute_returns(replace(group, log_ratio_TG=None), 1, 1.0).gain_TG[0].tolist()
     latents = [

@@ -19,9 +19,9 @@ def count_rollouts(trainer: RA3MidTrainer) -> list[int]:
     updates: list[int] = []
     rollout = trainer.engine.rollout
 
-    def counted(document, sites, num_latents, horizon, noise, *args, **kwargs):
+    def counted(document, boundaries, num_latents, horizon, noise, *args, **kwargs):
         updates.append(noise.step)
-        return rollout(document, sites, num_latents, horizon, noise, *args, **kwargs)
+        return rollout(document, boundaries, num_latents, horizon, noise, *args, **kwargs)
 
     trainer.engine.rollout = counted
     return updates
@@ -31,9 +31,9 @@ def _run(folder: str, out, args: argparse.Namespace) -> tuple[RA3MidTrainer, lis
     chunks = chunks_of(load(folder)[1], args.module, args.resume_tokens)
     documents = [chunks[i % len(chunks)] for i in range(2 * _BATCH * (_SAVED + 1))]
     trainer = make_ra3(
-        folder, out, documents, e_steps=LONG_PHASE, m_steps=0, horizon=1, num_latents=args.num_latents, max_sites=2,
-        max_latent_length=args.latent_tokens, per_device_train_batch_size=_BATCH, save_strategy="steps",
-        save_steps=_SAVED, seed=args.seed,
+        folder, out, documents, e_steps=LONG_PHASE, m_steps=0, horizon=1, num_latents=args.num_latents,
+        max_boundaries=2, max_latent_length=args.latent_tokens, per_device_train_batch_size=_BATCH,
+        save_strategy="steps", save_steps=_SAVED, seed=args.seed,
     )  # fmt: skip
     return trainer, count_rollouts(trainer), timed(trainer, args.clock, last=_SAVED + 1)
 

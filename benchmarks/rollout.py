@@ -1,7 +1,7 @@
 """Branch engine against expand engine, and against plain forwards of as many tokens.
 
-Both engines get the same sites, the same keyed noise and score the same latents. The expand engine is timed on a
-stratified sample of the sites and scaled up by the number of branches, which favours it slightly (its cost grows
+Both engines get the same boundaries, the same keyed noise and score the same latents. The expand engine is timed on a
+stratified sample of the boundaries and scaled up by the number of branches, which favours it slightly (its cost grows
 faster than linearly with the prefix).
 """
 
@@ -80,7 +80,7 @@ class Bench:
 
     def rollout(self, engine, document: Document, score: bool = True) -> RolloutGroup:
         return engine.rollout(
-            document, document.sites, self.args.num_latents, self.args.horizon, self.noise, score=score
+            document, document.boundaries, self.args.num_latents, self.args.horizon, self.noise, score=score
         )
 
 
@@ -111,19 +111,19 @@ def pick_document(tokenizer: PreTrainedTokenizerBase, module: str, length: int) 
     """Of the chunks of `module` that are nearly `length` tokens long, the one with the median number of boundaries."""
     text = (standard_library() / module).read_text("utf-8")
     chunks = Segmenter(tokenizer, PYTHON, length)(0, text)
-    full = [chunk for chunk in chunks if len(chunk.input_ids) > 0.9 * length and chunk.sites]
+    full = [chunk for chunk in chunks if len(chunk.input_ids) > 0.9 * length and chunk.boundaries]
     if not full:
         raise ValueError(f"`--module` {module!r} has no chunk of about {length} tokens; pass a longer file.")
-    middle = statistics.median_low(len(chunk.sites) for chunk in full)
-    return next(chunk for chunk in full if len(chunk.sites) == middle)
+    middle = statistics.median_low(len(chunk.boundaries) for chunk in full)
+    return next(chunk for chunk in full if len(chunk.boundaries) == middle)
 
 
-def sample_sites(document: Document, args: argparse.Namespace) -> Document:
-    """`document` with boundaries at evenly spaced sites only, so that the expand engine's work fits the budget."""
-    sites = document.sites
-    per_site = (2 * args.num_latents + 1) * len(document.input_ids) / 2
-    count = max(2, min(len(sites), int(_EXPAND_TOKENS / per_site)))
-    chosen = {sites[int((i + 0.5) * len(sites) / count)] for i in range(count)}
+def sample_boundaries(document: Document, args: argparse.Namespace) -> Document:
+    """`document` with evenly spaced boundaries only, so that the expand engine's work fits the budget."""
+    boundaries = document.boundaries
+    per_boundary = (2 * args.num_latents + 1) * len(document.input_ids) / 2
+    count = max(2, min(len(boundaries), int(_EXPAND_TOKENS / per_boundary)))
+    chosen = {boundaries[int((i + 0.5) * len(boundaries) / count)] for i in range(count)}
     actions = (a if i in chosen else replace(a, boundary=None) for i, a in enumerate(document.actions))
     return replace(document, actions=tuple(actions))
 
@@ -143,8 +143,8 @@ def counted_tokens(bench: Bench) -> Iterator[list[int]]:
 
 def measure_rollout(bench: Bench, document: Document) -> dict:
     args, length = bench.args, len(document.input_ids)
-    sampled = sample_sites(document, args)
-    chosen = [document.sites.index(site) for site in sampled.sites]
+    sampled = sample_boundaries(document, args)
+    chosen = [document.boundaries.index(boundary) for boundary in sampled.boundaries]
     plain = torch.tensor(document.input_ids).repeat(max(1, _PLAIN_TOKENS // length), 1)
 
     @torch.no_grad()
@@ -155,24 +155,24 @@ def measure_rollout(bench: Bench, document: Document) -> dict:
     with counted_tokens(bench) as counts:
         times, (_, group) = bench.best_of(args.repeats, plain_forward, lambda: bench.rollout(bench.branch, document))
     tokens = sum(counts) // args.repeats - plain.numel()
-    say(f"{length} tokens, {len(document.sites)} sites: branch {times[1]:.1f} s for {tokens} tokens")
+    say(f"{length} tokens, {len(document.boundaries)} boundaries: branch {times[1]:.1f} s for {tokens} tokens")
     floor = times[0] * tokens / plain.numel()
     latents = [group.latents[i] for i in chosen]
     (generate, score), (drawn, scored) = bench.best_of(
         1,
         lambda: bench.rollout(bench.expand, sampled, score=False),
-        lambda: bench.expand.score(sampled, sampled.sites, latents, args.horizon),
+        lambda: bench.expand.score(sampled, sampled.boundaries, latents, args.horizon),
     )
     # Both calls run the document's own rows; once is enough.
     trunk = bench.best_of(1, lambda: bench.expand.trunk(sampled))[0][0]
-    share = len(document.sites) / len(chosen)
+    share = len(document.boundaries) / len(chosen)
     expand = (generate + score - trunk) * share
-    say(f"{length} tokens: expand {generate + score - trunk:.1f} s for {len(chosen)} sites; floor {floor:.1f} s")
+    say(f"{length} tokens: expand {generate + score - trunk:.1f} s for {len(chosen)} boundaries; floor {floor:.1f} s")
     pairs = [(a, b) for x, y in zip(latents, drawn.latents, strict=True) for a, b in zip(x, y, strict=True)]
     same = [(a, b) for a, b in pairs if a.token_ids == b.token_ids]
     differences = [
         group.line_logps_A - scored.line_logps_A,
-        (group.gate_logps_A - scored.gate_logps_A)[list(sampled.sites)],
+        (group.gate_logps_A - scored.gate_logps_A)[list(sampled.boundaries)],
         group.latent_line_logps_TGH[chosen] - scored.latent_line_logps_TGH,
         (group.latent_gate_logps_TGH[chosen] - scored.latent_gate_logps_TGH)[..., 0],
         torch.tensor([p - q for a, b in same for p, q in zip(a.logps, b.logps, strict=True)]),
@@ -184,8 +184,8 @@ def measure_rollout(bench: Bench, document: Document) -> dict:
         "branch_seconds": round(times[1], 2),
         "expand_seconds_scaled": round(expand, 1),
         "document_tokens": length,
-        "sites": len(document.sites),
-        "branches": len(document.sites) * args.num_latents,
+        "boundaries": len(document.boundaries),
+        "branches": len(document.boundaries) * args.num_latents,
         "branch_engine_tokens": tokens,
         "expand_sampled_branches": len(chosen) * args.num_latents,
         "latents_drawn_alike": round(len(same) / len(pairs), 3),
@@ -251,6 +251,6 @@ def measure_update(bench: Bench, document: Document) -> dict:
         "update_ratio": round(times[1] / (times[0] * tokens / rows.numel()), 3),
         "updates_per_s": round(1 / times[1], 4),
         "update_tokens": tokens,
-        "update_branches": len(group.sites) * args.num_latents,
+        "update_branches": len(group.boundaries) * args.num_latents,
         "update_peak_mb": round(memory.peak),
     }

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ra3_trl.evaluation import Sample, Task, load_benchmark
-from ra3_trl.rewards import Judge, Limits, Problem, Sandbox
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 
 SQUARE = Problem(tests=("assert f(2) == 4", "assert f(3) == 9"))

@@ -73,7 +73,8 @@ def main() -> None:
             example = annotate(trainer.engine, document, args, NoiseKey(seed=1, phase=1, step=0))
         ids = [i for i in example.input_ids if i != tokenizer.eos_token_id]
         print(
-            f"\n--- {name}: {len(document.sites)} boundaries, {len(example.placed)} latents\n{tokenizer.decode(ids)}"
+            f"\n--- {name}: {len(document.boundaries)} boundaries, {len(example.placed)} latents\n"
+            + tokenizer.decode(ids)
         )
 
 

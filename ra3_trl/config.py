@@ -87,7 +87,7 @@ class RA3Config(TrainingArguments):
         top_p (`float`, *optional*, defaults to `1.0`: off): The distribution sampled from, and trained.
         engine (`str`, *optional*, defaults to `"auto"`): `"branch"`, `"expand"`, or the first that is exact.
         max_branch_tokens (`int`, *optional*, defaults to `8192`): Branch tokens in flight; bounds memory only.
-        max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried in an E-step; `0` is all.
+        max_boundaries (`int`, *optional*, defaults to `0`): Boundaries of a document tried in an E-step; `0` is all.
 
     Proposals:
         proposal (`str`, *optional*, defaults to `"causal"`):
@@ -110,8 +110,8 @@ class RA3Config(TrainingArguments):
             What decides whether to think: the think prefix's tokens, or the `"head"`; the tokens' P(think) is then
             held where it began.
         boundary_selection (`str`, *optional*, defaults to `"random"`):
-            Boundaries tried in an E-step: all, or `max_sites` drawn; or those where the `"head"` predicts the largest
-            gains, and annotation leaves out those where it sees no chance.
+            Boundaries tried in an E-step: all, or `max_boundaries` drawn; or those where the `"head"` predicts the
+            largest gains, and annotation leaves out those where it sees no chance.
         boundary_budget (`float`, *optional*, defaults to `0.5`): Share of a document's boundaries tried with `"head"`.
         boundary_exploration (`float`, *optional*, defaults to `0.2`): Share of these drawn from all others.
         annotation_skip (`float`, *optional*, defaults to `0.05`):
@@ -155,7 +155,7 @@ class RA3Config(TrainingArguments):
 
     Evaluation and logs:
         eval_num_latents (`int`, *optional*, defaults to `4`): Latents at each boundary in `evaluate()`.
-        eval_max_sites (`int`, *optional*, defaults to `0`): Boundaries of a document tried there; `0` is all.
+        eval_max_boundaries (`int`, *optional*, defaults to `0`): Boundaries of a document tried there; `0` is all.
         log_latents_steps (`int`, *optional*, defaults to `10`): Updates between tables of latents; `0` is never.
         dataset_license (`str`, *optional*): Named on cards, and the licence of pushed rows that name none.
 
@@ -198,7 +198,7 @@ class RA3Config(TrainingArguments):
     top_p: float = _help("Keep the likeliest symbols up to this mass; 1 is off.", 1.0)
     engine: str = _help("Rollout engine: auto, branch or expand.", "auto")
     max_branch_tokens: int = _help("Branch tokens in flight; bounds memory, not results.", 8192)
-    max_sites: int = _help("Boundaries of a document tried in an E-step; 0 is all.", 0)
+    max_boundaries: int = _help("Boundaries of a document tried in an E-step; 0 is all.", 0)
 
     # Proposals
     proposal: str = _help(
@@ -243,7 +243,7 @@ class RA3Config(TrainingArguments):
 
     # Evaluation and logs
     eval_num_latents: int = _help("Latents at each boundary in evaluate().", 4)
-    eval_max_sites: int = _help("Boundaries of a document tried in evaluate(); 0 is all.", 0)
+    eval_max_boundaries: int = _help("Boundaries of a document tried in evaluate(); 0 is all.", 0)
     log_latents_steps: int = _help("Updates between tables of latents; 0 is never.", 10)
     dataset_license: str | None = _help("License of the data, for cards and for pushed rows that name none.", None)
 
@@ -285,8 +285,15 @@ class RA3Config(TrainingArguments):
         for name, choices in _CHOICES.items():
             if values[name] not in choices:
                 raise ValueError(f"`{name}` is {values[name]!r}; use one of {', '.join(map(repr, choices))}.")
-        at_least = {"em_iterations": 1, "e_steps": 0, "max_latent_length": 1, "horizon": 1, "top_k": 0, "max_sites": 0}
-        at_least |= {"max_branch_tokens": 1, "eval_num_latents": 1, "eval_max_sites": 0, "log_latents_steps": 0}
+        at_least = {
+            "em_iterations": 1,
+            "e_steps": 0,
+            "max_latent_length": 1,
+            "horizon": 1,
+            "top_k": 0,
+            "max_boundaries": 0,
+        }
+        at_least |= {"max_branch_tokens": 1, "eval_num_latents": 1, "eval_max_boundaries": 0, "log_latents_steps": 0}
         at_least |= {"penalty": 0, "gate_coef": 0, "gate_kl_coef": 0, "entropy_coef": 0, "kl_coef": 0, "m_steps": -1}
         at_least |= {
             "likelihood_weight": 0,

@@ -1,9 +1,9 @@
 """The frozen records that pass between rooms.
 
-Shape legend, used as suffixes everywhere: `B` documents, `A` actions (lines) of a document, `S` its sites (boundaries
-where a latent may stand), `T` those where latents are tried, `G` latents per site, `M = T*G` branches, `H` lines of
-the horizon, `K` latent tokens, `L` tokens, `N` document tokens, `D` hidden size, `V` vocabulary. A name such as
-`line_logps_TGH` therefore holds one number for each site, latent and line.
+Shape legend, used as suffixes everywhere: `B` documents, `A` actions (lines) of a document, `S` its boundaries (where
+a latent may stand), `T` those where latents are tried, `G` latents per boundary, `M = T*G` branches, `H` lines of the
+horizon, `K` latent tokens, `L` tokens, `N` document tokens, `D` hidden size, `V` vocabulary. A name such as
+`line_logps_TGH` therefore holds one number for each boundary, latent and line.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Document:
     status: str = "actions"
 
     @property
-    def sites(self) -> tuple[int, ...]:
+    def boundaries(self) -> tuple[int, ...]:
         """Positions in `actions` of the lines before which a latent may stand."""
         return tuple(i for i, action in enumerate(self.actions) if action.boundary is not None)
 
-    def lines_from(self, site: int, lines: int) -> tuple[int, ...]:
+    def lines_from(self, boundary: int, lines: int) -> tuple[int, ...]:
         """Tokens of the next `lines` lines, or of as many as there are."""
-        last = self.actions[min(site + lines, len(self.actions)) - 1]
-        return self.input_ids[self.actions[site].start : last.end]
+        last = self.actions[min(boundary + lines, len(self.actions)) - 1]
+        return self.input_ids[self.actions[boundary].start : last.end]
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,20 @@ class Latent:
 class RolloutGroup:
     """What an engine returns for one document.
 
-    Example: two sites, one latent each, horizon 1 gives `latent_line_logps_TGH` of shape `[2, 1, 1]`; `-inf` in a
+    Example: two boundaries, one latent each, horizon 1 gives `latent_line_logps_TGH` of shape `[2, 1, 1]`; `-inf` in a
     gate log-probability means that no decision is taken there, so nothing is renormalised.
     """
 
     document: Document
-    sites: tuple[int, ...]
+    boundaries: tuple[int, ...]
     latents: tuple[tuple[Latent, ...], ...]
     line_logps_A: torch.Tensor  # log pi(a_t | s_t), sum over the line's tokens, no latent anywhere
     gate_logps_A: torch.Tensor  # log P(think | s_t); -inf where there is no boundary
-    latent_line_logps_TGH: torch.Tensor  # the H lines from the site on, under the latent
+    latent_line_logps_TGH: torch.Tensor  # the H lines from the boundary on, under the latent
     latent_gate_logps_TGH: torch.Tensor  # log P(think again) before each of these lines
-    states_SD: torch.Tensor | None = None  # last hidden states at all sites of the document, for the abstraction head
+    states_SD: torch.Tensor | None = (
+        None  # last hidden states at all boundaries of the document, for the abstraction head
+    )
     head_logps_A: torch.Tensor | None = None  # log P(think) of the abstraction head, where it is the gate
     log_ratio_TG: torch.Tensor | None = None  # log pi(z | s) - log q(z | s, a), where a latent is not the policy's own
 
@@ -115,10 +117,10 @@ class RolloutGroup:
         renormalised by is always `gate_logps_A`, the mass that its tokens lack."""
         return self.gate_logps_A if self.head_logps_A is None else self.head_logps_A
 
-    def states_at(self, sites: Sequence[int]) -> torch.Tensor:
-        """Last hidden states `[len(sites), D]` at some sites of the document."""
-        row = {site: i for i, site in enumerate(self.document.sites)}
-        return self.states_SD[[row[site] for site in sites]]
+    def states_at(self, boundaries: Sequence[int]) -> torch.Tensor:
+        """Last hidden states `[len(boundaries), D]` at some boundaries of the document."""
+        row = {boundary: i for i, boundary in enumerate(self.document.boundaries)}
+        return self.states_SD[[row[boundary] for boundary in boundaries]]
 
     def with_ratio(self, weight: float) -> RolloutGroup:
         """The group with `log_ratio_TG` weighted."""

@@ -201,7 +201,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The loss is divided by the sites (E) or tokens (M) of the whole accumulation window, see get_batch_samples.
+        # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self.model.add_model_tags(["ra3", "trl"])
@@ -342,7 +342,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
                     backward, partial(self._syncing, model), through, inputs["chunks"],
                 )  # fmt: skip
                 loss = torch.tensor(loss, device=self.args.device)
-                share = sum(len(r.group.sites) for r in inputs["rollouts"]) / float(num_items_in_batch)
+                share = sum(len(r.group.boundaries) for r in inputs["rollouts"]) / float(num_items_in_batch)
                 for name, value in parts.items():
                     self.metrics.add_total(f"estep/loss_{name}", value, share)
             elif inputs["rows"] is None:

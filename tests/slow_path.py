@@ -134,16 +134,16 @@ class SlowPath:
         spans = [(max(a.start, 1), a.end) for a in document.actions]
         return [continuation_logp(self.model, ids[:s], ids[s:e]) if e > s else torch.zeros(()) for s, e in spans]
 
-    def gate(self, document, site: int) -> torch.Tensor:
-        action = document.actions[site]
+    def gate(self, document, boundary: int) -> torch.Tensor:
+        action = document.actions[boundary]
         return continuation_logp(self.model, document.input_ids[: action.start], action.boundary.think)
 
-    def branch(self, document, site: int, latent, horizon: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def branch(self, document, boundary: int, latent, horizon: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """(line log-prob, log P(think again) or `None`) of the lines under a latent, up to a kept comment."""
-        first = document.actions[site]
+        first = document.actions[boundary]
         row = [*document.input_ids[: first.start], *first.boundary.think, *latent.token_ids, *first.boundary.close]
         out = []
-        for action in document.actions[site : site + horizon]:
+        for action in document.actions[boundary : boundary + horizon]:
             if action.comment:
                 break
             gate = continuation_logp(self.model, row, action.boundary.think) if action.boundary else None

@@ -56,8 +56,8 @@ def engine_for(tokenizers):
 
 
 def assert_exact(engine, model, document, slow) -> None:
-    """Sites 2 to 4 of 6, two latents each: scores, sampled log-probs and the gradients of a weighted objective."""
-    group = engine.rollout(document, document.sites[2:5], 2, 2, KEY)
+    """Boundaries 2 to 4 of 6, two latents each: scores, sampled log-probs, gradients of a weighted objective."""
+    group = engine.rollout(document, document.boundaries[2:5], 2, 2, KEY)
     assert_group_is_exact(group, slow, horizon=2)
     assert_latents_are_exact(group, slow)
     weight_T, weight_n = random_weights(group)
@@ -112,8 +112,8 @@ def test_half_precision_within_its_tolerance(model_type, precision, tiny_model, 
         model.to(getattr(torch, precision))
     engine = engine_for(model, max_length=4)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        group = engine.rollout(document, document.sites, 4, 2, KEY)
-        logps = engine.log_probs(group, slice(0, len(document.sites)))
+        group = engine.rollout(document, document.boundaries, 4, 2, KEY)
+        logps = engine.log_probs(group, slice(0, len(document.boundaries)))
         rows = plain_forward(model, document.input_ids).detach()
     tolerance = TOLERANCE[precision]
     for action, found in zip(document.actions, group.line_logps_A.tolist(), strict=True):
@@ -122,8 +122,8 @@ def test_half_precision_within_its_tolerance(model_type, precision, tiny_model, 
         assert abs(found - wanted) < tolerance * len(span)
     sampled = torch.tensor([logp for row in group.latents for z in row for logp in z.logps])
     torch.testing.assert_close(logps.token_n.detach().float(), sampled, atol=tolerance, rtol=0)
-    sites = list(group.sites)
-    torch.testing.assert_close(logps.gate_T.detach().float(), group.gate_logps_A[sites], atol=tolerance, rtol=0)
+    boundaries = list(group.boundaries)
+    torch.testing.assert_close(logps.gate_T.detach().float(), group.gate_logps_A[boundaries], atol=tolerance, rtol=0)
     assert logps.token_n.requires_grad and not torch.equal(rows, plain_forward(model.float(), document.input_ids))
 
 

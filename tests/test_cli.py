@@ -279,7 +279,7 @@ def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
     found = estimate.estimate(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    assert args.max_sites == 0
+    assert args.max_boundaries == 0
     # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them. G = 2.
     counts, work = found.counts, found.workload
     assert (work.e_chunks, work.m_chunks) == (12, 24)

@@ -12,10 +12,6 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from ra3_trl.rewards import (
-    Judge,
-    Limits,
-    Problem,
-    Sandbox,
     code_execution_reward,
     count_code_lines,
     extract_program,
@@ -28,6 +24,7 @@ from ra3_trl.rewards import (
     think_cost_reward,
     use_judge,
 )
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 
 DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"

@@ -112,13 +112,13 @@ def documents_of(trainer):
 def test_lines_in_the_experts_place_are_those_of_plain_forwards(trainer, slow_path):
     """Also the expert's own, drawn by chance, has the numbers of the expert's."""
     document = documents_of(trainer)[0]
-    group = trainer.engine.rollout(document, document.sites, 2, 1, NoiseKey(0, 2, 0))
-    site = document.sites[2]
-    own = document.actions[site]
+    group = trainer.engine.rollout(document, document.boundaries, 2, 1, NoiseKey(0, 2, 0))
+    boundary = document.boundaries[2]
+    own = document.actions[boundary]
     expert = tuple(document.input_ids[own.start : own.end])
     other = tuple(trainer.processing_class("        z = 1\n")["input_ids"])
     elsewhere = group.latents[0]
-    found = _alternatives(trainer, group, site, elsewhere, lambda *_: [expert, other])
+    found = _alternatives(trainer, group, boundary, elsewhere, lambda *_: [expert, other])
     slow = slow_path(trainer.model, trainer.processing_class)
     assert float(found.act_K[0]) == pytest.approx(found.expert, abs=1e-4)
     torch.testing.assert_close(found.latent_GK[:, 0], found.expert_G, atol=1e-4, rtol=0)
@@ -126,14 +126,14 @@ def test_lines_in_the_experts_place_are_those_of_plain_forwards(trainer, slow_pa
     with torch.no_grad():
         rows = trainer.model(input_ids=torch.tensor([[*prefix, *other]])).logits[0].log_softmax(-1)
         plain = sum(float(rows[len(prefix) + j - 1, token]) for j, token in enumerate(other))
-        gate = slow.gate(document, site)
+        gate = slow.gate(document, boundary)
         assert float(found.act_K[1]) == pytest.approx(plain - float(log1mexp(gate)), abs=1e-3)
-        t = group.sites.index(site)
+        t = group.boundaries.index(boundary)
         for g, latent in enumerate(group.latents[t]):
-            line, again = slow.branch(document, site, latent, 1)[0]
+            line, again = slow.branch(document, boundary, latent, 1)[0]
             assert float(found.expert_G[g]) == pytest.approx(float(line - log1mexp(again)), abs=1e-3)
         for g, latent in enumerate(elsewhere):
-            line, again = slow.branch(document, site, latent, 1)[0]
+            line, again = slow.branch(document, boundary, latent, 1)[0]
             assert float(found.other_GK[g, 0]) == pytest.approx(float(line - log1mexp(again)), abs=1e-3)
 
 
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_numbers_and_nothing_is_changed(trainer):
     torch.manual_seed(5)
     assert diagnose(trainer, documents, boundaries=3, lines=4, line_tokens=16) == first
     assert first["pruning"]["boundaries"] <= 3 and first["economics"]["latents"] == 2 * sum(
-        len(document.sites) for document in documents
+        len(document.boundaries) for document in documents
     )
     drawn = first["compactness"]["latents"]["draws"]
     assert drawn == first["compactness"]["lines"]["draws"] == first["compactness"]["tokens"]["draws"]

@@ -132,7 +132,7 @@ def test_annotation_keeps_the_program(setting, tmp_path, way, horizon):
                 return u * 0 if isinstance(latent, int) and latent == GATE else u
 
         found = annotate(engine, document, args, Zero(1, 1, 0))
-        assert len(found.placed) == len(document.sites)
+        assert len(found.placed) == len(document.boundaries)
     else:
         found = annotate(engine, document, args, NOISE)
         assert found.placed
@@ -147,11 +147,11 @@ def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tm
     _, engine, document = setting
     args = RA3Config(output_dir=str(tmp_path), annotation="policy", horizon=2, max_latent_length=5)
     placed: dict[int, Latent] = {}
-    for site in document.sites:
+    for boundary in document.boundaries:
         context = splice(document, placed).document
-        p = float(engine.trunk(context).gate_logps_A[site].exp())
-        if NOISE.uniform(0, document.actions[site].index, GATE, 0) < p:
-            placed[site] = engine.rollout(context, [site], 1, 2, NOISE, score=False).latents[0][0]
+        p = float(engine.trunk(context).gate_logps_A[boundary].exp())
+        if NOISE.uniform(0, document.actions[boundary].index, GATE, 0) < p:
+            placed[boundary] = engine.rollout(context, [boundary], 1, 2, NOISE, score=False).latents[0][0]
     found = annotate(engine, document, args, NOISE)
     assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
 
@@ -159,7 +159,7 @@ def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tm
 def test_resampling_picks_the_posterior(setting, tmp_path):
     """With a prior of nearly 1 for thinking every boundary gets a latent; with one of nearly 0 none does."""
     _, engine, document = setting
-    for prob, expected in ((1 - 1e-12, len(document.sites)), (1e-30, 0)):
+    for prob, expected in ((1 - 1e-12, len(document.boundaries)), (1e-30, 0)):
         args = RA3Config(
             output_dir=str(tmp_path), horizon=1, annotation_think_prob=prob, max_latent_length=5, num_latents=2
         )
@@ -183,7 +183,7 @@ def test_gate_hold_releases_once_latents_pay():
 
 def test_trunk_gates_are_probabilities(setting):
     _, engine, document = setting
-    gates = engine.trunk(document).gate_logps_A[list(document.sites)]
+    gates = engine.trunk(document).gate_logps_A[list(document.boundaries)]
     assert torch.all(gates < 0)
 
 
@@ -192,10 +192,10 @@ def test_cross_entropy_with_latents_banned(setting):
     _, engine, document = setting
     args = RA3Config(horizon=1, num_latents=2, eval_num_latents=2, max_latent_length=5, use_cpu=True)
     with torch.no_grad():  # logits of 0 for the think tokens, or P(think) is lost in rounding
-        for site in document.sites:
-            engine.backbone.causal_lm.lm_head.weight[list(document.actions[site].boundary.think)] = 0.0
+        for boundary in document.boundaries:
+            engine.backbone.causal_lm.lm_head.weight[list(document.actions[boundary].boundary.think)] = 0.0
     found = finish_metrics(evaluate_documents(engine, [document], args))
-    gates = engine.trunk(document).gate_logps_A[list(document.sites)].double().exp()
+    gates = engine.trunk(document).gate_logps_A[list(document.boundaries)].double().exp()
     gained = float(-torch.log1p(-gates).sum())
     assert gained > 1e-3
     assert found["ce"] - found["ce_never"] == pytest.approx(gained / found["code_tokens"], rel=0.02)

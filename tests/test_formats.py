@@ -170,7 +170,7 @@ def test_lines_of_slashes_by_hand(language, newline):
 )
 def test_text_that_no_language_reads_is_plain(text, tokenizers):
     (document,) = Segmenter(tokenizers["newline_alone"], SLASHES, 1000)(0, text)
-    assert (document.status, document.sites) == ("plain", ())
+    assert (document.status, document.boundaries) == ("plain", ())
 
 
 def test_what_looks_like_markup_is_none_without_its_end():
@@ -335,12 +335,12 @@ def test_splices_come_out_again(setting, name, kind):
     assert_tiles(document)
     # By hand: 6 lines of C after the first; 7 sentences after the first; 3 lines; Python's 4 lines after the first and
     # its comment, which for a tag is a line as any other.
-    assert len(document.sites) == {"slashes": 5, "prose": 7, "tags": 3, "python_tags": 4}[name]
+    assert len(document.boundaries) == {"slashes": 5, "prose": 7, "tags": 3, "python_tags": 4}[name]
     latent = Latent(FragmentEncoder(tokenizer)(LATENT[name]), stopped=True)
-    for sites in (document.sites, *((s,) for s in document.sites)):
-        example = splice(document, dict.fromkeys(sites, latent))
+    for boundaries in (document.boundaries, *((s,) for s in document.boundaries)):
+        example = splice(document, dict.fromkeys(boundaries, latent))
         spliced = body_text(tokenizer, example.input_ids)
-        assert spliced.count(LATENT[name]) == len(sites)
+        assert spliced.count(LATENT[name]) == len(boundaries)
         assert without_latents(action_format, spliced) == text, spliced
         # The expert's tokens stay as they are.
         kept = [i for i, of_latent in zip(example.input_ids, example.is_latent, strict=True) if not of_latent]
@@ -353,7 +353,7 @@ def test_splices_come_out_again(setting, name, kind):
 def test_a_splice_of_prose_by_hand(setting):
     _, tokenizer, document = setting("prose", "newline_punctuation", "He ran.\n\nShe sat. It rained. End")
     latent = Latent(FragmentEncoder(tokenizer)(" so"), stopped=True)
-    text = body_text(tokenizer, splice(document, dict.fromkeys(document.sites, latent)).input_ids)
+    text = body_text(tokenizer, splice(document, dict.fromkeys(document.boundaries, latent)).input_ids)
     # ".\n\n" may be one token: then the aside stands behind it and gives the blank line back.
     merged = ".\n\n" in [body_text(tokenizer, [i]) for i in document.input_ids]
     head = "He ran.\n\n[ so]\n\nShe" if merged else "He ran. [ so]\n\nShe"
@@ -454,7 +454,7 @@ def test_a_tagged_splice_by_ids(tagged_tokenizers):
         boundaries = {a.boundary for a in document.actions if a.boundary}
         assert {(b.think, b.close) for b in boundaries} == {((think,), (end,))}
         latent = Latent(FragmentEncoder(tokenizer)(" why"), stopped=True)
-        ids = splice(document, dict.fromkeys(document.sites, latent)).input_ids
+        ids = splice(document, dict.fromkeys(document.boundaries, latent)).input_ids
         text = body_text(tokenizer, ids)
         assert "<think> why</think>" in text
         if kind != "sentencepiece":  # it puts its dummy space behind a tag
@@ -466,7 +466,7 @@ def test_a_tagged_splice_by_ids(tagged_tokenizers):
 def test_a_text_with_tags_of_its_own_is_trained_plainly(tagged_tokenizers):
     tokenizer = tagged_tokenizers["newline_alone"]
     (document,) = Segmenter(tokenizer, TAGS, 1000)(0, "a\n<think> b</think>c\nd\n")
-    assert (document.status, document.sites) == ("lossy", ())
+    assert (document.status, document.boundaries) == ("lossy", ())
 
 
 def test_tagged_python_strips_what_python_strips(tokenizers, tagged_tokenizers):
@@ -606,7 +606,7 @@ def test_engines_agree_in_each_format(setting, tiny_model, slow_path, name, kind
     )
     with torch.no_grad():  # a logit of such size, of either sign, that the stop is drawn at some steps
         model.lm_head.weight[table.stop_id] *= 10
-    groups = [engine.rollout(document, document.sites[:4], 3, 2, KEY) for engine in (branch, expand)]
+    groups = [engine.rollout(document, document.boundaries[:4], 3, 2, KEY) for engine in (branch, expand)]
     assert_same_groups(*groups)
     latents = [z for row in groups[0].latents for z in row]
     assert any(z.stopped for z in latents)

@@ -77,10 +77,10 @@ def latent_for(tokenizer, words):
     return Latent(tuple(ids[len(head) :]), True)
 
 
-def all_splices(tokenizer, doc, sites, words=" why"):
-    """Token ids of the document with a latent at each subset of the sites, by subset."""
+def all_splices(tokenizer, doc, boundaries, words=" why"):
+    """Token ids of the document with a latent at each subset of the boundaries, by subset."""
     latent = latent_for(tokenizer, words)
-    subsets = itertools.chain.from_iterable(itertools.combinations(sites, n) for n in range(len(sites) + 1))
+    subsets = itertools.chain.from_iterable(itertools.combinations(boundaries, n) for n in range(len(boundaries) + 1))
     return {chosen: splice(doc, dict.fromkeys(chosen, latent)).input_ids for chosen in subsets}
 
 
@@ -97,7 +97,7 @@ def run(model, processors, ids, **settings):
 
 def prompt_of(doc):
     """Tokens up to the first boundary."""
-    return doc.input_ids[: doc.actions[doc.sites[0]].start]
+    return doc.input_ids[: doc.actions[doc.boundaries[0]].start]
 
 
 def own_line_comments(text):
@@ -106,8 +106,8 @@ def own_line_comments(text):
     return [text[line.start :].split("\n")[0] for line in lines if line.comment]
 
 
-def sites_behind_first_line(doc):
-    return [s for s in doc.sites if doc.actions[s].start > doc.context]
+def boundaries_behind_first_line(doc):
+    return [s for s in doc.boundaries if doc.actions[s].start > doc.context]
 
 
 # ---- always, auto, never against splice ----
@@ -115,10 +115,10 @@ def sites_behind_first_line(doc):
 
 def test_always_writes_what_splice_writes(tokenizer, models):
     doc = document(tokenizer)
-    sites = sites_behind_first_line(doc)
-    assert len(sites) == 4  # if, y = g(...), return y, return x; not the rows in the bracket
-    wanted = splice(doc, dict.fromkeys(sites, latent_for(tokenizer, " why"))).input_ids
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    boundaries = boundaries_behind_first_line(doc)
+    assert len(boundaries) == 4  # if, y = g(...), return y, return x; not the rows in the bracket
+    wanted = splice(doc, dict.fromkeys(boundaries, latent_for(tokenizer, " why"))).input_ids
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     # The model hardly thinks (1e-4) and would rather end the text than a latent (e^7, all other stops 1).
     texts = Texts(tokenizer, {doc.input_ids: 1.0, wanted: 1e-4}, likes={tokenizer.eos_token_id: 7.0})
     got = run(models(tokenizer), [texts, ThinkLogitsProcessor(tokenizer, "always")], prompt)[0]
@@ -128,10 +128,10 @@ def test_always_writes_what_splice_writes(tokenizer, models):
 @pytest.mark.parametrize("chosen", [(), (0, 2), (1, 2, 3)])
 def test_auto_leaves_the_decision_to_the_model(tokenizer, models, chosen):
     doc = document(tokenizer)
-    sites = sites_behind_first_line(doc)
-    placed = dict.fromkeys([sites[i] for i in chosen], latent_for(tokenizer, " why"))
+    boundaries = boundaries_behind_first_line(doc)
+    placed = dict.fromkeys([boundaries[i] for i in chosen], latent_for(tokenizer, " why"))
     wanted = splice(doc, placed).input_ids
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     got = run(models(tokenizer), [Texts(tokenizer, {wanted: 1.0}), ThinkLogitsProcessor(tokenizer)], prompt)[0]
     assert tuple(got) == wanted
 
@@ -263,10 +263,10 @@ def test_a_text_may_begin_with_a_latent_but_not_its_padding(tokenizers):
 def two_texts(tokenizer, p_think):
     """A document whose first boundary gets a latent with probability `p_think`, as a model, and both texts."""
     doc = document(tokenizer)
-    site = sites_behind_first_line(doc)[0]
-    plain, thought = doc.input_ids, splice(doc, {site: latent_for(tokenizer, " why")}).input_ids
+    boundary = boundaries_behind_first_line(doc)[0]
+    plain, thought = doc.input_ids, splice(doc, {boundary: latent_for(tokenizer, " why")}).input_ids
     model = Texts(tokenizer, {plain: 1 - p_think, thought: p_think})
-    return model, doc.input_ids[: doc.actions[site].start], plain, thought
+    return model, doc.input_ids[: doc.actions[boundary].start], plain, thought
 
 
 @pytest.mark.parametrize("p_think", [0.2, 0.7])
@@ -298,16 +298,17 @@ def test_the_chance_of_a_prefix_is_the_product_of_its_tokens(tokenizers):
 def test_more_threshold_is_less_thinking(tokenizer, models):
     """The model thinks before four lines with 0.2, 0.4, 0.6 and 0.8, each by itself."""
     doc = document(tokenizer, "def f(x):\n    a = 1\n    b = 2\n    c = 3\n    return a\n")
-    sites = sites_behind_first_line(doc)
-    chances = dict(zip(sites, (0.2, 0.4, 0.6, 0.8), strict=True))
-    texts = all_splices(tokenizer, doc, sites)
+    boundaries = boundaries_behind_first_line(doc)
+    chances = dict(zip(boundaries, (0.2, 0.4, 0.6, 0.8), strict=True))
+    texts = all_splices(tokenizer, doc, boundaries)
     weights = {
-        ids: math.prod(p if site in chosen else 1 - p for site, p in chances.items()) for chosen, ids in texts.items()
+        ids: math.prod(p if boundary in chosen else 1 - p for boundary, p in chances.items())
+        for chosen, ids in texts.items()
     }
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     for threshold, thinking in ((0.1, 4), (0.3, 3), (0.5, 2), (0.7, 1), (0.9, 0)):
         processors = [Texts(tokenizer, weights), ThinkLogitsProcessor(tokenizer, threshold=threshold)]
-        assert tuple(run(models(tokenizer), processors, prompt)[0]) == texts[tuple(sites[4 - thinking :])]
+        assert tuple(run(models(tokenizer), processors, prompt)[0]) == texts[tuple(boundaries[4 - thinking :])]
 
 
 @pytest.mark.parametrize("gate", [0.2, 0.7])
@@ -348,9 +349,9 @@ def test_a_latent_is_drawn_as_it_was_trained(tokenizer, models):
     processor = ThinkLogitsProcessor(tokenizer)
     ids = [*tokenizer("if x:\n")["input_ids"]]
     doc = document(tokenizer, "if x:\n    y = 1\n    z = 2\n")
-    site = sites_behind_first_line(doc)[0]
-    boundary = doc.actions[site].boundary
-    ids = [*doc.input_ids[: doc.actions[site].start], *boundary.think]
+    action = doc.actions[boundaries_behind_first_line(doc)[0]]
+    boundary = action.boundary
+    ids = [*doc.input_ids[: action.start], *boundary.think]
     table = processor._words.table
     torch.manual_seed(0)
     scores = torch.randn(1, len(tokenizer))
@@ -453,13 +454,13 @@ def test_what_is_forced_holds_under_every_search(tokenizer, models, settings, th
     """Every legal line behind the prompt has one latent, or none, whatever penalties and truncation there are."""
     code = CODE if think == "always" else FLAT
     doc = document(tokenizer, code)
-    sites = sites_behind_first_line(doc)
+    boundaries = boundaries_behind_first_line(doc)
     words = [" why", " so x"]
     weights = {}
     for n, word in enumerate(words):
-        for chosen, ids in all_splices(tokenizer, doc, sites, word).items():
+        for chosen, ids in all_splices(tokenizer, doc, boundaries, word).items():
             weights[ids] = 0.1 + 0.01 * n + 0.02 * len(chosen)
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     torch.manual_seed(0)
     processors = [Texts(tokenizer, weights), ThinkLogitsProcessor(tokenizer, think)]
     extra = {"repetition_penalty": 3.0, "top_k": 5, "temperature": 0.7} if settings.get("do_sample") else {}
@@ -467,7 +468,7 @@ def test_what_is_forced_holds_under_every_search(tokenizer, models, settings, th
     for row in rows:
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert strip_latents(text) == code
-        assert len(own_line_comments(text)) == (len(sites) if think == "always" else 0)
+        assert len(own_line_comments(text)) == (len(boundaries) if think == "always" else 0)
 
 
 def test_beams_pay_nothing_for_a_ban(tokenizers, models):
@@ -535,7 +536,7 @@ def test_steps_back_change_nothing(tokenizer):
     """Assisted decoding asks for shorter prefixes again; nothing may depend on the order of calls."""
     doc = document(tokenizer)
     torch.manual_seed(0)
-    ids = splice(doc, dict.fromkeys(sites_behind_first_line(doc), latent_for(tokenizer, " why"))).input_ids
+    ids = splice(doc, dict.fromkeys(boundaries_behind_first_line(doc), latent_for(tokenizer, " why"))).input_ids
     first = len(doc.input_ids[: doc.actions[1].start])
     scores = torch.randn(1, len(tokenizer))
     for mode in ({"think": "always"}, {"threshold": 1e-4}):
@@ -563,15 +564,15 @@ JAVA = "int f(int x) {\n  if (x > 0) {\n    g(\n      x);\n    return 1;\n  }\n 
 
 def test_slashes(tokenizer, models):
     doc = document(tokenizer, JAVA, "slashes")
-    sites = sites_behind_first_line(doc)
+    boundaries = boundaries_behind_first_line(doc)
     latent = latent_for(tokenizer, " why")
-    wanted = splice(doc, dict.fromkeys(sites, latent)).input_ids
+    wanted = splice(doc, dict.fromkeys(boundaries, latent)).input_ids
     texts = Texts(tokenizer, {doc.input_ids: 1.0, wanted: 1e-3})
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     got = run(models(tokenizer), [texts, ThinkLogitsProcessor(tokenizer, "always", action_format="slashes")], prompt)
     assert tuple(got[0][: len(wanted)]) == wanted
     text = tokenizer.decode(got[0][: len(wanted)], skip_special_tokens=True)
-    assert text.count("// why") == len(sites) == 6 and strip_latents(text, "slashes") == JAVA
+    assert text.count("// why") == len(boundaries) == 6 and strip_latents(text, "slashes") == JAVA
     data = ThinkLogitsProcessor(tokenizer)._words.table.token_bytes
     likes = {i: 12.0 for i, b in enumerate(data) if b and not b.strip(b" \n/")}
     never = ThinkLogitsProcessor(tokenizer, "never", action_format="slashes")
@@ -595,11 +596,11 @@ def test_tags(tagged):
     tokenizer, model = tagged
     text = CODE.replace("    return x\n", "\n\n    return x\n")  # blank rows: one latent before them, none behind
     doc = document(tokenizer, text, "python_tags")
-    sites = sites_behind_first_line(doc)
+    boundaries = boundaries_behind_first_line(doc)
     latent = latent_for(tokenizer, " why")
-    wanted = splice(doc, dict.fromkeys(sites, latent)).input_ids
+    wanted = splice(doc, dict.fromkeys(boundaries, latent)).input_ids
     texts = Texts(tokenizer, {doc.input_ids: 1.0, wanted: 1e-3})
-    prompt = doc.input_ids[: doc.actions[sites[0]].start]
+    prompt = doc.input_ids[: doc.actions[boundaries[0]].start]
     always = ThinkLogitsProcessor(tokenizer, "always", action_format="python_tags", max_latent_length=4)
     written = tokenizer.decode(run(model, [texts, always], prompt)[0])
     assert written.startswith("def f(x):\n") or tokenizer.bos_token

@@ -120,21 +120,21 @@ def test_engines_give_the_states_at_the_boundaries(kind, tokenizers, tiny_model,
     engine = kind(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(4))
     document = segmenter(tokenizer)(0, TEXTS[0])[0]
     plain = model.model(torch.tensor([document.input_ids]))[0][0]
-    wanted = torch.stack([plain[document.actions[s].start - 1] for s in document.sites])
-    for group in (engine.trunk(document), engine.rollout(document, document.sites[:2], 2, 1, NoiseKey(0, 0, 0))):
+    wanted = torch.stack([plain[document.actions[s].start - 1] for s in document.boundaries])
+    for group in (engine.trunk(document), engine.rollout(document, document.boundaries[:2], 2, 1, NoiseKey(0, 0, 0))):
         torch.testing.assert_close(group.states_SD, wanted.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_packed_row_knows_its_decisions(segmenter, tokenizers):
     """Each boundary of two documents once, behind the token before the latent, or before the line without one."""
     documents = [segmenter(tokenizers["newline_indent"])(i, text)[0] for i, text in enumerate(TEXTS[:2])]
-    first, second = documents[0].sites[:2]
+    first, second = documents[0].boundaries[:2]
     examples = [splice(documents[0], {second: Latent((5, 6), True)}), splice(documents[1], {})]
     examples[0] = replace(examples[0], gains={second: 0.5})
     rows = pack(examples, 1000, packing=True)
     assert rows.input_ids.shape[0] == 1
-    sites = [len(d.sites) for d in documents]
-    assert int((rows.decision >= 0).sum()) == sum(sites) and int((rows.decision == 1).sum()) == 1
+    boundaries = [len(d.boundaries) for d in documents]
+    assert int((rows.decision >= 0).sum()) == sum(boundaries) and int((rows.decision == 1).sum()) == 1
     where = int((rows.decision[0] == 1).nonzero())
     begins = int(rows.is_latent[0].nonzero()[0])
     assert where == begins - 1 and float(rows.gain[0, where]) == 0.5
@@ -249,11 +249,11 @@ def test_the_most_promising_are_tried_and_a_few_others():
     document, promise = lines(20), torch.arange(20.0)
     args = RA3Config(boundary_selection="head", use_cpu=True)
     found = [choose_by_promise(document, promise, args, NoiseKey(0, 0, step)) for step in range(200)]
-    assert all(len(sites) == 10 and set(range(12, 20)) <= set(sites) for sites, _ in found)
-    assert {s for sites, _ in found for s in sites} == set(range(20))
-    for sites, weight_T in found:
+    assert all(len(boundaries) == 10 and set(range(12, 20)) <= set(boundaries) for boundaries, _ in found)
+    assert {s for boundaries, _ in found for s in boundaries} == set(range(20))
+    for boundaries, weight_T in found:
         # Of the others each stands for 12 / 2 = 6; times 10 / 20 the average is 1: (8 + 2 * 6) / 2 / 10.
-        assert weight_T.tolist() == [0.5 if s >= 12 else 3.0 for s in sites]
+        assert weight_T.tolist() == [0.5 if s >= 12 else 3.0 for s in boundaries]
 
 
 def test_weighted_averages_are_those_of_all_boundaries():
@@ -261,9 +261,9 @@ def test_weighted_averages_are_those_of_all_boundaries():
     document, promise, args = lines(20), torch.arange(20.0), RA3Config(boundary_selection="head", use_cpu=True)
     total, plain = [], []
     for step in range(2000):
-        sites, weight_T = choose_by_promise(document, promise, args, NoiseKey(1, 0, step))
-        total.append(float((weight_T * torch.tensor(sites)).mean()))
-        plain.append(sum(sites) / len(sites))
+        boundaries, weight_T = choose_by_promise(document, promise, args, NoiseKey(1, 0, step))
+        total.append(float((weight_T * torch.tensor(boundaries)).mean()))
+        plain.append(sum(boundaries) / len(boundaries))
     # One draw of 2 of 0..11 without replacement: variance of its mean 143/12 / 2 * 10/11 = 5.4, times (6/10)^2: 1.95.
     # Of 2000 draws the standard error is 0.031.
     assert sum(total) / 2000 == pytest.approx(9.5, abs=0.13) and sum(plain) / 2000 == pytest.approx(13.5, abs=0.1)
@@ -275,7 +275,7 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
     3 / 2."""
     trainer = make_trainer(TEXTS, boundary_selection="head", boundary_exploration=0.5, gate_hold="never")
     document = row_to_document(trainer.train_dataset[0])
-    assert len(document.sites) == 4
+    assert len(document.boundaries) == 4
     learner, states = trainer.learner, trainer.engine.trunk(document).states_SD
     best, tried = 2, []
 
@@ -288,9 +288,9 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
         (rollout,) = roll_out(
             trainer.engine, [document], trainer.args, NoiseKey(0, 0, step), None, None, None, learner
         )
-        tried.append(rollout.group.sites)
-        assert document.sites[best] in rollout.group.sites and len(rollout.group.sites) == 2
-        where = rollout.group.sites.index(document.sites[best])
+        tried.append(rollout.group.boundaries)
+        assert document.boundaries[best] in rollout.group.boundaries and len(rollout.group.boundaries) == 2
+        where = rollout.group.boundaries.index(document.boundaries[best])
         assert float(rollout.weight_T[where]) == 0.5 and float(rollout.weight_T[1 - where]) == 1.5
         # The gate's slope is weighed; the latents' advantages are not.
         terms = _terms(rollout, slice(0, 2), trainer.args, False, torch.zeros(2))
@@ -298,7 +298,7 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
         torch.testing.assert_close(terms.gate_gain_T, slope * rollout.weight_T)
         sums = rollout_sums([rollout], lambda ids: "")
         assert sums["gain"][0] == pytest.approx(float((rollout.returns.gain_TG.mean(1) * rollout.weight_T).sum()))
-    assert {site for sites in tried for site in sites} == set(document.sites)
+    assert {boundary for boundaries in tried for boundary in boundaries} == set(document.boundaries)
 
 
 def test_the_weight_of_a_boundary_counts():
@@ -354,20 +354,20 @@ def test_with_latent_weight_gate_it_is_the_gate_that_decides(make_trainer):
     assert terms.weight_T.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 2)
 
 
-@pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_sites": 2}, 2), ({}, 4)])
+@pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_boundaries": 2}, 2), ({}, 4)])
 def test_budget_and_limit(settings, tried):
-    """ceil(0.5 * 7) = 4 boundaries, `max_sites` at most."""
+    """ceil(0.5 * 7) = 4 boundaries, `max_boundaries` at most."""
     args = RA3Config(boundary_selection="head", use_cpu=True, **settings)
-    sites, weight_T = choose_by_promise(lines(7), torch.zeros(7), args, NoiseKey(0, 0, 0))
-    assert len(sites) == len(weight_T) == tried
+    boundaries, weight_T = choose_by_promise(lines(7), torch.zeros(7), args, NoiseKey(0, 0, 0))
+    assert len(boundaries) == len(weight_T) == tried
 
 
 def test_a_trainer_rolls_out_within_the_budget(make_trainer):
     trainer = make_trainer(TEXTS, boundary_selection="head", e_steps=3, m_steps=1, logging_steps=1)
-    sites = [len(row_to_document(row).sites) for row in trainer.train_dataset]
+    boundaries = [len(row_to_document(row).boundaries) for row in trainer.train_dataset]
     trainer.train()
     rates = [entry["estep/tried_rate"] for entry in trainer.state.log_history if "estep/tried_rate" in entry]
-    assert len(rates) == 3 and rates == pytest.approx([math.ceil(sites[0] / 2) / sites[0]] * 3)
+    assert len(rates) == 3 and rates == pytest.approx([math.ceil(boundaries[0] / 2) / boundaries[0]] * 3)
 
 
 def test_annotation_skips_what_is_hopeless(make_trainer):
@@ -375,9 +375,11 @@ def test_annotation_skips_what_is_hopeless(make_trainer):
     trainer = make_trainer(TEXTS, boundary_selection="head", horizon=1)
     document, noise = row_to_document(trainer.train_dataset[0]), NoiseKey(0, 1, 0)
     learner = trainer.learner
-    assert len(annotate(trainer.engine, document, trainer.args, noise, learner=learner).gains) == len(document.sites)
+    assert len(annotate(trainer.engine, document, trainer.args, noise, learner=learner).gains) == len(
+        document.boundaries
+    )
     learner.head.trained_on(1)
-    for gain, tried in ((-5.0, 0), (5.0, len(document.sites))):
+    for gain, tried in ((-5.0, 0), (5.0, len(document.boundaries))):
         with torch.no_grad():
             learner.head.outer.bias[1] = gain
         example = annotate(trainer.engine, document, trainer.args, noise, learner=learner)
@@ -416,9 +418,9 @@ def test_the_heads_gate_decides(make_trainer):
     what lines are renormalised by."""
     trainer = make_trainer(TEXTS, gate="head", horizon=1)
     document = row_to_document(trainer.train_dataset[0])
-    plain = trainer.engine.rollout(document, document.sites, 3, 1, NoiseKey(0, 0, 0))
+    plain = trainer.engine.rollout(document, document.boundaries, 3, 1, NoiseKey(0, 0, 0))
     returns = compute_returns(plain, 1, 1.0)
-    rest = code_bounds(plain).log_likelihood - float(plain.line_logps_A[list(document.sites)].double().sum())
+    rest = code_bounds(plain).log_likelihood - float(plain.line_logps_A[list(document.boundaries)].double().sum())
     for bias, wanted in ((-30.0, returns.act_T), (30.0, returns.latent_TG.mean(1))):
         with torch.no_grad():
             trainer.learner.head.outer.bias[0] = bias
@@ -426,7 +428,7 @@ def test_the_heads_gate_decides(make_trainer):
         assert code_bounds(group).elbo == pytest.approx(rest + float(wanted.double().sum()), abs=1e-3)
         assert torch.equal(group.gate_logps_A, plain.gate_logps_A)
     example = annotate(trainer.engine, document, trainer.args, NoiseKey(0, 0, 0), "policy", trainer.learner)
-    assert set(example.placed) == set(document.sites)  # at P(think) = 1
+    assert set(example.placed) == set(document.boundaries)  # at P(think) = 1
 
 
 def test_with_the_heads_gate_the_tokens_are_anchored(make_trainer, tmp_path):

@@ -76,11 +76,11 @@ def fim(tokenizer, *shares: float) -> Proposals:
     return Proposals((*causal, Proposal("fim", shares[-1], fim_template(tokenizer))), lines=2)
 
 
-def fim_prompt(tokenizer, document: Document, site: int, lines: int) -> list[int]:
+def fim_prompt(tokenizer, document: Document, boundary: int, lines: int) -> list[int]:
     """The prompt written out: BOS if there is one, prefix, think prefix, suffix, middle."""
     prefix, suffix, middle = tokenizer.convert_tokens_to_ids(list(FIM))
-    ids, action = list(document.input_ids), document.actions[site]
-    end = document.actions[min(site + lines, len(document.actions)) - 1].end
+    ids, action = list(document.input_ids), document.actions[boundary]
+    end = document.actions[min(boundary + lines, len(document.actions)) - 1].end
     bos = [ids.pop(0)] if ids[0] == tokenizer.bos_token_id else []
     start, end = action.start - len(bos), end - len(bos)
     known = [*action.boundary.close, *ids[start:end]]
@@ -109,15 +109,15 @@ def logp_by_hand(engine, prompt: list[int], latent: Latent) -> float:
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "top_k": 20}])
 def test_log_q_is_what_was_drawn_from(world, fim_tokenizer, engine, params):
     engine, document = world(engine, **params)
-    sites = document.sites
-    group = propose(engine, document, sites, 2, 2, NOISE, fim(fim_tokenizer, 1.0))
+    boundaries = document.boundaries
+    group = propose(engine, document, boundaries, 2, 2, NOISE, fim(fim_tokenizer, 1.0))
     own = own_logps(group.latents)
-    found = latent_logps(engine, document, sites, group.latents, fim(fim_tokenizer, 1.0).parts[0], 2)
+    found = latent_logps(engine, document, boundaries, group.latents, fim(fim_tokenizer, 1.0).parts[0], 2)
     torch.testing.assert_close(found, own, atol=1e-3, rtol=0)
     whole = engine.__class__(engine.backbone, engine.table, replace(engine.params, top_k=0))
-    for t, site in enumerate(sites):
-        prompt = fim_prompt(fim_tokenizer, document, site, 2)
-        start = [*document.input_ids[: document.actions[site].start], *document.actions[site].boundary.think]
+    for t, boundary in enumerate(boundaries):
+        prompt = fim_prompt(fim_tokenizer, document, boundary, 2)
+        start = [*document.input_ids[: document.actions[boundary].start], *document.actions[boundary].boundary.think]
         for g, latent in enumerate(group.latents[t]):
             assert float(own[t, g]) == pytest.approx(logp_by_hand(engine, prompt, latent), abs=1e-3)
             prior = logp_by_hand(whole, start, latent)  # not truncated
@@ -129,18 +129,18 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     """Truncated, a latent of one proposal is often impossible under another; the prior is never truncated."""
     engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
-    group = propose(engine, document, document.sites, 4, 1, NOISE, proposals)
+    group = propose(engine, document, document.boundaries, 4, 1, NOISE, proposals)
     assert proposals.counts(4) == (1, 3)
     causal, known = (
-        latent_logps(engine, document, document.sites, group.latents, part, 2) for part in proposals.parts
+        latent_logps(engine, document, document.boundaries, group.latents, part, 2) for part in proposals.parts
     )
     assert (causal.isinf() | known.isinf()).any() == bool(top_k)
-    prior = prior_logps(engine, document, document.sites, group.latents)
+    prior = prior_logps(engine, document, document.boundaries, group.latents)
     assert group.log_ratio_TG.isfinite().all()
     mixed = torch.logaddexp(causal + math.log(1 / 4), known + math.log(3 / 4))
     torch.testing.assert_close(group.log_ratio_TG, prior - mixed, atol=1e-3, rtol=0)
     # The first of the latents is the policy's own: as a rollout of one would draw it.
-    alone = engine.rollout(document, document.sites, 1, 1, NOISE)
+    alone = engine.rollout(document, document.boundaries, 1, 1, NOISE)
     assert [row[0].token_ids for row in group.latents] == [row[0].token_ids for row in alone.latents]
 
 
@@ -149,12 +149,12 @@ def test_what_was_drawn_was_possible(world, fim_tokenizer, monkeypatch):
     drawn, so that q is then the own proposal's share of its probability: 1/4 and 3/4."""
     engine, document = world(top_k=5)
 
-    def found_anew(engine, document, sites, latents, *_):
+    def found_anew(engine, document, boundaries, latents, *_):
         return torch.full((len(latents), 4), -torch.inf)
 
     monkeypatch.setattr("ra3_trl.em.proposals.latent_logps", found_anew)
     monkeypatch.setattr("ra3_trl.em.proposals.prior_logps", lambda *_: torch.zeros(()))
-    group = propose(engine, document, document.sites, 4, 1, NOISE, fim(fim_tokenizer, 1.0, 3.0))
+    group = propose(engine, document, document.boundaries, 4, 1, NOISE, fim(fim_tokenizer, 1.0, 3.0))
     own = own_logps(group.latents) + torch.tensor([1 / 4, 3 / 4, 3 / 4, 3 / 4]).log()
     torch.testing.assert_close(group.log_ratio_TG, -own)
 
@@ -164,7 +164,7 @@ def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
     engine, document = world()
     (part,) = fim(fim_tokenizer, 1.0).parts
     twice = Proposals((part, part), 2)
-    group = propose(engine, document, document.sites, 4, 1, NOISE, twice)
+    group = propose(engine, document, document.boundaries, 4, 1, NOISE, twice)
     assert all([z.token_ids for z in row[:2]] != [z.token_ids for z in row[2:]] for row in group.latents)
     args = RA3Config("x", proposal="fim", num_latents=4, horizon=1, use_cpu=True)
     first, second = roll_out(engine, [document], args, NOISE, None, proposals=twice)
@@ -174,8 +174,8 @@ def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
 
 def test_the_policys_own_latents_are_a_plain_rollout(world):
     engine, document = world()
-    group = propose(engine, document, document.sites, 2, 2, NOISE, CAUSAL)
-    plain = engine.rollout(document, document.sites, 2, 2, NOISE)
+    group = propose(engine, document, document.boundaries, 2, 2, NOISE, CAUSAL)
+    plain = engine.rollout(document, document.boundaries, 2, 2, NOISE)
     assert group.latents == plain.latents and group.log_ratio_TG is None
     assert torch.equal(group.latent_line_logps_TGH, plain.latent_line_logps_TGH)
 
@@ -192,27 +192,27 @@ def test_bounds_against_all_latents(world, fim_tokenizer):
     """4 tokens: 4 latents of one token, 16 of two. In expectation over what is drawn, the pooled estimate of the
     lines' probability is that probability, whatever the proposals; its log and the ELBO are below the log of it."""
     engine, document = world(few=4, max_length=2)
-    site = document.sites[1]
-    actions = tuple(a if i == site else replace(a, boundary=None) for i, a in enumerate(document.actions))
+    boundary = document.boundaries[1]
+    actions = tuple(a if i == boundary else replace(a, boundary=None) for i, a in enumerate(document.actions))
     document = replace(document, actions=actions)
     latents = every_latent(engine)
     proposals = fim(fim_tokenizer, 1.0, 1.0)
-    scored = engine.score(document, (site,), [latents], 1)
+    scored = engine.score(document, (boundary,), [latents], 1)
     gates = scored.gate_logps_A.clone()
-    gates[site] = math.log(0.5)  # of a random model it is nearly 0, and all bounds the same
+    gates[boundary] = math.log(0.5)  # of a random model it is nearly 0, and all bounds the same
     scored = replace(scored, gate_logps_A=gates)
-    logp = prior_logps(engine, document, (site,), [latents])[0].double()
-    logq = latent_logps(engine, document, (site,), [latents], proposals.parts[1], 2)[0].double()
+    logp = prior_logps(engine, document, (boundary,), [latents])[0].double()
+    logq = latent_logps(engine, document, (boundary,), [latents], proposals.parts[1], 2)[0].double()
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
     assert float(logq.exp().sum()) == pytest.approx(1, abs=1e-4)
     assert float((logp - logq).abs().max()) > 0.5  # hindsight is another distribution
 
     line = renormalise(scored.latent_line_logps_TGH, scored.latent_gate_logps_TGH)[0, :, 0].double()
-    act = renormalise(scored.line_logps_A, scored.gate_logps_A)[site].double()
-    log_think = scored.gate_logps_A[site].double()
+    act = renormalise(scored.line_logps_A, scored.gate_logps_A)[boundary].double()
+    log_think = scored.gate_logps_A[boundary].double()
     thinking = torch.logsumexp(logp + line, 0)
     exact = float(torch.logaddexp(log1mexp(log_think) + act, log_think + thinking))
-    rest = float(scored.line_logps_A.double().sum() - scored.line_logps_A[site].double())
+    rest = float(scored.line_logps_A.double().sum() - scored.line_logps_A[boundary].double())
 
     mixed = torch.logaddexp(logp, logq) - math.log(2)
     probability = expected_log = expected_elbo = 0.0
@@ -237,10 +237,10 @@ def test_bounds_against_all_latents(world, fim_tokenizer):
 def test_hindsight_tightens_the_bound_where_the_prior_seldom_finds_it(world, fim_tokenizer):
     """q drawn from the posterior itself makes every weight the line's probability: the bound is then exact."""
     engine, document = world(few=4, max_length=2)
-    site = document.sites[1]
+    boundary = document.boundaries[1]
     latents = every_latent(engine)
-    scored = engine.score(document, (site,), [latents], 1)
-    logp = prior_logps(engine, document, (site,), [latents])[0]
+    scored = engine.score(document, (boundary,), [latents], 1)
+    logp = prior_logps(engine, document, (boundary,), [latents])[0]
     line = compute_returns(scored, 1, 1.0).latent_TG[0]
     posterior = (logp + line).log_softmax(0)
     group = replace(scored, log_ratio_TG=(logp - posterior)[None])
@@ -256,13 +256,13 @@ def test_templates_of_ones_own(world, fim_tokenizer, text):
     engine, document = world()
     template = parse_template(text, fim_tokenizer)
     assert template.shares_prefix == text.startswith("<")
-    part, sites = Proposal("template", 1.0, template), document.sites
-    assert len(template.views(document, sites, 2)) == (1 if template.shares_prefix else len(sites))
-    group = propose(engine, document, sites, 2, 1, NOISE, Proposals((part,), 2))
-    for t, site in enumerate(sites):
-        ids, action = document.input_ids, document.actions[site]
+    part, boundaries = Proposal("template", 1.0, template), document.boundaries
+    assert len(template.views(document, boundaries, 2)) == (1 if template.shares_prefix else len(boundaries))
+    group = propose(engine, document, boundaries, 2, 1, NOISE, Proposals((part,), 2))
+    for t, boundary in enumerate(boundaries):
+        ids, action = document.input_ids, document.actions[boundary]
         bos = [ids[0]] if ids[0] == fim_tokenizer.bos_token_id else []
-        code, end = ids[len(bos) : action.start], document.actions[min(site + 2, len(document.actions)) - 1].end
+        code, end = ids[len(bos) : action.start], document.actions[min(boundary + 2, len(document.actions)) - 1].end
         known = [*action.boundary.close, *ids[action.start : end]]
         prefix, suffix, middle = fim_tokenizer.convert_tokens_to_ids(list(FIM))
         if template.shares_prefix:
@@ -285,7 +285,7 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
 
     args = RA3Config("x", proposal="function", e_steps=0, annotation_think_prob=0.5, use_cpu=True, max_length=64)
     proposals = make_proposals(args, fim_tokenizer, 2048, prompt)
-    group = propose(engine, document, document.sites, 2, 1, NOISE, proposals)
+    group = propose(engine, document, document.boundaries, 2, 1, NOISE, proposals)
     assert seen[0][0].startswith("def area(r):") and "pi" not in seen[0][0]
     assert "pi = 3" in seen[0][1] and "return pi * r * r" in seen[0][1]
     bos = [fim_tokenizer.bos_token_id] if document.input_ids[0] == fim_tokenizer.bos_token_id else []
@@ -294,13 +294,19 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         assert sum(latent.logps) == pytest.approx(logp_by_hand(engine, ids, latent), abs=1e-3)
     with pytest.raises(ValueError, match="`proposal_func` returned ''"):
         propose(
-            engine, document, document.sites, 2, 1, NOISE, make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
+            engine,
+            document,
+            document.boundaries,
+            2,
+            1,
+            NOISE,
+            make_proposals(args, fim_tokenizer, 2048, lambda a, b: ""),
         )
-    first = document.actions[document.sites[0]]
+    first = document.actions[document.boundaries[0]]
     room = 100 - args.max_latent_length - (first.end - first.start) - len(first.boundary.close)
     with pytest.raises(ValueError, match=f"prompt of .* tokens, but the model's context leaves room for {room};"):
         long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
-        propose(engine, document, document.sites, 2, 1, NOISE, long)
+        propose(engine, document, document.boundaries, 2, 1, NOISE, long)
 
 
 def replace_args(args: RA3Config, **changes) -> RA3Config:
@@ -315,7 +321,7 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     engine, document = world()
     proposals = fim(fim_tokenizer, 1.0, 1.0)
     args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
-    group = propose(engine, document, document.sites, 4, 1, NOISE, proposals)
+    group = propose(engine, document, document.boundaries, 4, 1, NOISE, proposals)
     returns = compute_returns(group, 1, 0.9)
     # <act>: log 1/2 + its line; a latent: log(1/2 / 4) + its line + log-ratio, which the returns hold already.
     logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
@@ -324,10 +330,10 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     annealed = annotate(engine, document, replace_args(args, proposal_kl_coef=0.0), NOISE, proposals=proposals)
     bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
     free = torch.cat([bare.act_T[:, None] + math.log(0.5), bare.latent_TG + math.log(0.5 / 4)], 1).double().softmax(-1)
-    for site, size in annealed.sizes.items():
-        assert size == pytest.approx(1 / float(free[group.sites.index(site)].square().sum()), rel=1e-3)
-    for site, size in found.sizes.items():
-        t = group.sites.index(site)
+    for boundary, size in annealed.sizes.items():
+        assert size == pytest.approx(1 / float(free[group.boundaries.index(boundary)].square().sum()), rel=1e-3)
+    for boundary, size in found.sizes.items():
+        t = group.boundaries.index(boundary)
         assert size == pytest.approx(1 / float(weights[t].square().sum()), rel=1e-3)
     assert min(found.sizes.values()) >= 1 and max(found.sizes.values()) <= 5
 
@@ -340,16 +346,16 @@ def test_annotation_draws_each_candidate_as_often_as_it_weighs(world, fim_tokeni
     wanted, spread, found = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for step in range(40):
         noise = replace(NOISE, step=step)
-        group = propose(engine, document, document.sites, 4, 1, noise, proposals)
+        group = propose(engine, document, document.boundaries, 4, 1, noise, proposals)
         returns = compute_returns(group, 1, 0.9)
         logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
         weights = logits.double().softmax(-1)
         placed = annotate(engine, document, args, noise, proposals=proposals).placed
-        for t, (site, row) in enumerate(zip(group.sites, group.latents, strict=True)):
+        for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
             if len({z.token_ids for z in row}) == 4:  # else it can't be told which one was placed
                 wanted += weights[t]
                 spread += weights[t] * (1 - weights[t])
-                found[1 + row.index(placed[site]) if site in placed else 0] += 1
+                found[1 + row.index(placed[boundary]) if boundary in placed else 0] += 1
     assert wanted.min() > 1  # each is drawn at times
     assert ((found - wanted).abs() < 4 * spread.sqrt()).all(), (found, wanted)
 
@@ -383,20 +389,20 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
         proposal_kl_coef=weight, use_cpu=True,
     )  # fmt: skip
     (rollout,) = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer, 1.0))
-    group, sites = rollout.group, rollout.group.sites
+    group, boundaries = rollout.group, rollout.group.boundaries
     returns = rollout.returns
-    prior = prior_logps(engine, document, sites, group.latents)
+    prior = prior_logps(engine, document, boundaries, group.latents)
     torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
     bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
     torch.testing.assert_close(returns.latent_TG, bare.latent_TG + weight * group.log_ratio_TG)
     model.zero_grad()
-    estep_backward(engine, [rollout], args, len(sites), False, lambda loss: loss.backward())
+    estep_backward(engine, [rollout], args, len(boundaries), False, lambda loss: loss.backward())
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model.zero_grad()
     advantage = advantages(returns, 0.3, baseline)
-    for t, site in enumerate(sites):
-        prompt = fim_prompt(tokenizer, document, site, 2)
+    for t, boundary in enumerate(boundaries):
+        prompt = fim_prompt(tokenizer, document, boundary, 2)
         for g, latent in enumerate(group.latents[t]):
             ids = torch.tensor([[*prompt, *latent.token_ids]])
             logits = model(input_ids=ids).logits[0]
@@ -409,7 +415,7 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
                 row = torch.where(is_stop, stop, row).masked_fill(~allowed, -torch.inf)
                 total = total + row.log_softmax(-1)[token]
                 state = int(engine.table.next_state_SV[state, token])
-            (-advantage[t, g] * total / 2 / len(sites)).backward()
+            (-advantage[t, g] * total / 2 / len(boundaries)).backward()
     assert found
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=2e-4, rtol=2e-3)
@@ -443,9 +449,9 @@ def test_a_frozen_rewards_prior_is_frozen_too(tokenizer_of, tiny_model, segmente
             parameter.add_(0.02 * torch.randn_like(parameter))
     (rollout,) = roll_out(engine, [document], args, NOISE, frozen, proposals=fim(tokenizer, 1.0))
     group = rollout.group
-    live = prior_logps(engine, document, group.sites, group.latents)
+    live = prior_logps(engine, document, group.boundaries, group.latents)
     with frozen.applied():
-        prior = prior_logps(engine, document, group.sites, group.latents)
+        prior = prior_logps(engine, document, group.boundaries, group.latents)
     assert (prior - live).abs().min() > 1e-3
     torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
 
@@ -622,8 +628,8 @@ def test_other_families_tokens_are_found(tokenizers, markers):
 
 def test_chats_prompt_reads_as_it_should(tokenizer_of, segmenter):
     (document,) = segmenter(tokenizer_of)(0, CODE)
-    site = document.sites[0]
-    ((view, places),) = chat_template(tokenizer_of).views(document, (site,), 1)
+    boundary = document.boundaries[0]
+    ((view, places),) = chat_template(tokenizer_of).views(document, (boundary,), 1)
     action = view.actions[places[0]]
     text = tokenizer_of.decode([*view.input_ids[: action.start], *action.boundary.think])
     assert text.startswith("<|user|>Here is the beginning of a program:\n\ndef area(r):")
@@ -685,7 +691,7 @@ def test_a_text_has_one_bos(tokenizers, segmenter):
         actions=tuple(replace(a, start=a.start - 1, end=a.end - 1) for a in document.actions),
     )  # fmt: skip
     for one in (document, bare):
-        ((view, _),) = chat_template(tokenizer).views(one, one.sites, 1)
+        ((view, _),) = chat_template(tokenizer).views(one, one.boundaries, 1)
         assert view.input_ids[:2] == (bos, user) and view.input_ids.count(bos) == 1
 
 
@@ -716,7 +722,7 @@ def test_a_document_without_boundaries_is_counted_where_it_belongs(tokenizer_of,
     args = RA3Config("x", proposal="causal+fim", use_cpu=True)
     rollouts = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
     sums = rollout_sums(rollouts, tokenizer_of.decode)
-    assert not document.sites and sums["elbo"] == sums["hindsight/elbo"]
+    assert not document.boundaries and sums["elbo"] == sums["hindsight/elbo"]
 
 
 def test_annotating_with_a_checkpoints_proposals(tmp_path, tokenizer_of, tiny_model):
@@ -753,11 +759,11 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
     )
     (document,) = segmenter(tokenizer_of)(0, CODE)
     args = RA3Config(
-        "x", proposal="causal+fim", num_latents=2, horizon=1, baseline="no_think", max_sites=1, use_cpu=True
+        "x", proposal="causal+fim", num_latents=2, horizon=1, baseline="no_think", max_boundaries=1, use_cpu=True
     )
     causal, known = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
-    site = known.group.sites[0]
-    line = document.actions[site + 1]
+    boundary = known.group.boundaries[0]
+    line = document.actions[boundary + 1]
     said = replace(known.group.latents[0][0], token_ids=document.input_ids[line.start : line.end])
     rollouts = [replace(r, group=replace(r.group, latents=((said,),))) for r in (causal, known)]
     assert [row["origin"] for row in latent_rows(1, rollouts, tokenizer_of)] == ["policy", "hindsight"]

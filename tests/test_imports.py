@@ -14,7 +14,7 @@ PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
     ("records", "files", "config_file", "config"),
-    ("segmentation", "rollout", "losses", "models", "rewards", "analysis"),
+    ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis"),
     ("em", "hub", "report", "generation", "evaluation"),
     ("trainer",),
     ("cli", "examples", "benchmarks"),
@@ -113,7 +113,7 @@ def test_a_planted_wrong_import_is_caught(file, line):
     ("file", "line"),
     [
         ("ra3_trl/em/planted.py", "from ..losses import advantages"),
-        ("ra3_trl/evaluation/planted.py", "from ..rewards import sandbox"),
+        ("ra3_trl/evaluation/planted.py", "from ..sandbox import Judge"),
         ("ra3_trl/rollout/planted.py", "from .engine import RolloutEngine\nfrom ..records import Document"),
         ("ra3_trl/__init__.py", "from .trainer import RA3MidTrainer"),
         ("examples/planted.py", "from ra3_trl import RA3Config\nfrom ra3_trl.trainer import RA3MidTrainer"),

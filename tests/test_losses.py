@@ -39,13 +39,13 @@ def document_of(*kinds: str, tokens: int = 2) -> Document:
     return Document(0, 0, tuple(range(2 + tokens * len(kinds))), actions, 1)
 
 
-def group_of(document, lines, gates, latent_lines, latent_gates, sites=None) -> RolloutGroup:
+def group_of(document, lines, gates, latent_lines, latent_gates, boundaries=None) -> RolloutGroup:
     """`gates` are probabilities of thinking, 0 for no decision."""
     to = torch.tensor
-    sites = document.sites if sites is None else sites
+    boundaries = document.boundaries if boundaries is None else boundaries
     latents = tuple(tuple(Latent((0,), True) for _ in row) for row in latent_lines)
     gates, latent_gates = to(gates).log(), to(latent_gates).log()
-    return RolloutGroup(document, sites, latents, to(lines), gates, to(latent_lines), latent_gates)
+    return RolloutGroup(document, boundaries, latents, to(lines), gates, to(latent_lines), latent_gates)
 
 
 # ---- log1mexp, renormalise ----
@@ -196,9 +196,9 @@ def test_the_gates_gradient_is_that_of_j():
 
 
 def test_estep_loss_by_hand():
-    """One site, p = 1/2, slope 2; two latents of 2 and 1 symbols, advantages 3 and -1, weight 1.
+    """One boundary, p = 1/2, slope 2; two latents of 2 and 1 symbols, advantages 3 and -1, weight 1.
 
-    gate: -0.5 * 2 = -1. policy: -(3 * (-1 - 2) + -1 * -4) / 2 = 2.5. Sum over sites, mean over latents.
+    gate: -0.5 * 2 = -1. policy: -(3 * (-1 - 2) + -1 * -4) / 2 = 2.5. Sum over boundaries, mean over latents.
     """
     terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1))
     logps, branch = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1])
@@ -370,7 +370,7 @@ def test_bounds_count_code_once_and_neither_comments_nor_untried_lines_twice():
         [0, 0, 0, 0.5, 0.9],
         [[[-1.0]]],
         [[[0.0]]],
-        sites=(3,),
+        boundaries=(3,),
     )
     bounds = code_bounds(group)
     assert bounds.log_likelihood == pytest.approx(-10) and bounds.tokens == 8
@@ -383,7 +383,7 @@ def test_bounds_count_code_once_and_neither_comments_nor_untried_lines_twice():
         [0, 0, 0, 0.5, 0.9],
         [[[-1.0, -77.0]]],
         [[[0.0, 0.0]]],
-        sites=(3,),
+        boundaries=(3,),
     )
     assert code_bounds(longer) == bounds
     nothing = RolloutGroup(

@@ -173,8 +173,8 @@ def test_texts_for_filling_in_the_middle():
         else:
             assert comment.strip().isdigit() and len(comment) == 2
         (document,) = Segmenter(tokenizer, PYTHON, 1000)(0, before + after[1:])
-        site = before.count("\n")
-        ((view, places),) = template.views(document, (site,), testbed.KNOWN_LINES)
+        boundary = before.count("\n")
+        ((view, places),) = template.views(document, (boundary,), testbed.KNOWN_LINES)
         action = view.actions[places[0]]
         prompt = [*view.input_ids[: action.start], *action.boundary.think]
         assert prompt == tokenizer(text)["input_ids"][: len(prompt)]
@@ -393,7 +393,7 @@ def test_samples_by_hand():
     """2 programs of 3 boundaries with 2 latents each an update, 2 E- and 2 M-updates; GRPO: 2 prompts, 2 each."""
     assert samples(TOY) == {"rlvr_update": 4, "ra3_e_phase": 24, "ra3_m_phase": 24, "resample_m_phase": 48}
     document = Segmenter(testbed.make_tokenizer(), PYTHON, 384)(0, testbed.programs(EXPERT, 0, 1)["text"][0])[0]
-    assert len(document.sites) == testbed.boundaries(EXPERT) == 18
+    assert len(document.boundaries) == testbed.boundaries(EXPERT) == 18
     assert testbed.boundaries(SHARED) == 20  # 4 stanzas of 5 lines
 
 

@@ -117,9 +117,9 @@ def test_batches_already_consumed_are_not_rolled_out_again(make, tmp_path, monke
     seen = []
     rollout = trainer.engine.rollout
 
-    def watched(document, sites, num_latents, horizon, noise, score=True):
+    def watched(document, boundaries, num_latents, horizon, noise, score=True):
         seen.append((noise.phase, noise.step))
-        return rollout(document, sites, num_latents, horizon, noise, score)
+        return rollout(document, boundaries, num_latents, horizon, noise, score)
 
     monkeypatch.setattr(trainer.engine, "rollout", watched)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))

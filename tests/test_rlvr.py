@@ -27,7 +27,7 @@ from ra3_trl.cli.main import guarded
 from ra3_trl.config_file import write_settings
 from ra3_trl.evaluation import render_prompt
 from ra3_trl.generation import CompletionRollout, until_stop
-from ra3_trl.rewards import Problem
+from ra3_trl.sandbox import Problem
 
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from ra3_trl.rollout.backbone import Backbone
 from ra3_trl.rollout.branch import BranchEngine
 from ra3_trl.rollout.expand import ExpandEngine
 from ra3_trl.rollout.noise import NoiseKey, keyed_uniform
-from ra3_trl.rollout.plan import horizon_lines, plan_site
+from ra3_trl.rollout.plan import horizon_lines, plan_boundary
 from ra3_trl.rollout.sampler import LatentDistribution, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
 
@@ -55,7 +55,7 @@ def llama(tiny_model, tokenizers):
 
 
 def assert_same_groups(one, other, tolerance: float = 2e-4) -> None:
-    assert one.sites == other.sites
+    assert one.boundaries == other.boundaries
     assert [[z.token_ids for z in row] for row in one.latents] == [[z.token_ids for z in row] for row in other.latents]
     assert [[z.stopped for z in row] for row in one.latents] == [[z.stopped for z in row] for row in other.latents]
     for a, b in zip([z for r in one.latents for z in r], [z for r in other.latents for z in r], strict=True):
@@ -75,9 +75,9 @@ def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) ->
         for i, action in enumerate(document.actions):
             wanted = slow.gate(document, i) if action.boundary else torch.tensor(-torch.inf)
             assert float(group.gate_logps_A[i]) == pytest.approx(float(wanted), abs=tolerance)
-        for t, site in enumerate(group.sites):
+        for t, boundary in enumerate(group.boundaries):
             for g, latent in enumerate(group.latents[t]):
-                scores = slow.branch(document, site, latent, horizon)
+                scores = slow.branch(document, boundary, latent, horizon)
                 for k in range(horizon):
                     line, gate = scores[k] if k < len(scores) else (0.0, None)
                     wanted = -torch.inf if gate is None else float(gate)
@@ -92,8 +92,8 @@ def assert_group_is_exact(group, slow, horizon: int, tolerance: float = 1e-4) ->
 def assert_latents_are_exact(group, slow, tolerance: float = 1e-4) -> None:
     """Sampled log-probs against the distribution spelled out token by token."""
     with torch.no_grad():
-        for site, row in zip(group.sites, group.latents, strict=True):
-            action = group.document.actions[site]
+        for boundary, row in zip(group.boundaries, group.latents, strict=True):
+            action = group.document.actions[boundary]
             prefix = [*group.document.input_ids[: action.start], *action.boundary.think]
             for latent in row:
                 wanted = torch.stack(slow.latent_logps(prefix, latent))
@@ -109,7 +109,7 @@ def test_branch_engine_equals_plain_forwards(model_type, tiny_model, tokenizers,
     model = tiny_model(model_type, tokenizer)
     before = plain_forward(model, document.input_ids)
     assert not model_type.startswith(("mistral", "gemma")) or len(document.input_ids) > 2 * model.config.sliding_window
-    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites[1::2], 2, 3, KEY)
+    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.boundaries[1::2], 2, 3, KEY)
     slow = slow_path(model, tokenizer)
     assert_group_is_exact(group, slow, horizon=3)
     assert_latents_are_exact(group, slow)
@@ -122,18 +122,18 @@ def test_branch_engine_equals_plain_forwards(model_type, tiny_model, tokenizers,
 def test_expand_engine_samples_and_scores_the_same(model_type, tiny_model, tokenizers, document):
     tokenizer = tokenizers["newline_indent"]
     model = tiny_model(model_type, tokenizer)
-    branch = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 2, KEY)
-    expand = engine_of(ExpandEngine, model, tokenizer).rollout(document, document.sites, 2, 2, KEY)
+    branch = engine_of(BranchEngine, model, tokenizer).rollout(document, document.boundaries, 2, 2, KEY)
+    expand = engine_of(ExpandEngine, model, tokenizer).rollout(document, document.boundaries, 2, 2, KEY)
     assert_same_groups(branch, expand)
 
 
 def slow_objective(slow, group, weight_T, weight_n):
     """A loss with a different weight on each gate and each symbol, from plain forwards."""
     loss, n = 0.0, 0
-    for t, site in enumerate(group.sites):
-        action = group.document.actions[site]
+    for t, boundary in enumerate(group.boundaries):
+        action = group.document.actions[boundary]
         prefix = [*group.document.input_ids[: action.start], *action.boundary.think]
-        loss = loss + weight_T[t] * slow.gate(group.document, site)
+        loss = loss + weight_T[t] * slow.gate(group.document, boundary)
         for latent in group.latents[t]:
             for logp in slow.latent_logps(prefix, latent):
                 loss = loss + weight_n[n] * logp
@@ -158,7 +158,7 @@ def random_weights(group):
     """One number for each gate and each symbol."""
     generator = torch.Generator().manual_seed(0)
     count = sum(len(z.logps) for row in group.latents for z in row)
-    return torch.randn(len(group.sites), generator=generator), torch.randn(count, generator=generator)
+    return torch.randn(len(group.boundaries), generator=generator), torch.randn(count, generator=generator)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -166,7 +166,7 @@ def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokeniz
     tokenizer = tokenizers["newline_indent"]
     model = tiny_model(model_type, tokenizer)
     engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
-    group = engine.rollout(document, document.sites[2:5], 2, 1, KEY, score=False)
+    group = engine.rollout(document, document.boundaries[2:5], 2, 1, KEY, score=False)
     weight_T, weight_n = random_weights(group)
     slow = slow_path(model, tokenizer, max_length=3)
     wanted = gradients(model, slow_objective(slow, group, weight_T, weight_n))
@@ -179,14 +179,14 @@ def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokeniz
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_recomputed_log_probs_are_the_sampled_ones(kind, llama, tokenizers, document):
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
-    group = engine.rollout(document, document.sites, 3, 1, KEY)
-    logps = engine.log_probs(group, slice(0, len(group.sites)))
+    group = engine.rollout(document, document.boundaries, 3, 1, KEY)
+    logps = engine.log_probs(group, slice(0, len(group.boundaries)))
     sampled = [logp for row in group.latents for z in row for logp in z.logps]
     torch.testing.assert_close(logps.token_n.detach(), torch.tensor(sampled), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logps.gate_T.detach(), group.gate_logps_A[list(group.sites)], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logps.gate_T.detach(), group.gate_logps_A[list(group.boundaries)], atol=1e-4, rtol=0)
     counts = [len(z.logps) for row in group.latents for z in row]
     assert logps.branch_n.tolist() == [m for m, n in enumerate(counts) for _ in range(n)]
-    # A part of the sites: branches are counted from the first of them.
+    # A part of the boundaries: branches are counted from the first of them.
     part = engine.log_probs(group, slice(1, 3))
     skipped = sum(counts[:3])
     torch.testing.assert_close(part.token_n, logps.token_n[skipped : skipped + sum(counts[3:9])], atol=1e-4, rtol=0)
@@ -209,7 +209,7 @@ def test_gradients_go_through_a_wrapper(kind, llama, tokenizers, document):
             return self.module(**inputs)
 
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
-    group = engine.rollout(document, document.sites[:3], 2, 1, KEY)
+    group = engine.rollout(document, document.boundaries[:3], 2, 1, KEY)
     plain = engine.log_probs(group, slice(0, 3))
     wrapper = Wrapper()
     wrapped = engine.log_probs(group, slice(0, 3), through=wrapper)
@@ -221,11 +221,11 @@ def test_gradients_go_through_a_wrapper(kind, llama, tokenizers, document):
 def test_entropy_is_that_of_the_distribution_drawn_from(llama, tokenizers, document, slow_path):
     tokenizer = tokenizers["newline_indent"]
     engine = engine_of(BranchEngine, llama, tokenizer, temperature=0.8)
-    group = engine.rollout(document, document.sites[:2], 2, 1, KEY)
+    group = engine.rollout(document, document.boundaries[:2], 2, 1, KEY)
     found = engine.log_probs(group, slice(0, 2), entropy=True).entropy_n
     slow, wanted = slow_path(llama, tokenizer, temperature=0.8), []
-    for site, row in zip(group.sites, group.latents, strict=True):
-        action = document.actions[site]
+    for boundary, row in zip(group.boundaries, group.latents, strict=True):
+        action = document.actions[boundary]
         prefix = [*document.input_ids[: action.start], *action.boundary.think]
         for latent in row:
             for j in range(len(latent.logps)):
@@ -244,7 +244,7 @@ def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llama", tokenizer), config).eval()
     engine = engine_of(BranchEngine, model, tokenizer, max_length=3)
-    group = engine.rollout(document, document.sites[1:4], 2, 2, KEY)
+    group = engine.rollout(document, document.boundaries[1:4], 2, 2, KEY)
     slow = slow_path(model, tokenizer, max_length=3)
     assert_group_is_exact(group, slow, horizon=2)
     assert_latents_are_exact(group, slow)
@@ -259,7 +259,9 @@ def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
     # The adapter is really in use.
     with model.disable_adapter(), torch.no_grad():
         assert not torch.allclose(engine.trunk(document).line_logps_A, group.line_logps_A, atol=1e-2)
-    expand = engine_of(ExpandEngine, model, tokenizer, max_length=3).rollout(document, document.sites[1:4], 2, 2, KEY)
+    expand = engine_of(ExpandEngine, model, tokenizer, max_length=3).rollout(
+        document, document.boundaries[1:4], 2, 2, KEY
+    )
     assert_same_groups(group, expand)
 
 
@@ -282,7 +284,7 @@ def test_bfloat16_within_its_tolerance(tiny_model, tokenizers, document):
 def test_every_tokenizer_and_horizon_one(tokenizer, tiny_model, segmenter, slow_path):
     model = tiny_model("llama", tokenizer)
     (document,) = segmenter(tokenizer)(0, CODE)
-    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY)
+    group = engine_of(BranchEngine, model, tokenizer).rollout(document, document.boundaries, 2, 1, KEY)
     slow = slow_path(model, tokenizer)
     assert_group_is_exact(group, slow, horizon=1)
     assert_latents_are_exact(group, slow)
@@ -292,13 +294,13 @@ def test_multi_token_prefixes_need_side_runs_and_are_exact(tokenizers, tiny_mode
     """`newline_alone`: think = (11 spaces, " #"). Before a dedent the expert's next token is another: a side run."""
     tokenizer = tokenizers["newline_alone"]
     (document,) = segmenter(tokenizer)(0, "if a:\n    if b:\n        c = 1\nd = 2\nif e:\n    f = 3\ng = 4\n")
-    thinks = [document.actions[s].boundary.think for s in document.sites]
+    thinks = [document.actions[s].boundary.think for s in document.boundaries]
     assert max(map(len, thinks)) >= 2
-    plans = [plan_site(document, site, 3) for site in document.sites]
+    plans = [plan_boundary(document, boundary, 3) for boundary in document.boundaries]
     assert any((p.sees <= np.arange(len(p.tokens))).any() for p in plans), "no side run in this test"
     model = tiny_model("qwen2", tokenizer)
     for kind in (BranchEngine, ExpandEngine):
-        group = engine_of(kind, model, tokenizer).rollout(document, document.sites, 2, 3, KEY)
+        group = engine_of(kind, model, tokenizer).rollout(document, document.boundaries, 2, 3, KEY)
         assert_group_is_exact(group, slow_path(model, tokenizer), horizon=3)
 
 
@@ -306,9 +308,9 @@ def test_spliced_documents_are_scored_as_any_other(llama, tokenizers, document, 
     """Annotation rolls out on a text that has latents already."""
     tokenizer = tokenizers["newline_indent"]
     engine = engine_of(BranchEngine, llama, tokenizer)
-    first = engine.rollout(document, document.sites[:2], 1, 1, KEY)
-    spliced = splice(document, {s: row[0] for s, row in zip(first.sites, first.latents, strict=True)}).document
-    group = engine.rollout(spliced, spliced.sites[2:], 1, 2, KEY)
+    first = engine.rollout(document, document.boundaries[:2], 1, 1, KEY)
+    spliced = splice(document, {s: row[0] for s, row in zip(first.boundaries, first.latents, strict=True)}).document
+    group = engine.rollout(spliced, spliced.boundaries[2:], 1, 2, KEY)
     assert_group_is_exact(group, slow_path(llama, tokenizer), horizon=2)
 
 
@@ -318,7 +320,7 @@ def test_chunks_with_context(llama, tokenizers, segmenter, slow_path):
     chunk = segmenter(tokenizer, 40)(0, CODE * 2)[1]
     (prompted,) = segmenter(tokenizer)(0, CODE, CODE.index("    # kept"))
     for document in (chunk, prompted):
-        group = engine_of(BranchEngine, llama, tokenizer).rollout(document, document.sites, 1, 2, KEY)
+        group = engine_of(BranchEngine, llama, tokenizer).rollout(document, document.boundaries, 1, 2, KEY)
         assert_group_is_exact(group, slow_path(llama, tokenizer), horizon=2)
 
 
@@ -333,9 +335,11 @@ def test_the_horizon_ends_at_the_document_and_at_a_kept_comment(document):
 
 
 def test_lines_beyond_the_horizon_are_zero_and_without_gate(llama, tokenizers, document):
-    group = engine_of(BranchEngine, llama, tokenizers["newline_indent"]).rollout(document, document.sites, 1, 3, KEY)
-    for t, site in enumerate(document.sites):
-        lines = horizon_lines(document, site, 3)
+    group = engine_of(BranchEngine, llama, tokenizers["newline_indent"]).rollout(
+        document, document.boundaries, 1, 3, KEY
+    )
+    for t, boundary in enumerate(document.boundaries):
+        lines = horizon_lines(document, boundary, 3)
         assert (group.latent_line_logps_TGH[t, :, :lines] < 0).all() and (
             group.latent_line_logps_TGH[t, :, lines:] == 0
         ).all()
@@ -348,21 +352,21 @@ def test_lines_beyond_the_horizon_are_zero_and_without_gate(llama, tokenizers, d
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_score_after_rollout_equals_score_from_scratch(kind, llama, tokenizers, document):
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
-    group = engine.rollout(document, document.sites, 2, 3, KEY)
-    assert_same_groups(group, engine.score(document, document.sites, group.latents, 3))
+    group = engine.rollout(document, document.boundaries, 2, 3, KEY)
+    assert_same_groups(group, engine.score(document, document.boundaries, group.latents, 3))
 
 
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 @pytest.mark.parametrize("most", [1, 60, 10**6])
 def test_any_max_branch_tokens_gives_the_same(kind, most, llama, tokenizers, document):
     tokenizer = tokenizers["newline_indent"]
-    wanted = engine_of(kind, llama, tokenizer).rollout(document, document.sites, 3, 2, KEY)
+    wanted = engine_of(kind, llama, tokenizer).rollout(document, document.boundaries, 3, 2, KEY)
     engine = engine_of(kind, llama, tokenizer, max_branch_tokens=most)
-    assert_same_groups(engine.rollout(document, document.sites, 3, 2, KEY), wanted)
+    assert_same_groups(engine.rollout(document, document.boundaries, 3, 2, KEY), wanted)
     parts = engine.split(wanted)
-    assert [t for part in parts for t in range(part.start, part.stop)] == list(range(len(wanted.sites)))
-    assert len(parts) == (1 if most == 10**6 else len(wanted.sites)) or most == 60
-    whole = gradients(llama, engine.log_probs(wanted, slice(0, len(wanted.sites))).token_n.sum())
+    assert [t for part in parts for t in range(part.start, part.stop)] == list(range(len(wanted.boundaries)))
+    assert len(parts) == (1 if most == 10**6 else len(wanted.boundaries)) or most == 60
+    whole = gradients(llama, engine.log_probs(wanted, slice(0, len(wanted.boundaries))).token_n.sum())
     llama.zero_grad(set_to_none=True)
     for part in parts:
         engine.log_probs(wanted, part).token_n.sum().backward()
@@ -371,22 +375,22 @@ def test_any_max_branch_tokens_gives_the_same(kind, most, llama, tokenizers, doc
 
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_a_latent_does_not_depend_on_its_company(kind, llama, tokenizers, document):
-    """Fewer sites, fewer latents, one more phase: only the key decides."""
+    """Fewer boundaries, fewer latents, one more phase: only the key decides."""
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
-    group = engine.rollout(document, document.sites, 3, 1, KEY)
-    alone = engine.rollout(document, document.sites[3:4], 2, 1, KEY)
+    group = engine.rollout(document, document.boundaries, 3, 1, KEY)
+    alone = engine.rollout(document, document.boundaries[3:4], 2, 1, KEY)
     assert [z.token_ids for z in alone.latents[0]] == [z.token_ids for z in group.latents[3][:2]]
-    other = engine.rollout(document, document.sites, 3, 1, replace(KEY, step=4))
+    other = engine.rollout(document, document.boundaries, 3, 1, replace(KEY, step=4))
     assert [[z.token_ids for z in r] for r in other.latents] != [[z.token_ids for z in r] for r in group.latents]
     # Latents of a group differ among themselves.
-    assert len({z.token_ids for row in group.latents for z in row}) > len(group.sites)
+    assert len({z.token_ids for row in group.latents for z in row}) > len(group.boundaries)
 
 
-def test_no_sites(llama, tokenizers, segmenter, document):
+def test_no_boundaries(llama, tokenizers, segmenter, document):
     for kind in (BranchEngine, ExpandEngine):
         engine = engine_of(kind, llama, tokenizers["newline_indent"])
         group = engine.rollout(document, (), 3, 2, KEY)
-        assert group.sites == () and group.latent_line_logps_TGH.shape[0] == 0
+        assert group.boundaries == () and group.latent_line_logps_TGH.shape[0] == 0
         torch.testing.assert_close(group.line_logps_A, engine.trunk(document).line_logps_A)
         (one_line,) = segmenter(tokenizers["newline_indent"])(0, "x = 1\n")
         assert engine.trunk(one_line).gate_logps_A.tolist() == [-math.inf]
@@ -408,11 +412,13 @@ def test_settings_of_the_models_generation_config_do_not_leak_in(tiny_model, tok
     """Checkpoints ship repetition penalties and top-k (Qwen: 1.1 and 20); the policy is the plain softmax."""
     tokenizer = tokenizers["newline_indent"]
     model = tiny_model("llama", tokenizer)
-    wanted = engine_of(BranchEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY)
+    wanted = engine_of(BranchEngine, model, tokenizer).rollout(document, document.boundaries, 2, 1, KEY)
     model.generation_config.update(
         repetition_penalty=3.0, do_sample=True, temperature=0.1, top_k=1, min_new_tokens=4, suppress_tokens=[5, 6]
     )
-    assert_same_groups(engine_of(ExpandEngine, model, tokenizer).rollout(document, document.sites, 2, 1, KEY), wanted)
+    assert_same_groups(
+        engine_of(ExpandEngine, model, tokenizer).rollout(document, document.boundaries, 2, 1, KEY), wanted
+    )
 
 
 # ---- what latents are made of ----
@@ -425,7 +431,7 @@ def test_latents_are_legal_text(kind, max_length, tokenizer, tiny_model, segment
     model = tiny_model("llama", tokenizer, seed=3)
     engine = engine_of(kind, model, tokenizer, max_length=max_length, temperature=3.0)
     (document,) = segmenter(tokenizer)(0, CODE)
-    group = engine.rollout(document, document.sites, 24 if kind is BranchEngine else 6, 1, KEY)
+    group = engine.rollout(document, document.boundaries, 24 if kind is BranchEngine else 6, 1, KEY)
     latents, data = [z for row in group.latents for z in row], engine.table.token_bytes
     for latent in latents:
         text = b"".join(data[i] for i in latent.token_ids).decode("utf-8", "strict")
@@ -479,7 +485,7 @@ def test_the_stop_is_one_symbol(llama, tokenizers, document, slow_path):
 def test_log_probs_are_of_the_truncated_distribution(kind, params, llama, tokenizers, document, slow_path):
     tokenizer = tokenizers["newline_indent"]
     engine = engine_of(kind, llama, tokenizer, **params)
-    group = engine.rollout(document, document.sites[:3], 4, 1, KEY)
+    group = engine.rollout(document, document.boundaries[:3], 4, 1, KEY)
     assert_latents_are_exact(group, slow_path(llama, tokenizer, **params))
     logps = engine.log_probs(group, slice(0, 3)).token_n
     sampled = torch.tensor([logp for row in group.latents for z in row for logp in z.logps])
@@ -498,15 +504,15 @@ def test_a_stored_kept_set_stays_finite_under_other_weights(tiny_model, tokenize
     """A recomputed nucleus under new weights may leave out the very symbol that was drawn; the stored set does not."""
     tokenizer = tokenizers["newline_indent"]
     old, new = tiny_model("llama", tokenizer), tiny_model("llama", tokenizer, seed=9)
-    group = engine_of(BranchEngine, old, tokenizer, top_k=2).rollout(document, document.sites, 3, 1, KEY)
+    group = engine_of(BranchEngine, old, tokenizer, top_k=2).rollout(document, document.boundaries, 3, 1, KEY)
     engine = engine_of(BranchEngine, new, tokenizer, top_k=2)
-    logps = engine.log_probs(group, slice(0, len(group.sites))).token_n
+    logps = engine.log_probs(group, slice(0, len(group.boundaries))).token_n
     assert torch.isfinite(logps).all()
     # The distribution is that of the kept set: its two symbols share all the mass under the new weights too.
     kept = group.latents[0][0].kept[0].tolist()
     assert len(kept) == 2
     both = [Latent((k,), False, (0.0,), (group.latents[0][0].kept[0],)) for k in kept]
-    pair = replace(group, sites=group.sites[:1], latents=(tuple(both),))
+    pair = replace(group, boundaries=group.boundaries[:1], latents=(tuple(both),))
     assert float(engine.log_probs(pair, slice(0, 1)).token_n.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
@@ -515,10 +521,10 @@ def test_frequencies_of_first_tokens(params, llama, tokenizers, document, slow_p
     """n = 3000 draws: a frequency has standard deviation sqrt(p (1-p) / n), at most 0.009; 5 of them are allowed (a
     right sampler passes with probability 1 - 600 * 6e-7), plus one draw for the rarest tokens."""
     tokenizer, n = tokenizers["newline_indent"], 3000
-    site = document.sites[2]
-    action = document.actions[site]
+    boundary = document.boundaries[2]
+    action = document.actions[boundary]
     engine = engine_of(BranchEngine, llama, tokenizer, max_length=1, **params)
-    group = engine.rollout(document, (site,), n, 1, KEY, score=False)
+    group = engine.rollout(document, (boundary,), n, 1, KEY, score=False)
     prefix = [*document.input_ids[: action.start], *action.boundary.think]
     with torch.no_grad():
         exact = slow_path(llama, tokenizer, max_length=1, **params).symbols(prefix, []).exp()
@@ -533,10 +539,10 @@ def test_frequencies_of_first_tokens(params, llama, tokenizers, document, slow_p
 def test_frequencies_of_whole_latents(llama, tokenizers, document, slow_path):
     """All pairs (first token, second symbol or stop) under top-k 3: at most 9 outcomes, exact by enumeration."""
     tokenizer, n, params = tokenizers["newline_indent"], 3000, {"top_k": 3, "temperature": 1.5}
-    site = document.sites[1]
-    action = document.actions[site]
+    boundary = document.boundaries[1]
+    action = document.actions[boundary]
     engine = engine_of(BranchEngine, llama, tokenizer, max_length=2, **params)
-    group = engine.rollout(document, (site,), n, 1, KEY, score=False)
+    group = engine.rollout(document, (boundary,), n, 1, KEY, score=False)
     slow, exact = slow_path(llama, tokenizer, max_length=2, **params), {}
     prefix = [*document.input_ids[: action.start], *action.boundary.think]
     with torch.no_grad():

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import needs_bwrap
 
-from ra3_trl.rewards import Judge, Limits, Problem, Sandbox, SandboxError, wire
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox, SandboxError, wire
 
 
 SQUARE = Problem(tests=("assert f(2) == 4", "assert f(3) == 9"))

@@ -121,9 +121,9 @@ def test_tokenizers_have_the_property_of_their_name(tokenizers):
 def assert_splices_keep_the_program(tokenizer, document, text: str, one_by_one: bool) -> None:
     program = tree(text)
     for latent in latents_of(tokenizer):
-        places = [document.sites, *((s,) for s in document.sites)] if one_by_one else [document.sites]
-        for sites in places:
-            spliced = body_text(tokenizer, splice(document, dict.fromkeys(sites, latent)).input_ids)
+        places = [document.boundaries, *((s,) for s in document.boundaries)] if one_by_one else [document.boundaries]
+        for boundaries in places:
+            spliced = body_text(tokenizer, splice(document, dict.fromkeys(boundaries, latent)).input_ids)
             assert tree(spliced) == program, spliced
 
 
@@ -146,7 +146,7 @@ def test_splicing_keeps_the_program_in_the_standard_library(tokenizers, segmente
         assert body_text(tokenizer, document.input_ids) == text
         assert_tiles(document)
         assert_splices_keep_the_program(tokenizer, document, text, one_by_one=False)
-        boundaries += len(document.sites)
+        boundaries += len(document.boundaries)
         lines += len(segment_python(text))
     # Most lines are open to a latent; the others are comments, lines after comments and the first ones.
     assert boundaries > 0.7 * lines
@@ -171,7 +171,7 @@ def test_the_check_of_programs_can_fail(tokenizers, segmenter):
 def test_no_boundary_inside_a_logical_line(tokenizer, segmenter, text):
     text = f"a = 0\n{text}b = 1\n"
     (document,) = segmenter(tokenizer)(0, text)
-    starts = [len(body_text(tokenizer, document.input_ids[: document.actions[s].start])) for s in document.sites]
+    starts = [len(body_text(tokenizer, document.input_ids[: document.actions[s].start])) for s in document.boundaries]
     # Three logical lines; the first has a boundary only where nothing stands in front (never here: see below).
     assert [s for s in starts if s] == [
         text.index("x = ") if "x = " in text else text.index("f("),
@@ -200,9 +200,9 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token=EOS, bos_token=EOS)
     (document,) = segmenter(tokenizer)(0, "x = 1\ny = 2\n")
-    assert document.context == 1 and document.sites == (0, 1)
+    assert document.context == 1 and document.boundaries == (0, 1)
     assert document.actions[0].boundary.close == FragmentEncoder(tokenizer)("\n")
-    ids = splice(document, dict.fromkeys(document.sites, latents_of(tokenizer)[0])).input_ids
+    ids = splice(document, dict.fromkeys(document.boundaries, latents_of(tokenizer)[0])).input_ids
     text = tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False)
     assert text == "# why\nx = 1\n# why\ny = 2\n"
 
@@ -222,7 +222,7 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
 )
 def test_text_that_does_not_fit_is_kept_whole_without_boundaries(tokenizer, segmenter, text, status):
     (document,) = segmenter(tokenizer)(0, text)
-    assert (document.status, document.sites) == (status, ())
+    assert (document.status, document.boundaries) == (status, ())
     if status == "plain":
         assert body_text(tokenizer, document.input_ids) == text
     assert document.input_ids[-1] == tokenizer.eos_token_id != document.input_ids[-2]
@@ -231,7 +231,7 @@ def test_text_that_does_not_fit_is_kept_whole_without_boundaries(tokenizer, segm
 
 def test_code_that_tokenizes_but_does_not_parse_has_actions(tokenizer, segmenter):
     (document,) = segmenter(tokenizer)(0, "x = = 1\nreturn return\ny = 2\n")
-    assert document.status == "actions" and len(document.sites) == 2
+    assert document.status == "actions" and len(document.boundaries) == 2
 
 
 def test_an_empty_text_has_no_document(tokenizer, segmenter):
@@ -243,7 +243,7 @@ def test_an_empty_text_has_no_document(tokenizer, segmenter):
 @pytest.mark.parametrize("text", [" ", "\n", "\n\n \n", "\t", "#"])
 def test_texts_of_white_space_work(tokenizer, segmenter, text):
     (document,) = segmenter(tokenizer)(0, text)
-    assert document.sites == () and body_text(tokenizer, document.input_ids) == text
+    assert document.boundaries == () and body_text(tokenizer, document.input_ids) == text
 
 
 def test_random_mutations_never_lose_text(tokenizer, segmenter):
@@ -349,7 +349,7 @@ def test_stripped_comments_leave_the_program_and_no_comment(tokenizer, segmenter
     (document,) = segmenter(tokenizer, existing_comments="strip")(0, text)
     left = "a = 1\nif a:\n    b = '# no'  # end\nc = [\n    3]\nd = 4\n"
     assert body_text(tokenizer, document.input_ids) == left
-    assert not any(a.comment for a in document.actions) and len(document.sites) == 4
+    assert not any(a.comment for a in document.actions) and len(document.boundaries) == 4
 
 
 @pytest.mark.parametrize("name", list(ODD))
@@ -414,7 +414,7 @@ def test_prompts_are_context_and_completions_have_the_actions(tokenizer, segment
     # With "\n" + 3 spaces in one token, the part of the completion inside it belongs to the context.
     assert completion.endswith(text.lstrip(" ")) and text.strip().startswith("z = y")
     assert document.actions[0].start == document.context
-    first = [document.actions[i].start for i in document.sites]
+    first = [document.actions[i].start for i in document.boundaries]
     assert len(first) == 2 and first[0] == document.context
     assert_tiles(document)
 
@@ -462,7 +462,10 @@ def test_splice_by_hand(tokenizers, segmenter):
     assert example.labels == (-100, *example.input_ids[1:])
     assert [a.start for a in example.document.actions] == [0, start + added, document.actions[2].start + added]
     # Boundaries stay: before an annotated line stands the decision not to think again.
-    assert example.document.sites == document.sites == (1, 2) and example.document.input_ids == example.input_ids
+    assert (
+        example.document.boundaries == document.boundaries == (1, 2)
+        and example.document.input_ids == example.input_ids
+    )
     assert splice(document, {}).input_ids == document.input_ids
 
 

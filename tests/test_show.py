@@ -68,14 +68,15 @@ class FakeEngine:
     def __init__(self, words: list[tuple[int, ...]]):
         self.words = words
 
-    def rollout(self, document, sites, num_latents, horizon, noise):
-        t = len(sites)
+    def rollout(self, document, boundaries, num_latents, horizon, noise):
+        t = len(boundaries)
         drawn = [Latent(ids, True, (-1.0 * len(ids), -0.5)) for ids in (*self.words, self.words[-1])]
         likelier = torch.tensor([2.0, 4.0, 6.0, 6.0])[None, :, None] * torch.tensor([1.0, 0.5])[None, None, :horizon]
         think = torch.tensor([1 / (1 + a.index) if a.boundary else 0.0 for a in document.actions])
         return RolloutGroup(  # without a latent a line lacks just the mass of thinking before it: its return is 0
-            document, tuple(sites), (tuple(drawn),) * t, (1 - think).log(), think.log(),
-            likelier.expand(t, -1, -1), torch.full((t, 4, horizon), -torch.inf), torch.zeros(len(document.sites), 2),
+            document, tuple(boundaries), (tuple(drawn),) * t, (1 - think).log(), think.log(),
+            likelier.expand(t, -1, -1), torch.full((t, 4, horizon), -torch.inf),
+            torch.zeros(len(document.boundaries), 2),
         )  # fmt: skip
 
 
@@ -395,7 +396,7 @@ def test_p_think_is_the_models(checkpoint, source, slow_path, tokenizers, tiny_m
     shown = show_command.show(options, SOURCE, range(1, 16))
     (document,) = Segmenter(tokenizer, PYTHON, 400)(0, SOURCE)
     slow = slow_path(tiny_model("llama", tokenizer, max_position_embeddings=512), tokenizer)
-    expected = [float(slow.gate(document, site).detach().exp()) for site in document.sites]
+    expected = [float(slow.gate(document, boundary).detach().exp()) for boundary in document.boundaries]
     assert [b.think_prob for b in shown.boundaries] == pytest.approx(expected, abs=1e-4)
 
 

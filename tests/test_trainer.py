@@ -360,7 +360,7 @@ def test_logged_gates_are_the_policys(make, reward_model):
     begin, wanted = trainer._prepare_e, []
 
     def prepare(documents, noise):
-        gates = [trainer.engine.trunk(d).gate_logps_A[list(d.sites)].exp() for batch in documents for d in batch]
+        gates = [trainer.engine.trunk(d).gate_logps_A[list(d.boundaries)].exp() for batch in documents for d in batch]
         wanted.append(float(torch.cat(gates).mean()))
         return begin(documents, noise)
 

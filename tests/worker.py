@@ -103,7 +103,13 @@ def main(folder: Path) -> None:
     # 4. Latents proposed in hindsight, learned from in both phases; some batches are without a boundary on a rank.
     proposals = {"proposal": "causal+template", "proposal_template": "{prefix}{suffix}{think}", "num_latents": 4}
     trainer = make(
-        folder, UNEVEN, "hindsight", annotation_think_prob=0.5, gradient_accumulation_steps=2, max_sites=3, **proposals
+        folder,
+        UNEVEN,
+        "hindsight",
+        annotation_think_prob=0.5,
+        gradient_accumulation_steps=2,
+        max_boundaries=3,
+        **proposals,
     )
     trainer.train()
     keep(trainer, folder, "hindsight")

@@ -53,7 +53,7 @@ def trainer(name: str, model: str, lora: bool = False, **settings) -> None:
     defaults = {
         "max_length": 128, "e_steps": 1, "m_steps": 1, "num_latents": 2, "max_latent_length": 4, "learning_rate": 1e-3,
         "e_learning_rate": 1e-3, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none",
-        "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True, "max_sites": 2,
+        "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True, "max_boundaries": 2,
     }  # fmt: skip
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False) if lora else None
     data = Dataset.from_dict({"text": TEXTS})

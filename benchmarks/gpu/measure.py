@@ -28,7 +28,7 @@ LATENTS = 4
 def main(model: str, out: str, seed: str, documents: str, code_dir: str, settings: str) -> None:
     held_out = hold_out(load_splits(None, code_dir or None, "train")["train"], int(documents), None, int(seed))[1]
     known = json.loads(settings)
-    known["eval_max_sites"] = known.pop("max_sites", 0)
+    known["eval_max_boundaries"] = known.pop("max_boundaries", 0)
     with TemporaryDirectory() as folder:
         args = RA3Config(
             output_dir=folder, seed=int(seed), eval_num_latents=LATENTS, report_to="none", disable_tqdm=True,

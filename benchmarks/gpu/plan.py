@@ -20,7 +20,7 @@ OURS = ("ra3", "ra3_compute", "hindsight")  # with latents: of the policy alone,
 MATCHED = {"ntp_compute": ("ntp", "ra3"), "ra3_compute": ("ra3", "hindsight")}  # the one, for the other's time
 MEASURES = "measures.json"
 # Settings of the training that matter where it is measured.
-_HELD_OUT = ("max_length", "max_latent_length", "horizon", "existing_comments", "max_sites", "bf16", "use_cpu")
+_HELD_OUT = ("max_length", "max_latent_length", "horizon", "existing_comments", "max_boundaries", "bf16", "use_cpu")
 _TRAINED = "trainer_state.json"  # the last thing that `ra3 train` and `ra3 rlvr` write beside their weights
 EVALUATED = "eval_results.json"  # of `ra3 train` at its end, with its seconds
 
@@ -73,14 +73,14 @@ class Preset:
 _SHARED = {
     "lr_scheduler_type": "constant", "existing_comments": "strip", "save_strategy": "steps", "save_total_limit": 1,
     "report_to": "none", "logging_steps": 1, "log_latents_steps": 0, "eval_strategy": "no",
-    "eval_max_sites": 1, "eval_num_latents": 2,  # `ra3 train` evaluates at its end, which the stage `measure` does
+    "eval_max_boundaries": 1, "eval_num_latents": 2,  # `measure` does what `ra3 train` does at its end
 }  # fmt: skip
 PRESETS = {
     "cpu": Preset(
         e_steps=4, m_steps=10, seeds=(0,), eval_documents=12, hindsight={"proposal": "causal+chat"},
         train=_SHARED | {
             "max_length": 192, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 10,
-            "horizon": 1, "max_sites": 6, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "save_steps": 5,
+            "horizon": 1, "max_boundaries": 6, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "save_steps": 5,
             "use_cpu": True, "abstraction_head": False,
         },
     ),
@@ -88,7 +88,7 @@ PRESETS = {
         e_steps=4, m_steps=8, seeds=(0,), eval_documents=12, hindsight={"proposal": "causal+chat"},
         train=_SHARED | {
             "max_length": 96, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 10,
-            "horizon": 1, "max_sites": 3, "e_learning_rate": 5e-6, "learning_rate": 1e-5, "save_steps": 6,
+            "horizon": 1, "max_boundaries": 3, "e_learning_rate": 5e-6, "learning_rate": 1e-5, "save_steps": 6,
             "use_cpu": True, "abstraction_head": False,
         },
     ),
@@ -97,7 +97,7 @@ PRESETS = {
         hindsight={"proposal": "causal+fim"},
         train=_SHARED | {
             "max_length": 1024, "per_device_train_batch_size": 16, "num_latents": 8, "max_latent_length": 16,
-            "horizon": 2, "max_sites": 16, "e_learning_rate": 2e-6, "learning_rate": 1e-5, "save_steps": 20,
+            "horizon": 2, "max_boundaries": 16, "e_learning_rate": 2e-6, "learning_rate": 1e-5, "save_steps": 20,
             "bf16": True, "max_branch_tokens": 65536, "abstraction_head": False,
         },
         compare={
@@ -115,7 +115,7 @@ PRESETS = {
         hindsight={"proposal": "causal+template", "proposal_template": "{prefix}{suffix}{think}"},
         train=_SHARED | {
             "max_length": 128, "per_device_train_batch_size": 2, "num_latents": 4, "max_latent_length": 4,
-            "max_sites": 2, "save_steps": 1, "use_cpu": True,
+            "max_boundaries": 2, "save_steps": 1, "use_cpu": True,
         },
         compare={"num_samples": 2, "k": "1,2", "temperature": 0.8, "max_new_tokens": 8, "no_ce": True},
         rlvr={

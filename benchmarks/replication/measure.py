@@ -21,7 +21,7 @@ from .testbed import boundaries, comments_before, examples, fillings, is_hard, i
 
 
 _NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
-_SITES_AT_ONCE = 64
+_BOUNDARIES_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -50,9 +50,9 @@ def complete(model, tokenizer, prompts: list[str], think: str | None, seed: int,
     [`ThinkLogitsProcessor`], or nothing of the kind."""
     torch.manual_seed(seed)
     found = []
-    for begin in range(0, len(prompts), _SITES_AT_ONCE):
+    for begin in range(0, len(prompts), _BOUNDARIES_AT_ONCE):
         batch = tokenizer(
-            prompts[begin : begin + _SITES_AT_ONCE], return_tensors="pt", padding=True, padding_side="left"
+            prompts[begin : begin + _BOUNDARIES_AT_ONCE], return_tensors="pt", padding=True, padding_side="left"
         )
         knobs = [ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)] if think else []
         out = model.generate(

@@ -120,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_head(trainer, name)
         annotated = annotate_dataset(trainer, dataset)
     require_boundaries(annotated, args.action_format)
-    placed, sites = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
-    print(f"{len(annotated):,} documents, {placed:,} latents at {sites:,} boundaries.")
+    placed, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
+    print(f"{len(annotated):,} documents, {placed:,} latents at {boundaries:,} boundaries.")
     if options.output:
         save_aside(annotated, Path(options.output))
         print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")

@@ -27,7 +27,7 @@ from ..files import find_file, fingerprint
 from ..hub.card import public_name
 from ..models import load_tokenizer
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
-from ..rewards import Judge, Limits
+from ..sandbox import Judge, Limits
 from ..segmentation import find_format, require_tags, row_to_document, token_bytes
 from ..trainer import RA3MidTrainer
 from . import evaluate
@@ -38,7 +38,7 @@ from .data import hold_out, limit, load_splits
 VERSION = 1
 _FLAGS = (
     "action_format", "existing_comments", "max_length", "max_latent_length", "horizon", "dataset_text_field",
-    "eval_num_latents", "eval_max_sites", "engine", "max_branch_tokens",
+    "eval_num_latents", "eval_max_boundaries", "engine", "max_branch_tokens",
 )  # fmt: skip
 _SHARED = (*_FLAGS[:5], "temperature", "top_k", "top_p")  # those of one checkpoint are taken for all
 _MEASURED = ("ce", "ce_never", "ce_policy", "elbo", "bound_multi", "think_rate", "code_tokens")

@@ -113,8 +113,8 @@ def _corpus(options: argparse.Namespace, tokenizer, train: int, held_out: int) -
 def _config(output: Path, seed: int, **changes) -> RA3Config:
     settings = {
         "output_dir": str(output), "seed": seed, "max_length": 320, "per_device_train_batch_size": 4,
-        "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_sites": 4,
-        "eval_max_sites": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
+        "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_boundaries": 4,
+        "eval_max_boundaries": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
         "save_strategy": "no", "report_to": "none",
         "log_latents_steps": changes.get("e_steps", 0),  # the first update's, for the card
     }  # fmt: skip

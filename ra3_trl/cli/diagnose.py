@@ -131,8 +131,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         trainer = RA3MidTrainer(name, args, processing_class=tokenizer)
         rows = segment_dataset(data, trainer.segmenter, args.dataset_text_field, None)
         documents = [row_to_document(row) for row in rows]
-        able = [document for document in documents if document.sites]
-        total = len(able) + min(options.boundaries, sum(len(document.sites) for document in able))
+        able = [document for document in documents if document.boundaries]
+        total = len(able) + min(options.boundaries, sum(len(document.boundaries) for document in able))
         with tqdm(total=total, desc="Measuring", disable=None) as bar:
             found = diagnose(
                 trainer, documents, options.boundaries, options.lines, options.line_tokens, options.factor,

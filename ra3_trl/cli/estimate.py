@@ -25,7 +25,7 @@ from ..trainer import RA3MidTrainer
 
 
 _LOOKED_AT = 256  # chunks of a stream
-_MOST_SITES = 16  # boundaries of a document in the timing
+_MOST_BOUNDARIES = 16  # boundaries of a document in the timing
 _STATES = {"sgd": 0.0, "adafactor": 0.1, "adamw_8bit": 0.5, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5}
 
 
@@ -129,8 +129,8 @@ def count_work(trainer: RA3MidTrainer, rows: Dataset) -> Workload:
     """The [`Workload`] of a run, from its segmented data and schedule."""
     args, schedule = trainer.args, trainer.schedule
     rows = rows.select_columns(["think", "input_ids", "context"])
-    sites = [sum(1 for think in row["think"] if think) for row in rows]
-    tried = [min(count, args.max_sites or count) for count in sites]
+    boundaries = [sum(1 for think in row["think"] if think) for row in rows]
+    tried = [min(count, args.max_boundaries or count) for count in boundaries]
     tokens = [len(row["input_ids"]) - max(row["context"], 1) for row in rows]
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     e_chunks = schedule.iterations * schedule.e_steps * per_update
@@ -139,7 +139,7 @@ def count_work(trainer: RA3MidTrainer, rows: Dataset) -> Workload:
     if whole and args.num_train_epochs * len(rows) < m_chunks < args.num_train_epochs * len(rows) + per_update:
         m_chunks = round(args.num_train_epochs * len(rows))  # the last update of an epoch is a smaller one
     e_branches = round(e_chunks * sum(tried) / len(rows) * args.num_latents)
-    boundaries = round(m_chunks * sum(sites) / len(rows)) if args.uses_latents else 0
+    boundaries = round(m_chunks * sum(boundaries) / len(rows)) if args.uses_latents else 0
     return Workload(
         e_chunks=e_chunks,
         e_branches=e_branches,
@@ -183,7 +183,7 @@ def count_memory(trainer: RA3MidTrainer) -> dict[str, int]:
 def time_updates(trainer: RA3MidTrainer, rows: Dataset) -> Timing:
     """Times one E-update and one M-update, forwards and backwards, on two chunks of about average size."""
     args, model = trainer.args, trainer.model
-    documents = _average_documents(rows, with_sites=args.uses_latents)
+    documents = _average_documents(rows, with_boundaries=args.uses_latents)
     start = FrozenWeights(model) if (args.kl_coef or trainer.gate_hold.holds) and args.e_steps else None
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
@@ -201,12 +201,12 @@ def time_updates(trainer: RA3MidTrainer, rows: Dataset) -> Timing:
 def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: FrozenWeights | None) -> tuple[float, float]:
     """Seconds per document and per branch of an E-update without its optimizer step: a line through an update with
     one boundary a document (the second such, the first warms up) and one with more."""
-    args, noise, sites = trainer.args, NoiseKey(trainer.args.seed, 0, 0), trainer.args.max_sites
+    args, noise, boundaries = trainer.args, NoiseKey(trainer.args.seed, 0, 0), trainer.args.max_boundaries
     points = []
     if trainer.plug_ins is not None:
         trainer.plug_ins.state = trainer.state
-    for most in (1, 1, min(sites or _MOST_SITES, _MOST_SITES)):
-        args.max_sites = most
+    for most in (1, 1, min(boundaries or _MOST_BOUNDARIES, _MOST_BOUNDARIES)):
+        args.max_boundaries = most
         begin = time.perf_counter()
         trainer.model.eval()
         with torch.no_grad():
@@ -214,14 +214,14 @@ def _time_estep(trainer: RA3MidTrainer, documents: list[Document], start: Frozen
                 trainer.engine, documents, args, noise, None, trainer.plug_ins, start, proposals=trainer.proposals
             )
         trainer.model.train()
-        count = sum(len(rollout.group.sites) for rollout in rollouts)
-        branches = sum(len(rollout.group.sites) * rollout.group.num_latents for rollout in rollouts)
+        count = sum(len(rollout.group.boundaries) for rollout in rollouts)
+        branches = sum(len(rollout.group.boundaries) * rollout.group.num_latents for rollout in rollouts)
         estep_backward(
             trainer.engine, rollouts, args, float(count), trainer.gate_hold.holds,
             lambda loss: loss.backward(),
         )  # fmt: skip
         points.append((branches, _elapsed(begin, args.device)))
-    args.max_sites = sites
+    args.max_boundaries = boundaries
     (few, low), (many, high) = points[1:]
     slope = max(high - low, 0.0) / (many - few) if many > few else low / few
     return max(low - slope * few, 0.0) / len(documents), slope
@@ -235,7 +235,7 @@ def _time_annotation(trainer: RA3MidTrainer, document: Document) -> tuple[float,
         example = annotate(
             trainer.engine, document, trainer.args, NoiseKey(trainer.args.seed, 1, 0), proposals=trainer.proposals
         )
-    return _elapsed(begin, trainer.args.device) / len(document.sites), example
+    return _elapsed(begin, trainer.args.device) / len(document.boundaries), example
 
 
 def _time_mstep(trainer: RA3MidTrainer, examples: list[AnnotatedExample]) -> float:
@@ -249,11 +249,11 @@ def _time_mstep(trainer: RA3MidTrainer, examples: list[AnnotatedExample]) -> flo
     return _elapsed(begin, args.device) / max(rows.num_tokens, 1)
 
 
-def _average_documents(data: Dataset, with_sites: bool) -> list[Document]:
+def _average_documents(data: Dataset, with_boundaries: bool) -> list[Document]:
     """Two chunks whose tokens and boundaries are nearest to the mean, with a boundary where latents are wanted."""
     rows = data.select_columns(["think", "input_ids"])
     sizes = np.array([(len(row["input_ids"]), sum(1 for think in row["think"] if think)) for row in rows])
-    wanted = np.flatnonzero(sizes[:, 1] > 0) if with_sites else np.arange(len(sizes))
+    wanted = np.flatnonzero(sizes[:, 1] > 0) if with_boundaries else np.arange(len(sizes))
     mean = np.maximum(sizes[wanted].mean(0), 1)
     distance = np.abs(sizes[wanted] / mean - 1).sum(1)
     return [row_to_document(data[int(i)]) for i in wanted[distance.argsort(kind="stable")[:2]]]

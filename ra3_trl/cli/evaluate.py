@@ -37,7 +37,7 @@ from ..files import fingerprint
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings
 from ..hub.card import public_name
 from ..models import AbstractionConfig, AbstractionHead, load_head, load_model, load_tokenizer, state_width
-from ..rewards import Judge, Limits, Sandbox, SandboxError
+from ..sandbox import Judge, Limits, Sandbox, SandboxError
 from .checkpoint import add_model_options
 
 

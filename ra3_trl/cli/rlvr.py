@@ -27,8 +27,6 @@ from ..generation.grpo import check_heeded
 from ..hub.card import public_name
 from ..models import context_length, load_tokenizer
 from ..rewards import (
-    Limits,
-    Problem,
     code_execution_reward,
     format_reward,
     fraction_passed_reward,
@@ -36,6 +34,7 @@ from ..rewards import (
     problem_columns,
     use_judge,
 )
+from ..sandbox import Limits, Problem
 from ..segmentation import find_format
 from .data import load_splits
 from .evaluate import open_judge

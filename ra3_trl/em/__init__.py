@@ -1,7 +1,7 @@
 """The EM loop's parts: schedule, E-step, annotation, M-step, evaluation of bounds."""
 
 from .annotate import annotate
-from .estep import Rollout, choose_sites, count_chunks, estep_backward, roll_out, rollout_sums
+from .estep import Rollout, choose_boundaries, count_chunks, estep_backward, roll_out, rollout_sums
 from .evaluate import EVAL_NOISE, evaluate_documents, finish_metrics
 from .monitor import GateHold, MetricSums, latent_alarms
 from .mstep import Rows, mstep_loss, pack, split_example
@@ -24,7 +24,7 @@ __all__ = [
     "Rows",
     "Schedule",
     "annotate",
-    "choose_sites",
+    "choose_boundaries",
     "count_chunks",
     "estep_backward",
     "evaluate_documents",

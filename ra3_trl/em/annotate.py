@@ -51,9 +51,9 @@ def annotate(
     placed: dict[int, Latent] = {}
     gains: dict[int, float] = {}
     sizes: dict[int, float] = {}
-    sites = list(document.sites)
-    while sites:
-        window = sites if args.horizon == 1 or by_policy else sites[:_WINDOW]
+    boundaries = list(document.boundaries)
+    while boundaries:
+        window = boundaries if args.horizon == 1 or by_policy else boundaries[:_WINDOW]
         context = splice(document, placed).document
         if placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
             break  # the row is full
@@ -64,13 +64,13 @@ def annotate(
         else:
             last = window[-1]
         placed |= found
-        gains |= {site: gain for site, gain in measured.items() if site <= last}
-        sizes |= {site: size for site, size in effective.items() if site <= last}
-        sites = [site for site in sites if site > last]
+        gains |= {boundary: gain for boundary, gain in measured.items() if boundary <= last}
+        sizes |= {boundary: size for boundary, size in effective.items() if boundary <= last}
+        boundaries = [boundary for boundary in boundaries if boundary > last]
     return replace(splice(document, placed), gains=gains, sizes=sizes)
 
 
-# By site: latents, the gains that were measured, the candidates' effective sample sizes.
+# By boundary: latents, the gains that were measured, the candidates' effective sample sizes.
 _Decided = tuple[dict[int, Latent], dict[int, float], dict[int, float]]
 
 
@@ -80,40 +80,40 @@ def _decided_gates(trunk: RolloutGroup, learner: HeadLearner | None) -> torch.Te
 
 
 def _log_prior(
-    group: RolloutGroup, sites: Sequence[int], args: RA3Config, learner: HeadLearner | None
+    group: RolloutGroup, boundaries: Sequence[int], args: RA3Config, learner: HeadLearner | None
 ) -> torch.Tensor:
-    """Log prior probability of thinking at `sites`, `[len(sites)]`."""
+    """Log prior probability of thinking at `boundaries`, `[len(boundaries)]`."""
     prob = args.annotation_think_prob
     if prob == -1:
-        return _decided_gates(group, learner)[list(sites)]
-    return torch.full((len(sites),), math.log(1 - args.prior_alpha if prob is None else prob))
+        return _decided_gates(group, learner)[list(boundaries)]
+    return torch.full((len(boundaries),), math.log(1 - args.prior_alpha if prob is None else prob))
 
 
 def _decide_by_policy(
     engine: RolloutEngine,
     context: Document,
-    sites: Sequence[int],
+    boundaries: Sequence[int],
     args: RA3Config,
     noise: NoiseKey,
     learner: HeadLearner | None,
 ) -> _Decided:
     """Latents at the boundaries where the gate, drawn by keyed noise, says think; in order."""
     gates = _decided_gates(engine.trunk(context), learner)
-    index = np.array([context.actions[s].index for s in sites])
+    index = np.array([context.actions[s].index for s in boundaries])
     u = noise.uniform(context.doc_id, index, GATE, 0)
-    thinks = [s for s, number in zip(sites, u, strict=True) if number < math.exp(gates[s])]
+    thinks = [s for s, number in zip(boundaries, u, strict=True) if number < math.exp(gates[s])]
     if args.horizon > 1:
         thinks = thinks[:1]
     if not thinks:
         return {}, {}, {}
     group = engine.rollout(context, thinks, 1, args.horizon, noise, score=False)
-    return {site: row[0] for site, row in zip(thinks, group.latents, strict=True)}, {}, {}
+    return {boundary: row[0] for boundary, row in zip(thinks, group.latents, strict=True)}, {}, {}
 
 
 def _decide_by_resampling(
     engine: RolloutEngine,
     context: Document,
-    sites: Sequence[int],
+    boundaries: Sequence[int],
     args: RA3Config,
     noise: NoiseKey,
     learner: HeadLearner | None,
@@ -123,22 +123,22 @@ def _decide_by_resampling(
 
     def hopeful(trunk: RolloutGroup) -> Sequence[int]:
         if learner is None:
-            return sites
-        log_think = _log_prior(trunk, sites, args, learner)
-        return learner.hopeful(trunk, sites, log_think - log1mexp(log_think))
+            return boundaries
+        log_think = _log_prior(trunk, boundaries, args, learner)
+        return learner.hopeful(trunk, boundaries, log_think - log1mexp(log_think))
 
     group = propose(engine, context, hopeful, args.num_latents, args.horizon, noise, proposals)
-    sites = group.sites
-    if not sites:
+    boundaries = group.boundaries
+    if not boundaries:
         return {}, {}, {}
     returns = compute_returns(group, args.horizon, args.discount)
     worth = compute_returns(group.with_ratio(args.proposal_kl_coef), args.horizon, args.discount)
-    log_think = _log_prior(group, sites, args, learner)
+    log_think = _log_prior(group, boundaries, args, learner)
     weights = resampling_logits(worth.act_T, worth.latent_TG, log_think).double().softmax(-1)
-    index = np.array([context.actions[s].index for s in sites])
+    index = np.array([context.actions[s].index for s in boundaries])
     u = torch.as_tensor(noise.uniform(context.doc_id, index, CHOICE, 0))
     choice = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1)
-    chosen = enumerate(zip(sites, choice.tolist(), strict=True))
-    gains = dict(zip(sites, measured_gain(returns).tolist(), strict=True))
-    sizes = dict(zip(sites, (1 / weights.square().sum(-1)).tolist(), strict=True))
+    chosen = enumerate(zip(boundaries, choice.tolist(), strict=True))
+    gains = dict(zip(boundaries, measured_gain(returns).tolist(), strict=True))
+    sizes = dict(zip(boundaries, (1 / weights.square().sum(-1)).tolist(), strict=True))
     return {s: group.latents[t][c - 1] for t, (s, c) in chosen if c > 0}, gains, sizes

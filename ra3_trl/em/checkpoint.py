@@ -29,7 +29,7 @@ _HEAD = "ra3_head_state.safetensors"
 # Settings that a resumed run may change: what is logged and evaluated, memory, and the run's length, which
 # `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
-_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_sites", "em_iterations", "m_steps"}
+_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_boundaries", "em_iterations", "m_steps"}
 _SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim")
 _SHARED += ("lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy")
 

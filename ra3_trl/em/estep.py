@@ -28,13 +28,13 @@ from .proposals import CAUSAL, Proposal, Proposals, own_logps, prior_logps
 from .rewards import RewardPlugIns
 
 
-_SITES, _EXPLORED = -3, -4  # key the choice of sites, beside the latents' numbers of noise.py
+_BOUNDARIES, _EXPLORED = -3, -4  # key the choice of boundaries, beside the latents' numbers of noise.py
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A group with its returns; `terms` holds the reward's terms apart, `[T, G]` each, where there are several;
-    `references` the log-probs under the weights at the start, where they are wanted, for each part of the sites;
+    `references` the log-probs under the weights at the start, where they are wanted, for each part of the boundaries;
     `weight_T` what share of the document's boundaries each tried one stands for, 1 on average.
 
     The group's lines without latents and its gates are the policy's; with `scored_live` false its lines under latents
@@ -56,44 +56,47 @@ class Rollout:
         return self.group if self.view is None else replace(self.group, document=self.view)
 
 
-def choose_sites(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
-    """The sites to try: all, or `limit` of them drawn without replacement by keyed noise."""
-    sites = document.sites
-    if not limit or len(sites) <= limit:
-        return sites
-    index = np.array([document.actions[s].index for s in sites])
-    u = keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, index, _SITES)
-    return tuple(sorted(sites[i] for i in u.argsort()[:limit]))
+def choose_boundaries(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
+    """The boundaries to try: all, or `limit` of them drawn without replacement by keyed noise."""
+    boundaries = document.boundaries
+    if not limit or len(boundaries) <= limit:
+        return boundaries
+    index = np.array([document.actions[s].index for s in boundaries])
+    u = keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, index, _BOUNDARIES)
+    return tuple(sorted(boundaries[i] for i in u.argsort()[:limit]))
 
 
 def choose_by_promise(
     document: Document, promise_S: torch.Tensor, args: RA3Config, noise: NoiseKey
 ) -> tuple[tuple[int, ...], torch.Tensor]:
-    """The sites to try under a budget: those of the largest promise, and some of the others, drawn.
+    """The boundaries to try under a budget: those of the largest promise, and some of the others, drawn.
 
     A share `boundary_exploration` of them is drawn, so that no boundary is out of reach.
 
     Returns:
-        The sites and their weights `[T]`: inverse probabilities of being tried, 1 on average, so that weighted
+        The boundaries and their weights `[T]`: inverse probabilities of being tried, 1 on average, so that weighted
         averages over the tried ones are unbiased for all.
     """
-    sites = document.sites
-    count = math.ceil(args.boundary_budget * len(sites))
-    count = min(count, args.max_sites) if args.max_sites else count
-    if count >= len(sites):
-        return sites, torch.ones(len(sites))
-    index = np.array([document.actions[s].index for s in sites])
+    boundaries = document.boundaries
+    count = math.ceil(args.boundary_budget * len(boundaries))
+    count = min(count, args.max_boundaries) if args.max_boundaries else count
+    if count >= len(boundaries):
+        return boundaries, torch.ones(len(boundaries))
+    index = np.array([document.actions[s].index for s in boundaries])
     tie, draw = (
-        keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, index, key) for key in (_SITES, _EXPLORED)
+        keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, index, key)
+        for key in (_BOUNDARIES, _EXPLORED)
     )
     drawn = max(1, round(args.boundary_exploration * count))
     order = np.lexsort((tie, -promise_S.numpy()))
     best, rest = order[: count - drawn], order[count - drawn :]
     rest = rest[draw[rest].argsort()]
-    stands_for = np.ones(len(sites))
+    stands_for = np.ones(len(boundaries))
     stands_for[rest] = len(rest) / drawn
     tried = sorted([*best, *rest[:drawn]])
-    return tuple(sites[i] for i in tried), torch.tensor(stands_for[tried] * count / len(sites), dtype=torch.float32)
+    return tuple(boundaries[i] for i in tried), torch.tensor(
+        stands_for[tried] * count / len(boundaries), dtype=torch.float32
+    )
 
 
 def roll_out(
@@ -134,28 +137,32 @@ def _draw(
     choose: Choose,
     score: bool,
 ) -> Drawn:
-    """Latents of one proposal at the sites that are chosen, and the view that it drew them from."""
+    """Latents of one proposal at the boundaries that are chosen, and the view that it drew them from."""
     if part.prompt is None:
         return engine.rollout(document, choose, count, args.horizon, noise, score=score), None
     trunk = engine.trunk(document)
-    sites = choose(trunk)
-    if not sites:
-        return engine.rollout(document, sites, count, args.horizon, noise, score=score), document
-    ((view, _),) = part.views(document, sites, lines)  # it shares its prefix, or it would not be trained
-    latents = engine.rollout(view, sites, count, 1, noise, score=False).latents
+    boundaries = choose(trunk)
+    if not boundaries:
+        return engine.rollout(document, boundaries, count, args.horizon, noise, score=score), document
+    ((view, _),) = part.views(document, boundaries, lines)  # it shares its prefix, or it would not be trained
+    latents = engine.rollout(view, boundaries, count, 1, noise, score=False).latents
     if score:
-        return engine.score(document, sites, latents, args.horizon), view
-    empty = torch.zeros(len(sites), count, args.horizon)
+        return engine.score(document, boundaries, latents, args.horizon), view
+    empty = torch.zeros(len(boundaries), count, args.horizon)
     return replace(
-        trunk, sites=sites, latents=latents, latent_line_logps_TGH=empty, latent_gate_logps_TGH=empty - torch.inf
+        trunk,
+        boundaries=boundaries,
+        latents=latents,
+        latent_line_logps_TGH=empty,
+        latent_gate_logps_TGH=empty - torch.inf,
     ), view
 
 
 def _weighed(engine: RolloutEngine, group: RolloutGroup, view: Document | None) -> RolloutGroup:
     """A group with its log-ratio of prior and proposal; the prior is that of the weights in use."""
-    if view is None or not group.sites:
+    if view is None or not group.boundaries:
         return group
-    prior_TG = prior_logps(engine, group.document, group.sites, group.latents)
+    prior_TG = prior_logps(engine, group.document, group.boundaries, group.latents)
     return replace(group, log_ratio_TG=prior_TG - own_logps(group.latents))
 
 
@@ -175,12 +182,12 @@ def _roll_out(
 
     def choose(trunk: RolloutGroup) -> tuple[int, ...]:
         if args.boundary_selection == "head":
-            sites, weight_T = choose_by_promise(trunk.document, learner.promise(trunk.states_SD), args, noise)
+            boundaries, weight_T = choose_by_promise(trunk.document, learner.promise(trunk.states_SD), args, noise)
         else:
-            sites = choose_sites(trunk.document, args.max_sites, noise)
-            weight_T = torch.ones(len(sites))
+            boundaries = choose_boundaries(trunk.document, args.max_boundaries, noise)
+            weight_T = torch.ones(len(boundaries))
         weights.append(weight_T)
-        return sites
+        return boundaries
 
     with engine.backbone.gathered():
         drawn = [draw(document, choose, reward is None) for document in documents]
@@ -194,7 +201,7 @@ def _roll_out(
     if reward is not None:
         with reward.applied(), engine.backbone.gathered():
             scored = [
-                _weighed(engine, engine.score(g.document, g.sites, g.latents, args.horizon), view)
+                _weighed(engine, engine.score(g.document, g.boundaries, g.latents, args.horizon), view)
                 for g, view in zip(groups, views, strict=True)
             ]
         taken = ("latent_line_logps_TGH", "latent_gate_logps_TGH", "log_ratio_TG")
@@ -228,7 +235,7 @@ def estep_backward(
     engine: RolloutEngine,
     rollouts: Sequence[Rollout],
     args: RA3Config,
-    num_sites: float,
+    num_boundaries: float,
     hold: bool,
     backward: Callable[[torch.Tensor], None],
     syncing: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext(),
@@ -238,8 +245,8 @@ def estep_backward(
     """Loss and gradients of a batch, chunk by chunk.
 
     Args:
-        num_sites (`float`):
-            Sites of the whole accumulation window and all processes: the loss's denominator.
+        num_boundaries (`float`):
+            Boundaries of the whole accumulation window and all processes: the loss's denominator.
         hold (`bool`):
             Whether the gate is held at its value at the start.
         backward (`Callable`):
@@ -252,7 +259,7 @@ def estep_backward(
             Do at least so many forwards, with a loss of 0 where there is nothing left: as many as other processes.
 
     Returns:
-        The loss and its parts, both divided by `num_sites`.
+        The loss and its parts, both divided by `num_boundaries`.
     """
     pieces = [
         (r, part, r.references[i] if r.references else None)
@@ -267,10 +274,10 @@ def estep_backward(
             continue
         with syncing(i + 1 == chunks), engine.gradients():
             loss, named = _chunk_loss(engine, *pieces[i], args, hold, through)
-            backward(loss / num_sites)
-        total += float(loss.detach()) / num_sites
+            backward(loss / num_boundaries)
+        total += float(loss.detach()) / num_boundaries
         for name, value in named.items():
-            parts[name] = parts.get(name, 0.0) + float(value) / num_sites
+            parts[name] = parts.get(name, 0.0) + float(value) / num_boundaries
     return total, parts
 
 
@@ -283,7 +290,7 @@ def _chunk_loss(
     hold: bool,
     through: nn.Module | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of some sites of a rollout, summed over them."""
+    """Loss of some boundaries of a rollout, summed over them."""
     logps = engine.log_probs(rollout.drawn, part, through, entropy=args.entropy_coef > 0)
     gated = rollout.view is None  # a proposal in hindsight has no gate: whether to think is the policy's to say
     loss, named = estep_loss(
@@ -309,7 +316,7 @@ def _chunk_loss(
 def _terms(rollout: Rollout, part: slice, args: RA3Config, hold: bool, gate_logps_T: torch.Tensor) -> EStepTerms:
     device = gate_logps_T.device
     returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
-    decided_T = rollout.group.decision_logps_A[list(rollout.group.sites[part])].to(device)
+    decided_T = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])].to(device)
     weight = decided_T.exp() if args.latent_weight == "gate" else torch.ones_like(gate_logps_T)
     advantage = advantages(returns, args.penalty, args.baseline)
     slope = rollout.weight_T[part] * gate_slope(returns.gain_TG, args.penalty, hold)
@@ -328,18 +335,20 @@ def rollout_sums(
         if r.scored_live and bool((r.weight_T == 1).all()):  # else it is of the lines that were picked
             sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
-        if not r.group.sites:
+        if not r.group.boundaries:
             continue
         if r.view is not None:
             sums.add_total("hindsight/log_ratio", float(r.group.log_ratio_TG.sum()), r.group.log_ratio_TG.numel())
         gate_A, gain, weight = r.group.decision_logps_A.exp(), r.returns.gain_TG.mean(1), r.weight_T
-        gate = weight * gate_A[list(r.group.sites)]
+        gate = weight * gate_A[list(r.group.boundaries)]
         sums.add_total(origin + "reward", float((weight * r.returns.latent_TG.mean(1)).sum()), float(weight.sum()))
         sums.add_total(origin + "gain", float((weight * gain).sum()), float(weight.sum()))
         sums.add_total(origin + "gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
-        sites = r.group.document.sites  # think rate and duration are of all boundaries, not only of tried ones
-        sums.add_total("think_rate", float(gate_A[list(sites)].sum()), len(sites))
-        sums.add_total("tried_rate", len(r.group.sites), len(sites))
+        boundaries = (
+            r.group.document.boundaries
+        )  # think rate and duration are of all boundaries, not only of tried ones
+        sums.add_total("think_rate", float(gate_A[list(boundaries)].sum()), len(boundaries))
+        sums.add_total("tried_rate", len(r.group.boundaries), len(boundaries))
         lines = sum(not action.comment for action in r.group.document.actions)
         sums.add_total("duration", lines, float(gate_A.sum()))
         for name, term_TG in r.terms.items():
@@ -357,8 +366,8 @@ def _add_latents(
     sums: MetricSums, group: RolloutGroup, token_text: Callable[[Sequence[int]], str], origin: str, lines: int
 ) -> None:
     """Numbers of what the latents say, beside the next `lines`: those they are credited with, or knew."""
-    for site, row in zip(group.sites, group.latents, strict=True):
-        line = token_text(group.document.lines_from(site, lines))
+    for boundary, row in zip(group.boundaries, group.latents, strict=True):
+        line = token_text(group.document.lines_from(boundary, lines))
         texts = [token_text(z.token_ids) for z in row]
         if len(texts) > 1:
             sums.add_total(origin + "same_rate", 1 - (len(set(texts)) - 1) / (len(texts) - 1), 1)

@@ -9,7 +9,7 @@ from ..losses import code_bounds, compute_returns, renormalise
 from ..records import Document
 from ..rollout import NoiseKey, RolloutEngine
 from .annotate import annotate
-from .estep import choose_sites
+from .estep import choose_boundaries
 from .head import HeadLearner
 from .proposals import CAUSAL, Proposals, propose
 
@@ -31,13 +31,13 @@ def evaluate_documents(
     price of doing without. `elbo` and `multi_sample` put every latent before its own line on the clean text. With
     `proposals` in hindsight, `hindsight_elbo` and `hindsight_multi` are the same bounds with their latents, as many.
     """
-    names = ("log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "sites", "gain")
+    names = ("log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain")
     sums = dict.fromkeys((*names, "latents", "latent_tokens", "policy_latents"), 0.0)
     if not proposals.causal:
         sums |= {"hindsight_elbo": 0.0, "hindsight_multi": 0.0, "hindsight_gain": 0.0}
     for document in documents:
-        sites = choose_sites(document, args.eval_max_sites, EVAL_NOISE)
-        group = engine.rollout(document, sites, args.eval_num_latents, args.horizon, EVAL_NOISE)
+        boundaries = choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE)
+        group = engine.rollout(document, boundaries, args.eval_num_latents, args.horizon, EVAL_NOISE)
         group = group if learner is None else learner.decided(group)
         bounds = code_bounds(group)
         gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
@@ -52,15 +52,17 @@ def evaluate_documents(
         sums["policy"] += sum(float(r) for r, a in zip(rewards, document.actions, strict=True) if not a.comment)
         sums["tokens"] += bounds.tokens
         sums["think"] += (
-            float(group.decision_logps_A[list(document.sites)].double().exp().sum()) if document.sites else 0.0
+            float(group.decision_logps_A[list(document.boundaries)].double().exp().sum())
+            if document.boundaries
+            else 0.0
         )
-        sums["sites"] += len(document.sites)
+        sums["boundaries"] += len(document.boundaries)
         sums["gain"] += float(gain.double().sum())
         sums["latents"] += gain.numel()
         sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
         sums["policy_latents"] += len(annotated.placed)
         if not proposals.causal:
-            known = propose(engine, document, sites, args.eval_num_latents, args.horizon, EVAL_NOISE, proposals)
+            known = propose(engine, document, boundaries, args.eval_num_latents, args.horizon, EVAL_NOISE, proposals)
             bounds = code_bounds(known if learner is None else learner.decided(known))
             gain = compute_returns(known, args.horizon, args.discount).gain_TG
             sums["hindsight_elbo"] += bounds.elbo
@@ -71,7 +73,7 @@ def evaluate_documents(
 
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Averages: nats per code token (bounds negated, so that lower is better), rates, nats per latent."""
-    tokens, sites, latents = (max(sums[name], 1) for name in ("tokens", "sites", "latents"))
+    tokens, boundaries, latents = (max(sums[name], 1) for name in ("tokens", "boundaries", "latents"))
     hindsight = {}
     if "hindsight_elbo" in sums:
         hindsight = {
@@ -86,8 +88,8 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ce_policy": -sums["policy"] / tokens,
         "elbo": -sums["elbo"] / tokens,
         "bound_multi": -sums["multi_sample"] / tokens,
-        "think_rate": sums["think"] / sites,
-        "policy_latent_rate": sums["policy_latents"] / sites,
+        "think_rate": sums["think"] / boundaries,
+        "policy_latent_rate": sums["policy_latents"] / boundaries,
         "gain": sums["gain"] / latents,
         "latent_length": sums["latent_tokens"] / latents,
         "code_tokens": sums["tokens"],

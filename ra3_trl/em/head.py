@@ -65,9 +65,9 @@ class Observations:
         return self[order]
 
 
-def boundary_keys(document: Document, sites: Sequence[int]) -> torch.Tensor:
+def boundary_keys(document: Document, boundaries: Sequence[int]) -> torch.Tensor:
     """`[n, 3]`: what orders the boundaries before these actions among all of a window."""
-    keys = [(document.doc_id, document.chunk, document.actions[s].index) for s in sites]
+    keys = [(document.doc_id, document.chunk, document.actions[s].index) for s in boundaries]
     return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
 
 
@@ -79,13 +79,15 @@ def measured_gain(returns: Returns) -> torch.Tensor:
 
 
 def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args: RA3Config) -> Observations:
-    """What a group's rollouts say about its tried sites: the slope in the reward's `returns`, whatever they are of;
-    gain and spread in nats of the lines' likelihood, as annotation knows it."""
+    """What a group's rollouts say about its tried boundaries: the slope in the reward's `returns`, whatever they are
+    of; gain and spread in nats of the lines' likelihood, as annotation knows it."""
     likelihood = compute_returns(group, args.horizon, args.discount)
     none = torch.full_like(returns.act_T, torch.nan)
     slope = returns.gain_TG.mean(1) - args.penalty
-    keys, spread = boundary_keys(group.document, group.sites), likelihood.latent_TG.std(1, correction=0)
-    return Observations(keys, group.states_at(group.sites), slope, none, measured_gain(likelihood), spread, weight_T)
+    keys, spread = boundary_keys(group.document, group.boundaries), likelihood.latent_TG.std(1, correction=0)
+    return Observations(
+        keys, group.states_at(group.boundaries), slope, none, measured_gain(likelihood), spread, weight_T
+    )
 
 
 class HeadLearner:
@@ -134,17 +136,18 @@ class HeadLearner:
             return group
         log_think = self.predict(group.states_SD, head)[0]
         logps = torch.full_like(group.gate_logps_A, -torch.inf)
-        logps[list(group.document.sites)] = log_think
+        logps[list(group.document.boundaries)] = log_think
         return replace(group, head_logps_A=logps)
 
-    def hopeful(self, group: RolloutGroup, sites: Sequence[int], log_odds: torch.Tensor) -> list[int]:
-        """Those of `sites` at which annotation may place a latent with a probability of `annotation_skip` or more: the
-        prior's `log_odds` `[len(sites)]` plus the predicted gain. All of them for a head that has learned nothing."""
+    def hopeful(self, group: RolloutGroup, boundaries: Sequence[int], log_odds: torch.Tensor) -> list[int]:
+        """Those of `boundaries` at which annotation may place a latent with a probability of `annotation_skip` or
+        more: the prior's `log_odds` `[len(boundaries)]` plus the predicted gain. All of them for a head that has
+        learned nothing."""
         if self.args.boundary_selection != "head" or not self.annotator.config.trained_on:
-            return list(sites)
-        gain = self.predict(group.states_at(sites), self.annotator)[1]
+            return list(boundaries)
+        gain = self.predict(group.states_at(boundaries), self.annotator)[1]
         chance = torch.sigmoid(log_odds + gain)
-        return [s for s, p in zip(sites, chance.tolist(), strict=True) if p >= self.args.annotation_skip]
+        return [s for s, p in zip(boundaries, chance.tolist(), strict=True) if p >= self.args.annotation_skip]
 
     def live(self) -> HeadLearner:
         """The same, with annotation by the present head."""

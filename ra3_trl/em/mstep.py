@@ -63,10 +63,10 @@ def _columns(example: AnnotatedExample) -> Rows:
     row.position_ids[0] = torch.arange(len(example.input_ids))
     row.labels[0] = torch.tensor(example.labels)
     row.is_latent[0] = torch.tensor(example.is_latent)
-    at, sites = list(example.decisions), list(example.decisions.values())
-    row.decision[0, at] = torch.tensor([int(site in example.placed) for site in sites], dtype=torch.long)
-    row.gain[0, at] = torch.tensor([example.gains.get(site, math.nan) for site in sites])
-    row.key[0, at] = boundary_keys(example.document, sites)
+    at, boundaries = list(example.decisions), list(example.decisions.values())
+    row.decision[0, at] = torch.tensor([int(boundary in example.placed) for boundary in boundaries], dtype=torch.long)
+    row.gain[0, at] = torch.tensor([example.gains.get(boundary, math.nan) for boundary in boundaries])
+    row.key[0, at] = boundary_keys(example.document, boundaries)
     return row
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RA3Config
 from ..records import Document, Latent, RolloutGroup
 from ..rollout import NoiseKey, RolloutEngine
-from ..rollout.engine import Sites
+from ..rollout.engine import Boundaries
 from ..segmentation import Prompt, PromptFunction, PromptTemplate, View, chat_template, fim_template, parse_template
 
 
@@ -41,8 +41,10 @@ class Proposal:
     share: float
     prompt: Prompt | None = None
 
-    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
-        return [(document, tuple(sites))] if self.prompt is None else self.prompt.views(document, sites, lines)
+    def views(self, document: Document, boundaries: Sequence[int], lines: int) -> list[View]:
+        return (
+            [(document, tuple(boundaries))] if self.prompt is None else self.prompt.views(document, boundaries, lines)
+        )
 
 
 @dataclass(frozen=True)
@@ -164,16 +166,16 @@ def _check_context(prompt: PromptTemplate, args: RA3Config, room: int) -> None:
 def sample(
     engine: RolloutEngine,
     document: Document,
-    sites: Sequence[int],
+    boundaries: Sequence[int],
     count: int,
     noise: NoiseKey,
     part: Proposal,
     lines: int,
 ) -> list[tuple[Latent, ...]]:
-    """`count` latents at each site as this proposal draws them."""
+    """`count` latents at each boundary as this proposal draws them."""
     return [
         row
-        for view, places in part.views(document, sites, lines)
+        for view, places in part.views(document, boundaries, lines)
         for row in engine.rollout(view, places, count, 1, noise, score=False).latents
     ]
 
@@ -182,7 +184,7 @@ def sample(
 def latent_logps(
     engine: RolloutEngine,
     document: Document,
-    sites: Sequence[int],
+    boundaries: Sequence[int],
     latents: Sequence[Sequence[Latent]],
     part: Proposal,
     lines: int,
@@ -191,7 +193,7 @@ def latent_logps(
     """Log-prob `[T, G]` of latents, whoever drew them, under the distribution that this proposal draws from; with
     `whole`, without its truncation."""
     rows, done = [], 0
-    for view, places in part.views(document, sites, lines):
+    for view, places in part.views(document, boundaries, lines):
         # What another distribution left out by its truncation is not what this one does.
         given = [[replace(z, kept=None) for z in row] for row in latents[done : done + len(places)]]
         done += len(places)
@@ -200,11 +202,11 @@ def latent_logps(
 
 
 def prior_logps(
-    engine: RolloutEngine, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]]
+    engine: RolloutEngine, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]]
 ) -> torch.Tensor:
     """log pi(z | s) `[T, G]`: the policy's distribution over latents at the sampling temperature. It is not truncated,
     so that no latent from elsewhere is impossible."""
-    return latent_logps(engine, document, sites, latents, Proposal("causal", 1.0), 0, whole=True)
+    return latent_logps(engine, document, boundaries, latents, Proposal("causal", 1.0), 0, whole=True)
 
 
 def own_logps(latents: Sequence[Sequence[Latent]]) -> torch.Tensor:
@@ -215,7 +217,7 @@ def own_logps(latents: Sequence[Sequence[Latent]]) -> torch.Tensor:
 def propose(
     engine: RolloutEngine,
     document: Document,
-    sites: Sites,
+    boundaries: Boundaries,
     num_latents: int,
     horizon: int,
     noise: NoiseKey,
@@ -226,29 +228,29 @@ def propose(
     Of the policy's own latents only, it is [`RolloutEngine.rollout`]'s.
     """
     if proposals.causal:
-        return engine.rollout(document, sites, num_latents, horizon, noise)
-    sites = tuple(sites(engine.trunk(document)) if callable(sites) else sites)
-    if not sites:
-        return engine.rollout(document, sites, num_latents, horizon, noise)
+        return engine.rollout(document, boundaries, num_latents, horizon, noise)
+    boundaries = tuple(boundaries(engine.trunk(document)) if callable(boundaries) else boundaries)
+    if not boundaries:
+        return engine.rollout(document, boundaries, num_latents, horizon, noise)
     counts = proposals.counts(num_latents)
     drawn = [
-        sample(engine, document, sites, count, noise.of(j), part, proposals.lines)
+        sample(engine, document, boundaries, count, noise.of(j), part, proposals.lines)
         for j, (part, count) in enumerate(zip(proposals.parts, counts, strict=True))
     ]
     pooled = [sum(rows, ()) for rows in zip(*drawn, strict=True)]
-    group = engine.score(document, sites, pooled, horizon)
+    group = engine.score(document, boundaries, pooled, horizon)
 
     own_TG, mixed, begin, prior_TG = own_logps(pooled), [], 0, None
     for part, count in zip(proposals.parts, counts, strict=True):
         if count == num_latents:
             logps_TG = own_TG.clone()
         else:
-            logps_TG = latent_logps(engine, document, sites, pooled, part, proposals.lines)
+            logps_TG = latent_logps(engine, document, boundaries, pooled, part, proposals.lines)
         if part.prompt is None and not engine.params.truncated:
             prior_TG = logps_TG.clone()  # the policy's distribution is both
         own = slice(begin, begin + count)
         logps_TG[:, own] = own_TG[:, own]  # as drawn: a nucleus found anew may leave out what stood at its edge
         begin += count
         mixed.append(logps_TG + math.log(count / num_latents))
-    prior_TG = prior_logps(engine, document, sites, pooled) if prior_TG is None else prior_TG
+    prior_TG = prior_logps(engine, document, boundaries, pooled) if prior_TG is None else prior_TG
     return replace(group, log_ratio_TG=prior_TG - torch.logsumexp(torch.stack(mixed), 0))

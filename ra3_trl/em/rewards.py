@@ -84,7 +84,7 @@ class RewardPlugIns:
     def __call__(self, group: RolloutGroup, returns: Returns) -> tuple[Returns, dict[str, torch.Tensor]]:
         """Returns under the whole reward, and its terms `[T, G]`, not weighted."""
         terms = {LIKELIHOOD: returns.latent_TG}
-        if group.sites:
+        if group.boundaries:
             given = self._given(group, returns)
             terms |= {name: self._call(name, given, returns.latent_TG) for name in self.funcs}
         latent_TG = self.likelihood_weight * returns.latent_TG
@@ -95,9 +95,9 @@ class RewardPlugIns:
     def _given(self, group: RolloutGroup, returns: Returns) -> dict[str, Any]:
         ids, actions = group.document.input_ids, group.document.actions
         given: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", "expert_lines")}
-        for site, row in zip(group.sites, group.latents, strict=True):
-            action = actions[site]
-            end = actions[site + horizon_lines(group.document, site, self.horizon) - 1].end
+        for boundary, row in zip(group.boundaries, group.latents, strict=True):
+            action = actions[boundary]
+            end = actions[boundary + horizon_lines(group.document, boundary, self.horizon) - 1].end
             given["prompts"] += [self._text([*ids[: action.start], *action.boundary.think])] * len(row)
             given["expert_lines"] += [self._text(ids[action.start : end])] * len(row)
             given["completions"] += [self._text(z.token_ids) for z in row]

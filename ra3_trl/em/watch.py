@@ -40,8 +40,8 @@ class WatchMixin:
         processes share out."""
         if not self._probe:
             rows = (row_to_document(row) for row in self.train_dataset)
-            with_sites = (document for document in rows if document.sites)
-            first = [d for _, d in zip(range(_PROBE_DOCUMENTS), with_sites, strict=False)]
+            with_boundaries = (document for document in rows if document.boundaries)
+            first = [d for _, d in zip(range(_PROBE_DOCUMENTS), with_boundaries, strict=False)]
             rank, processes = self.args.process_index, self.args.world_size
             own_rows = isinstance(self.train_dataset, IterableDataset)  # a stream is shared out already
             self._probe = tuple(first[: -(-_PROBE_DOCUMENTS // processes)] if own_rows else first[rank::processes])

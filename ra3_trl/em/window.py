@@ -119,12 +119,12 @@ class WindowMixin:
         scored = self.engine.score_seconds - scored
         self.metrics.add("seconds/score", scored)
         self.metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
-        sites = sum(len(r.group.sites) for batch in rollouts for r in batch)
-        own = [r for r in flat if r.group.sites and r.view is None]
+        boundaries = sum(len(r.group.boundaries) for batch in rollouts for r in batch)
+        own = [r for r in flat if r.group.boundaries and r.view is None]
         learned_from = own if self.learner is not None else []
         return [{"rollouts": batch} for batch in rollouts], {
             "chunks": [count_chunks(self.engine, batch) for batch in rollouts],
-            "count": float(sites),
+            "count": float(boundaries),
             "tokens": sum(len(d.input_ids) for batch in documents for d in batch),
             "sums": rollout_sums([r for batch in rollouts for r in batch], self._decode, self.args.proposal_lines),
             "seen": [observe(r.group, r.returns, r.weight_T, self.args) for r in learned_from],
@@ -185,15 +185,15 @@ class WindowMixin:
         return [{"rows": r} for r in rows], {"chunks": [1] * len(rows), "count": float(tokens), "tokens": tokens}
 
     def _log_annotation(self, examples: list[AnnotatedExample]) -> None:
-        sites = sum(len(e.document.sites) for e in examples)
-        if sites:
-            self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / sites, sites)
+        boundaries = sum(len(e.document.boundaries) for e in examples)
+        if boundaries:
+            self.metrics.add("mstep/annotated_rate", sum(len(e.placed) for e in examples) / boundaries, boundaries)
         known = max(self.args.horizon, 1 if self.proposals.causal else self.args.proposal_lines)
         for e in examples:
             for size in e.sizes.values():
                 self.metrics.add("mstep/effective_size", size)
-            for site, latent in e.placed.items():
-                line = self._decode(e.document.lines_from(site, known))
+            for boundary, latent in e.placed.items():
+                line = self._decode(e.document.lines_from(boundary, known))
                 self.metrics.add("mstep/copy_rate", copy_rate(self._decode(latent.token_ids), line))
             ids = e.input_ids[e.document.context :]
             again = self.processing_class(self._decode(ids), add_special_tokens=False)["input_ids"]

@@ -60,7 +60,7 @@ def diagnose(
     Raises:
         `ValueError`: if no document has a boundary.
     """
-    documents = [document for document in documents if document.sites]
+    documents = [document for document in documents if document.boundaries]
     if not documents:
         raise ValueError("the corpus has no boundary; give text of the action format, or another `action_format`.")
     args, noise = trainer.args, NoiseKey(trainer.args.seed, _PHASE, 0)
@@ -68,15 +68,15 @@ def diagnose(
     with torch.no_grad(), trainer._evaluating(), trainer.compute_loss_context_manager(), trainer.backbone.gathered():
         for document in documents:
             examples.append(annotate(trainer.engine, document, args, noise, "policy"))
-            groups.append(trainer.engine.rollout(document, document.sites, args.num_latents, args.horizon, noise))
+            groups.append(trainer.engine.rollout(document, document.boundaries, args.num_latents, args.horizon, noise))
             progress(1)
-        places = [(group, site) for group in groups for site in group.sites]
+        places = [(group, boundary) for group in groups for boundary in group.boundaries]
         chosen = np.random.default_rng(args.seed).permutation(len(places))[:boundaries]
         drawn = _Lines(trainer, lines, line_tokens)
         found = []
         for at in sorted(chosen) if args.action_format.startswith(_BY_LINE) else ():
             other, elsewhere = places[at - 1]  # any but this; of the first it is the last
-            found.append(_alternatives(trainer, *places[at], other.latents[other.sites.index(elsewhere)], drawn))
+            found.append(_alternatives(trainer, *places[at], other.latents[other.boundaries.index(elsewhere)], drawn))
             progress(1)
     pruning = measure_pruning([one for one in found if one is not None], factor)
     return {
@@ -102,11 +102,11 @@ def _compactness(groups: Sequence[RolloutGroup], seed: int) -> dict[str, Any]:
     for group in groups:
         ids, actions = group.document.input_ids, group.document.actions
         lines_A = renormalise(group.line_logps_A, group.gate_logps_A)
-        for t, site in enumerate(group.sites):
-            line = ids[actions[site].start : actions[site].end]
+        for t, boundary in enumerate(group.boundaries):
+            line = ids[actions[boundary].start : actions[boundary].end]
             texts.append(line)
             tokens += line
-            surprises.append(-float(lines_A[site]))
+            surprises.append(-float(lines_A[boundary]))
             latents.append(group.latents[t][0].token_ids)  # one a boundary, as many as lines
             prices += [-sum(latent.logps) for latent in group.latents[t]]
     found: dict[str, Any] = effective_numbers({"latents": latents, "lines": texts, "tokens": tokens}, seed)
@@ -120,7 +120,7 @@ def _economics(groups: Sequence[RolloutGroup], args) -> dict[str, float]:
     gains, lengths, prices, weights, thinking = [], [], [], [], []
     for group in groups:
         gain_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        probs = group.decision_logps_A[list(group.sites)].exp().tolist()
+        probs = group.decision_logps_A[list(group.boundaries)].exp().tolist()
         thinking += probs
         for t, row in enumerate(group.latents):
             gains += gain_TG[t].tolist()
@@ -155,12 +155,12 @@ class _Lines:
         self.settings = CompletionSettings(count, temperature=1.0, max_new_tokens=most)
         self.seed, self.left_out = trainer.args.seed, 0
 
-    def __call__(self, document: Document, site: int) -> list[tuple[int, ...]]:
-        prefix = document.input_ids[: document.actions[site].start]
+    def __call__(self, document: Document, boundary: int) -> list[tuple[int, ...]]:
+        prefix = document.input_ids[: document.actions[boundary].start]
         with torch.random.fork_rng():
-            torch.manual_seed(hash((self.seed, document.doc_id, document.chunk, site)) % 2**32)
+            torch.manual_seed(hash((self.seed, document.doc_id, document.chunk, boundary)) % 2**32)
             (found,) = draw_completions(self.model, [prefix], self.settings, self.tokenizer)
-        think = document.actions[site].boundary.think
+        think = document.actions[boundary].boundary.think
         whole = [self._line(completion.token_ids, think) for completion in found]
         kept = [line for line in whole if line]
         self.left_out += sum(line is None for line in whole)
@@ -182,23 +182,23 @@ class _Lines:
 
 
 def _alternatives(
-    trainer, group: RolloutGroup, site: int, others: Sequence[Latent], drawn: _Lines
+    trainer, group: RolloutGroup, boundary: int, others: Sequence[Latent], drawn: _Lines
 ) -> Alternatives | None:
     """Lines of pi(. | s) in the expert's place, without a latent, with those that were drawn there, with `others`."""
-    document, t = group.document, group.sites.index(site)
-    action = document.actions[site]
+    document, t = group.document, group.boundaries.index(boundary)
+    action = document.actions[boundary]
     act_K, latent_KG = [], []
     latents = (*group.latents[t], *others)
-    for line in drawn(document, site):
+    for line in drawn(document, boundary):
         start, end = action.start, action.start + len(line)
-        actions = (*document.actions[:site], Action(action.index, start, end, action.boundary))
+        actions = (*document.actions[:boundary], Action(action.index, start, end, action.boundary))
         other = replace(document, input_ids=(*document.input_ids[:start], *line), actions=actions)
-        scored = trainer.engine.score(other, (site,), (latents,), 1)
-        act_K.append(renormalise(scored.line_logps_A, scored.gate_logps_A)[site])
+        scored = trainer.engine.score(other, (boundary,), (latents,), 1)
+        act_K.append(renormalise(scored.line_logps_A, scored.gate_logps_A)[boundary])
         latent_KG.append(renormalise(scored.latent_line_logps_TGH, scored.latent_gate_logps_TGH)[0, :, 0])
     if not act_K:
         return None
-    expert = renormalise(group.line_logps_A, group.gate_logps_A)[site]
+    expert = renormalise(group.line_logps_A, group.gate_logps_A)[boundary]
     expert_G = renormalise(group.latent_line_logps_TGH, group.latent_gate_logps_TGH)[t, :, 0]
     under_GK = torch.stack(latent_KG, 1)
     here = group.num_latents

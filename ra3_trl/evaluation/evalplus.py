@@ -25,7 +25,7 @@ from functools import cache
 from itertools import chain, repeat
 from typing import Any
 
-from ..rewards import Problem
+from ..sandbox import Problem
 
 
 MBPP = "Mbpp/"  # begins the ids of its tasks

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..files import read_versioned
-from ..rewards import VERDICTS, Judge, Result, count_code_lines, find_latents
+from ..rewards import count_code_lines, find_latents
+from ..sandbox import VERDICTS, Judge, Result
 from .passk import bootstrap_interval, pass_at_k
 from .samples import Sample
 from .tasks import Benchmark

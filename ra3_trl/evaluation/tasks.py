@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import load_dataset
 
-from ..rewards import Problem
+from ..sandbox import Problem
 from .evalplus import MBPP, evalplus_problems
 
 

@@ -93,7 +93,7 @@ def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[di
             if examples[0].document.status != "actions":
                 continue
             text, latents = join_chunks(rows[row]["annotated_text"], examples, data)
-            boundaries = sum(len(e.document.sites) for e in examples)
+            boundaries = sum(len(e.document.boundaries) for e in examples)
             rows[row] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
     return rows
 
@@ -138,7 +138,7 @@ def join_chunks(
         pieces[0] = (pieces[0][0][-missing:], False)
     out = original[: max(missing, 0)]
     assert out + b"".join(piece for piece, is_latent in pieces if not is_latent) == original
-    drawn = iter([(latent, e.gains.get(site)) for e in examples for site, latent in sorted(e.placed.items())])
+    drawn = iter([(latent, e.gains.get(boundary)) for e in examples for boundary, latent in sorted(e.placed.items())])
     latents: list[dict[str, Any]] = []
     for piece, is_latent in pieces:
         if is_latent:

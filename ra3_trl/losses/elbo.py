@@ -35,12 +35,12 @@ def code_bounds(group: RolloutGroup) -> CodeBounds:
     raw_A = torch.where(code, group.line_logps_A, torch.zeros(()))
     tokens = sum(a.end - max(a.start, 1) for a in document.actions if not a.comment)
     total = float(raw_A.double().sum())
-    if not group.sites:
+    if not group.boundaries:
         return CodeBounds(total, total, total, tokens)
-    sites = torch.tensor(group.sites)
-    rest = total - float(raw_A[sites].double().sum())
+    boundaries = torch.tensor(group.boundaries)
+    rest = total - float(raw_A[boundaries].double().sum())
     line = compute_returns(group, 1, 1.0)
-    log_p = group.decision_logps_A[sites]
+    log_p = group.decision_logps_A[boundaries]
     log_q = log1mexp(log_p)
     elbo_T = log_q.exp() * line.act_T + log_p.exp() * line.latent_TG.mean(1)
     mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])

@@ -11,7 +11,7 @@ from .returns import log1mexp
 
 @dataclass(frozen=True)
 class EStepTerms:
-    """What the E-step optimises at `T` sites, as constants computed from rollouts.
+    """What the E-step optimises at `T` boundaries, as constants computed from rollouts.
 
     `gate_gain_T`: mean_g G_g - c - G_act, the slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p, zero where the
     gate is held. `advantage_TG` and `weight_T` (1, or P(think)) are those of the latents.
@@ -52,11 +52,11 @@ def estep_loss(
     gate_kl_coef: float = 0.0,
     anchor_gate_logps_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over sites of the negative objective; the caller divides by the sites of the whole window.
+    """Sum over boundaries of the negative objective; the caller divides by the boundaries of the whole window.
 
     Args:
         terms ([`EStepTerms`]):
-            Constants of the sites.
+            Constants of the boundaries.
         gate_logps_T (`torch.Tensor`):
             log P(think), differentiable, `[T]`.
         token_logps_n (`torch.Tensor`), branch_n (`torch.Tensor`):
@@ -71,12 +71,12 @@ def estep_loss(
             with weight `gate_coef`.
 
     Returns:
-        The loss and its parts, all summed over sites (KL and entropy averaged over the latents of a site).
+        The loss and its parts, all summed over boundaries (KL and entropy averaged over the latents of a boundary).
     """
-    sites, latents = terms.advantage_TG.shape
+    boundaries, latents = terms.advantage_TG.shape
     p_T = gate_logps_T.exp()
     gate = -(p_T * terms.gate_gain_T).sum()
-    scale_n = (terms.weight_T[:, None] / latents).expand(sites, latents).reshape(-1)[branch_n]
+    scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[branch_n]
     policy = -(scale_n * terms.advantage_TG.reshape(-1)[branch_n] * token_logps_n).sum()
     parts = {"gate": gate, "policy": policy}
     loss = gate_coef * gate + policy

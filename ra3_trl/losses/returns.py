@@ -61,15 +61,15 @@ def compute_returns(group: RolloutGroup, horizon: int, discount: float, reductio
     actions = group.document.actions
     act_A = renormalise(group.line_logps_A, group.gate_logps_A)
     latent_TGH = renormalise(group.latent_line_logps_TGH[..., :horizon], group.latent_gate_logps_TGH[..., :horizon])
-    weight_TH = torch.zeros(len(group.sites), horizon)
-    act_TH = torch.zeros(len(group.sites), horizon)
-    for t, site in enumerate(group.sites):
-        for k, action in enumerate(actions[site : site + horizon]):
+    weight_TH = torch.zeros(len(group.boundaries), horizon)
+    act_TH = torch.zeros(len(group.boundaries), horizon)
+    for t, boundary in enumerate(group.boundaries):
+        for k, action in enumerate(actions[boundary : boundary + horizon]):
             if action.comment:
                 break
             tokens = action.end - max(action.start, 1) if reduction == "mean" else 1
             weight_TH[t, k] = discount**k / max(tokens, 1)
-            act_TH[t, k] = act_A[site + k]
+            act_TH[t, k] = act_A[boundary + k]
     latent_TG = (weight_TH[:, None] * latent_TGH).sum(-1)
     if group.log_ratio_TG is not None:
         latent_TG = latent_TG + group.log_ratio_TG

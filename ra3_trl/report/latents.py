@@ -20,10 +20,10 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
     rows = []
     for rollout in rollouts:
         group = rollout.group
-        for t, site in enumerate(group.sites):
-            action = group.document.actions[site]
+        for t, boundary in enumerate(group.boundaries):
+            action = group.document.actions[boundary]
             line = tokenizer.decode(list(group.document.input_ids[action.start : action.end])).strip()
-            p = float(group.gate_logps_A[site].exp())
+            p = float(group.gate_logps_A[boundary].exp())
             for g, latent in enumerate(group.latents[t]):
                 text = tokenizer.decode(list(latent.token_ids))
                 values = (

@@ -201,10 +201,10 @@ class _Places:
                 starts.append(max(at, 0))
             self.starts.insert(0, starts[::-1])
 
-    def locate(self, chunk: int, site: int) -> tuple[int, int, str | None]:
+    def locate(self, chunk: int, boundary: int) -> tuple[int, int, str | None]:
         """Line and column of an action's first character that is not white space, and the white space of that line
         which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
-        start = at = self.starts[chunk][site]
+        start = at = self.starts[chunk][boundary]
         while self.content[at : at + 1].isspace():
             at += 1
         row = bisect_right(self.rows, at) - 1
@@ -253,24 +253,24 @@ def look(
     places = _Places(text, documents, data)
     wanted = []
     for chunk, document in enumerate(documents):
-        sites = [s for s in document.sites if lines is None or places.locate(chunk, s)[0] in lines]
-        wanted.append((chunk, document, sites))
-    total, out = sum(len(sites) for _, _, sites in wanted), []
+        boundaries = [s for s in document.boundaries if lines is None or places.locate(chunk, s)[0] in lines]
+        wanted.append((chunk, document, boundaries))
+    total, out = sum(len(boundaries) for _, _, boundaries in wanted), []
     progress(0, total)
-    for chunk, document, sites in wanted:
-        if not sites:
+    for chunk, document, boundaries in wanted:
+        if not boundaries:
             continue
         with torch.no_grad():
-            group = engine.rollout(document, sites, args.num_latents, args.horizon, NoiseKey(args.seed, 1, 0))
+            group = engine.rollout(document, boundaries, args.num_latents, args.horizon, NoiseKey(args.seed, 1, 0))
             by_head = {} if head is None else _predictions(head, group)
         gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        for t, site in enumerate(sites):
-            line, column, carry = places.locate(chunk, site)
-            mark = _decode(document.actions[site].boundary.think, data)
+        for t, boundary in enumerate(boundaries):
+            line, column, carry = places.locate(chunk, boundary)
+            mark = _decode(document.actions[boundary].boundary.think, data)
             indent = "" if carry is None else carry + mark[: len(mark) - len(mark.lstrip())]
             latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
-            prob = float(group.gate_logps_A[site].exp())
-            other, predicted = by_head.get(site, (None, None))
+            prob = float(group.gate_logps_A[boundary].exp())
+            other, predicted = by_head.get(boundary, (None, None))
             if decides == "head" and other is not None:
                 prob, other = other, prob
             out.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
@@ -279,10 +279,10 @@ def look(
 
 
 def _predictions(head: nn.Module, group: RolloutGroup) -> dict[int, tuple[float, float]]:
-    """P(think) and gain that a head gives, by site of the document."""
+    """P(think) and gain that a head gives, by boundary of the document."""
     logits, gain, *_ = head(group.states_SD)
     values = zip(logits.sigmoid().tolist(), gain.tolist(), strict=True)
-    return dict(zip(group.document.sites, values, strict=True))
+    return dict(zip(group.document.boundaries, values, strict=True))
 
 
 def _latents(

@@ -1,4 +1,4 @@
-"""Safe execution of code that models write, verdicts that can't be forged, and rewards made of them."""
+"""Rewards for RL post-training on code, made of the sandbox's verdicts and of what latents cost."""
 
 from .functions import (
     code_execution_reward,
@@ -13,18 +13,9 @@ from .functions import (
     think_cost_reward,
     use_judge,
 )
-from .judge import VERDICTS, Judge, Problem, Result
-from .sandbox import Limits, Sandbox, SandboxError
 
 
 __all__ = [
-    "VERDICTS",
-    "Judge",
-    "Limits",
-    "Problem",
-    "Result",
-    "Sandbox",
-    "SandboxError",
     "code_execution_reward",
     "count_code_lines",
     "extract_program",

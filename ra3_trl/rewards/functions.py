@@ -19,7 +19,7 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .judge import Judge, Problem, Result
+from ..sandbox import Judge, Problem, Result
 
 
 COLUMNS = ("test", "entry_point", "test_list", "test_setup_code", "test_imports", "inputs", "outputs", "inside")

@@ -23,7 +23,7 @@ _OWN_KEYS = 1024  # most own keys in a block, unless one branch alone has more
 
 @dataclass
 class BranchTokens:
-    """Tokens of one forward: token `n` stands in slot `slot_n` of branch `branch_n` (ascending); see `SitePlan`."""
+    """Tokens of one forward: token `n` stands in slot `slot_n` of branch `branch_n` (ascending); see `BranchPlan`."""
 
     token_n: torch.Tensor
     branch_n: torch.Tensor

@@ -14,9 +14,9 @@ from torch import nn
 from ..records import Document, Latent, RolloutGroup, TokenTable
 from .attention import BranchState, BranchTokens, branch_attention
 from .backbone import Backbone
-from .engine import PolicyLogProbs, Sites
+from .engine import Boundaries, PolicyLogProbs
 from .noise import NoiseKey
-from .plan import SitePlan, collect_scores, gate_targets, plan_site
+from .plan import BranchPlan, collect_scores, gate_targets, plan_boundary
 from .sampler import (
     LatentDistribution,
     SamplingParams,
@@ -63,7 +63,7 @@ class BranchEngine:
     def rollout(
         self,
         document: Document,
-        sites: Sites,
+        boundaries: Boundaries,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
@@ -71,17 +71,17 @@ class BranchEngine:
     ) -> RolloutGroup:
         with branch_attention(self.backbone.causal_lm):
             group, state = self._trunk(document)
-            sites = sites(group) if callable(sites) else sites
-            return self._in_flight(group, state, sites, None, num_latents, horizon, noise, score)
+            boundaries = boundaries(group) if callable(boundaries) else boundaries
+            return self._in_flight(group, state, boundaries, None, num_latents, horizon, noise, score)
 
     @torch.no_grad()
     def score(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
         with branch_attention(self.backbone.causal_lm):
             group, state = self._trunk(document)
             num_latents = len(latents[0]) if latents else 0
-            return self._in_flight(group, state, sites, latents, num_latents, horizon, None, True)
+            return self._in_flight(group, state, boundaries, latents, num_latents, horizon, None, True)
 
     def _forward(self, state: BranchState, document: Sequence[int], tokens: BranchTokens | None) -> torch.Tensor:
         """Hidden states `[tokens, hidden_size]` of document tokens followed by branch tokens."""
@@ -109,13 +109,13 @@ class BranchEngine:
             lines.index_add_(0, self._long(owner), logps)
             self._gates(document, hidden, state, gates)
         empty = torch.zeros(0, 0, 0)
-        states = hidden[self._long([document.actions[i].start - 1 for i in document.sites])].float().cpu()
+        states = hidden[self._long([document.actions[i].start - 1 for i in document.boundaries])].float().cpu()
         return RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty, states), state
 
     def _gates(self, document: Document, hidden: torch.Tensor, state: BranchState, gates_A: torch.Tensor) -> None:
         """Fills `log P(think)`; think tokens that the document's own tokens do not lead to run as branches."""
         rows, targets, owner, branches = [], [], [], []
-        for i in document.sites:
+        for i in document.boundaries:
             action = document.actions[i]
             if not action.decides:
                 continue
@@ -143,19 +143,19 @@ class BranchEngine:
 
     @torch.no_grad()
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
-        found = torch.zeros(len(sites), len(latents[0]) if latents else 0)
+        found = torch.zeros(len(boundaries), len(latents[0]) if latents else 0)
         with branch_attention(self.backbone.causal_lm):
             _, state = self._trunk(document)
-            plans = [plan_site(document, site, 1) for site in sites]
+            plans = [plan_boundary(document, boundary, 1) for boundary in boundaries]
             for part in self._parts(plans, found.shape[1]):
                 flight = _Flight(self, document, [plans[i] for i in part], found.shape[1], state)
                 found[part] = flight.latent_logps([latents[i] for i in part], whole)
         return found
 
-    def _parts(self, plans: Sequence[SitePlan], num_latents: int) -> Iterator[list[int]]:
-        """The sites in groups that fit `max_branch_tokens`, longest first."""
+    def _parts(self, plans: Sequence[BranchPlan], num_latents: int) -> Iterator[list[int]]:
+        """The boundaries in groups that fit `max_branch_tokens`, longest first."""
         length = [len(p.think) + self.params.max_length + len(p.tokens) for p in plans]
         order = sorted(range(len(plans)), key=lambda i: -length[i])
         while order:
@@ -163,17 +163,17 @@ class BranchEngine:
             part, order = sorted(order[:fit]), order[fit:]
             yield part
 
-    def _in_flight(self, group, state, sites, latents, num_latents, horizon, noise, score) -> RolloutGroup:
-        """Handles the sites part by part and puts the parts together."""
-        sites = tuple(sites)
-        plans = [plan_site(group.document, site, horizon) for site in sites]
-        drawn: list[list[Latent] | None] = [None] * len(sites)
-        lines = torch.zeros(len(sites), num_latents, horizon)
+    def _in_flight(self, group, state, boundaries, latents, num_latents, horizon, noise, score) -> RolloutGroup:
+        """Handles the boundaries part by part and puts the parts together."""
+        boundaries = tuple(boundaries)
+        plans = [plan_boundary(group.document, boundary, horizon) for boundary in boundaries]
+        drawn: list[list[Latent] | None] = [None] * len(boundaries)
+        lines = torch.zeros(len(boundaries), num_latents, horizon)
         gates = torch.full_like(lines, float("-inf"))
         for part in self._parts(plans, num_latents):
             flight = _Flight(self, group.document, [plans[i] for i in part], num_latents, state)
             if latents is None:
-                index = np.array([group.document.actions[sites[i]].index for i in part])
+                index = np.array([group.document.actions[boundaries[i]].index for i in part])
                 found = flight.sample(noise, index)
             else:
                 found = flight.take([latents[i] for i in part])
@@ -185,7 +185,7 @@ class BranchEngine:
                 self.score_seconds += time.perf_counter() - begin
         return replace(
             group,
-            sites=sites,
+            boundaries=boundaries,
             latents=tuple(tuple(row) for row in drawn),
             latent_line_logps_TGH=lines,
             latent_gate_logps_TGH=gates,
@@ -195,13 +195,13 @@ class BranchEngine:
 
     def split(self, group: RolloutGroup) -> list[slice]:
         slices, begin, widest = [], 0, 0
-        for t, (site, row) in enumerate(zip(group.sites, group.latents, strict=True)):
-            length = len(group.document.actions[site].boundary.think) + max(len(z.token_ids) for z in row)
+        for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
+            length = len(group.document.actions[boundary].boundary.think) + max(len(z.token_ids) for z in row)
             if t > begin and (t + 1 - begin) * len(row) * max(widest, length) > self.max_branch_tokens:
                 slices.append(slice(begin, t))
                 begin, widest = t, 0
             widest = max(widest, length)
-        return [*slices, slice(begin, len(group.sites))] if group.sites else []
+        return [*slices, slice(begin, len(group.boundaries))] if group.boundaries else []
 
     def gradients(self) -> AbstractContextManager[None]:
         return branch_attention(self.backbone.causal_lm)
@@ -210,7 +210,7 @@ class BranchEngine:
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
     ) -> PolicyLogProbs:
         document = group.document
-        actions = [document.actions[site] for site in group.sites[part]]
+        actions = [document.actions[boundary] for boundary in group.boundaries[part]]
         latents = [z for row in group.latents[part] for z in row]
         thinks = [a.boundary.think for a in actions for _ in range(group.num_latents)]
         chains = [(*think, *fed_tokens(z)) for think, z in zip(thinks, latents, strict=True)]
@@ -258,10 +258,10 @@ def _chains(engine: BranchEngine, chains: Sequence[Sequence[int]], offset: np.nd
 
 
 class _Flight:
-    """Branches at some sites, from their think prefix to the scores, on one document's cache."""
+    """Branches at some boundaries, from their think prefix to the scores, on one document's cache."""
 
     def __init__(
-        self, engine: BranchEngine, document: Document, plans: list[SitePlan], num_latents: int, trunk: BranchState
+        self, engine: BranchEngine, document: Document, plans: list[BranchPlan], num_latents: int, trunk: BranchState
     ):
         self.engine = engine
         self.document = document
@@ -282,7 +282,7 @@ class _Flight:
         return hidden[self.engine._long(np.cumsum([len(c) for c in chains]) - 1)]
 
     def _open(self) -> torch.Tensor:
-        """Runs the think prefixes, once a site; hidden state behind each branch's."""
+        """Runs the think prefixes, once a boundary; hidden state behind each branch's."""
         thinks = [p.think for p in self.plans[:: self.num_latents]]
         hidden = self.engine._forward(self.opening, (), _chains(self.engine, thinks))
         self.state = self.opening.spread(self.num_latents)
@@ -315,7 +315,7 @@ class _Flight:
         return total.view(-1, self.num_latents).float().cpu()
 
     def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[list[Latent]]:
-        """`num_latents` latents a site; `index_T` are the ordinals of the sites' lines, which key the noise."""
+        """`num_latents` latents a boundary; `index_T` are the ordinals of their lines, which key the noise."""
         engine, count = self.engine, len(self.plans)
         logps: list[list[float]] = [[] for _ in range(count)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(count)]

@@ -17,10 +17,10 @@ from .noise import NoiseKey
 
 @dataclass(frozen=True)
 class PolicyLogProbs:
-    """Differentiable log-probs of sampled latents at some sites.
+    """Differentiable log-probs of sampled latents at some boundaries.
 
     `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
-    `branch_n` its branch `t * G + g` (counted from the first of the sites), `entropy_n` the entropy there (zero unless
+    `branch_n` its branch `t * G + g` (counted from the first boundary), `entropy_n` the entropy there (zero unless
     asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
     """
 
@@ -31,7 +31,7 @@ class PolicyLogProbs:
     router: torch.Tensor | None = None
 
 
-Sites = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
+Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
 
 
 class RolloutEngine(Protocol):
@@ -42,33 +42,33 @@ class RolloutEngine(Protocol):
     score_seconds: float  # spent on scoring so far, for the log
 
     def trunk(self, document: Document) -> RolloutGroup:
-        """Line and gate log-probs of a document as it stands: a group without sites."""
+        """Line and gate log-probs of a document as it stands: a group without boundaries."""
 
     def rollout(
         self,
         document: Document,
-        sites: Sites,
+        boundaries: Boundaries,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
-        """`num_latents` latents before each action in `sites` (a function is asked once the document has been run);
+        """`num_latents` latents before each action in `boundaries` (a function is asked once the document has run);
         with `score`, the `horizon` lines under each."""
 
     def score(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
         """The same for given latents."""
 
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
-        """Log-probs `[T, G]` of latents, whoever drew them, under the distribution that is drawn from at `sites`, or
+        """Log-probs `[T, G]` of latents, whoever drew them, under the distribution that is drawn from there, or
         `whole`, without its truncation. A truncation set that a latent does not bring (`kept`) is found anew."""
 
     def split(self, group: RolloutGroup) -> list[slice]:
-        """Slices of the group's sites whose branches may be in flight together."""
+        """Slices of the group's boundaries whose branches may be in flight together."""
 
     def gradients(self) -> AbstractContextManager[None]:
         """Where `log_probs` and the backward pass belong together: activation checkpointing runs forwards anew in the
@@ -77,4 +77,4 @@ class RolloutEngine(Protocol):
     def log_probs(
         self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
     ) -> PolicyLogProbs:
-        """Log-probs of the group's latents at `sites[part]` under the present weights, differentiable."""
+        """Log-probs of the group's latents at `boundaries[part]` under the present weights, differentiable."""

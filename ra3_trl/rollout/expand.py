@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..records import Document, Latent, RolloutGroup, TokenTable
 from .backbone import Backbone
-from .engine import PolicyLogProbs, Sites
+from .engine import Boundaries, PolicyLogProbs
 from .noise import NoiseKey
-from .plan import SitePlan, collect_scores, plan_site
+from .plan import BranchPlan, collect_scores, plan_boundary
 from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, kept_sets, sampled_symbols, symbol_logps
 
 
@@ -66,7 +66,7 @@ class ExpandEngine:
         gates = torch.full_like(lines, float("-inf"))
         for i, action in enumerate(document.actions):
             wanted += [(0, p - 1, ids[p], i, False) for p in range(max(action.start, 1), action.end)]
-        for i in document.sites:
+        for i in document.boundaries:
             action = document.actions[i]
             if not action.decides:
                 continue
@@ -80,7 +80,7 @@ class ExpandEngine:
             lines.index_add_(0, owner[~gate], logps[~gate])
             gates.index_add_(0, owner[gate], logps[gate])
         empty = torch.zeros(0, 0, 0)
-        at = [document.actions[i].start - 1 for i in document.sites]
+        at = [document.actions[i].start - 1 for i in document.boundaries]
         states = self._hidden([ids])[0, at].float().cpu()
         return RolloutGroup(document, (), (), lines, gates, empty, empty, states)
 
@@ -119,17 +119,17 @@ class ExpandEngine:
     def rollout(
         self,
         document: Document,
-        sites: Sites,
+        boundaries: Boundaries,
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
-        sites = sites(self.trunk(document)) if callable(sites) else sites
-        actions = [document.actions[s] for s in sites for _ in range(num_latents)]
+        boundaries = boundaries(self.trunk(document)) if callable(boundaries) else boundaries
+        actions = [document.actions[s] for s in boundaries for _ in range(num_latents)]
         rows = [(*document.input_ids[: a.start], *a.boundary.think) for a in actions]
         index = np.array([a.index for a in actions])
-        latent = np.tile(np.arange(num_latents), len(sites))
+        latent = np.tile(np.arange(num_latents), len(boundaries))
         drawn: list[Latent | None] = [None] * len(rows)
         for batch in self._batches(rows):
             found = self._generate([rows[r] for r in batch], document.doc_id, index[batch], latent[batch], noise)
@@ -137,11 +137,11 @@ class ExpandEngine:
                 drawn[r] = z
         latents = [drawn[i : i + num_latents] for i in range(0, len(drawn), num_latents)]
         if score:
-            return self.score(document, sites, latents, horizon)
+            return self.score(document, boundaries, latents, horizon)
         empty = torch.zeros(len(latents), num_latents, horizon)
         group = self.trunk(document)
         return replace(
-            group, sites=tuple(sites), latents=tuple(map(tuple, latents)),
+            group, boundaries=tuple(boundaries), latents=tuple(map(tuple, latents)),
             latent_line_logps_TGH=empty, latent_gate_logps_TGH=empty - torch.inf,
         )  # fmt: skip
 
@@ -181,12 +181,12 @@ class ExpandEngine:
 
     @torch.no_grad()
     def score(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
         begin = time.perf_counter()
         group = self.trunk(document)
         num_latents = len(latents[0]) if latents else 0
-        plans = [plan_site(document, site, horizon) for site in sites for _ in range(num_latents)]
+        plans = [plan_boundary(document, boundary, horizon) for boundary in boundaries for _ in range(num_latents)]
         rows, wanted = [], []
         for m, (plan, latent) in enumerate(zip(plans, (z for row in latents for z in row), strict=True)):
             head = (*document.input_ids[: plan.start], *plan.think, *latent.token_ids)
@@ -196,19 +196,19 @@ class ExpandEngine:
             logps = self._logps(rows, row, position, target).cpu()
             lines, gates = collect_scores(plans, logps, line, gate, num_latents, horizon)
         else:
-            lines = gates = torch.zeros(len(sites), num_latents, horizon)
+            lines = gates = torch.zeros(len(boundaries), num_latents, horizon)
         self.score_seconds += time.perf_counter() - begin
         return replace(
-            group, sites=tuple(sites), latents=tuple(map(tuple, latents)),
+            group, boundaries=tuple(boundaries), latents=tuple(map(tuple, latents)),
             latent_line_logps_TGH=lines, latent_gate_logps_TGH=gates,
         )  # fmt: skip
 
     @torch.no_grad()
     def latent_logps(
-        self, document: Document, sites: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
-        none, empty = torch.zeros(len(document.actions)), torch.zeros(len(sites), len(latents[0]), 0)
-        group = RolloutGroup(document, tuple(sites), tuple(map(tuple, latents)), none, none, empty, empty)
+        none, empty = torch.zeros(len(document.actions)), torch.zeros(len(boundaries), len(latents[0]), 0)
+        group = RolloutGroup(document, tuple(boundaries), tuple(map(tuple, latents)), none, none, empty, empty)
         rows = []
         for part in self.split(group):
             found = self._log_probs(group, part, whole=whole)
@@ -217,10 +217,10 @@ class ExpandEngine:
         return torch.cat(rows)
 
     def split(self, group: RolloutGroup) -> list[slice]:
-        actions = [group.document.actions[site] for site in group.sites]
+        actions = [group.document.actions[boundary] for boundary in group.boundaries]
         longest = max((a.start + len(a.boundary.think) for a in actions), default=0) + self.params.max_length
         fit = max(1, self.max_branch_tokens // (longest * max(group.num_latents, 1)))
-        return [slice(i, min(i + fit, len(group.sites))) for i in range(0, len(group.sites), fit)]
+        return [slice(i, min(i + fit, len(group.boundaries))) for i in range(0, len(group.boundaries), fit)]
 
     def gradients(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -239,7 +239,7 @@ class ExpandEngine:
         whole: bool = False,
     ) -> PolicyLogProbs:
         ids = group.document.input_ids
-        actions = [group.document.actions[site] for site in group.sites[part]]
+        actions = [group.document.actions[boundary] for boundary in group.boundaries[part]]
         latents = [z for row in group.latents[part] for z in row]
         heads = [(*ids[: a.start], *a.boundary.think) for a in actions for _ in range(group.num_latents)]
         hidden = self._hidden([(*head, *fed_tokens(z)) for head, z in zip(heads, latents, strict=True)], through)
@@ -266,7 +266,7 @@ class ExpandEngine:
         return PolicyLogProbs(gate_T, token_n, branches, entropy_n, router)
 
 
-def _branch_rows(rows: list, head: tuple[int, ...], plan: SitePlan) -> list[tuple[tuple[int, int, int], int, bool]]:
+def _branch_rows(rows: list, head: tuple[int, ...], plan: BranchPlan) -> list[tuple[tuple[int, int, int], int, bool]]:
     """Appends the full rows of one branch (main chain, then one row per side run) and lists what is wanted of them."""
     is_main = plan.sees == np.arange(1, len(plan.tokens) + 1)
     main = len(rows)

@@ -12,8 +12,8 @@ from ..records import Boundary, Document
 
 
 @dataclass(frozen=True)
-class SitePlan:
-    """The forced tokens after a latent at one site and the log-probs wanted from them.
+class BranchPlan:
+    """The forced tokens after a latent at one boundary and the log-probs wanted from them.
 
     Slots count from the first token after the latent. The main chain is closure and expert lines; where the think
     prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen
@@ -36,13 +36,15 @@ class SitePlan:
     undecided: tuple[int, ...]
 
 
-def horizon_lines(document: Document, site: int, horizon: int) -> int:
-    """Number of lines that count for a latent at `site`: at most `horizon`, up to the end or a kept comment.
+def horizon_lines(document: Document, boundary: int, horizon: int) -> int:
+    """Number of lines that count for a latent at `boundary`: at most `horizon`, up to the end or a kept comment.
 
     A kept comment is a new latent, so the one before it serves no longer.
     """
     lines = 0
-    while lines < horizon and site + lines < len(document.actions) and not document.actions[site + lines].comment:
+    while (
+        lines < horizon and boundary + lines < len(document.actions) and not document.actions[boundary + lines].comment
+    ):
         lines += 1
     return lines
 
@@ -60,18 +62,18 @@ def gate_targets(
     return [(slot, think[0])] + [(free + i, token) for i, token in enumerate(think[1:])], think[:-1]
 
 
-def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
-    """The [`SitePlan`] of a latent before action `site`, scored over `horizon` lines."""
-    action = document.actions[site]
-    count = horizon_lines(document, site, horizon)
+def plan_boundary(document: Document, boundary: int, horizon: int) -> BranchPlan:
+    """The [`BranchPlan`] of a latent before action `boundary`, scored over `horizon` lines."""
+    action = document.actions[boundary]
+    count = horizon_lines(document, boundary, horizon)
     chain = [*action.boundary.close]
-    for later in document.actions[site : site + count]:
+    for later in document.actions[boundary : boundary + count]:
         chain += document.input_ids[later.start : later.end]
     fed = chain[:-1]  # nothing is predicted from the last token
     tokens, sees, run = list(fed), list(range(1, len(fed) + 1)), list(range(len(fed)))
     wanted: list[tuple[int, int, int, bool]] = []
     slot, undecided = len(action.boundary.close) - 1, []
-    for k, later in enumerate(document.actions[site : site + count]):
+    for k, later in enumerate(document.actions[boundary : boundary + count]):
         length = later.end - later.start
         wanted += [(slot + i, chain[slot + 1 + i], k, False) for i in range(length)]
         if not later.decides:
@@ -86,11 +88,11 @@ def plan_site(document: Document, site: int, horizon: int) -> SitePlan:
         slot += length
     predictor, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
     arrays = (np.array(tokens), np.array(sees), np.array(run), predictor, target, line, is_gate)
-    return SitePlan(action.start, action.boundary.think, *arrays, lines=count, undecided=tuple(undecided))
+    return BranchPlan(action.start, action.boundary.think, *arrays, lines=count, undecided=tuple(undecided))
 
 
 def collect_scores(
-    plans: Sequence[SitePlan],
+    plans: Sequence[BranchPlan],
     logps_n: torch.Tensor,
     line_n: np.ndarray,
     gate_n: np.ndarray,

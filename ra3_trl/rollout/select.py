@@ -91,9 +91,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _trial(
     backbone: Backbone, table: TokenTable, params: SamplingParams
 ) -> tuple[Document, tuple[int, int], tuple[tuple[Latent, ...], ...]]:
-    """A document of allowed ASCII tokens with four boundaries, two of its sites, and two latents at each.
+    """A document of allowed ASCII tokens with four boundaries, two of its boundaries, and two latents at each.
 
-    The last site stands behind the model's sliding window, so that a window that is not honoured shows.
+    The last boundary stands behind the model's sliding window, so that a window that is not honoured shows.
     """
     plain = [i for i, b in enumerate(table.token_bytes) if b is not None and b.isascii() and b.strip()]
     usable = [i for i in plain if table.next_state_SV[0, i] == 0 and i not in set(table.stop_ids.tolist())]
@@ -105,11 +105,11 @@ def _trial(
     lines = max(8, min(window if window <= _LONGEST_WINDOW else 0, room) // _LINE + 4)
     numbers = keyed_uniform(0, np.arange(1 + lines * _LINE + 32))
     ids = [usable[int(u * len(usable))] for u in numbers]
-    sites = (2, 3, lines - 3, lines - 2)
+    boundaries = (2, 3, lines - 3, lines - 2)
     actions = []
     for i in range(lines):
         think = _THINK[i % 2]
-        boundary = Boundary(tuple(ids[-think:]), (table.stop_id, *ids[-8 : -7 + i % 2])) if i in sites else None
+        boundary = Boundary(tuple(ids[-think:]), (table.stop_id, *ids[-8 : -7 + i % 2])) if i in boundaries else None
         actions.append(Action(i, 1 + i * _LINE, 1 + (i + 1) * _LINE, boundary))
     document = Document(0, 0, tuple(ids[: 1 + lines * _LINE]), tuple(actions), context=1)
     latents = []
@@ -118,7 +118,7 @@ def _trial(
         stopped = len(tokens) < params.max_length
         kept = (torch.arange(backbone.vocab_size),) * (len(tokens) + stopped) if params.truncated else None
         latents.append(Latent(tokens, stopped, (0.0,) * (len(tokens) + stopped), kept))
-    return document, (sites[0], sites[-2]), (tuple(latents[:2]), tuple(latents[2:]))
+    return document, (boundaries[0], boundaries[-2]), (tuple(latents[:2]), tuple(latents[2:]))
 
 
 def _check_head(backbone: Backbone, document: Document) -> None:
@@ -162,13 +162,13 @@ def _largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> di
     return {what: float((one[what] - other[what])[seen].abs().max()) for what, seen in both.items()}
 
 
-def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, sites, latents) -> str | None:
+def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, boundaries, latents) -> str | None:
     """Why the branch engine may not be used, `None` when it agrees with the expand engine."""
-    wanted = _numbers(expand, document, sites, latents)
+    wanted = _numbers(expand, document, boundaries, latents)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its warning about the attention interface is told in ours
     try:
-        found = _numbers(branch, document, sites, latents)
+        found = _numbers(branch, document, boundaries, latents)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}".rstrip(".")
     finally:
@@ -177,7 +177,7 @@ def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, 
         if not torch.equal(torch.isfinite(numbers), torch.isfinite(found[what])):
             return f"{what}: finite in other places than the `expand` engine's"
     with _rounding(expand.backbone):
-        noise = max(_largest(wanted, _numbers(expand, document, sites, latents)).values())
+        noise = max(_largest(wanted, _numbers(expand, document, boundaries, latents)).values())
     bound = max(1e-3, _ROUNDINGS * noise)
     for what, difference in _largest(wanted, found).items():
         if not difference <= bound:
@@ -185,9 +185,9 @@ def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, 
     return None
 
 
-def _numbers(engine: RolloutEngine, document: Document, sites, latents) -> dict[str, torch.Tensor]:
-    group = engine.score(document, sites, latents, 2)
-    policy = engine.log_probs(group, slice(0, len(sites)))
+def _numbers(engine: RolloutEngine, document: Document, boundaries, latents) -> dict[str, torch.Tensor]:
+    group = engine.score(document, boundaries, latents, 2)
+    policy = engine.log_probs(group, slice(0, len(boundaries)))
     return {
         "line log-probs": group.line_logps_A,
         "gate log-probs": group.gate_logps_A,

@@ -143,7 +143,8 @@ def segment_dataset(
 
 
 def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
-    """Where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; chunks, sites, tokens.
+    """Where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; chunks, boundaries,
+    tokens.
 
     `plain` (does not tokenize as this format), `lossy` (the tokenizer does not give the text back) and `no_boundary`
     (a line only, say) get plain next-token training; `empty` texts have nothing to train.
@@ -152,12 +153,12 @@ def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
     totals: Counter[str] = Counter()
     columns = segmented.select_columns(["doc_id", "status", "think", "input_ids", "context", "comment"])
     for row in columns:
-        sites = sum(1 for think in row["think"] if think)
-        status = row["status"] if row["status"] != "actions" else ("with_actions" if sites else "no_boundary")
+        boundaries = sum(1 for think in row["think"] if think)
+        status = row["status"] if row["status"] != "actions" else ("with_actions" if boundaries else "no_boundary")
         if per_document.get(row["doc_id"]) != "with_actions":
             per_document[row["doc_id"]] = status
         totals["chunks"] += 1
-        totals["boundaries"] += sites
+        totals["boundaries"] += boundaries
         totals["kept_comments"] += sum(row["comment"])
         totals["tokens"] += len(row["input_ids"]) - max(row["context"], 1)
     kinds = Counter(per_document.values())

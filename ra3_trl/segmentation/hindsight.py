@@ -27,7 +27,7 @@ CHAT_INSTRUCTION = (
 )
 _PLACEHOLDERS = ("prefix", "think", "suffix")
 _MARKER = re.compile(r"\u2581?<[|\uff5c]?[A-Za-z][\w\u2581 -]*[|\uff5c]?>")  # what looks like a special token
-View = tuple[Document, tuple[int, ...]]  # a document, and where its boundaries of the wanted sites are
+View = tuple[Document, tuple[int, ...]]  # a document, and where its boundaries of the wanted boundaries are
 
 
 class Prompt(Protocol):
@@ -36,17 +36,17 @@ class Prompt(Protocol):
     shares_prefix: bool
     settings: Any  # what a resumed run must share, as JSON
 
-    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
-        """Documents whose boundaries stand in the prompts of `sites`, in order; the next `lines` lines are known."""
+    def views(self, document: Document, boundaries: Sequence[int], lines: int) -> list[View]:
+        """Documents with the prompts of `boundaries`, in order; the next `lines` lines are known."""
 
 
-def next_lines(document: Document, site: int, lines: int) -> tuple[int, ...]:
-    """Tokens that follow a latent at `site`: what closes it, and `lines` lines of the document."""
-    return (*document.actions[site].boundary.close, *document.lines_from(site, lines))
+def next_lines(document: Document, boundary: int, lines: int) -> tuple[int, ...]:
+    """Tokens that follow a latent at `boundary`: what closes it, and `lines` lines of the document."""
+    return (*document.actions[boundary].boundary.close, *document.lines_from(boundary, lines))
 
 
 def _view(document: Document, lead: Sequence[int], cues: dict[int, Sequence[int]], bos: bool) -> View:
-    """`lead` before the document (behind its BOS), `cues` for think prefixes at their sites, no boundary elsewhere."""
+    """`lead` before the document (behind its BOS), `cues` for think prefixes at boundaries, none elsewhere."""
     begin, shift = int(bos), len(lead)
 
     def moved(i: int, action: Action) -> Action:
@@ -58,12 +58,12 @@ def _view(document: Document, lead: Sequence[int], cues: dict[int, Sequence[int]
     return replace(document, input_ids=ids, actions=actions, context=document.context + shift), tuple(cues)
 
 
-def _alone(document: Document, site: int, before: Sequence[int], cue: Sequence[int]) -> View:
-    """The line of one site behind a prompt of its own: `before` and, for a think prefix, `cue`."""
-    action, begin = document.actions[site], len(before)
+def _alone(document: Document, boundary: int, before: Sequence[int], cue: Sequence[int]) -> View:
+    """The line of one boundary behind a prompt of its own: `before` and, for a think prefix, `cue`."""
+    action, begin = document.actions[boundary], len(before)
     line = document.input_ids[action.start : action.end]
-    boundary = Boundary(tuple(cue), action.boundary.close, decides=False)
-    moved = replace(action, start=begin, end=begin + len(line), boundary=boundary)
+    cued = Boundary(tuple(cue), action.boundary.close, decides=False)
+    moved = replace(action, start=begin, end=begin + len(line), boundary=cued)
     return replace(document, input_ids=(*before, *line), actions=(moved,), context=1), (0,)
 
 
@@ -94,29 +94,32 @@ class PromptTemplate:
     def settings(self) -> list[list[int] | str]:
         return [piece if isinstance(piece, str) else list(piece) for piece in self.pieces]
 
-    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
-        """One view of all sites where they share their prefix, else one of each."""
+    def views(self, document: Document, boundaries: Sequence[int], lines: int) -> list[View]:
+        """One view of all boundaries where they share their prefix, else one of each."""
         at = self.pieces.index("prefix")
         starts_with_bos = bool(document.input_ids) and document.input_ids[0] == self.bos_token_id
         bos = (self.bos_token_id,) if self.opens_with_bos and not starts_with_bos else ()
-        cues = {site: self._fill(self.pieces[at + 1 :], document, site, lines) for site in sites}
+        cues = {boundary: self._fill(self.pieces[at + 1 :], document, boundary, lines) for boundary in boundaries}
         if self.shares_prefix:
             lead = (*bos, *self._fill(self.pieces[:at], document, 0, lines))
-            return [_view(document, lead, cues, starts_with_bos)] if sites else []
+            return [_view(document, lead, cues, starts_with_bos)] if boundaries else []
         first, ids = int(starts_with_bos), document.input_ids
-        leads = {site: (*ids[:first], *bos, *self._fill(self.pieces[:at], document, site, lines)) for site in sites}
+        leads = {
+            boundary: (*ids[:first], *bos, *self._fill(self.pieces[:at], document, boundary, lines))
+            for boundary in boundaries
+        }
         return [
-            _alone(document, site, (*lead, *ids[first : document.actions[site].start]), cues[site])
-            for site, lead in leads.items()
+            _alone(document, boundary, (*lead, *ids[first : document.actions[boundary].start]), cues[boundary])
+            for boundary, lead in leads.items()
         ]
 
-    def _fill(self, pieces: Sequence[tuple[int, ...] | str], document: Document, site: int, lines: int):
+    def _fill(self, pieces: Sequence[tuple[int, ...] | str], document: Document, boundary: int, lines: int):
         found: list[int] = []
         for piece in pieces:
             if piece == "think":
-                found += document.actions[site].boundary.think
+                found += document.actions[boundary].boundary.think
             else:
-                found += next_lines(document, site, lines) if piece == "suffix" else piece
+                found += next_lines(document, boundary, lines) if piece == "suffix" else piece
         return tuple(found)
 
 
@@ -142,14 +145,16 @@ class PromptFunction:
     def settings(self) -> str:
         return getattr(self.function, "__qualname__", type(self.function).__qualname__)
 
-    def views(self, document: Document, sites: Sequence[int], lines: int) -> list[View]:
-        """One view a site: the prompt in the place of the code so far."""
-        return [self._view_of(document, site, lines) for site in sites]
+    def views(self, document: Document, boundaries: Sequence[int], lines: int) -> list[View]:
+        """One view a boundary: the prompt in the place of the code so far."""
+        return [self._view_of(document, boundary, lines) for boundary in boundaries]
 
-    def _view_of(self, document: Document, site: int, lines: int) -> View:
-        ids, action = document.input_ids, document.actions[site]
+    def _view_of(self, document: Document, boundary: int, lines: int) -> View:
+        ids, action = document.input_ids, document.actions[boundary]
         bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ()
-        text = self.function(self._text(ids[len(bos) : action.start]), self._text(next_lines(document, site, lines)))
+        text = self.function(
+            self._text(ids[len(bos) : action.start]), self._text(next_lines(document, boundary, lines))
+        )
         if not isinstance(text, str) or not text:
             raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
         prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -159,7 +164,7 @@ class PromptFunction:
                 f"`proposal_func` returned a prompt of {len(prompt)} tokens, but the model's context leaves room for "
                 f"{room}; return a shorter one, or lower `proposal_lines`."
             )
-        return _alone(document, site, prompt[:-1], prompt[-1:])
+        return _alone(document, boundary, prompt[:-1], prompt[-1:])
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

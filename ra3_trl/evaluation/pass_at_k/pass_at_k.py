@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 from ra3_trl.evaluation import estimate
-from ra3_trl.rewards import Judge, Limits, Problem, Sandbox
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 
 _DESCRIPTION = "Share of problems that at least one of k programs solves, without bias (arXiv:2107.03374)."

@@ -1,0 +1,7 @@
+"""Runs programs that nobody trusts, and judges them by tests whose verdicts they can't forge. Knows nothing of RA3."""
+
+from .judge import VERDICTS, Judge, Problem, Result
+from .sandbox import Limits, Sandbox, SandboxError
+
+
+__all__ = ["VERDICTS", "Judge", "Limits", "Problem", "Result", "Sandbox", "SandboxError"]
