@@ -117,10 +117,10 @@ def probe(trainer: RA3MidTrainer) -> Probe:
         document = row_to_document(row)
         texts = [tokenizer.decode(document.input_ids[a.start : a.end]) for a in document.actions]
         boundaries = [i for i in document.boundaries if texts[i].startswith("assert")]
-        gates = trainer.engine.trunk(document).gate_logps_A.exp()
+        gates = trainer.policy.engine.trunk(document).gate_logps_A.exp()
         hard += gates[boundaries].tolist()
         easy += [float(gates[i]) for i in document.boundaries if i not in boundaries]
-        group = trainer.engine.rollout(document, boundaries, 4, 1, NoiseKey(seed=7, phase=0, step=0))
+        group = trainer.policy.engine.rollout(document, boundaries, 4, 1, NoiseKey(seed=7, phase=0, step=0))
         gain += compute_returns(group, 1, 1.0).gain_TG.flatten().tolist()
         for boundary, row in zip(boundaries, group.latents, strict=True):
             value = texts[boundary].strip()[-1]

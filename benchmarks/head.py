@@ -91,8 +91,10 @@ def objective(trainer: RA3MidTrainer) -> dict[str, float]:
     total, hard, easy = [], [], []
     for row in trainer.eval_dataset:
         document = row_to_document(row)
-        group = trainer.engine.rollout(document, document.boundaries, _LATENTS, 1, NoiseKey(seed=7, phase=0, step=0))
-        group = trainer.learner.decided(group)
+        group = trainer.policy.engine.rollout(
+            document, document.boundaries, _LATENTS, 1, NoiseKey(seed=7, phase=0, step=0)
+        )
+        group = trainer.loop.learner.decided(group)
         returns = compute_returns(group, 1, 1.0)
         p = group.decision_logps_A[list(document.boundaries)].exp()
         total += ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - trainer.args.penalty)).tolist()
@@ -147,12 +149,14 @@ def annotation(bases, tokenizer, updates: int) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             trainer = make_trainer(base, tokenizer, seed, folder, e_steps=updates, boundary_selection="head")
             trainer.train()
-            trainer.learner.begin_phase()
+            trainer.loop.learner.begin_phase()
             for row in trainer.eval_dataset:
                 document, noise = row_to_document(row), NoiseKey(seed=3, phase=1, step=0)
                 for skip in (0.0, *SKIPS):
                     trainer.args.annotation_skip = skip
-                    example = annotate(trainer.engine, document, trainer.args, noise, learner=trainer.learner)
+                    example = annotate(
+                        trainer.policy.engine, document, trainer.args, noise, learner=trainer.loop.learner
+                    )
                     tried[skip] += len(example.gains)
                     placed[skip] += len(example.placed)
     found = {f"annotation_skip_{skip}_boundaries_tried": tried[skip] / tried[0.0] for skip in SKIPS}
@@ -243,12 +247,12 @@ def real_code(updates: int) -> dict[str, Any]:
         found |= {f"real_{n}": metrics[f"eval_{n}"] for n in ("ce", "ce_never", "ce_policy", "think_rate", "gain")}
         args = trainer.args
         args.boundary_selection = "head"
-        trainer.learner.begin_phase()
+        trainer.loop.learner.begin_phase()
         tried, placed = Counter(), Counter()
         for row in trainer.eval_dataset:
             document, noise = row_to_document(row), NoiseKey(seed=3, phase=1, step=0)
             for args.annotation_skip in (0.0, *SKIPS):
-                example = annotate(trainer.engine, document, args, noise, learner=trainer.learner)
+                example = annotate(trainer.policy.engine, document, args, noise, learner=trainer.loop.learner)
                 tried[args.annotation_skip] += len(example.gains)
                 placed[args.annotation_skip] += len(example.placed)
     found |= {f"real_annotation_skip_{skip}_boundaries_tried": tried[skip] / tried[0.0] for skip in SKIPS}

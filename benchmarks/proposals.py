@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             config = RA3Config(
                 output_dir=str(folder), proposal=name, num_latents=args.latents, proposal_lines=args.lines,
                 max_length=args.max_length, max_latent_length=12, existing_comments="strip", e_steps=0,
-                annotation_think_prob=0.5, abstraction_head=False, use_cpu=True, report_to="none",
+                prior_alpha=0.5, abstraction_head=False, use_cpu=True, report_to="none",
                 eval_num_latents=args.latents,
             )  # fmt: skip
             trainer = RA3MidTrainer(str(model), config, data)
@@ -105,10 +105,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             begin = time.process_time()
             with torch.no_grad():
                 group = propose(
-                    trainer.engine, document, one_boundary(document), args.latents, 1, NOISE, trainer.proposals
+                    trainer.policy.engine,
+                    document,
+                    one_boundary(document),
+                    args.latents,
+                    1,
+                    NOISE,
+                    trainer.policy.proposer,
                 )
             seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / len(documents)
-            log_prior = float(prior_logps(trainer.engine, document, group.boundaries, group.latents).mean())
+            log_prior = float(prior_logps(trainer.policy.engine, document, group.boundaries, group.latents).mean())
             for key, value in of_group(group, log_prior).items():
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
             texts[i] |= told(trainer, group, name)

@@ -17,13 +17,13 @@ _BATCH = 2
 def count_rollouts(trainer: RA3MidTrainer) -> list[int]:
     """The update that each call of the engine's `rollout` from now on is for, by the noise it gets."""
     updates: list[int] = []
-    rollout = trainer.engine.rollout
+    rollout = trainer.policy.engine.rollout
 
     def counted(document, boundaries, num_latents, horizon, noise, *args, **kwargs):
         updates.append(noise.step)
         return rollout(document, boundaries, num_latents, horizon, noise, *args, **kwargs)
 
-    trainer.engine.rollout = counted
+    trainer.policy.engine.rollout = counted
     return updates
 
 

@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     }  # fmt: skip
     phases = {
         "E": {"e_steps": LONG_PHASE, "m_steps": 0},
-        "M": {"e_steps": 0, "m_steps": LONG_PHASE, "annotation_think_prob": 0.3},
+        "M": {"e_steps": 0, "m_steps": LONG_PHASE, "annotation": "resample"},
     }
     for phase, steps in phases.items():
         out = folder / f"run-{phase}"

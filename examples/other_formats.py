@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ra3_trl import RA3Config, RA3MidTrainer
-from ra3_trl.em import annotate
+from ra3_trl.policy import annotate
 from ra3_trl.rollout import NoiseKey
 
 
@@ -67,10 +67,10 @@ def main() -> None:
                 tiny_model(len(tokenizer)), args, Dataset.from_dict({"text": [text] * 4}), processing_class=tokenizer
             )
             trainer.train()
-        (document,) = trainer.segmenter(0, text)
+        (document,) = trainer.policy.segmenter(0, text)
         trainer.model.eval()
         with torch.no_grad():
-            example = annotate(trainer.engine, document, args, NoiseKey(seed=1, phase=1, step=0))
+            example = annotate(trainer.policy.engine, document, args, NoiseKey(seed=1, phase=1, step=0))
         ids = [i for i in example.input_ids if i != tokenizer.eos_token_id]
         print(
             f"\n--- {name}: {len(document.boundaries)} boundaries, {len(example.placed)} latents\n"

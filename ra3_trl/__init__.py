@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import RA3Config
     from .generation import AutoModelForCausalLMWithAbstractionHead, ThinkLogitsProcessor, strip_latents
+    from .policy import Policy
     from .records import AnnotatedExample, Document, Latent, RolloutGroup
     from .segmentation import ACTION_FORMATS, ActionFormat, load_code_directory, tagged
     from .trainer import RA3MidTrainer
@@ -27,6 +28,7 @@ _HOMES = {
     "ActionFormat": "segmentation",
     "load_code_directory": "segmentation",
     "tagged": "segmentation",
+    "Policy": "policy",
     "RA3MidTrainer": "trainer",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "AutoModelForCausalLMWithAbstractionHead",
     "Document",
     "Latent",
+    "Policy",
     "RA3Config",
     "RA3MidTrainer",
     "RolloutGroup",

@@ -1,14 +1,16 @@
 """`ra3_config.json`: the settings of a run, beside its weights, with a version and migrations from older ones.
 
-Version 2 holds what [`RA3Config`] needs to do the run again: its own fields and the training ones of `_TRAINING`. No
-path, no token, nothing of the machine. Version 1 is what checkpoints of before kept in `ra3_state.json`.
+Version 3 holds what [`RA3Config`] needs to do the run again: its own fields and the training ones of `_TRAINING`; and,
+apart, those of an experimental trainer. No path, no token, nothing of the machine. Version 2 had other names and more
+fields; version 1 is what checkpoints of before kept in `ra3_state.json`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from .files import find_file, read_versioned
 
 
-RA3_CONFIG, VERSION = "ra3_config.json", 2
+RA3_CONFIG, VERSION = "ra3_config.json", 3
 _STATE = "ra3_state.json"
 _TRAINING = (
     "seed", "data_seed", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -27,27 +29,60 @@ _TRAINING = (
 _OF_THE_MACHINE = {"model_init_kwargs", "dataset_num_proc"}  # the first may hold a token
 
 
-def settings_of(args: Any, own: list[str]) -> dict[str, Any]:
+def settings_of(args: Any, own: Iterable[str]) -> dict[str, Any]:
     """Values of the fields `own` and of the training fields as JSON knows them; infinity is `"inf"`."""
     values = {name: getattr(args, name) for name in (*own, *_TRAINING) if name not in _OF_THE_MACHINE}
-    values = {name: getattr(value, "value", value) for name, value in values.items()}  # of an enumeration
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
 
-def write_settings(settings: dict[str, Any], folder: str | Path) -> None:
-    """Writes `ra3_config.json` into `folder`."""
+def write_settings(settings: dict[str, Any], experimental: dict[str, Any], folder: str | Path) -> None:
+    """Writes `ra3_config.json` into `folder`; `experimental` are the fields of an experimental configuration."""
     content = {"version": VERSION, "ra3_trl": metadata.version("ra3-trl"), "settings": settings}
+    content |= {"experimental": experimental} if experimental else {}
     Path(folder, RA3_CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def _from_1(settings: dict[str, Any]) -> dict[str, Any]:
+Content = dict[str, dict[str, Any]]  # "settings" and "experimental"
+
+
+def _from_1(content: Content) -> Content:
     """Facts of the run that are no settings go; there was no abstraction head. `m_steps` and `em_iterations` were not
     kept and become the defaults."""
     facts = {"world_size", "train_dataset", "reward_funcs", "prompts", "proposal_func", "dataloader_num_workers"}
-    return {name: value for name, value in settings.items() if name not in facts} | {"abstraction_head": False}
+    settings = {name: value for name, value in content["settings"].items() if name not in facts}
+    return {"settings": settings | {"abstraction_head": False}, "experimental": {}}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(content: Content) -> Content:
+    """Fields that no run used go; sites are boundaries; the prior has one name; proposals are experimental."""
+    settings = dict(content["settings"])
+    for name in ("gate_coef", "gate_kl_coef", "entropy_coef", "head_learning_rate"):
+        settings.pop(name, None)
+    for old, new in (("max_sites", "max_boundaries"), ("eval_max_sites", "eval_max_boundaries")):
+        if old in settings:
+            settings[new] = settings.pop(old)
+    think = settings.pop("annotation_think_prob", None)
+    if think is not None:
+        settings["prior_alpha"] = None if think == -1 else 1 - think
+    elif settings.get("e_steps") == 0:  # without it such a run was next-token prediction
+        settings["annotation"] = None
+    proposals = {name: settings.pop(name) for name in list(settings) if name.startswith("proposal")}
+    return {"settings": settings, "experimental": proposals if proposals.get("proposal", "causal") != "causal" else {}}
+
+
+_MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_1, 2: _from_2}
+
+
+def _read(name: str, **place: Any) -> Content | None:
+    path = find_file(name, RA3_CONFIG, **place) or find_file(name, _STATE, **place)
+    if path is None:
+        return None
+    with read_versioned(path, name, VERSION, "take another revision") as file:
+        content = {"settings": dict(file["settings"]), "experimental": dict(file.get("experimental", {}))}
+        for older in range(file["version"], VERSION):
+            content = _MIGRATIONS[older](content)
+    return content
 
 
 def read_settings(name: str, **place: Any) -> dict[str, Any] | None:
@@ -62,11 +97,12 @@ def read_settings(name: str, **place: Any) -> dict[str, Any] | None:
     Raises:
         `ValueError`: for a file that is damaged or of a newer version.
     """
-    path = find_file(name, RA3_CONFIG, **place) or find_file(name, _STATE, **place)
-    if path is None:
+    content = _read(name, **place)
+    if content is None:
         return None
-    with read_versioned(path, name, VERSION, "take another revision") as content:
-        settings = dict(content["settings"])
-        for older in range(content["version"], VERSION):
-            settings = _MIGRATIONS[older](settings)
-    return {name: math.inf if value == "inf" else value for name, value in settings.items()}
+    return {field: math.inf if value == "inf" else value for field, value in content["settings"].items()}
+
+
+def read_experimental(name: str, **place: Any) -> dict[str, Any]:
+    """The fields of an experimental configuration that a checkpoint was trained with; empty where there are none."""
+    return (_read(name, **place) or {}).get("experimental", {})

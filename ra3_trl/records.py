@@ -110,6 +110,12 @@ class RolloutGroup:
     )
     head_logps_A: torch.Tensor | None = None  # log P(think) of the abstraction head, where it is the gate
     log_ratio_TG: torch.Tensor | None = None  # log pi(z | s) - log q(z | s, a), where a latent is not the policy's own
+    view: Document | None = None  # what the latents were drawn from, where it is not the document
+
+    @property
+    def drawn(self) -> RolloutGroup:
+        """The group on the document that its latents were drawn from."""
+        return self if self.view is None else replace(self, document=self.view)
 
     @property
     def decision_logps_A(self) -> torch.Tensor:
@@ -129,6 +135,22 @@ class RolloutGroup:
     @property
     def num_latents(self) -> int:
         return len(self.latents[0]) if self.latents else 0
+
+
+@dataclass(frozen=True)
+class PolicyLogProbs:
+    """Differentiable log-probs of sampled latents at some boundaries.
+
+    `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
+    `branch_n` its branch `t * G + g` (counted from the first boundary), `entropy_n` the entropy there (zero unless
+    asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
+    """
+
+    gate_T: torch.Tensor
+    token_n: torch.Tensor
+    branch_n: torch.Tensor
+    entropy_n: torch.Tensor
+    router: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

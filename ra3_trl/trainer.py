@@ -3,13 +3,15 @@
 RA3 (https://huggingface.co/papers/2509.25810) as an EM loop on `transformers.Trainer`: an update belongs to an E-phase
 or an M-phase by its number alone. E: sample latents at the boundaries of the batch, reward them by the expert's next
 lines, one policy-gradient update. M: annotate the batch with the weights frozen at the phase's start, one next-token
-update. Where we deviate from the paper, or it is silent, docs/design.md says so.
+update. What an update does is in `em/loop.py`; here are the hooks by which `Trainer` asks for it, in running order.
+Where we deviate from the paper, or it is silent, docs/design.md says so.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,60 +25,63 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import RA3Config
 from .em import (
-    GateHold,
+    Batch,
+    EMLoop,
+    Gradients,
     MetricSums,
     RewardFunc,
     RewardPlugIns,
-    estep_backward,
-    evaluate_documents,
-    finish_metrics,
-    make_proposals,
-    mstep_loss,
+    Watch,
+    check_resumable,
+    make_learner,
+    own_share,
+    phase_scheduler,
+    plan_phases,
+    read_state,
+    run_settings,
+    stream_loader,
 )
-from .em.annotate import MARKUP
-from .em.checkpoint import CheckpointMixin
-from .em.head import make_learner
-from .em.phases import PhaseMixin
 from .em.preempt import PreemptionCallback
-from .em.stream import StreamMixin, own_share
-from .em.watch import WatchMixin
-from .em.window import WindowMixin
+from .files import written_aside
 from .generation import AutoModelForCausalLMWithAbstractionHead
 from .hub import HubMixin
 from .models import (
+    HEAD_WEIGHTS,
     BaseWeights,
-    FrozenWeights,
     add_tags,
     check_trainable,
     check_vocabulary,
     context_length,
     disable_dropout,
-    end_ids,
     load_head,
     load_model,
     load_tokenizer,
     place_of,
+    save_head,
     state_width,
 )
+from .policy import OWN_LATENTS, Policy, Proposer, chunk_length, evaluate_documents, finish_metrics
 from .records import Document
 from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
-from .rollout import Backbone, SamplingParams, build_engine
 from .segmentation import (
     FEATURES,
     ActionFormat,
     Segmenter,
-    build_token_table,
     count_documents,
     find_format,
     row_to_document,
@@ -85,13 +90,36 @@ from .segmentation import (
 
 
 logger = get_logger(__name__)  # of the main process
+_ASIDE = "_incomplete"
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
-class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, StreamMixin, HubMixin, Trainer):
+class _LoopCallback(TrainerCallback):
+    """Tells the EM loop where `Trainer` is: a run that begins or goes on, passes over the data, updates done."""
+
+    def __init__(self, trainer: RA3MidTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Here, and not in `train`: with `auto_find_batch_size` a run begins anew after each attempt.
+        loop, folder = self.trainer.loop, self.trainer.resumed_from
+        loop.begin_anew()
+        if folder is not None:
+            loop.state.load(folder, args.process_index, self.trainer.policy.model)
+            if args.ignore_data_skip:
+                loop.state.pass_updates = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.loop.state.begin_pass()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.loop.state.pass_updates += 1
+
+
+class RA3MidTrainer(HubMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -133,10 +161,6 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
             [`~ra3_trl.em.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose weight
             is `args.likelihood_weight`.
-        proposal_func (`Callable[[str, str], str]`, *optional*):
-            What `"function"` in `args.proposal` stands for: makes a prompt, behind which the latent begins, of the
-            code so far and the next lines, which begin with what closes a latent (a newline, on Python). A run that
-            is resumed knows it by its name only.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
@@ -145,7 +169,7 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
         args: RA3Config | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -155,7 +179,6 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
-        proposal_func: Callable[[str, str], str] | None = None,
     ):
         head = None
         if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
@@ -165,32 +188,30 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
-        action_format = find_format(args.action_format)
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
         if isinstance(model, str) and args.abstraction_head:
             head = load_head(name, **place_of(args.model_init_kwargs))
-        model = self._load(model, tokenizer, args, peft_config, action_format)
+        model = self._load(model, tokenizer, args, peft_config, find_format(args.action_format))
         if train_dataset is not None:
             check_trainable(model)
-        self.ra3_args = args
-        self.backbone = Backbone(model, args.router_aux_loss_coef)
-        self.engine = self._build_engine(args, tokenizer, action_format)
-        longest = self._chunk_tokens(args, args.uses_latents)
-        self.segmenter = Segmenter(tokenizer, action_format, longest, args.existing_comments)
-        self.proposals = make_proposals(
-            args, tokenizer, context_length(self.backbone.causal_lm), proposal_func, train_dataset is not None
-        )
+        self.policy = Policy.of_model(model, tokenizer, args, room_for_latents=args.uses_latents)
+        self.policy.proposer = self.make_proposer(args, train_dataset is not None)
+        learner = make_learner(args, head, state_width(self.policy.backbone.causal_lm))
+        self.policy.head = learner
+        plug_ins = RewardPlugIns.of(args, tokenizer, reward_funcs)
         self.counts: dict[str, dict[str, int]] = {}
-        self._formatting_func = formatting_func
-        self.plug_ins = self._plug_ins(args, tokenizer, reward_funcs)
-        self.learner = make_learner(args, head, state_width(self.backbone.causal_lm))
+        self.formatting_func = formatting_func
         self.source_dataset = train_dataset  # as it was given: its licences, and what is annotated for the Hub
-        train_dataset = self._segment(train_dataset, "train", formatting_func)
+        train_dataset = self._segment(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {key: self._segment(value, key, formatting_func) for key, value in eval_dataset.items()}
+            eval_dataset = {key: self._segment(value, key) for key, value in eval_dataset.items()}
         else:
-            eval_dataset = self._segment(eval_dataset, "eval", formatting_func)
-        self._plan(args, train_dataset)
+            eval_dataset = self._segment(eval_dataset, "eval")
+        self.schedule = plan_phases(args, train_dataset)
+        self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
+        args.max_steps = self.schedule.total
+        watch = None if train_dataset is None else Watch(self.policy, train_dataset)
+        self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
             model=model,
             args=args,
@@ -204,18 +225,33 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
+        # accelerate wraps `model.forward` alone, and the engines call decoder and head apart.
+        self.policy.autocast = self.accelerator.autocast
         self.model.add_model_tags(["ra3", "trl"])
-        self._begin_anew()
         self.evaluations: list[dict[str, float]] = []  # `train()` empties the state's log
         self.latent_log = LatentLog(
-            Path(args.output_dir) / "_latents", tokenizer, args.log_latents_steps, action_format.think
+            Path(args.output_dir) / "_latents", tokenizer, args.log_latents_steps, self.policy.segmenter.format.think
         )
+        if self.is_world_process_zero():
+            self.loop.on_rollouts = self.latent_log.add
+        self.resumed_from: Path | None = None
         self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
         self.preemption = PreemptionCallback()
+        self.add_callback(_LoopCallback(self))
         self.add_callback(self.preemption)
         self.add_callback(PhaseProgressCallback(self.schedule, self.callback_handler))
 
     # ---- set-up ----
+
+    def make_proposer(self, args: RA3Config, trains: bool) -> Proposer:
+        """Where latents come from: the policy itself. An experimental trainer may say otherwise; `self.policy` is there
+        by then.
+
+        Args:
+            trains (`bool`):
+                Whether there is training data.
+        """
+        return OWN_LATENTS
 
     @staticmethod
     def _load(model, tokenizer, args: RA3Config, peft_config: PeftConfig | None, action_format: ActionFormat):
@@ -237,49 +273,20 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
             disable_dropout(model)
         return model
 
-    def _build_engine(self, args: RA3Config, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat):
-        eos = end_ids(self.backbone.causal_lm)
-        self.table = build_token_table(tokenizer, self.backbone.vocab_size, eos, action_format)
-        params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
-        with self.backbone.gathered():
-            return build_engine(args.engine, self.backbone, self.table, params, args.max_branch_tokens)
-
-    @staticmethod
-    def _plug_ins(args: RA3Config, tokenizer: PreTrainedTokenizerBase, funcs) -> RewardPlugIns | None:
-        funcs = [] if funcs is None else list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-        if not funcs and args.likelihood_weight == 1 and args.reward_weights is None:
-            return None
-        return RewardPlugIns(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
-
-    def _chunk_tokens(self, args: RA3Config, latents: bool) -> int:
-        """Longest chunk of a text: `max_length`, less room for latents (a fifth) where there will be any. Evaluation
-        always draws some, so its documents are the same for next-token prediction."""
-        context = context_length(self.backbone.causal_lm) or args.max_length
-        if args.max_length > context:
-            raise ValueError(
-                f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."
-            )
-        latent = args.max_latent_length + MARKUP
-        room = max(args.max_length // 5, latent) if latents else 0
-        if args.max_length - room < 8:
-            raise ValueError(
-                f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens "
-                "leave no room for text; raise `max_length`."
-            )
-        return args.max_length - room
-
-    def _segment(self, dataset: Dataset | IterableDataset | None, split: str, formatting_func: Callable | None):
+    def _segment(self, dataset: Dataset | IterableDataset | None, split: str) -> Dataset | IterableDataset | None:
+        """Cuts a data set into chunks; counts where its texts went."""
         if dataset is None:
             return None
-        args = self.ra3_args
+        args, segmenter = self.policy.args, self.policy.segmenter
         if isinstance(dataset, IterableDataset):
             dataset = own_share(dataset, args.process_index, args.world_size)
-        segmenter = self.segmenter
         if split != "train" and not args.uses_latents:
-            longest = self._chunk_tokens(args, True)
+            # Evaluation always draws latents, so its chunks are the same for next-token prediction: longer ones alone
+            # lower its cross-entropy.
+            longest = chunk_length(args, context_length(self.policy.backbone.causal_lm), True)
             segmenter = Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments)
         segmented = segment_dataset(
-            dataset, segmenter, args.dataset_text_field, formatting_func, args.dataset_num_proc
+            dataset, segmenter, args.dataset_text_field, self.formatting_func, args.dataset_num_proc
         )
         if isinstance(segmented, Dataset):
             name = split if split == "train" or split.startswith("eval") else f"eval_{split}"
@@ -296,26 +303,19 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
                 )
         return segmented
 
-    def _begin_anew(self) -> None:
-        """State of the EM loop that a checkpoint holds."""
-        # What is held is the tokens' gate; the head's opens again by itself.
-        hold = self.args.gate_hold if self.args.gate == "token" else "never"
-        self.gate_hold = GateHold(hold, self.args.penalty)
-        self.metrics = MetricSums()
-        self.frozen: dict[str, FrozenWeights] = {}
-        self.probe_baseline: float | None = None
+    # ---- training, in running order ----
 
-    # ---- the loop; the documents of an update come from em/window.py ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. A SIGTERM ends it with `SystemExit(143)` after the next update, which is saved.
 
         Raises:
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
-        self.check_resumable(resume_from_checkpoint)
-        if not resume_from_checkpoint:
-            self._begin_anew()
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self.resumed_from = Path(last) if last else None
+        if self.resumed_from is not None:  # of `True` without any, `Trainer.train` says so
+            apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
+            check_resumable(self.resumed_from, self._run_settings(), self.schedule, with_optimizer=apart)
         with self.preemption.listening(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.preemption.asked:
@@ -323,45 +323,69 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
                            self.state.global_step, self.resume_hint)  # fmt: skip
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
+        best = self.state.best_model_checkpoint
+        if self.loop.learner is not None and self.args.load_best_model_at_end and best is not None:
+            head = Path(best, HEAD_WEIGHTS)  # `Trainer` has loaded the weights beside it
+            if head.is_file():
+                self.loop.learner.head.load_state_dict(load_file(head))
         return output
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s; a stream is shared out already."""
+        data = self.train_dataset
+        if not isinstance(data, IterableDataset):
+            return super().get_train_dataloader()
+        return stream_loader(data, self.args, self._train_batch_size, self.data_collator, train=True)
+
+    # Private, since `Trainer` has no other place to say it: of a stream it takes all updates for one pass, and would
+    # skip through the first pass to find the batches of a later one.
+    def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
+        begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+            return begun
+        number, updates = read_state(Path(resume_from_checkpoint))["pass"]
+        return number, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Each phase has its own learning rate and schedule; a scheduler that was given is stepped through both."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = phase_scheduler(self.args, self.schedule, optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
+        if self.state.global_step >= self.schedule.total:  # resumed when all was done: `Trainer` would do one more
+            self.control.should_training_stop = True
+            return [], None
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loop.plug_ins is not None:
+            self.loop.plug_ins.state = self.state
+        documents = [batch["documents"] for batch in batches]
+        window = self.loop.collect(documents, num_batches, self.state.global_step)
+        if window is None:
+            return [], None
+        self.state.num_input_tokens_seen += window.tokens
+        self.control.should_training_stop |= window.stop
+        return [{"batch": batch} for batch in window.batches], torch.tensor(window.denominator, device=device)
+
+    def _begin_phase(self, phase, step: int) -> None:
+        if self.args.reset_optimizer and step > 0:
+            self.optimizer.state.clear()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch=None) -> torch.Tensor:
+        """Loss and gradients of one micro-batch."""
         model.train()
-        through = model if model is not self.backbone.model else None
         scale = self.accelerator.num_processes  # processes average their gradients, the count is over all of them
         options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-        begin = time.perf_counter()
-
-        def backward(loss: torch.Tensor) -> None:
-            self.accelerator.backward(loss * scale, **options)
-
+        gradients = Gradients(
+            lambda loss: self.accelerator.backward(loss * scale, **options),
+            partial(self._syncing, model),
+            model if model is not self.policy.model else None,
+        )
         with self.compute_loss_context_manager():
-            if "rollouts" in inputs:
-                loss, parts = estep_backward(
-                    self.engine, inputs["rollouts"], self.args, float(num_items_in_batch), self._holds_gate,
-                    backward, partial(self._syncing, model), through, inputs["chunks"],
-                )  # fmt: skip
-                loss = torch.tensor(loss, device=self.args.device)
-                share = sum(len(r.group.boundaries) for r in inputs["rollouts"]) / float(num_items_in_batch)
-                for name, value in parts.items():
-                    self.metrics.add_total(f"estep/loss_{name}", value, share)
-            elif inputs["rows"] is None:
-                loss = self.backbone.idle(through)
-                backward(loss)
-            else:
-                loss, parts, seen = mstep_loss(self.backbone, inputs["rows"], float(num_items_in_batch), through)
-                backward(loss)
-                if self.learner is not None:
-                    self.learner.noted.append(seen)
-                code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
-                both = (code[0] + latent[0], code[1] + latent[1])
-                for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
-                    self.metrics.add_total(f"mstep/{name}", total, count)
-        if self.learner is not None and "rollouts" not in inputs and inputs.get("last"):
-            self._learn(gather_object(self.learner.noted))
-            self.learner.noted = []
-        self.metrics.add("seconds/update", time.perf_counter() - begin)
-        return loss.detach() * scale
+            loss = self.loop.backward(inputs["batch"], float(num_items_in_batch), gradients)
+        return torch.tensor(loss * scale, device=self.args.device)
 
     @contextmanager
     def _syncing(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -377,18 +401,6 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         finally:
             self.accelerator.sync_gradients = before
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            if not self.state.log_history:  # where every text went, once
-                logs |= {f"data/{name}": float(value) for name, value in self.counts.get("train", {}).items()}
-            together = MetricSums()
-            for sums in gather_object([self.metrics.sums]):
-                together.add_sums(sums)
-            self.metrics.pop()
-            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
-            logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
-        super().log(logs, start_time)
-
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Mixed precision for the engines, which call decoder and head apart; accelerate wraps `model.forward`."""
         return self.accelerator.autocast()
@@ -397,32 +409,123 @@ class RA3MidTrainer(CheckpointMixin, WindowMixin, WatchMixin, PhaseMixin, Stream
         """Not counted: what a rollout costs is not 6 N tokens."""
         return 0
 
-    # ---- evaluation and saving ----
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer`'s, with the metrics of all processes since the last line."""
+        if "loss" in logs:
+            if not self.state.log_history:  # where every text went, once
+                logs |= {f"data/{name}": float(value) for name, value in self.counts.get("train", {}).items()}
+            together = MetricSums()
+            for sums in gather_object([self.loop.state.metrics.sums]):
+                together.add_sums(sums)
+            self.loop.state.metrics.pop()
+            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
+            logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        """As `Trainer`'s; no row counts twice."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        return self._held_out_loader(data, super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        """As `Trainer`'s; no row counts twice."""
+        return self._held_out_loader(test_dataset, super().get_test_dataloader, test_dataset)
+
+    def _held_out_loader(self, data: Any, make: Callable[[Any], DataLoader], given: Any) -> DataLoader:
+        if isinstance(data, IterableDataset):
+            return stream_loader(data, self.args, self.args.eval_batch_size, self.data_collator, train=False)
+        # accelerate repeats rows to even processes out, which would count twice; they need not do as many forwards.
+        config = self.accelerator.dataloader_config
+        before, config.even_batches = config.even_batches, False
+        try:
+            return make(given)
+        finally:
+            config.even_batches = before
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)) and set(eval_dataset.features or ()) != set(FEATURES):
-            eval_dataset = self._segment(eval_dataset, metric_key_prefix, self._formatting_func)
+            eval_dataset = self._segment(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
-        sums, seen = MetricSums(), 0
+        sums: Counter[str] = Counter()
+        seen = 0
         self.callback_handler.eval_dataloader = dataloader
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
+        with self.policy.inference():
             for batch in dataloader:
-                found = evaluate_documents(self.engine, batch["documents"], self.args, self.learner, self.proposals)
-                sums.add_sums({name: [value, 1] for name, value in found.items()})
+                sums.update(evaluate_documents(self.policy, batch["documents"]))
                 seen += len(batch["documents"])
                 self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
         totals: Counter[str] = Counter()
-        for other in gather_object([sums.sums]):
-            totals.update({name: total for name, (total, _) in other.items()})
-        metrics = finish_metrics(totals)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        for other in gather_object([sums]):
+            totals.update(other)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in finish_metrics(totals).items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
         seen = sum(gather_object([seen]))
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
+
+    # ---- saving ----
+
+    # Private, since this is where TRL's trainers, too, say what a checkpoint is: `save_model` calls it with the state
+    # dict that it has gathered.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A plain checkpoint, whole or not at all, with the abstraction head and `ra3_config.json` beside it; the
+        latter stands for `training_args.bin`, a pickle that holds the Hub's token."""
+        if not self.args.should_save:  # there for the sake of weights that are gathered
+            super()._save(output_dir, state_dict)
+            return
+        with written_aside(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self.args.save_pretrained(folder, max_steps=self.asked_max_steps)
+            if self.loop.learner is not None:
+                save_head(self.loop.learner.head, folder)
+
+    # Private, since `Trainer` writes in place and deletes older checkpoints by itself.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
+        args, run = self.args, Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside, final = run / _ASIDE / name, run / name
+        before = args.output_dir, args.save_total_limit, args.push_to_hub
+        args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir, _ASIDE), None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.output_dir, args.save_total_limit, args.push_to_hub = before
+        limit, push = before[1:]
+        if not args.save_only_model:
+            phase = self.schedule.phase_at(self.state.global_step - 1)
+            facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
+            of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand again
+            self.loop.state.save(aside, facts, args.should_save, keep_probe=of_stream)
+        if args.should_save:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if self.state.best_global_step and (best == final or best.exists()):
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+            shutil.rmtree(run / _ASIDE, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(final))
+        if args.should_save:
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What a resumed run must share with this one."""
+        facts: dict[str, Any] = {"train_dataset": self.counts.get("train")}
+        if isinstance(self.train_dataset, IterableDataset):  # whose rows workers share out
+            facts["dataloader_num_workers"] = self.args.dataloader_num_workers
+        facts["reward_funcs"] = sorted(self.loop.plug_ins.funcs) if self.loop.plug_ins is not None else []
+        return run_settings(self.args, facts | self.policy.proposer.settings)

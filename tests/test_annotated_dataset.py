@@ -34,7 +34,7 @@ from ra3_trl.segmentation import load_code_directory, splice, standard_library, 
 
 CODE = "def f{i}(x):\n    y = x + {i}\n    if y > 2:\n        y = 'ß'\n    return y\n"
 TEXTS = [CODE.replace("{i}", str(i)) for i in range(4)]
-SETTINGS = {"annotation_think_prob": 0.5, "num_latents": 2, "max_length": 128}
+SETTINGS = {"prior_alpha": 0.5, "num_latents": 2, "max_length": 128}
 LETTERS, DIGITS = "QwErTyUiOpAsDfGhJkLzXcVbNmqWeRtYuIoPaSdF" * 3, "3141592653589793238462643383279502884197"
 
 
@@ -247,15 +247,15 @@ def test_processes_share_the_rows_out(make_trainer, monkeypatch):
     """Three processes, one of them with nothing to do in the second case, give the rows of one alone."""
     trainer = make_trainer(TEXTS, **SETTINGS)
     data = trainer.source_dataset
-    alone = annotate_dataset(trainer, data)
+    alone = annotate_dataset(trainer.policy, data)
     args, parts = trainer.args, []
     monkeypatch.setattr(ra3_trl.hub.annotated, "gather_object", lambda found: parts.extend(found) or parts)
     for count in (3, 7):
         parts.clear()
         for rank in range(count):
-            trainer.args = SimpleNamespace(**vars(args) | {"process_index": rank, "world_size": count})
+            trainer.policy.args = SimpleNamespace(**vars(args) | {"process_index": rank, "world_size": count})
             try:
-                together = annotate_dataset(trainer, data)
+                together = annotate_dataset(trainer.policy, data)
             except KeyError:  # the rows of the ranks after this one are not there yet
                 assert rank < count - 1
         assert together.to_list() == alone.to_list()
@@ -263,24 +263,24 @@ def test_processes_share_the_rows_out(make_trainer, monkeypatch):
 
 def test_annotated_rows(make_trainer):
     trainer = make_trainer(TEXTS, **SETTINGS)
-    annotated = annotate_dataset(trainer, trainer.source_dataset)
+    annotated = annotate_dataset(trainer.policy, trainer.source_dataset)
     assert set(annotated.column_names) == {"text", *ANNOTATION}
     latents = [latent for row in annotated for latent in row["latents"]]
     assert latents and all(isinstance(latent["gain"], float) for latent in latents)  # resampling measures them
     for row in annotated:
         assert ast.dump(ast.parse(row["annotated_text"])) == ast.dump(ast.parse(row["text"]))
     with pytest.raises(ValueError, match=r"columns \['annotated_text', .*already"):
-        annotate_dataset(trainer, annotated)
+        annotate_dataset(trainer.policy, annotated)
     with pytest.raises(ValueError, match=r"the corpus is empty"):
-        annotate_dataset(trainer, trainer.source_dataset.select([]))
+        annotate_dataset(trainer.policy, trainer.source_dataset.select([]))
 
 
 def test_rows_of_another_format(make_trainer):
     """Rows that come as tensors are annotated as texts, and pushed as such."""
     trainer = make_trainer(TEXTS, **SETTINGS)
     plain = Dataset.from_dict({"text": TEXTS, "license": ["MIT"] * 4, "stars": [1, 2, 3, 4]})
-    annotated = annotate_dataset(trainer, DatasetPush("org/name").check(plain.with_format("torch")))
-    assert annotated.to_list() == annotate_dataset(trainer, plain).to_list()
+    annotated = annotate_dataset(trainer.policy, DatasetPush("org/name").check(plain.with_format("torch")))
+    assert annotated.to_list() == annotate_dataset(trainer.policy, plain).to_list()
     assert preview_rows(annotated, "python")
 
 
@@ -298,8 +298,8 @@ def test_a_formatting_func_makes_the_text(make_trainer, tiny_model, tokenizers):
         tokenizer,
         formatting_func=lambda row: "def" + row["body"],
     )
-    annotated = annotate_dataset(trainer, rows)
-    assert annotated["annotated_text"][:] == annotate_dataset(usual, usual.source_dataset)["annotated_text"][:]
+    annotated = annotate_dataset(trainer.policy, rows, trainer.formatting_func)
+    assert annotated["annotated_text"][:] == annotate_dataset(usual.policy, usual.source_dataset)["annotated_text"][:]
 
 
 # ---- the card ----
@@ -307,7 +307,7 @@ def test_a_formatting_func_makes_the_text(make_trainer, tiny_model, tokenizers):
 
 def test_the_card_of_a_corpus(make_trainer, tmp_path):
     trainer = make_trainer(corpus("MIT", "PSF-2.0", "MIT"), **SETTINGS)
-    annotated = annotate_dataset(trainer, trainer.source_dataset)
+    annotated = annotate_dataset(trainer.policy, trainer.source_dataset)
     card = render_dataset_card(trainer, annotated, "org/my-corpus", None, "org/source")
     block = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.S)[1])
     assert block["license"] == ["mit", "other"] and set(block["license"]) <= HUB_LICENSES
@@ -394,8 +394,8 @@ def test_one_commit_holds_data_and_card(make_trainer, monkeypatch):
     (_, token), create, branch, (_, files, data, card, kwargs) = NotedHub.calls
     assert token == "from the settings" and create[2]["private"] is True and branch[2]["branch"] == "v2"
     assert files == ["README.md", "data/train-00000-of-00001.parquet"]
-    assert data.to_list() == annotate_dataset(trainer, trainer.source_dataset).to_list()
-    assert data.features["latents"] == annotate_dataset(trainer, trainer.source_dataset).features["latents"]
+    assert data.to_list() == annotate_dataset(trainer.policy, trainer.source_dataset).to_list()
+    assert data.features["latents"] == annotate_dataset(trainer.policy, trainer.source_dataset).features["latents"]
     assert card.data.license == ["isc", "mit"] and kwargs["revision"] == "v2"
     assert 'load_dataset("org/name", split="train", revision="v2")' in card.content
     there = ["README.md", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "notes/data.csv"]
@@ -461,11 +461,11 @@ def test_the_command_takes_the_settings_of_the_checkpoint(make_trainer, tmp_path
     own = {"action_format": "slashes", "max_latent_length": 7, "temperature": 0.7, "horizon": 1}
     trainer = make_trainer(rows, **SETTINGS | own, existing_comments="strip", dataset_license="MIT")
     trainer.save_model()
-    by_trainer = annotate_dataset(trainer, rows)
+    by_trainer = annotate_dataset(trainer.policy, rows)
     assert sum(map(len, by_trainer["latents"])) and by_trainer[0]["annotated_text"].count("//")
     assert annotated_by_command(tmp_path, rows).to_list() == by_trainer.to_list()
     trainer.args.annotation = "policy"
-    by_policy = annotate_dataset(trainer, rows)
+    by_policy = annotate_dataset(trainer.policy, rows)
     found = annotated_by_command(tmp_path, rows, "--annotation", "policy")
     assert found.to_list() == by_policy.to_list() != by_trainer.to_list()
     with pytest.raises(ValueError, match=r"3 rows have no licence"):
@@ -488,7 +488,7 @@ def test_the_head_of_the_checkpoint_decides(make_trainer, tmp_path):
     """One that always thinks, which the tokens' gate of a random model does not; then one that sees no chance."""
     rows = Dataset.from_dict({"text": TEXTS})
     trainer = make_trainer(rows, annotation="policy", gate="head", horizon=1, boundary_selection="head")
-    head = trainer.learner.head
+    head = trainer.loop.learner.head
     head.trained_on(1)
     head.outer.bias.data = torch.tensor([20.0, -9.0, 0.0])  # log-odds of thinking, gain, spread
     trainer.save_model()

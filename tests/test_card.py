@@ -321,7 +321,7 @@ def test_the_snippets_of_a_plain_checkpoint_run(tmp_path, make_trainer, capsys):
     trainer.create_model_card(dataset_name="a test")
     card = valid(ModelCard.load(tmp_path / "run" / "README.md"))
     assert "Trained on a test (license: PSF-2.0)." in card.content and str(tmp_path) not in card.content
-    assert "AutoModelForCausalLMWithAbstractionHead" in card.content and trainer.learner is not None
+    assert "AutoModelForCausalLMWithAbstractionHead" in card.content and trainer.loop.learner is not None
     capsys.readouterr()
     exec(snippets(card.content, tmp_path), {})
     assert capsys.readouterr().out.count("def fibonacci(n):\n") == 3  # as it likes, without latents, by the head

@@ -309,7 +309,7 @@ def test_annotate_round_trip(model, code, tmp_path, comments):
         "2",
         "--max_latent_length",
         "5",
-        "--annotation_think_prob",
+        "--prior_alpha",
         "0.5",
     ]
     settings += ["--existing_comments", comments]

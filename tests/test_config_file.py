@@ -66,7 +66,7 @@ def test_version_1_is_what_older_checkpoints_kept(make_trainer, tmp_path):
     folder = tmp_path / "run" / "checkpoint-4"
     (folder / "ra3_config.json").unlink()
     state = json.loads((folder / "ra3_state.json").read_text())
-    newer = ("abstraction_head", "gate", "boundary_", "annotation_skip", "head_learning_rate")
+    newer = ("abstraction_head", "gate", "boundary_", "annotation_skip")
     state["settings"] = {k: v for k, v in state["settings"].items() if not k.startswith(newer)}
     assert {"world_size", "train_dataset", "reward_funcs"} <= set(state["settings"])
     (folder / "ra3_state.json").write_text(json.dumps(state))
@@ -79,7 +79,7 @@ def test_version_1_is_what_older_checkpoints_kept(make_trainer, tmp_path):
     [
         ('{"version": 2, "settings": {"horizon"', "ra3_config.json of .* is damaged"),
         ('{"version": 2}', "ra3_config.json of .* is damaged"),
-        ('{"version": 3, "settings": {}}', "is of version 3, and this ra3-trl reads up to 2; upgrade"),
+        ('{"version": 4, "settings": {}}', "is of version 4, and this ra3-trl reads up to 3; upgrade"),
         ('{"version": 2, "settings": {"horizzon": 1}}', "fields that no `RA3Config` has: horizzon"),
         ('{"version": 2, "settings": {"horizon": 0}}', "`horizon` is 0; it must be at least 1"),
         (None, "has no ra3_config.json; it was not trained by RA3MidTrainer"),
@@ -107,3 +107,30 @@ def test_an_older_pickle_does_not_stay(make_trainer, tmp_path):
         (tmp_path / "run" / name).write_bytes(b"x")
     trainer.save_model()
     assert [p.name for p in (tmp_path / "run").glob("*.bin")] == ["mine.bin"]
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"max_sites": 3, "eval_max_sites": 5}, {"max_boundaries": 3, "eval_max_boundaries": 5}),
+        ({"annotation_think_prob": -1}, {"prior_alpha": None}),
+        ({"annotation_think_prob": 0.25, "e_steps": 0}, {"prior_alpha": 0.75, "annotation": "resample"}),
+        ({"annotation_think_prob": None, "e_steps": 0}, {"prior_alpha": 0.7, "annotation": None}),
+        ({"gate_coef": 1.0, "gate_kl_coef": 0.0, "entropy_coef": 0.1, "head_learning_rate": 1e-3}, {"horizon": 2}),
+        ({"proposal": "causal", "proposal_lines": 4, "proposal_kl_coef": 1.0}, {}),
+    ],
+)
+def test_version_2_still_loads(tmp_path, older, newer):
+    """Fields that went, changed their name or their sense: 1 - 0.25 = 0.75, and -1 was the model's own gate."""
+    settings = {"annotation": "resample", "prior_alpha": 0.7, "horizon": 2, **older}
+    (tmp_path / "ra3_config.json").write_text(json.dumps({"version": 2, "settings": settings}))
+    args = RA3Config.from_pretrained(str(tmp_path), use_cpu=True)
+    for name, value in newer.items():
+        assert getattr(args, name) == value, name
+    assert args.uses_latents == (settings.get("e_steps", 20) > 0 or settings.get("annotation_think_prob") is not None)
+
+
+def test_former_names_are_taken_with_a_warning():
+    with pytest.warns(FutureWarning, match="`max_sites` is now `max_boundaries`"):
+        args = RA3Config(max_sites=3, use_cpu=True)
+    assert args.max_boundaries == 3

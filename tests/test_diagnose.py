@@ -112,7 +112,7 @@ def documents_of(trainer):
 def test_lines_in_the_experts_place_are_those_of_plain_forwards(trainer, slow_path):
     """Also the expert's own, drawn by chance, has the numbers of the expert's."""
     document = documents_of(trainer)[0]
-    group = trainer.engine.rollout(document, document.boundaries, 2, 1, NoiseKey(0, 2, 0))
+    group = trainer.policy.engine.rollout(document, document.boundaries, 2, 1, NoiseKey(0, 2, 0))
     boundary = document.boundaries[2]
     own = document.actions[boundary]
     expert = tuple(document.input_ids[own.start : own.end])

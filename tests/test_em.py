@@ -9,16 +9,8 @@ import pytest
 import torch
 
 from ra3_trl import RA3Config
-from ra3_trl.em import (
-    GateHold,
-    annotate,
-    evaluate_documents,
-    finish_metrics,
-    mstep_loss,
-    pack,
-    plan_schedule,
-    split_example,
-)
+from ra3_trl.em import GateHold, mstep_loss, pack, plan_schedule, split_example
+from ra3_trl.policy import Policy, annotate, evaluate_documents, finish_metrics
 from ra3_trl.records import AnnotatedExample, Document, Latent
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
@@ -131,10 +123,10 @@ def test_annotation_keeps_the_program(setting, tmp_path, way, horizon):
                 u = super().uniform(doc_id, index, latent, token)
                 return u * 0 if isinstance(latent, int) and latent == GATE else u
 
-        found = annotate(engine, document, args, Zero(1, 1, 0))
+        found = annotate(Policy(engine, args), document, Zero(1, 1, 0))
         assert len(found.placed) == len(document.boundaries)
     else:
-        found = annotate(engine, document, args, NOISE)
+        found = annotate(Policy(engine, args), document, NOISE)
         assert found.placed
     text = tokenizer.decode(found.input_ids[:-1])
     assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(SOURCE))
@@ -152,18 +144,16 @@ def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tm
         p = float(engine.trunk(context).gate_logps_A[boundary].exp())
         if NOISE.uniform(0, document.actions[boundary].index, GATE, 0) < p:
             placed[boundary] = engine.rollout(context, [boundary], 1, 2, NOISE, score=False).latents[0][0]
-    found = annotate(engine, document, args, NOISE)
+    found = annotate(Policy(engine, args), document, NOISE)
     assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
 
 
 def test_resampling_picks_the_posterior(setting, tmp_path):
     """With a prior of nearly 1 for thinking every boundary gets a latent; with one of nearly 0 none does."""
     _, engine, document = setting
-    for prob, expected in ((1 - 1e-12, len(document.boundaries)), (1e-30, 0)):
-        args = RA3Config(
-            output_dir=str(tmp_path), horizon=1, annotation_think_prob=prob, max_latent_length=5, num_latents=2
-        )
-        assert len(annotate(engine, document, args, NOISE).placed) == expected
+    for alpha, expected in ((1e-12, len(document.boundaries)), (1 - 1e-15, 0)):
+        args = RA3Config(output_dir=str(tmp_path), horizon=1, prior_alpha=alpha, max_latent_length=5, num_latents=2)
+        assert len(annotate(Policy(engine, args), document, NOISE).placed) == expected
 
 
 def test_gate_hold_releases_once_latents_pay():
@@ -194,7 +184,7 @@ def test_cross_entropy_with_latents_banned(setting):
     with torch.no_grad():  # logits of 0 for the think tokens, or P(think) is lost in rounding
         for boundary in document.boundaries:
             engine.backbone.causal_lm.lm_head.weight[list(document.actions[boundary].boundary.think)] = 0.0
-    found = finish_metrics(evaluate_documents(engine, [document], args))
+    found = finish_metrics(evaluate_documents(Policy(engine, args), [document]))
     gates = engine.trunk(document).gate_logps_A[list(document.boundaries)].double().exp()
     gained = float(-torch.log1p(-gates).sum())
     assert gained > 1e-3

@@ -15,8 +15,8 @@ from test_segmentation import assert_tiles, body_text
 from transformers import AutoTokenizer
 
 from ra3_trl import RA3Config
-from ra3_trl.em import annotate
 from ra3_trl.models import add_tags
+from ra3_trl.policy import Policy, annotate
 from ra3_trl.records import Latent
 from ra3_trl.rollout import Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.rollout.expand import ExpandEngine
@@ -627,7 +627,7 @@ def test_annotation_in_each_format(setting, tiny_model, tmp_path, name):
     table = build_token_table(tokenizer, backbone.vocab_size, action_format=action_format)
     engine = BranchEngine(backbone, table, SamplingParams(max_length=5))
     args = RA3Config(output_dir=str(tmp_path), prior_alpha=0.1, max_latent_length=5)
-    found = annotate(engine, document, args, NoiseKey(seed=1, phase=1, step=0))
+    found = annotate(Policy(engine, args), document, NoiseKey(seed=1, phase=1, step=0))
     assert found.placed
     text = body_text(tokenizer, found.input_ids)
     assert without_latents(action_format, text) == TEXTS[name] != text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.gate_testbed import Probe, expert, make_tokenizer, pretrain, pro
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.em import GateHold
 from ra3_trl.losses import EStepTerms, estep_loss, gate_slope
+from ra3_trl.records import PolicyLogProbs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,8 +65,9 @@ def test_anchor_by_hand():
     odds = torch.zeros(1, requires_grad=True)
     terms = EStepTerms(gate_slope(gain, 0.2, hold=True), torch.zeros(1, 2), torch.ones(1))
     start = torch.tensor([0.25]).log()
-    no_tokens = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    loss, parts = estep_loss(terms, torch.nn.functional.logsigmoid(odds), *no_tokens, anchor_gate_logps_T=start)
+    none = torch.zeros(0)
+    live = PolicyLogProbs(torch.nn.functional.logsigmoid(odds), none, none.long(), none)
+    loss, parts = estep_loss(terms, live, reference=replace(live, gate_T=start), anchored=True)
     loss.backward()
     assert float(parts["gate_anchor"]) == pytest.approx(0.1308, abs=1e-4)
     assert odds.grad.tolist() == pytest.approx([0.25])
@@ -107,7 +110,7 @@ def test_held_gate_survives_until_comments_pay(bases, tmp_path, caplog):
     assert after.hard >= before.hard
     assert after.easy < 0.2  # no ratchet: it does not learn to think everywhere
     assert after.gain > 0.2 and after.right > 0.5
-    assert trainer.gate_hold.released
+    assert trainer.loop.state.gate_hold.released
     assert len(held_warnings(caplog)) == 1
 
 
@@ -118,7 +121,7 @@ def test_held_gate_survives_on_other_seeds(bases, seed, tmp_path, caplog):
     hundredths), gain -1.44 -> -0.36. Seed 2 is released: 0.367 -> 0.562, gain -1.11 -> +1.04."""
     with caplog.at_level(logging.WARNING):
         before, after, trainer = run_e_phase(bases, seed, "auto", 44, tmp_path)
-    slack = 0.0 if trainer.gate_hold.released else 0.05
+    slack = 0.0 if trainer.loop.state.gate_hold.released else 0.05
     assert after.hard >= before.hard - slack and after.easy < 0.2
     assert after.gain > before.gain + 0.5 and after.right > 0.3
     assert len(held_warnings(caplog)) == 1

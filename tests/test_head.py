@@ -11,11 +11,11 @@ import torch
 from conftest import furthest, weights
 
 from ra3_trl import RA3Config
-from ra3_trl.em import annotate, pack, roll_out, rollout_sums
-from ra3_trl.em.estep import _terms, choose_by_promise
-from ra3_trl.em.head import HeadLearner, Observations, measured_gain, observe
+from ra3_trl.em import EStep, pack, rollout_sums
+from ra3_trl.em.learner import HeadLearner, Observations, observe
 from ra3_trl.losses import Returns, code_bounds, compute_returns
 from ra3_trl.models import AbstractionConfig, AbstractionHead, load_head, save_head
+from ra3_trl.policy import annotate, choose_by_promise, measured_gain
 from ra3_trl.records import Action, Boundary, Document, Latent
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, row_to_document, splice
@@ -158,7 +158,7 @@ def seen(states, slope, gain, spread=None, placed=None) -> Observations:
 
 
 def learner_of(size: int = 8, **settings) -> HeadLearner:
-    return HeadLearner(head_of(size), RA3Config(head_learning_rate=1e-2, use_cpu=True, **settings))
+    return HeadLearner(head_of(size), RA3Config(use_cpu=True, **settings), learning_rate=1e-2)
 
 
 def test_measured_gain_by_hand():
@@ -276,24 +276,22 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
     trainer = make_trainer(TEXTS, boundary_selection="head", boundary_exploration=0.5, gate_hold="never")
     document = row_to_document(trainer.train_dataset[0])
     assert len(document.boundaries) == 4
-    learner, states = trainer.learner, trainer.engine.trunk(document).states_SD
+    learner, states = trainer.loop.learner, trainer.policy.engine.trunk(document).states_SD
     best, tried = 2, []
 
-    def predict(states_SD, head=None):
+    def predict(states_SD):
         spread = torch.where((states_SD == states[best]).all(-1), 3.0, 0.1)
         return torch.full_like(spread, -1.0), torch.full_like(spread, -1.0), spread
 
     learner.predict = predict
     for step in range(8):
-        (rollout,) = roll_out(
-            trainer.engine, [document], trainer.args, NoiseKey(0, 0, step), None, None, None, learner
-        )
+        (rollout,) = EStep(trainer.policy, trainer.args).roll_out([document], NoiseKey(0, 0, step))
         tried.append(rollout.group.boundaries)
         assert document.boundaries[best] in rollout.group.boundaries and len(rollout.group.boundaries) == 2
         where = rollout.group.boundaries.index(document.boundaries[best])
         assert float(rollout.weight_T[where]) == 0.5 and float(rollout.weight_T[1 - where]) == 1.5
         # The gate's slope is weighed; the latents' advantages are not.
-        terms = _terms(rollout, slice(0, 2), trainer.args, False, torch.zeros(2))
+        terms = EStep(trainer.policy, trainer.args).terms(rollout, slice(0, 2), False)
         slope = rollout.returns.gain_TG.mean(1) - trainer.args.penalty
         torch.testing.assert_close(terms.gate_gain_T, slope * rollout.weight_T)
         sums = rollout_sums([rollout], lambda ids: "")
@@ -314,9 +312,9 @@ def test_the_weight_of_a_boundary_counts():
 def test_a_phase_forgets_the_one_before():
     learner = learner_of()
     learner.learn([seen(torch.randn(4, 8), [1.0] * 4, [1.0] * 4)], NoiseKey(0, 0, 0))
-    assert len(learner.kept) == 4 and learner.annotator is learner.head
+    assert len(learner.kept) == 4 and learner.annotator.head is learner.head
     learner.begin_phase()
-    assert learner.kept is None and learner.annotator is not learner.head
+    assert learner.kept is None and learner.annotator.head is not learner.head
 
 
 def test_more_than_it_keeps_is_drawn_from_not_cut():
@@ -334,9 +332,8 @@ def test_gain_is_that_of_the_likelihood_whatever_the_reward(make_trainer, settin
     """Annotation knows the likelihood only; a reward of -50 or one per token must not make it skip boundaries."""
     trainer = make_trainer(TEXTS, horizon=1, **settings)
     document = row_to_document(trainer.train_dataset[0])
-    (rollout,) = roll_out(
-        trainer.engine, [document], trainer.args, NoiseKey(0, 0, 0), None, trainer.plug_ins, None, trainer.learner
-    )
+    estep = EStep(trainer.policy, trainer.args, plug_ins=trainer.loop.plug_ins)
+    (rollout,) = estep.roll_out([document], NoiseKey(0, 0, 0))
     found = observe(rollout.group, rollout.returns, rollout.weight_T, trainer.args)
     torch.testing.assert_close(found.gain_n, measured_gain(compute_returns(rollout.group, 1, 0.9)))
     torch.testing.assert_close(found.slope_n, rollout.returns.gain_TG.mean(1) - trainer.args.penalty)
@@ -345,12 +342,11 @@ def test_gain_is_that_of_the_likelihood_whatever_the_reward(make_trainer, settin
 def test_with_latent_weight_gate_it_is_the_gate_that_decides(make_trainer):
     trainer = make_trainer(TEXTS, gate="head", latent_weight="gate")
     with torch.no_grad():
-        trainer.learner.head.outer.bias[0] = 2.0
+        trainer.loop.learner.head.outer.bias[0] = 2.0
     document = row_to_document(trainer.train_dataset[0])
-    (rollout,) = roll_out(
-        trainer.engine, [document], trainer.args, NoiseKey(0, 0, 0), None, None, None, trainer.learner
-    )
-    terms = _terms(rollout, slice(1, 3), trainer.args, True, torch.zeros(2) - 9)
+    estep = EStep(trainer.policy, trainer.args)
+    (rollout,) = estep.roll_out([document], NoiseKey(0, 0, 0))
+    terms = estep.terms(rollout, slice(1, 3), True)
     assert terms.weight_T.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 2)
 
 
@@ -374,15 +370,13 @@ def test_annotation_skips_what_is_hopeless(make_trainer):
     """With the head's gain at -5 the chance of a latent is sigmoid(log(0.3 / 0.7) - 5) = 0.3 %; at +5 98 %."""
     trainer = make_trainer(TEXTS, boundary_selection="head", horizon=1)
     document, noise = row_to_document(trainer.train_dataset[0]), NoiseKey(0, 1, 0)
-    learner = trainer.learner
-    assert len(annotate(trainer.engine, document, trainer.args, noise, learner=learner).gains) == len(
-        document.boundaries
-    )
+    learner = trainer.loop.learner
+    assert len(annotate(trainer.policy, document, noise).gains) == len(document.boundaries)
     learner.head.trained_on(1)
     for gain, tried in ((-5.0, 0), (5.0, len(document.boundaries))):
         with torch.no_grad():
             learner.head.outer.bias[1] = gain
-        example = annotate(trainer.engine, document, trainer.args, noise, learner=learner)
+        example = annotate(trainer.policy, document, noise)
         assert len(example.gains) == tried and set(example.placed) <= set(example.gains)
 
 
@@ -396,7 +390,7 @@ def test_the_language_model_is_trained_as_if_there_were_none(make_trainer, tmp_p
         trainer = make_trainer(TEXTS, abstraction_head=beside, output_dir=str(tmp_path / str(beside)), **settings)
         trainer.train()
         trained.append(weights(trainer.model))
-        assert (trainer.learner is not None) == beside
+        assert (trainer.loop.learner is not None) == beside
     assert furthest(*trained) == 0
 
 
@@ -408,8 +402,8 @@ def test_accumulation_does_not_matter_to_the_head(make_trainer, tmp_path):
             output_dir=str(tmp_path / str(batch)),
         )  # fmt: skip
         trainer.train()
-        assert trainer.learner.head.config.trained_on > 0
-        heads.append(weights(trainer.learner.head))
+        assert trainer.loop.learner.head.config.trained_on > 0
+        heads.append(weights(trainer.loop.learner.head))
     assert furthest(*heads) < 1e-4
 
 
@@ -418,16 +412,16 @@ def test_the_heads_gate_decides(make_trainer):
     what lines are renormalised by."""
     trainer = make_trainer(TEXTS, gate="head", horizon=1)
     document = row_to_document(trainer.train_dataset[0])
-    plain = trainer.engine.rollout(document, document.boundaries, 3, 1, NoiseKey(0, 0, 0))
+    plain = trainer.policy.engine.rollout(document, document.boundaries, 3, 1, NoiseKey(0, 0, 0))
     returns = compute_returns(plain, 1, 1.0)
     rest = code_bounds(plain).log_likelihood - float(plain.line_logps_A[list(document.boundaries)].double().sum())
     for bias, wanted in ((-30.0, returns.act_T), (30.0, returns.latent_TG.mean(1))):
         with torch.no_grad():
-            trainer.learner.head.outer.bias[0] = bias
-        group = trainer.learner.decided(plain)
+            trainer.loop.learner.head.outer.bias[0] = bias
+        group = trainer.loop.learner.decide(plain)
         assert code_bounds(group).elbo == pytest.approx(rest + float(wanted.double().sum()), abs=1e-3)
         assert torch.equal(group.gate_logps_A, plain.gate_logps_A)
-    example = annotate(trainer.engine, document, trainer.args, NoiseKey(0, 0, 0), "policy", trainer.learner)
+    example = annotate(trainer.policy, document, NoiseKey(0, 0, 0), "policy")
     assert set(example.placed) == set(document.boundaries)  # at P(think) = 1
 
 
@@ -454,20 +448,20 @@ def test_a_resumed_run_has_the_same_head(make_trainer, tmp_path, step):
     alone.train()
     again = make_trainer(TEXTS, **settings | {"output_dir": str(tmp_path / "again")})
     again.train(resume_from_checkpoint=f"{alone.args.output_dir}/checkpoint-{step}")
-    assert furthest(weights(alone.learner.head), weights(again.learner.head)) == 0
+    assert furthest(weights(alone.loop.learner.head), weights(again.loop.learner.head)) == 0
     assert furthest(weights(alone.model), weights(again.model)) == 0
-    assert alone.learner.head.config == again.learner.head.config
+    assert alone.loop.learner.head.config == again.loop.learner.head.config
 
 
 def test_a_checkpoints_head_is_trained_on(make_trainer, tmp_path):
     trainer = make_trainer(TEXTS, max_latent_length=3)
     trainer.train()
     trainer.save_model()
-    before = trainer.learner.head.config
+    before = trainer.loop.learner.head.config
     assert before.trained_on > 0 and before.max_latent_length == 3
     again = make_trainer(TEXTS, model=trainer.args.output_dir, output_dir=str(tmp_path / "again"))
-    assert again.learner.head.config == replace(before, max_latent_length=4)
-    assert furthest(weights(again.learner.head), weights(trainer.learner.head)) == 0
+    assert again.loop.learner.head.config == replace(before, max_latent_length=4)
+    assert furthest(weights(again.loop.learner.head), weights(trainer.loop.learner.head)) == 0
 
 
 def test_the_best_checkpoints_head_comes_back(make_trainer):
@@ -480,20 +474,20 @@ def test_the_best_checkpoints_head_comes_back(make_trainer):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert not best.endswith("checkpoint-4")
-    assert furthest(weights(load_head(best)), weights(trainer.learner.head)) == 0
+    assert furthest(weights(load_head(best)), weights(trainer.loop.learner.head)) == 0
 
 
 def test_a_run_without_latents_has_no_head(make_trainer, tmp_path):
     trainer = make_trainer(TEXTS, e_steps=0)
     trainer.train()
     trainer.save_model()
-    assert trainer.learner is None and not list((tmp_path / "run").glob("abstraction*"))
+    assert trainer.loop.learner is None and not list((tmp_path / "run").glob("abstraction*"))
 
 
 def test_nothing_is_held_where_the_head_is_the_gate(make_trainer):
     """Its gate opens again by itself, so there is nothing to warn of."""
-    assert make_trainer(TEXTS, gate="head", gate_hold="auto").gate_hold.holds is False
-    assert make_trainer(TEXTS, gate="token", gate_hold="auto").gate_hold.holds is True
+    assert make_trainer(TEXTS, gate="head", gate_hold="auto").loop.state.gate_hold.holds is False
+    assert make_trainer(TEXTS, gate="token", gate_hold="auto").loop.state.gate_hold.holds is True
 
 
 @pytest.mark.parametrize("name", ["gate", "boundary_selection"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from ra3_trl.losses import (
     EStepTerms,
     Returns,
     advantages,
-    bernoulli_kl,
     code_bounds,
     compute_returns,
     estep_loss,
@@ -23,7 +23,7 @@ from ra3_trl.losses import (
     resampling_logits,
 )
 from ra3_trl.losses.estep import gate_anchor
-from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
+from ra3_trl.records import Action, Boundary, Document, Latent, PolicyLogProbs, RolloutGroup
 
 
 BOUNDARY = Boundary((1,), (2,))
@@ -171,6 +171,10 @@ def test_the_anchor_of_a_held_gate_by_hand():
     torch.testing.assert_close(slope, p - 0.5, atol=1e-5, rtol=0)
 
 
+def logps_of(gate_T, token_n, branch_n) -> PolicyLogProbs:
+    return PolicyLogProbs(gate_T, token_n, branch_n, torch.zeros_like(token_n))
+
+
 def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:
     advantage = torch.zeros_like(gain_TG) if advantage is None else advantage
     weight = torch.ones(len(gain_TG)) if weight is None else weight
@@ -186,13 +190,9 @@ def test_the_gates_gradient_is_that_of_j():
     objective = ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - c)).sum()
     (wanted,) = torch.autograd.grad(objective, w)
     none = torch.zeros(0, dtype=torch.double)
-    for coef in (1.0, 2.5):
-        log_p = torch.nn.functional.logsigmoid(w)
-        loss, _ = estep_loss(
-            terms_of(returns.gain_TG, c), log_p, none, torch.zeros(0, dtype=torch.long), gate_coef=coef
-        )
-        (found,) = torch.autograd.grad(loss, w)
-        torch.testing.assert_close(-found, coef * wanted)
+    loss, _ = estep_loss(terms_of(returns.gain_TG, c), logps_of(torch.nn.functional.logsigmoid(w), none, none.long()))
+    (found,) = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(-found, wanted)
 
 
 def test_estep_loss_by_hand():
@@ -202,30 +202,21 @@ def test_estep_loss_by_hand():
     """
     terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1))
     logps, branch = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1])
-    loss, parts = estep_loss(terms, torch.tensor([-LOG2]), logps, branch)
+    live = logps_of(torch.tensor([-LOG2]), logps, branch)
+    loss, parts = estep_loss(terms, live)
     assert float(parts["gate"]) == pytest.approx(-1) and float(parts["policy"]) == pytest.approx(2.5)
     assert float(loss) == pytest.approx(1.5)
     # Weight P(think) = 1/2 halves the policy part.
     halved = EStepTerms(terms.gate_gain_T, terms.advantage_TG, torch.tensor([0.5]))
-    assert float(estep_loss(halved, torch.tensor([-LOG2]), logps, branch)[1]["policy"]) == pytest.approx(1.25)
-    # Entropies 1, 2, 3: 6 / 2 latents = 3, rewarded. KL: k3 of equal log-probs is 0.
-    entropy, _ = estep_loss(
-        terms, torch.tensor([-LOG2]), logps, branch, entropy_n=torch.tensor([1.0, 2.0, 3.0]), entropy_coef=0.1
-    )
-    assert float(entropy) == pytest.approx(1.5 - 0.3)
-    same, _ = estep_loss(terms, torch.tensor([-LOG2]), logps, branch, ref_token_logps_n=logps, kl_coef=1.0)
+    assert float(estep_loss(halved, live)[1]["policy"]) == pytest.approx(1.25)
+    # KL: k3 of equal log-probs is 0.
+    same, _ = estep_loss(terms, live, 1.0, live)
     assert float(same) == pytest.approx(1.5)
     # Reference one symbol at half its probability: r = 1/2, k3 = 1/2 - 1 + log 2, over 2 latents.
-    other, parts = estep_loss(
-        terms, torch.tensor([-LOG2]), logps, branch, ref_token_logps_n=logps - torch.tensor([LOG2, 0, 0]), kl_coef=0.1
-    )
+    other, parts = estep_loss(terms, live, 0.1, replace(live, token_n=logps - torch.tensor([LOG2, 0, 0])))
     assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2) and float(other) == pytest.approx(
         1.5 + 0.05 * (LOG2 - 0.5)
     )
-    # Gate prior 1/4 against p = 1/2: KL = 1/2 log 2 + 1/2 log(2/3)
-    prior, parts = estep_loss(terms, torch.tensor([-LOG2]), logps, branch, prior_think=0.25, gate_kl_coef=1.0)
-    assert float(parts["gate_kl"]) == pytest.approx(0.5 * LOG2 + 0.5 * math.log(2 / 3))
-    assert float(prior - loss) == pytest.approx(float(parts["gate_kl"]))
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
@@ -244,7 +235,7 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
             torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double)
         )
         logps = logits.log_softmax(-1)[actions]
-        loss, _ = estep_loss(terms, torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2))
+        loss, _ = estep_loss(terms, logps_of(torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2)))
         (gradient,) = torch.autograd.grad(loss, logits)
         total -= float(pi.detach()[actions].prod()) * gradient
     torch.testing.assert_close(total, wanted)
@@ -263,7 +254,7 @@ def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
         returns = Returns(act, reward[actions][None])
         terms = EStepTerms(gate_slope(returns.gain_TG, c, False), advantages(returns, c), w.sigmoid().detach())
         log_p = torch.nn.functional.logsigmoid(w)
-        loss, _ = estep_loss(terms, log_p, logits.log_softmax(-1)[actions], torch.arange(2))
+        loss, _ = estep_loss(terms, logps_of(log_p, logits.log_softmax(-1)[actions], torch.arange(2)))
         for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
             total -= float(pi.detach()[actions].prod()) * gradient
     for total, gradient in zip(found, wanted, strict=True):
@@ -280,20 +271,11 @@ def test_the_kl_estimator_is_never_negative_and_unbiased():
     mean = 0.0
     for symbol in range(3):
         logps, ref_logps = pi[symbol : symbol + 1].log(), ref[symbol : symbol + 1].log()
-        _, parts = estep_loss(
-            terms, torch.tensor([-1.0]), logps, torch.tensor([0]), ref_token_logps_n=ref_logps, kl_coef=1.0
-        )
+        live = logps_of(torch.tensor([-1.0]), logps, torch.tensor([0]))
+        _, parts = estep_loss(terms, live, 1.0, replace(live, token_n=ref_logps))
         assert float(parts["kl"]) > 0
         mean += float(pi[symbol]) * float(parts["kl"])
     assert mean == pytest.approx(float((pi * (pi / ref).log()).sum()), abs=1e-6)
-
-
-def test_bernoulli_kl_by_hand():
-    """KL(1/2 || 1/4) = 1/2 log 2 + 1/2 log(2/3); KL(q || q) = 0; KL(3/4 || 1/4) = 1/2 log 3."""
-    found = bernoulli_kl(torch.tensor([0.5, 0.25, 0.75]).log(), 0.25)
-    torch.testing.assert_close(
-        found, torch.tensor([0.5 * LOG2 + 0.5 * math.log(2 / 3), 0.0, 0.5 * math.log(3)]), atol=1e-6, rtol=0
-    )
 
 
 # ---- next tokens ----

@@ -32,7 +32,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(make, engine, archi
     kept, plain = {}, {}
     for checkpointing in (False, True):
         trainer = make(architecture=architecture, engine=engine, activation_checkpointing=checkpointing)
-        layers = trainer.backbone.decoder.layers
+        layers = trainer.policy.backbone.decoder.layers
         calls = []
         layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
         trainer.train()
@@ -57,7 +57,7 @@ def test_no_forward_is_longer_than_document_and_bound(make):
         ids = kwargs.get("input_ids", args[0] if args else None)
         longest[torch.is_grad_enabled()] = max(longest[torch.is_grad_enabled()], ids.numel())
 
-    trainer.backbone.decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    trainer.policy.backbone.decoder.register_forward_pre_hook(watch, with_kwargs=True)
     before = weights(trainer.model)
     trainer.train()
     assert furthest(before, weights(trainer.model)) > 0

@@ -206,7 +206,7 @@ def test_more_embeddings_than_tokens(tiny_model, tokenizer, train, tied):
     model = tiny_model("llama", tokenizer, tie_word_embeddings=tied, pad_token_id=None)
     model.resize_token_embeddings(len(tokenizer) + 40)
     trainer = train(model, tokenizer, steps=1)
-    allowed = trainer.engine.distribution.allowed(0, 1)
+    allowed = trainer.policy.engine.distribution.allowed(0, 1)
     assert len(allowed) == len(tokenizer) + 40 and not allowed[len(tokenizer) :].any()
 
 
@@ -323,7 +323,7 @@ def test_whole_runs_in_bfloat16(folder, train):
     """Weights in bfloat16: a token's log-prob is off by at most 0.1 (derived in test_architectures.py)."""
     wanted = first_code_loss(train(load_model(folder, None, None), load_tokenizer(folder, None)))
     trainer = train(folder, model_init_kwargs={"dtype": "bfloat16"})
-    assert trainer.model.dtype == torch.bfloat16 and trainer.engine.name == "branch"
+    assert trainer.model.dtype == torch.bfloat16 and trainer.policy.engine.name == "branch"
     assert 0 < abs(first_code_loss(trainer) - wanted) < 0.1
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
@@ -373,7 +373,7 @@ def test_dropout_left_on(tiny_model, tokenizer, train):
 
 def test_a_small_learned_context(tiny_model, tokenizer, train):
     """GPT-2 has no embedding behind its last position: sampling, scoring and annotating stay before it."""
-    train(tiny_model("gpt2", tokenizer, n_positions=80), tokenizer, max_length=80, annotation_think_prob=0.999)
+    train(tiny_model("gpt2", tokenizer, n_positions=80), tokenizer, max_length=80, prior_alpha=0.001)
     with pytest.raises(ValueError, match="`max_length` is 128, but the model's context holds 80"):
         train(tiny_model("gpt2", tokenizer, n_positions=80), tokenizer)
 
@@ -390,7 +390,7 @@ def test_instruct_checkpoint_keeps_template_and_generation_config(llama, tokeniz
     trainer = train(llama, tokenizer, save_strategy="steps", save_steps=2)
     ids = trainer.train_dataset[0]["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id and turn_end not in ids
-    assert {tokenizer.eos_token_id, turn_end} <= set(trainer.table.stop_ids.tolist())
+    assert {tokenizer.eos_token_id, turn_end} <= set(trainer.policy.engine.table.stop_ids.tolist())
     trainer.save_model()
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
         again, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

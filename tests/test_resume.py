@@ -115,13 +115,13 @@ def test_batches_already_consumed_are_not_rolled_out_again(make, tmp_path, monke
     make(e_steps=4, m_steps=2, save_strategy="steps", save_steps=3).train()
     trainer = make(e_steps=4, m_steps=2)
     seen = []
-    rollout = trainer.engine.rollout
+    rollout = trainer.policy.engine.rollout
 
     def watched(document, boundaries, num_latents, horizon, noise, score=True):
         seen.append((noise.phase, noise.step))
         return rollout(document, boundaries, num_latents, horizon, noise, score)
 
-    monkeypatch.setattr(trainer.engine, "rollout", watched)
+    monkeypatch.setattr(trainer.policy.engine, "rollout", watched)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     # One E-update (number 3) of two documents is left; annotation of the two M-updates follows (phase 1, 4 and 5).
     assert [key for key in seen if key[0] == 0] == [(0, 3)] * 2
@@ -336,10 +336,10 @@ def test_a_second_train_begins_anew(make):
     """Gate hold, metrics and snapshots are not those of the run before; weights go on."""
     trainer = make(m_steps=1)
     trainer.train()
-    assert trainer.gate_hold.updates == 2
+    assert trainer.loop.state.gate_hold.updates == 2
     first = weights(trainer.model)
     trainer.train()
-    assert trainer.gate_hold.updates == 2 and furthest(first, weights(trainer.model)) > 0
+    assert trainer.loop.state.gate_hold.updates == 2 and furthest(first, weights(trainer.model)) > 0
 
 
 SLEEPER = """

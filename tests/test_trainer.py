@@ -302,7 +302,7 @@ def test_latents_are_written_as_parquet(make, tmp_path):
         ({"discount": 1.5}, "discount"),
         ({"temperature": 0.0}, "temperature"),
         ({"annotation": "best"}, "annotation"),
-        ({"annotation_think_prob": 2.0}, "annotation_think_prob"),
+        ({"prior_alpha": 2.0}, "prior_alpha"),
         ({"max_length": 100_000}, "max_length"),
         ({"max_length": 20, "max_latent_length": 10}, "max_length"),
         ({"m_steps": -1, "max_steps": 1}, "max_steps"),
@@ -357,14 +357,16 @@ def test_each_phase_has_its_own_rate_and_floor(make):
 def test_logged_gates_are_the_policys(make, reward_model):
     """Slow path: P(think) on the documents of each update, read from the live weights before it."""
     trainer = make(e_steps=3, m_steps=0, reward_model=reward_model, e_learning_rate=1e-2, gate_hold="never")
-    begin, wanted = trainer._prepare_e, []
+    roll_out, wanted = trainer.loop.roll_out, []
 
-    def prepare(documents, noise):
-        gates = [trainer.engine.trunk(d).gate_logps_A[list(d.boundaries)].exp() for batch in documents for d in batch]
+    def noting(documents):
+        gates = [
+            trainer.policy.engine.trunk(d).gate_logps_A[list(d.boundaries)].exp() for batch in documents for d in batch
+        ]
         wanted.append(float(torch.cat(gates).mean()))
-        return begin(documents, noise)
+        return roll_out(documents)
 
-    trainer._prepare_e = prepare
+    trainer.loop.roll_out = noting
     trainer.train()
     found = [e["estep/think_rate"] for e in trainer.state.log_history if "estep/think_rate" in e]
     assert found == pytest.approx(wanted, rel=1e-4) and found[0] != pytest.approx(found[2], rel=0.05)

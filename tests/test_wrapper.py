@@ -358,7 +358,7 @@ def test_a_file_in_the_way_is_refused(wrapper, tmp_path):
 def test_a_trainer_takes_the_wrapper_and_its_checkpoint_comes_back(wrapper, make_trainer, tmp_path):
     model = wrapper()
     trainer = make_trainer([PROMPT + "    return y\n"] * 4, model=model)
-    assert trainer.learner.head.config.trained_on == 100  # the wrapper's
+    assert trainer.loop.learner.head.config.trained_on == 100  # the wrapper's
     trainer.train()
     trainer.save_model()
     again = Wrapper.from_pretrained(str(tmp_path / "run"))

@@ -65,9 +65,14 @@ def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
     """Writes weights, log and world size of this process."""
     state = PartialState()
     log = [{k: v for k, v in e.items() if not k.startswith(("seconds", "train_"))} for e in trainer.state.log_history]
-    weights = {n: p.detach().clone() for n, p in trainer.backbone.model.named_parameters()}
-    found = {"weights": weights, "log": log, "world": trainer.args.world_size, "held": trainer.gate_hold.average}
-    found["head"] = trainer.learner.head.state_dict()
+    weights = {n: p.detach().clone() for n, p in trainer.policy.backbone.model.named_parameters()}
+    found = {
+        "weights": weights,
+        "log": log,
+        "world": trainer.args.world_size,
+        "held": trainer.loop.state.gate_hold.average,
+    }
+    found["head"] = trainer.loop.learner.head.state_dict()
     torch.save(found, folder / f"{name}-{state.num_processes}-{state.process_index}.pt")
 
 
@@ -106,7 +111,7 @@ def main(folder: Path) -> None:
         folder,
         UNEVEN,
         "hindsight",
-        annotation_think_prob=0.5,
+        prior_alpha=0.5,
         gradient_accumulation_steps=2,
         max_boundaries=3,
         **proposals,

@@ -40,7 +40,7 @@ def main(model: str, out: str, seed: str, documents: str, code_dir: str, setting
         sums = []
         with torch.no_grad(), trainer.compute_loss_context_manager():
             for _, of_document in groupby(chunks, key=lambda chunk: chunk.doc_id):
-                sums.append(evaluate_documents(trainer.engine, of_document, args))
+                sums.append(evaluate_documents(trainer.policy.engine, of_document, args))
     total: Counter[str] = Counter()
     for row in sums:
         total.update(row)

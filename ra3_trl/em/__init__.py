@@ -1,41 +1,48 @@
-"""The EM loop's parts: schedule, E-step, annotation, M-step, evaluation of bounds."""
+"""The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
-from .annotate import annotate
-from .estep import Rollout, choose_boundaries, count_chunks, estep_backward, roll_out, rollout_sums
-from .evaluate import EVAL_NOISE, evaluate_documents, finish_metrics
-from .monitor import GateHold, MetricSums, latent_alarms
+from .checkpoint import check_resumable, run_settings
+from .estep import Chunk, EStep, Gradients, Rollout
+from .learner import HeadLearner, make_learner
+from .loop import Batch, EMLoop, Window
+from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
-from .proposals import CAUSAL, Proposal, Proposals, make_proposals, propose
 from .rewards import RewardFunc, RewardPlugIns
-from .schedule import Phase, Schedule, plan_schedule
+from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
+from .state import EMState, read_state
+from .stream import own_share, stream_loader
+from .watch import Watch
 
 
 __all__ = [
-    "CAUSAL",
-    "EVAL_NOISE",
+    "Batch",
+    "Chunk",
+    "EMLoop",
+    "EMState",
+    "EStep",
     "GateHold",
+    "Gradients",
+    "HeadLearner",
     "MetricSums",
     "Phase",
-    "Proposal",
-    "Proposals",
     "RewardFunc",
     "RewardPlugIns",
     "Rollout",
     "Rows",
     "Schedule",
-    "annotate",
-    "choose_boundaries",
-    "count_chunks",
-    "estep_backward",
-    "evaluate_documents",
-    "finish_metrics",
+    "Watch",
+    "Window",
+    "check_resumable",
     "latent_alarms",
-    "make_proposals",
+    "make_learner",
     "mstep_loss",
+    "own_share",
     "pack",
+    "phase_scheduler",
+    "plan_phases",
     "plan_schedule",
-    "propose",
-    "roll_out",
+    "read_state",
     "rollout_sums",
+    "run_settings",
     "split_example",
+    "stream_loader",
 ]

@@ -1,11 +1,17 @@
-"""What is watched during training: averages for the log, the held gate, alarms."""
+"""What is watched during training: averages for the log, the held gate, numbers of rollouts, alarms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from ..losses import code_bounds
+from ..records import RolloutGroup
+from .estep import Rollout
 
 
 Sums = dict[str, list[float]]  # name -> [total, weight]; the metric is total / weight
+TokenText = Callable[[Sequence[int]], str]
 
 
 @dataclass
@@ -82,13 +88,77 @@ class GateHold:
         )
 
 
+def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines: int = 1) -> Sums:
+    """Numbers of a batch of rollouts (docs/logging.md): total and weight, so that batches and processes can be added
+    up. Latents that were not the policy's own (`view`) knew the next `known_lines`."""
+    sums = MetricSums()
+    for rollout in rollouts:
+        group, weight = rollout.group, rollout.weight_T
+        origin = "" if group.view is None else "hindsight/"
+        bounds = code_bounds(group)
+        if rollout.scored_live and bool((weight == 1).all()):  # else it is of the lines that were picked
+            sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
+        sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
+        if not group.boundaries:
+            continue
+        if group.log_ratio_TG is not None:
+            sums.add_total("hindsight/log_ratio", float(group.log_ratio_TG.sum()), group.log_ratio_TG.numel())
+        gate_A, gain = group.decision_logps_A.exp(), rollout.returns.gain_TG.mean(1)
+        gate = weight * gate_A[list(group.boundaries)]
+        sums.add_total(
+            origin + "reward", float((weight * rollout.returns.latent_TG.mean(1)).sum()), float(weight.sum())
+        )
+        sums.add_total(origin + "gain", float((weight * gain).sum()), float(weight.sum()))
+        sums.add_total(origin + "gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
+        # Think rate and duration are of all boundaries, not only of tried ones.
+        boundaries = group.document.boundaries
+        sums.add_total("think_rate", float(gate_A[list(boundaries)].sum()), len(boundaries))
+        sums.add_total("tried_rate", len(group.boundaries), len(boundaries))
+        lines = sum(not action.comment for action in group.document.actions)
+        sums.add_total("duration", lines, float(gate_A.sum()))
+        for name, term_TG in rollout.terms.items():
+            for kind, value_T in (("mean", term_TG.mean(1)), ("std", term_TG.std(1, correction=0))):
+                total, over = float((weight * value_T).sum()), float(weight.sum())
+                sums.add_total(f"{origin}rewards/{name}/{kind}", total, over)
+        horizon = group.latent_line_logps_TGH.shape[2]
+        _add_latents(sums, group, token_text, origin, horizon if group.view is None else max(horizon, known_lines))
+    return sums.sums
+
+
+def _add_latents(sums: MetricSums, group: RolloutGroup, token_text: TokenText, origin: str, lines: int) -> None:
+    """Numbers of what the latents say, beside the next `lines`: those they are credited with, or knew."""
+    for boundary, row in zip(group.boundaries, group.latents, strict=True):
+        line = token_text(group.document.lines_from(boundary, lines))
+        texts = [token_text(z.token_ids) for z in row]
+        if len(texts) > 1:
+            sums.add_total(origin + "same_rate", 1 - (len(set(texts)) - 1) / (len(texts) - 1), 1)
+        for z, text in zip(row, texts, strict=True):
+            sums.add_total(origin + "latent_length", len(z.token_ids), 1)
+            sums.add_total(origin + "entropy", -sum(z.logps), len(z.logps))
+            sums.add_total(origin + "copy_rate", copy_rate(text, line), 1)
+            sums.add_total(origin + "wordless_rate", not any(c.isalnum() for c in text), 1)
+            sums.add_total(origin + "foreign_rate", is_foreign(text, line), 1)
+
+
+def is_foreign(latent: str, line: str) -> bool:
+    """Whether most of the latent's letters are of an alphabet other than ASCII's, and the line has none such."""
+    letters = [c for c in latent if c.isalpha()]
+    return sum(not c.isascii() for c in letters) * 2 > len(letters) and line.isascii()
+
+
+def copy_rate(latent: str, line: str) -> float:
+    """Share of the latent's words that stand in the next lines."""
+    words = latent.split()
+    return sum(word in line for word in words) / len(words) if words else 0.0
+
+
 def latent_alarms(metrics: dict[str, float]) -> list[str]:
     """What is wrong with a batch of latents, in words; `metrics` are averages of `rollout_sums`, those of proposals in
     hindsight under `hindsight/`."""
-    known = {
+    proposed = {
         name.removeprefix("hindsight/"): value for name, value in metrics.items() if name.startswith("hindsight/")
     }
-    return _alarms(metrics) + [f"proposed in hindsight, {alarm}" for alarm in _alarms(known, "proposal_kl_coef")]
+    return _alarms(metrics) + [f"proposed in hindsight, {alarm}" for alarm in _alarms(proposed, "proposal_kl_coef")]
 
 
 def _alarms(metrics: dict[str, float], dearer: str = "penalty") -> list[str]:
@@ -96,7 +166,7 @@ def _alarms(metrics: dict[str, float], dearer: str = "penalty") -> list[str]:
     if metrics.get("wordless_rate", 0) > 0.5:
         alarms.append("more than half of the latents hold no letter or digit (drift into emptiness): raise `kl_coef`.")
     if metrics.get("same_rate", 0) > 0.9:
-        alarms.append("nearly all latents of a boundary are the same: raise `temperature` or `entropy_coef`.")
+        alarms.append("nearly all latents of a boundary are the same: raise `temperature`.")
     if metrics.get("foreign_rate", 0) > 0.5:
         alarms.append("more than half of the latents are written in another alphabet than the code: raise `kl_coef`.")
     if metrics.get("copy_rate", 0) > 0.8:

@@ -12,7 +12,7 @@ from torch import nn
 from ..losses import next_token_loss
 from ..records import AnnotatedExample
 from ..rollout import Backbone
-from .head import Observations, boundary_keys
+from .learner import Observations, boundary_keys
 
 
 @dataclass(frozen=True)

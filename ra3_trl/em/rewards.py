@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
+from ..config import RA3Config
 from ..losses import Returns
 from ..records import RolloutGroup
 from ..rollout import horizon_lines
@@ -80,6 +81,16 @@ class RewardPlugIns:
         self.tokenizer = tokenizer
         self.horizon = horizon
         self.state: TrainerState | None = None
+
+    @classmethod
+    def of(
+        cls, args: RA3Config, tokenizer: PreTrainedTokenizerBase, funcs: RewardFunc | Sequence[RewardFunc] | None
+    ) -> RewardPlugIns | None:
+        """The reward that a trainer's arguments describe; `None` where it is the likelihood alone."""
+        funcs = [] if funcs is None else list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        if not funcs and args.likelihood_weight == 1 and args.reward_weights is None:
+            return None
+        return cls(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
     def __call__(self, group: RolloutGroup, returns: Returns) -> tuple[Returns, dict[str, torch.Tensor]]:
         """Returns under the whole reward, and its terms `[T, G]`, not weighted."""

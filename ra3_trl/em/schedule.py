@@ -1,9 +1,18 @@
-"""Which phase an update belongs to: a pure function of `global_step`."""
+"""Which phase an update belongs to, a pure function of `global_step`, and each phase's learning rate."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from ..config import RA3Config
 
 
 @dataclass(frozen=True)
@@ -78,3 +87,37 @@ def plan_schedule(
             "raise it or lower `e_steps`."
         )
     return Schedule(iterations, e_steps, m_steps)
+
+
+def plan_phases(args: RA3Config, train_dataset: Dataset | IterableDataset | None) -> Schedule:
+    """The schedule of a run on segmented data; see [`plan_schedule`]."""
+    updates: int | None = 1  # evaluation only
+    if isinstance(train_dataset, Dataset):
+        per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        share = len(train_dataset) / per_update
+        updates = max(1, math.floor(share) if args.dataloader_drop_last else math.ceil(share))
+    elif train_dataset is not None:
+        updates = None  # a stream has no length
+    return plan_schedule(
+        args.em_iterations, args.e_steps, args.m_steps, args.max_steps, args.num_train_epochs, updates
+    )
+
+
+def phase_scheduler(args: RA3Config, schedule: Schedule, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Gives each phase its own learning rate and schedule, by transformers' own functions of the step."""
+
+    def factor_of(kind: str, length: int, rate: float) -> Callable[[int], float]:
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=rate or 1.0)  # `min_lr` and `lr_end` are relative to it
+        warmup = args.get_warmup_steps(length)
+        return get_scheduler(kind, dummy, warmup, max(length, 1), args.lr_scheduler_kwargs).lr_lambdas[0]
+
+    e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps, args.e_learning_rate)
+    m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps, args.learning_rate)
+    # The optimizer's own rate is the M-phase's, so the E-phase's is a multiple of it.
+    ratio = args.e_learning_rate / args.learning_rate if args.learning_rate else 0.0
+
+    def factor(step: int) -> float:
+        phase = schedule.phase_at(step)
+        return ratio * e_factor(phase.step) if phase.kind == "E" else m_factor(phase.step)
+
+    return LambdaLR(optimizer, factor)

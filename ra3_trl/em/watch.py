@@ -2,68 +2,85 @@
 
 from __future__ import annotations
 
-import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..losses import renormalise
-from ..records import Document
+from ..policy import Policy
 from ..segmentation import row_to_document
 from .monitor import latent_alarms
+from .schedule import Phase
+from .state import EMState
 
 
 logger = get_logger(__name__)  # of the main process
 _PROBE_DOCUMENTS = 8
 
 
-class WatchMixin:
-    """Mixed into a `Trainer` with `gate_hold`, `metrics`, `engine`, `schedule` and `probe_baseline`."""
+class Watch:
+    """
+    Watches E-phases.
 
-    _probe: tuple[Document, ...] = ()  # part of the checkpoint: a resumed stream is read from elsewhere
-    _alarmed: frozenset[str] = frozenset()
+    Args:
+        policy ([`~ra3_trl.policy.Policy`]):
+            The policy in training.
+        data (`datasets.Dataset` or `datasets.IterableDataset`):
+            Segmented training documents: the first few with boundaries are the probe, always the same ones, which the
+            processes share out. Of a stream each process has its own rows already.
+    """
 
-    def _alarm(self, named: dict[str, float]) -> None:
-        alarms = latent_alarms(named)
-        if "gain" in named and self.gate_hold.holds and self.gate_hold.mode == "auto":
+    def __init__(self, policy: Policy, data: Dataset | IterableDataset):
+        self.policy = policy
+        self.data = data
+
+    def begin(self, state: EMState) -> None:
+        """Takes the probe's value at the start of an E-phase."""
+        state.probe_baseline = self._probe_loss(state)
+
+    def alarm(self, averages: dict[str, float], state: EMState, step: int) -> None:
+        """Warns, once each, of what is wrong with an update's latents."""
+        alarms = latent_alarms(averages)
+        if "gain" in averages and state.gate_hold.holds and state.gate_hold.mode == "auto":
             alarms.append(
                 "the model's own latents cost more than they bring where it thinks: P(think) is held where it "
                 "began until they pay (gate_hold='auto')."
             )
         for alarm in alarms:
-            if alarm not in self._alarmed:
-                self._alarmed |= {alarm}
-                logger.warning("update %d: %s", self.state.global_step, alarm)
+            if alarm not in state.alarms:
+                state.alarms.add(alarm)
+                logger.warning("update %d: %s", step, alarm)
 
-    def _probe_loss(self) -> float:
-        """Cross-entropy per code token without latents on a few training documents, always the same ones, which the
-        processes share out."""
-        if not self._probe:
-            rows = (row_to_document(row) for row in self.train_dataset)
+    def code_is_harmed(self, state: EMState, phase: Phase, step: int) -> bool:
+        """Whether the likelihood of the code itself has been damaged, asked every tenth of an E-phase."""
+        if phase.step == 0 or phase.step % max(1, phase.length // 10):
+            return False
+        args = self.policy.args
+        rise = self._probe_loss(state) - state.probe_baseline
+        state.metrics.add("estep/code_loss_rise", rise)
+        if rise <= args.code_loss_tolerance:
+            return False
+        logger.warning(
+            "update %d: the cross-entropy of code without latents rose by %.3f nats per token in this E-phase, "
+            "past code_loss_tolerance=%s; training stops. Lower `e_learning_rate` (now %g) or raise `kl_coef`.",
+            step, rise, args.code_loss_tolerance, args.e_learning_rate,
+        )  # fmt: skip
+        return True
+
+    def _probe_loss(self, state: EMState) -> float:
+        """Cross-entropy per code token without latents on the probe."""
+        if not state.probe:
+            rows = (row_to_document(row) for row in self.data)
             with_boundaries = (document for document in rows if document.boundaries)
             first = [d for _, d in zip(range(_PROBE_DOCUMENTS), with_boundaries, strict=False)]
-            rank, processes = self.args.process_index, self.args.world_size
-            own_rows = isinstance(self.train_dataset, IterableDataset)  # a stream is shared out already
-            self._probe = tuple(first[: -(-_PROBE_DOCUMENTS // processes)] if own_rows else first[rank::processes])
-        with torch.no_grad(), self._evaluating(), self.compute_loss_context_manager(), self.backbone.gathered():
-            groups = [self.engine.trunk(document) for document in self._probe]
+            args = self.policy.args
+            rank, processes = args.process_index, args.world_size
+            own_rows = isinstance(self.data, IterableDataset)
+            state.probe = tuple(first[: -(-_PROBE_DOCUMENTS // processes)] if own_rows else first[rank::processes])
+        with self.policy.inference():
+            groups = [self.policy.engine.trunk(document) for document in state.probe]
         # Renormalised: a gate that opens takes mass from the raw lines without harming the code.
         total = sum(float(renormalise(g.line_logps_A, g.gate_logps_A).double().sum()) for g in groups)
-        tokens = sum(a.end - max(a.start, 1) for d in self._probe for a in d.actions)
+        tokens = sum(a.end - max(a.start, 1) for d in state.probe for a in d.actions)
         totals, counts = zip(*gather_object([(total, tokens)]), strict=True)
         return -sum(totals) / max(sum(counts), 1)
-
-    def _watch_code_loss(self) -> None:
-        """Every tenth of an E-phase: stop when the likelihood of the code itself has been damaged."""
-        phase = self.schedule.phase_at(self.state.global_step)
-        if phase.step == 0 or phase.step % max(1, phase.length // 10):
-            return
-        rise = self._probe_loss() - self.probe_baseline
-        self.metrics.add("estep/code_loss_rise", rise)
-        if rise > self.args.code_loss_tolerance:
-            logger.warning(
-                "update %d: the cross-entropy of code without latents rose by %.3f nats per token in this E-phase, "
-                "past code_loss_tolerance=%s; training stops. Lower `e_learning_rate` (now %g) or raise `kl_coef`.",
-                self.state.global_step, rise, self.args.code_loss_tolerance, self.args.e_learning_rate,
-            )  # fmt: skip
-            self.control.should_training_stop = True

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..em import annotate
+from ..policy import Policy, annotate
 from ..records import AnnotatedExample
 from ..rollout import NoiseKey
 from ..segmentation import readable_bytes, row_to_document, segment_dataset
@@ -27,14 +26,18 @@ ANNOTATION = Features(
 )
 
 
-def annotate_dataset(trainer, dataset: Dataset) -> Dataset:
+def annotate_dataset(
+    policy: Policy, dataset: Dataset, formatting_func: Callable[[dict], str] | None = None
+) -> Dataset:
     """Splices latents of the present weights into a data set; the processes share it out.
 
     Args:
-        trainer ([`RA3MidTrainer`]):
-            Model, engine and settings.
+        policy ([`~ra3_trl.policy.Policy`]):
+            What writes the latents.
         dataset (`datasets.Dataset`):
             Text as the trainer takes it.
+        formatting_func (`Callable`, *optional*):
+            Makes the text of a row.
 
     Returns:
         `datasets.Dataset`: the same rows and columns with `annotated_text`, `latents` and `num_boundaries` added, on
@@ -49,10 +52,14 @@ def annotate_dataset(trainer, dataset: Dataset) -> Dataset:
         raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
     if not len(dataset):
         raise ValueError("the corpus is empty; give it at least one row.")
-    args, dataset = trainer.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
+    args, dataset = policy.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
     mine = range(args.process_index, len(dataset), args.world_size)
-    found = dict(zip(mine, _annotate_rows(trainer, dataset.select(mine), mine), strict=True)) if mine else {}
-    rows = {number: row for part in gather_object([found]) for number, row in part.items()}
+    own = (
+        dict(zip(mine, _annotate_rows(policy, dataset.select(mine), mine, formatting_func), strict=True))
+        if mine
+        else {}
+    )
+    rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)
 
@@ -70,25 +77,23 @@ def require_boundaries(annotated: Dataset, action_format: str) -> None:
         )
 
 
-def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+def _annotate_rows(
+    policy: Policy, dataset: Dataset, numbers: Sequence[int], formatting_func: Callable[[dict], str] | None
+) -> list[dict[str, Any]]:
     """The columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
-    args, data = trainer.args, readable_bytes(trainer.processing_class, trainer.segmenter.format)
-    segmented = segment_dataset(dataset, trainer.segmenter, args.dataset_text_field, trainer._formatting_func)
-    rows = [_unannotated(trainer, row) for row in dataset]
-    noise, learner = NoiseKey(args.seed, 1, 0), trainer.learner and trainer.learner.live()
+    args, segmenter = policy.args, policy.segmenter
+    data = readable_bytes(policy.tokenizer, segmenter.format)
+    segmented = segment_dataset(dataset, segmenter, args.dataset_text_field, formatting_func)
+    rows = [_unannotated(policy, row, formatting_func) for row in dataset]
+    noise = NoiseKey(args.seed, 1, 0)
     chunks = (row_to_document(row) for row in segmented)
     quiet = args.disable_tqdm or args.process_index > 0
-    with (
-        torch.no_grad(), trainer._evaluating(), trainer.compute_loss_context_manager(), trainer.backbone.gathered(),
-        tqdm(total=len(segmented), desc="Annotating", unit="chunk", disable=quiet) as progress,
-    ):  # fmt: skip
+    with policy.inference(), tqdm(total=len(segmented), desc="Annotating", unit="chunk", disable=quiet) as progress:
         for row, documents in groupby(chunks, key=lambda document: document.doc_id):
             examples = []
             for document in documents:
-                document = replace(document, doc_id=numbers[row])  # noise is keyed by it
-                examples.append(
-                    annotate(trainer.engine, document, args, noise, learner=learner, proposals=trainer.proposals)
-                )
+                # Noise is keyed by the number, which must not depend on how processes share the rows out.
+                examples.append(annotate(policy, replace(document, doc_id=numbers[row]), noise))
                 progress.update()
             if examples[0].document.status != "actions":
                 continue
@@ -98,15 +103,15 @@ def _annotate_rows(trainer, dataset: Dataset, numbers: Sequence[int]) -> list[di
     return rows
 
 
-def _unannotated(trainer, row: dict[str, Any]) -> dict[str, Any]:
-    field = trainer.args.dataset_text_field
-    if trainer._formatting_func is not None:
-        prompt, text = "", trainer._formatting_func(row)
+def _unannotated(policy: Policy, row: dict[str, Any], formatting_func: Callable[[dict], str] | None) -> dict[str, Any]:
+    field, segmenter = policy.args.dataset_text_field, policy.segmenter
+    if formatting_func is not None:
+        prompt, text = "", formatting_func(row)
     else:
         prompt, text = ("", row[field]) if field in row else (row["prompt"], row["completion"])
     text = prompt + text
-    if trainer.args.existing_comments == "strip":
-        text = trainer.segmenter.format.strip(text, len(prompt))
+    if segmenter.existing_comments == "strip":
+        text = segmenter.format.strip(text, len(prompt))
     return {"annotated_text": text, "latents": [], "num_boundaries": 0}
 
 

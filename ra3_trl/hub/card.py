@@ -205,7 +205,7 @@ def card_facts(
     """
     if unknown := set(extra) - _USED - _UNUSED:
         raise ValueError(f"a model card has no {sorted(unknown)}; it takes {sorted(_USED)}.")
-    args, backbone = trainer.args, trainer.backbone
+    args, backbone = trainer.args, trainer.policy.backbone
     base = extra.get("finetuned_from") or backbone.causal_lm.config._name_or_path
     lists = (extra.get(name) or [] for name in ("tags", "dataset"))
     tags, named = ([value] if isinstance(value, str) else list(value) for value in lists)
@@ -219,7 +219,7 @@ def card_facts(
         base=Path(base).name if base else "a model without a name",
         base_id=next(iter(hub_ids([base])), None),
         adapter=adapter,
-        abstraction_head=trainer.learner is not None,
+        abstraction_head=trainer.loop.learner is not None,
         action_format=args.action_format,
         think=action_format.think,
         tagged=bool(action_format.tags),

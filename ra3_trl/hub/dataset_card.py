@@ -20,7 +20,7 @@ from .markdown import cell, code_cell
 TEMPLATE = Path(__file__).parent / "dataset_card.md.jinja"
 DATA_FILES = "data/train-*"
 _SHOWN = (
-    "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
+    "annotation", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
     "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "seed",
 )  # fmt: skip
 _PREVIEWED = 8
@@ -75,7 +75,7 @@ def render_dataset_card(
         revision (`str`, *optional*):
             The branch that it is on; `None` is `main`.
     """
-    base = trainer.backbone.causal_lm.config._name_or_path
+    base = trainer.policy.backbone.causal_lm.config._name_or_path
     licenses: Mapping[str, int] = count_licenses(annotated)
     if not licenses:
         licenses = {dataset_license or "unknown": len(annotated)}

@@ -1,7 +1,7 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
 from .elbo import CodeBounds, code_bounds, resampling_logits
-from .estep import EStepTerms, bernoulli_kl, estep_loss, gate_slope
+from .estep import EStepTerms, estep_loss, gate_slope
 from .ntp import next_token_loss
 from .returns import Returns, advantages, compute_returns, log1mexp, renormalise
 
@@ -11,7 +11,6 @@ __all__ = [
     "EStepTerms",
     "Returns",
     "advantages",
-    "bernoulli_kl",
     "code_bounds",
     "compute_returns",
     "estep_loss",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..records import PolicyLogProbs
 from .returns import log1mexp
 
 
@@ -39,65 +40,40 @@ def gate_anchor(gate_logps_T: torch.Tensor, start_gate_logps_T: torch.Tensor) ->
 
 def estep_loss(
     terms: EStepTerms,
-    gate_logps_T: torch.Tensor,
-    token_logps_n: torch.Tensor,
-    branch_n: torch.Tensor,
-    *,
-    gate_coef: float = 1.0,
-    ref_token_logps_n: torch.Tensor | None = None,
+    logps: PolicyLogProbs,
     kl_coef: float = 0.0,
-    entropy_n: torch.Tensor | None = None,
-    entropy_coef: float = 0.0,
-    prior_think: float = 0.3,
-    gate_kl_coef: float = 0.0,
-    anchor_gate_logps_T: torch.Tensor | None = None,
+    reference: PolicyLogProbs | None = None,
+    anchored: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over boundaries of the negative objective; the caller divides by the boundaries of the whole window.
 
     Args:
         terms ([`EStepTerms`]):
             Constants of the boundaries.
-        gate_logps_T (`torch.Tensor`):
-            log P(think), differentiable, `[T]`.
-        token_logps_n (`torch.Tensor`), branch_n (`torch.Tensor`):
-            Log-prob of each sampled symbol and its branch `t * G + g`, `[n]`.
-        ref_token_logps_n (`torch.Tensor`, *optional*):
-            The same symbols under the weights at the start, for the KL term. The estimator is
-            `r - 1 - log r` with `r = pi_ref / pi`, as in GRPO: never negative, unbiased.
-        entropy_n (`torch.Tensor`, *optional*):
-            Entropy of the distribution each symbol was drawn from.
-        anchor_gate_logps_T (`torch.Tensor`, *optional*):
-            log P(think) under the weights at the start, given while the gate is held: [`gate_anchor`] is then added,
-            with weight `gate_coef`.
+        logps ([`~ra3_trl.records.PolicyLogProbs`]):
+            Gates and sampled symbols under the live weights, differentiable.
+        kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the latents' KL to `reference`. The estimator is `r - 1 - log r` with `r = pi_ref / pi`, as in
+            GRPO: never negative, unbiased.
+        reference ([`~ra3_trl.records.PolicyLogProbs`], *optional*):
+            The same under the weights at the start.
+        anchored (`bool`, *optional*, defaults to `False`):
+            Adds [`gate_anchor`] to the start's gates: what holds a held gate still.
 
     Returns:
-        The loss and its parts, all summed over boundaries (KL and entropy averaged over the latents of a boundary).
+        The loss and its parts, all summed over boundaries (the KL averaged over the latents of a boundary).
     """
     boundaries, latents = terms.advantage_TG.shape
-    p_T = gate_logps_T.exp()
-    gate = -(p_T * terms.gate_gain_T).sum()
-    scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[branch_n]
-    policy = -(scale_n * terms.advantage_TG.reshape(-1)[branch_n] * token_logps_n).sum()
+    gate = -(logps.gate_T.exp() * terms.gate_gain_T).sum()
+    scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[logps.branch_n]
+    policy = -(scale_n * terms.advantage_TG.reshape(-1)[logps.branch_n] * logps.token_n).sum()
     parts = {"gate": gate, "policy": policy}
-    loss = gate_coef * gate + policy
-    if kl_coef:
-        log_ratio = ref_token_logps_n - token_logps_n
+    loss = gate + policy
+    if reference is not None and kl_coef:
+        log_ratio = reference.token_n - logps.token_n
         parts["kl"] = ((torch.exp(log_ratio) - 1 - log_ratio) / latents).sum()
         loss = loss + kl_coef * parts["kl"]
-    if entropy_coef:
-        parts["entropy"] = (entropy_n / latents).sum()
-        loss = loss - entropy_coef * parts["entropy"]
-    if gate_kl_coef:
-        parts["gate_kl"] = bernoulli_kl(gate_logps_T, prior_think).sum()
-        loss = loss + gate_kl_coef * parts["gate_kl"]
-    if anchor_gate_logps_T is not None:
-        parts["gate_anchor"] = gate_anchor(gate_logps_T, anchor_gate_logps_T).sum()
-        loss = loss + gate_coef * parts["gate_anchor"]
+    if reference is not None and anchored:
+        parts["gate_anchor"] = gate_anchor(logps.gate_T, reference.gate_T).sum()
+        loss = loss + parts["gate_anchor"]
     return loss, {name: part.detach() for name, part in parts.items()}
-
-
-def bernoulli_kl(gate_logps: torch.Tensor, prior_think: float) -> torch.Tensor:
-    """KL(Bernoulli(P(think)) || Bernoulli(prior_think)): the gate's part of the ELBO's KL (Prop. 5.1)."""
-    log_p, log_q = gate_logps, log1mexp(gate_logps)
-    prior = torch.tensor(prior_think, dtype=gate_logps.dtype, device=gate_logps.device)
-    return log_p.exp() * (log_p - torch.log(prior)) + log_q.exp() * (log_q - torch.log1p(-prior))

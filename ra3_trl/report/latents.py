@@ -15,7 +15,7 @@ _COLUMNS = ("step", "doc_id", "line_number", "think_prob", "latent", "line", "ga
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """One row for each latent of rollouts (objects with `.group`, `.returns` and `.view`); `gain` in nats, that of a
+    """One row for each latent of rollouts (objects with `.group`, `.returns`); `gain` in nats, that of a
     latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
     rows = []
     for rollout in rollouts:
@@ -34,7 +34,7 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
                     text,
                     line,
                     float(rollout.returns.gain_TG[t, g]),
-                    "policy" if rollout.view is None else "hindsight",
+                    "policy" if group.view is None else "hindsight",
                 )
                 rows.append(dict(zip(_COLUMNS, values, strict=True)))
     return rows

@@ -2,7 +2,7 @@
 
 from .backbone import Backbone
 from .branch import BranchEngine
-from .engine import PolicyLogProbs, RolloutEngine
+from .engine import Boundaries, RolloutEngine
 from .expand import ExpandEngine
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
@@ -15,10 +15,10 @@ __all__ = [
     "ENGINES",
     "GATE",
     "Backbone",
+    "Boundaries",
     "BranchEngine",
     "ExpandEngine",
     "NoiseKey",
-    "PolicyLogProbs",
     "RolloutEngine",
     "SamplingParams",
     "build_engine",

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..records import Document, Latent, RolloutGroup, TokenTable
+from ..records import Document, Latent, PolicyLogProbs, RolloutGroup, TokenTable
 from .attention import BranchState, BranchTokens, branch_attention
 from .backbone import Backbone
-from .engine import Boundaries, PolicyLogProbs
+from .engine import Boundaries
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, gate_targets, plan_boundary
 from .sampler import (

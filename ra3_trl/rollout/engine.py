@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from ..records import Document, Latent, RolloutGroup
+from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .backbone import Backbone
 from .noise import NoiseKey
-
-
-@dataclass(frozen=True)
-class PolicyLogProbs:
-    """Differentiable log-probs of sampled latents at some boundaries.
-
-    `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
-    `branch_n` its branch `t * G + g` (counted from the first boundary), `entropy_n` the entropy there (zero unless
-    asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
-    """
-
-    gate_T: torch.Tensor
-    token_n: torch.Tensor
-    branch_n: torch.Tensor
-    entropy_n: torch.Tensor
-    router: torch.Tensor | None = None
 
 
 Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk

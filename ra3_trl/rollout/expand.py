@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..records import Document, Latent, RolloutGroup, TokenTable
+from ..records import Document, Latent, PolicyLogProbs, RolloutGroup, TokenTable
 from .backbone import Backbone
-from .engine import Boundaries, PolicyLogProbs
+from .engine import Boundaries
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, plan_boundary
 from .sampler import LatentDistribution, SamplingParams, draw, fed_tokens, kept_sets, sampled_symbols, symbol_logps

@@ -4,7 +4,6 @@ from .corpus import load_code_directory, standard_library
 from .datasets import FEATURES, count_documents, document_to_row, row_to_document, segment_dataset
 from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
-from .hindsight import Prompt, PromptFunction, PromptTemplate, View, chat_template, fim_template, parse_template
 from .lines import Line
 from .python import statements_end
 from .tokens import FragmentEncoder, build_token_table, readable_bytes, require_tags, token_bytes
@@ -21,19 +20,12 @@ __all__ = [
     "FEATURES",
     "FragmentEncoder",
     "Line",
-    "Prompt",
-    "PromptFunction",
-    "PromptTemplate",
     "Segmenter",
-    "View",
     "build_token_table",
-    "chat_template",
     "count_documents",
     "document_to_row",
-    "fim_template",
     "find_format",
     "load_code_directory",
-    "parse_template",
     "readable_bytes",
     "require_tags",
     "row_to_document",

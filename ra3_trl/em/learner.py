@@ -1,4 +1,4 @@
-"""How the abstraction head learns, and what it decides: the gate, and where rollouts are worth their cost.
+"""How the abstraction head learns what it decides (`policy/decisions.py`).
 
 E-phase: the gate by what thinking brought on average, gain and spread by regression on what the rollouts measured.
 M-phase: the gate imitates the annotation, as the tokens do by next-token training. The head reads detached states and
@@ -9,7 +9,6 @@ and take the same steps.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from torch import nn
 from ..config import RA3Config
 from ..losses import Returns, compute_returns
 from ..models import AbstractionConfig, AbstractionHead
+from ..policy import HeadDecisions, measured_gain
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 
@@ -32,11 +32,12 @@ _KEPT, _BATCH, _STEPS = 1024, 256, 16  # boundaries remembered, in a batch, and 
 class Observations:
     """What was learned about `n` boundaries; NaN where it was not.
 
-    `slope_n`: slope of the gate's objective in P(think); `placed_n`: 1 where the annotation put a latent, else 0;
-    `gain_n`: log of the mean likelihood of the next lines over latents, less their log-likelihood without, in nats;
-    `spread_n`: standard deviation of the latents' gains, in nats;
-    `weight_n`: how many boundaries one stands for. `key_n3` (document, chunk, line) orders them, so that processes and
-    batches do not matter.
+    `key_n3`: document, chunk and line, which order them, so that processes and batches do not matter.
+    `slope_n`: slope of the gate's objective in P(think).
+    `placed_n`: 1 where the annotation put a latent, else 0.
+    `gain_n`: log of the mean likelihood of the next lines over latents, less their log-likelihood without, in nats.
+    `spread_n`: standard deviation of the latents' gains, in nats.
+    `weight_n`: how many boundaries one stands for.
     """
 
     key_n3: torch.Tensor
@@ -71,13 +72,6 @@ def boundary_keys(document: Document, boundaries: Sequence[int]) -> torch.Tensor
     return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
 
 
-def measured_gain(returns: Returns) -> torch.Tensor:
-    """`log mean_g exp G_g - G_act` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being summed
-    over and not known."""
-    latent = torch.logsumexp(returns.latent_TG, 1) - math.log(returns.latent_TG.shape[1])
-    return latent - returns.act_T
-
-
 def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args: RA3Config) -> Observations:
     """What a group's rollouts say about its tried boundaries: the slope in the reward's `returns`, whatever they are
     of; gain and spread in nats of the lines' likelihood, as annotation knows it."""
@@ -90,77 +84,33 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
     )
 
 
-class HeadLearner:
+class HeadLearner(HeadDecisions):
     """
-    An abstraction head in training, and its decisions.
+    An abstraction head in training, which decides as it stands; `annotator` decides as it stood when the M-phase began,
+    like the weights that annotate.
 
     Args:
-        head ([`AbstractionHead`]):
+        head ([`~ra3_trl.models.AbstractionHead`]):
             The head, on the device that it learns on.
         args ([`RA3Config`]):
-            `gate`, `boundary_*`, `annotation_skip`, `head_learning_rate`, `seed`.
+            `gate`, `boundary_*`, `annotation_skip`, `seed`.
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Of its own optimizer.
     """
 
-    def __init__(self, head: AbstractionHead, args: RA3Config):
-        self.head = head
-        self.args = args
-        self.annotator = head  # as it was at the M-phase's start, like the weights that annotate
-        self.optimizer = torch.optim.AdamW(head.parameters(), lr=args.head_learning_rate, weight_decay=0.01)
+    def __init__(self, head: AbstractionHead, args: RA3Config, learning_rate: float = 1e-3):
+        super().__init__(head, args)
+        self.annotator = HeadDecisions(head, args)
+        self.optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
         self.kept: Observations | None = None
-        self.noted: list[Observations] = []
-
-    @property
-    def _device(self) -> torch.device:
-        return self.head.inner.weight.device
-
-    # ---- decisions ----
-
-    @torch.no_grad()
-    def predict(self, states_SD: torch.Tensor, head: AbstractionHead | None = None) -> tuple[torch.Tensor, ...]:
-        """log P(think), gain and spread, `[S]` each, on the CPU."""
-        logits, gain, spread = (head or self.head)(states_SD.to(self._device))
-        return nn.functional.logsigmoid(logits).cpu(), gain.cpu(), spread.cpu()
-
-    def promise(self, states_SD: torch.Tensor) -> torch.Tensor:
-        """The gain that a good latent would have, `[S]` in nats: two standard deviations above the expected one.
-
-        The expected gain alone would send the rollouts where latents do no harm, such as an easy line, and away from
-        where one in ten is right and nine are wrong, which is where there is something to learn.
-        """
-        _, gain, spread = self.predict(states_SD)
-        return gain + 2 * spread
-
-    def decided(self, group: RolloutGroup, head: AbstractionHead | None = None) -> RolloutGroup:
-        """The group with the head's gate, where that is the one in use."""
-        if self.args.gate != "head":
-            return group
-        log_think = self.predict(group.states_SD, head)[0]
-        logps = torch.full_like(group.gate_logps_A, -torch.inf)
-        logps[list(group.document.boundaries)] = log_think
-        return replace(group, head_logps_A=logps)
-
-    def hopeful(self, group: RolloutGroup, boundaries: Sequence[int], log_odds: torch.Tensor) -> list[int]:
-        """Those of `boundaries` at which annotation may place a latent with a probability of `annotation_skip` or
-        more: the prior's `log_odds` `[len(boundaries)]` plus the predicted gain. All of them for a head that has
-        learned nothing."""
-        if self.args.boundary_selection != "head" or not self.annotator.config.trained_on:
-            return list(boundaries)
-        gain = self.predict(group.states_at(boundaries), self.annotator)[1]
-        chance = torch.sigmoid(log_odds + gain)
-        return [s for s, p in zip(boundaries, chance.tolist(), strict=True) if p >= self.args.annotation_skip]
-
-    def live(self) -> HeadLearner:
-        """The same, with annotation by the present head."""
-        other = copy.copy(self)
-        other.annotator = self.head
-        return other
+        self.noted: list[Observations] = []  # of the batches of the present update
 
     # ---- learning ----
 
     def begin_phase(self) -> None:
         """What was seen in the phase before was said by other weights, and in M about another objective."""
         self.kept = None
-        self.annotator = copy.deepcopy(self.head)
+        self.annotator = HeadDecisions(copy.deepcopy(self.head), self.args)
 
     def learn(self, seen: Sequence[Observations], noise: NoiseKey) -> dict[str, tuple[float, float]]:
         """Some optimizer steps on what was seen in an update, by all processes, and before.
@@ -198,7 +148,7 @@ class HeadLearner:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs, by name."""
         found = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        found |= {f"annotator.{name}": value for name, value in self.annotator.state_dict().items()}
+        found |= {f"annotator.{name}": value for name, value in self.annotator.head.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
         if self.kept is not None:
@@ -213,8 +163,8 @@ class HeadLearner:
 
         self.head.trained_on(trained_on - self.head.config.trained_on)
         self.head.load_state_dict(part("head."))
-        self.annotator = copy.deepcopy(self.head)
-        self.annotator.load_state_dict(part("annotator."))
+        self.annotator = HeadDecisions(copy.deepcopy(self.head), self.args)
+        self.annotator.head.load_state_dict(part("annotator."))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in part("optimizer.").items():
             i, _, key = name.partition(".")
@@ -240,7 +190,8 @@ def make_learner(args: RA3Config, head: AbstractionHead | None, width: int) -> H
         )
         head = None
     if head is None:
-        head = AbstractionHead(AbstractionConfig(width, min(max(1 - args.prior_alpha, 0.01), 0.5)))
+        alpha = 0.7 if args.prior_alpha is None else args.prior_alpha
+        head = AbstractionHead(AbstractionConfig(width, min(max(1 - alpha, 0.01), 0.5)))
     elif head.config.hidden_size != width:
         raise ValueError(
             f"`model` has hidden states of {width} numbers and comes with an abstraction head for "

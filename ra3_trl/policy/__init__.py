@@ -1,0 +1,27 @@
+"""A checkpoint that is ready to think: latents, annotation, held-out numbers, without a trainer."""
+
+from .annotate import MARKUP, annotate, measured_gain
+from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
+from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
+from .policy import Policy, chunk_length, evaluating
+from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
+
+
+__all__ = [
+    "EVAL_NOISE",
+    "MARKUP",
+    "OWN_LATENTS",
+    "HeadDecisions",
+    "LatentSource",
+    "OwnLatents",
+    "Policy",
+    "Proposer",
+    "annotate",
+    "choose_boundaries",
+    "choose_by_promise",
+    "chunk_length",
+    "evaluate_documents",
+    "evaluating",
+    "finish_metrics",
+    "measured_gain",
+]

@@ -1,0 +1,326 @@
+"""`Policy`: a checkpoint that is ready to think, for notebooks, commands and the trainer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import RA3Config, own_fields
+from ..config_file import read_settings
+from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..models import (
+    check_vocabulary,
+    context_length,
+    end_ids,
+    load_head,
+    load_model,
+    load_tokenizer,
+    place_of,
+    state_width,
+)
+from ..records import AnnotatedExample, Document, Latent, RolloutGroup
+from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine
+from ..segmentation import Segmenter, build_token_table, find_format, require_tags
+from .annotate import MARKUP, annotate
+from .bounds import evaluate_documents, finish_metrics
+from .decisions import HeadDecisions
+from .propose import OWN_LATENTS, Proposer
+
+
+# Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
+_THINKING = (
+    "action_format", "existing_comments", "max_length", "dataset_text_field", "num_latents", "max_latent_length",
+    "temperature", "top_k", "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon",
+    "discount", "line_reduction", "annotation", "prior_alpha",
+)  # fmt: skip
+
+
+class Policy:
+    """
+    A language model with all that latents need: tokenizer, action format, segmenter, rollout engine, abstraction head
+    and settings. It writes latents, scores them, annotates and evaluates; it does not learn.
+
+    Example:
+
+    ```python
+    from ra3_trl import Policy
+
+    policy = Policy.open("qwen-ra3", num_latents=8)
+    (document,) = policy.segment("def area(r):\\n    return 3.14 * r * r\\n")
+    group = policy.rollout(document)  # 8 latents at each boundary, and the next lines' log-probs under each
+    print(policy.text(policy.annotate(document)))  # the code with the latents that pay
+    print(policy.evaluate([document])["elbo"], policy.generate("def area(r):\\n", max_new_tokens=32))
+    ```
+
+    Args:
+        engine ([`~ra3_trl.rollout.RolloutEngine`]):
+            The model with its vocabulary and sampling settings.
+        args ([`RA3Config`]):
+            `num_latents`, `horizon`, `discount`, ..., `seed`.
+        segmenter ([`~ra3_trl.segmentation.Segmenter`], *optional*):
+            Tokenizer and action format; only `segment`, `text` and `generate` need it.
+        head ([`HeadDecisions`], *optional*):
+            An abstraction head, with what it decides.
+        proposer ([`Proposer`], *optional*):
+            Where the latents of annotation and bounds come from; the policy itself by default.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        args: RA3Config,
+        segmenter: Segmenter | None = None,
+        head: HeadDecisions | None = None,
+        proposer: Proposer = OWN_LATENTS,
+    ):
+        self.engine = engine
+        self.args = args
+        self.segmenter = segmenter
+        self.head = head
+        self.proposer = proposer
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the trainer's mixed precision
+
+    # ---- opening ----
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Policy:
+        """Opens a checkpoint with its abstraction head and the settings it was trained with.
+
+        Args:
+            model (`str` or `Path` or model):
+                A folder, a Hub id (an adapter's loads with its base), a model, or one with an abstraction head.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                A fast tokenizer; `None` is the checkpoint's.
+            model_init_kwargs (`dict[str, Any]`, *optional*):
+                Arguments of `from_pretrained`: `revision`, `dtype` (float32 by default), `token`, ...
+            **changes:
+                Fields of [`RA3Config`] to set otherwise than in training; `use_cpu=True` stays off an accelerator.
+
+        Raises:
+            `ValueError`: for a checkpoint or settings that can't work together, with the cure.
+            `OSError`: if there is no such checkpoint, or the Hub can't be reached.
+        """
+        head, saved, place = None, {}, place_of(model_init_kwargs)
+        if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
+            tokenizer, head, saved = tokenizer or model.tokenizer, model.abstraction_head, model.settings or {}
+            model = model.pretrained_model
+        name = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+        tokenizer = tokenizer or load_tokenizer(name, model_init_kwargs)  # says best that there is no such checkpoint
+        if isinstance(model, (str, Path)):
+            saved = read_settings(name, **place) or {}
+            model = name
+        args = open_settings(saved, changes)
+        action_format = find_format(args.action_format)
+        require_tags(tokenizer, action_format)  # untrained tags would say nothing
+        loaded = load_model(model, model_init_kwargs, None)
+        if head is None and isinstance(model, str):
+            head = load_head(name, state_width(loaded), **place)
+        check_vocabulary(loaded, tokenizer)
+        if not loaded.config.to_dict().get("quantization_config"):
+            loaded.to(args.device)
+        loaded.eval()
+        if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
+            head = None  # it knows nothing of such boundaries
+        if head is None and "head" in (args.gate, args.boundary_selection):
+            field = "gate" if args.gate == "head" else "boundary_selection"
+            if field in changes:
+                raise ValueError(
+                    f"`{field}` is 'head', but {name!r} has no trained abstraction head for {args.action_format!r}; "
+                    f"set `{field}` to {'token' if field == 'gate' else 'random'!r}."
+                )
+            args.gate, args.boundary_selection = "token", "random"
+        return cls.of_model(loaded, tokenizer, args, head and HeadDecisions(head.to(args.device), args))
+
+    @classmethod
+    def of_model(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: RA3Config,
+        head: HeadDecisions | None = None,
+        room_for_latents: bool = True,
+    ) -> Policy:
+        """Makes a policy of a model that is at hand; the engine is checked on it.
+
+        Args:
+            room_for_latents (`bool`, *optional*, defaults to `True`):
+                Whether chunks of text leave a fifth of `max_length` free.
+
+        Raises:
+            `ValueError`: for an engine that is not exact on this model, and a `max_length` that can't be kept.
+        """
+        backbone = Backbone(model, args.router_aux_loss_coef)
+        action_format = find_format(args.action_format)
+        table = build_token_table(tokenizer, backbone.vocab_size, end_ids(backbone.causal_lm), action_format)
+        params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
+        with backbone.gathered():
+            engine = build_engine(args.engine, backbone, table, params, args.max_branch_tokens)
+        longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
+        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
+
+    # ---- parts ----
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.engine.backbone
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        return self.backbone.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._segmenter.tokenizer
+
+    @property
+    def _segmenter(self) -> Segmenter:
+        if self.segmenter is None:
+            raise ValueError("`segmenter` is missing; make the policy by `Policy.open` or give it one.")
+        return self.segmenter
+
+    def changed(self, **parts: Any) -> Policy:
+        """A copy with other `args`, `head`, `proposer` or `segmenter`; model and engine are shared."""
+        other = copy(self)
+        for name, value in parts.items():
+            setattr(other, name, value)
+        return other
+
+    @contextmanager
+    def inference(self, whole: bool = True) -> Iterator[None]:
+        """No gradients, no dropout, the run's mixed precision and, of sharded weights, all of them (unless not `whole`:
+        who puts other weights in their place must gather anew); as it was outside."""
+        gathered = self.backbone.gathered if whole else nullcontext
+        with torch.no_grad(), evaluating(self.model), self.autocast(), gathered():
+            yield
+
+    # ---- thinking ----
+
+    def segment(self, text: str, doc_id: int = 0, prompt_chars: int = 0) -> list[Document]:
+        """Cuts a text into chunks with their boundaries; the first `prompt_chars` characters get none. `doc_id` keys
+        the noise of its latents."""
+        return self._segmenter(doc_id, text, prompt_chars)
+
+    def decide(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with the gate in use: the head's where `args.gate` says so, else the tokens'."""
+        return group if self.head is None else self.head.decide(group)
+
+    def rollout(
+        self,
+        document: Document,
+        boundaries: Boundaries | None = None,
+        num_latents: int | None = None,
+        noise: NoiseKey | None = None,
+    ) -> RolloutGroup:
+        """Draws latents at `boundaries` (all by default) and scores the next `args.horizon` lines under each.
+
+        Returns:
+            [`~ra3_trl.records.RolloutGroup`], log-probs in nats; `losses.compute_returns` turns them into gains.
+        """
+        where = document.boundaries if boundaries is None else boundaries
+        with torch.no_grad():
+            group = self.engine.rollout(
+                document, where, num_latents or self.args.num_latents, self.args.horizon, noise or self._noise
+            )
+        return self.decide(group)
+
+    def score(
+        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]]
+    ) -> RolloutGroup:
+        """Scores the next `args.horizon` lines under given latents, as many at each boundary."""
+        with torch.no_grad():
+            return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
+
+    def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
+        """As `rollout`, with latents of the `proposer`."""
+        return self.decide(
+            self.proposer.propose(self.engine, document, boundaries, num_latents, self.args.horizon, noise)
+        )
+
+    def annotate(self, document: Document, noise: NoiseKey | None = None, way: str | None = None) -> AnnotatedExample:
+        """Splices latents into a document, see [`annotate`]; `text` reads the result."""
+        with self.inference():
+            return annotate(self, document, noise or self._noise, way)
+
+    def evaluate(self, documents: Sequence[Document]) -> dict[str, float]:
+        """Held-out numbers, those of `trainer.evaluate()` without their prefix: `ce`, `elbo`, `bound_multi`, ... in
+        nats per code token, `think_rate`, `gain`, ..."""
+        with self.inference():
+            return finish_metrics(evaluate_documents(self, documents))
+
+    def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
+        """Completes a prompt, with latents where `think` says, see
+        [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`]; gives the new text."""
+        head = None if self.head is None else self.head.head
+        model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
+        output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
+        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def text(self, source: Document | AnnotatedExample) -> str:
+        """The text of a document or an annotated one, without special tokens."""
+        return self.tokenizer.decode(list(source.input_ids), skip_special_tokens=True)
+
+    @property
+    def _noise(self) -> NoiseKey:
+        return NoiseKey(self.args.seed, 1, 0)
+
+
+def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
+    """The settings of a policy: how a checkpoint was trained to think, with `changes`; nothing of its training.
+
+    Raises:
+        `ValueError`: for a field that there is none of, or a bad value.
+    """
+    settings = {name: saved[name] for name in _THINKING if name in saved} | changes
+    unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")
+    if settings.get("annotation") is None:
+        settings["annotation"] = "resample"
+    # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
+    return RA3Config(**{"baseline": "no_think", "report_to": "none", "disable_tqdm": True} | settings)
+
+
+def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
+    """Longest chunk of a text in tokens: `max_length`, less room for latents (a fifth) where there will be any.
+
+    Raises:
+        `ValueError`: if the model's `context` is shorter than `max_length`, or latents leave no room for text.
+    """
+    if args.max_length > (context or args.max_length):
+        raise ValueError(
+            f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."
+        )
+    room = max(args.max_length // 5, args.max_latent_length + MARKUP) if latents else 0
+    if args.max_length - room < 8:
+        raise ValueError(
+            f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens leave no "
+            "room for text; raise `max_length`."
+        )
+    return args.max_length - room
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside, and each of its modules as it was outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
