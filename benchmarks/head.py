@@ -21,9 +21,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from ra3_trl import RA3Config, RA3MidTrainer
-from ra3_trl.em import annotate
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.losses import compute_returns
+from ra3_trl.policy import annotate
 from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import load_code_directory, row_to_document, standard_library
 
@@ -252,7 +252,7 @@ def real_code(updates: int) -> dict[str, Any]:
         for row in trainer.eval_dataset:
             document, noise = row_to_document(row), NoiseKey(seed=3, phase=1, step=0)
             for args.annotation_skip in (0.0, *SKIPS):
-                example = annotate(trainer.policy.engine, document, args, noise, learner=trainer.loop.learner)
+                example = annotate(trainer.policy, document, noise)
                 tried[args.annotation_skip] += len(example.gains)
                 placed[args.annotation_skip] += len(example.placed)
     found |= {f"real_annotation_skip_{skip}_boundaries_tried": tried[skip] / tried[0.0] for skip in SKIPS}

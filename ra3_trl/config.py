@@ -30,8 +30,8 @@ _RENAMED = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundarie
 def _setting(
     help: str, default: Any, least: float | None = None, most: float = math.inf, above: bool = False, **more: Any
 ) -> Any:
-    """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite` if
-    infinity is a value too."""
+    """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite`
+    where infinity is a value too."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "above": above, **more})
 
 

@@ -244,8 +244,8 @@ class RA3MidTrainer(HubMixin, Trainer):
     # ---- set-up ----
 
     def make_proposer(self, args: RA3Config, trains: bool) -> Proposer:
-        """Where latents come from: the policy itself. An experimental trainer may say otherwise; `self.policy` is there
-        by then.
+        """Where latents come from: the policy itself. An experimental trainer may say otherwise; `self.policy` is
+        there by then.
 
         Args:
             trains (`bool`):

@@ -92,7 +92,7 @@ class EStep:
         self.plug_ins = plug_ins
 
     def roll_out(self, documents: Sequence[Document], noise: NoiseKey) -> list[Rollout]:
-        """Makes rollouts of documents, by each source of latents in turn: all of the first before those of the next."""
+        """Makes rollouts of documents by each source of latents in turn: all of the first, then those of the next."""
         args = self.args
         least = 2 if args.baseline == "leave_one_out" else 1
         rollouts = []

@@ -86,8 +86,8 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
 
 class HeadLearner(HeadDecisions):
     """
-    An abstraction head in training, which decides as it stands; `annotator` decides as it stood when the M-phase began,
-    like the weights that annotate.
+    An abstraction head in training, which decides as it stands; `annotator` decides as it stood when the M-phase
+    began, like the weights that annotate.
 
     Args:
         head ([`~ra3_trl.models.AbstractionHead`]):

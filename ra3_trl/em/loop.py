@@ -37,8 +37,11 @@ logger = get_logger(__name__)  # of the main process
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, ready for its loss: `rollouts` in an E-phase, `rows` in an M-phase (`None` on a process that has
-    nothing left). `chunks`: forwards that every process does for it; `last` of its window."""
+    """One micro-batch, ready for its loss.
+
+    `rollouts` in an E-phase, `rows` in an M-phase (`None` on a process that has nothing left). `chunks`: forwards that
+    every process does for it. `last`: of its window.
+    """
 
     rollouts: tuple[Rollout, ...] = ()
     rows: Rows | None = None
@@ -224,7 +227,8 @@ class EMLoop:
         )
 
     def observe(self, rollouts: Sequence[Rollout], everyone: Sequence[Sums]) -> bool:
-        """Takes metrics, gate and alarms of one update's rollouts, those of all processes together; whether to stop."""
+        """Notes what one update's rollouts say, those of all processes together, moves the gate's hold, raises alarms;
+        whether training must stop."""
         together = MetricSums()
         for sums in everyone:
             together.add_sums(sums)

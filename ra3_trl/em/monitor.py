@@ -118,8 +118,7 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines
         sums.add_total("duration", lines, float(gate_A.sum()))
         for name, term_TG in rollout.terms.items():
             for kind, value_T in (("mean", term_TG.mean(1)), ("std", term_TG.std(1, correction=0))):
-                total, over = float((weight * value_T).sum()), float(weight.sum())
-                sums.add_total(f"{origin}rewards/{name}/{kind}", total, over)
+                sums.add_total(f"{origin}rewards/{name}/{kind}", float((weight * value_T).sum()), total)
         horizon = group.latent_line_logps_TGH.shape[2]
         _add_latents(sums, group, token_text, origin, horizon if group.view is None else max(horizon, known_lines))
     return sums.sums

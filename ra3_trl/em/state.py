@@ -97,7 +97,7 @@ class EMState:
             save_file(self.learner.tensors(), folder / HEAD)
 
     def load(self, folder: Path, rank: int, model: nn.Module) -> None:
-        """Takes what `save` wrote, this process its own part; `model` is the one whose weights the snapshots are of."""
+        """Takes what `save` wrote, each process its own part; the snapshots are of the weights of `model`."""
         state = read_state(folder)
         own = state["processes"][rank]
         self.metrics.sums = own["metrics"]

@@ -27,7 +27,8 @@ _NOT_PUSHED += ("ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safe
 
 
 class HubMixin:
-    """Mixed into a `Trainer` with `policy`, `source_dataset`, `formatting_func`, `latent_log`, `evaluations` and `counts`."""
+    """Mixed into a `Trainer` with `policy`, `source_dataset`, `formatting_func`, `latent_log`, `evaluations` and
+    `counts`."""
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""

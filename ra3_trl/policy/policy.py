@@ -201,8 +201,10 @@ class Policy:
 
     @contextmanager
     def inference(self, whole: bool = True) -> Iterator[None]:
-        """No gradients, no dropout, the run's mixed precision and, of sharded weights, all of them (unless not `whole`:
-        who puts other weights in their place must gather anew); as it was outside."""
+        """No gradients, no dropout, the run's mixed precision and, of sharded weights, all of them inside.
+
+        Who puts other weights in their place gathers anew: not `whole` then.
+        """
         gathered = self.backbone.gathered if whole else nullcontext
         with torch.no_grad(), evaluating(self.model), self.autocast(), gathered():
             yield
@@ -308,8 +310,8 @@ def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
     room = max(args.max_length // 5, args.max_latent_length + MARKUP) if latents else 0
     if args.max_length - room < 8:
         raise ValueError(
-            f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens leave no "
-            "room for text; raise `max_length`."
+            f"`max_length` is {args.max_length}: latents of max_latent_length={args.max_latent_length} tokens "
+            "leave no room for text; raise `max_length`."
         )
     return args.max_length - room
 
