@@ -94,7 +94,7 @@ def objective(trainer: RA3MidTrainer) -> dict[str, float]:
         group = trainer.policy.engine.rollout(
             document, document.boundaries, _LATENTS, 1, NoiseKey(seed=7, phase=0, step=0)
         )
-        group = trainer.loop.learner.decided(group)
+        group = trainer.policy.decide(group)
         returns = compute_returns(group, 1, 1.0)
         p = group.decision_logps_A[list(document.boundaries)].exp()
         total += ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - trainer.args.penalty)).tolist()
@@ -154,9 +154,7 @@ def annotation(bases, tokenizer, updates: int) -> dict[str, Any]:
                 document, noise = row_to_document(row), NoiseKey(seed=3, phase=1, step=0)
                 for skip in (0.0, *SKIPS):
                     trainer.args.annotation_skip = skip
-                    example = annotate(
-                        trainer.policy.engine, document, trainer.args, noise, learner=trainer.loop.learner
-                    )
+                    example = annotate(trainer.policy, document, noise)
                     tried[skip] += len(example.gains)
                     placed[skip] += len(example.placed)
     found = {f"annotation_skip_{skip}_boundaries_tried": tried[skip] / tried[0.0] for skip in SKIPS}

@@ -12,14 +12,11 @@ import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
-
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import Policy
 from ra3_trl.cli.data import hold_out, load_splits
-from ra3_trl.em import evaluate_documents, finish_metrics
-from ra3_trl.segmentation import row_to_document
+from ra3_trl.policy import evaluate_documents, finish_metrics
+from ra3_trl.segmentation import row_to_document, segment_dataset
 
 
 LATENTS = 4
@@ -27,20 +24,14 @@ LATENTS = 4
 
 def main(model: str, out: str, seed: str, documents: str, code_dir: str, settings: str) -> None:
     held_out = hold_out(load_splits(None, code_dir or None, "train")["train"], int(documents), None, int(seed))[1]
-    known = json.loads(settings)
-    known["eval_max_boundaries"] = known.pop("max_boundaries", 0)
-    with TemporaryDirectory() as folder:
-        args = RA3Config(
-            output_dir=folder, seed=int(seed), eval_num_latents=LATENTS, report_to="none", disable_tqdm=True,
-            abstraction_head=False, **known,
-        )  # fmt: skip
-        trainer = RA3MidTrainer(model, args, eval_dataset=held_out)
-        chunks = [row_to_document(row) for row in trainer.eval_dataset]
-        trainer.model.eval()
-        sums = []
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            for _, of_document in groupby(chunks, key=lambda chunk: chunk.doc_id):
-                sums.append(evaluate_documents(trainer.policy.engine, of_document, args))
+    settings_of_run = json.loads(settings)
+    settings_of_run["eval_max_boundaries"] = settings_of_run.pop("max_boundaries", 0)
+    policy = Policy.open(model, seed=int(seed), eval_num_latents=LATENTS, **settings_of_run)
+    sums = []
+    rows = segment_dataset(held_out, policy.segmenter, policy.args.dataset_text_field)
+    with policy.inference():
+        for _, of_document in groupby(map(row_to_document, rows), key=lambda chunk: chunk.doc_id):
+            sums.append(evaluate_documents(policy, of_document))
     total: Counter[str] = Counter()
     for row in sums:
         total.update(row)

@@ -139,14 +139,9 @@ class EStep:
         scored = groups
         if self.reward is not None:
             with self.reward.applied(), self.policy.backbone.gathered():
+                scored = [self.engine.score(g.document, g.boundaries, g.latents, self.args.horizon) for g in groups]
                 scored = [
-                    source.weigh(
-                        self.engine,
-                        replace(
-                            self.engine.score(g.document, g.boundaries, g.latents, self.args.horizon), view=g.view
-                        ),
-                    )
-                    for g in groups
+                    source.weigh(self.engine, replace(s, view=g.view)) for s, g in zip(scored, groups, strict=True)
                 ]
             taken = ("latent_line_logps_TGH", "latent_gate_logps_TGH", "log_ratio_TG")
             groups = [

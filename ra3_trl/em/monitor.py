@@ -105,10 +105,9 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines
             sums.add_total("hindsight/log_ratio", float(group.log_ratio_TG.sum()), group.log_ratio_TG.numel())
         gate_A, gain = group.decision_logps_A.exp(), rollout.returns.gain_TG.mean(1)
         gate = weight * gate_A[list(group.boundaries)]
-        sums.add_total(
-            origin + "reward", float((weight * rollout.returns.latent_TG.mean(1)).sum()), float(weight.sum())
-        )
-        sums.add_total(origin + "gain", float((weight * gain).sum()), float(weight.sum()))
+        reward, total = rollout.returns.latent_TG.mean(1), float(weight.sum())
+        sums.add_total(origin + "reward", float((weight * reward).sum()), total)
+        sums.add_total(origin + "gain", float((weight * gain).sum()), total)
         sums.add_total(origin + "gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
         # Think rate and duration are of all boundaries, not only of tried ones.
         boundaries = group.document.boundaries
