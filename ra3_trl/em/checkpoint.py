@@ -22,10 +22,10 @@ from .state import FROZEN, HEAD, read_state
 # `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
 _FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_boundaries", "em_iterations", "m_steps"}
-_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim")
-_SHARED += ("lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy")
-
-
+_SHARED: tuple[str, ...] = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim",
+    "lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
 ASIDE = "_incomplete"  # what begins with `_` is never pushed
 
 
@@ -33,7 +33,7 @@ ASIDE = "_incomplete"  # what begins with `_` is never pushed
 def saving_aside(args: RA3Config) -> Iterator[None]:
     """`Trainer` writes checkpoints into a folder aside inside, and neither pushes nor deletes any."""
     before = args.output_dir, args.save_total_limit, args.push_to_hub
-    args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir, ASIDE), None, False
+    args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir or "", ASIDE), None, False
     try:
         yield
     finally:

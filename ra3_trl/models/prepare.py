@@ -26,7 +26,9 @@ def prepare_model(
         `ValueError`: for what [`load_model`] and [`check_vocabulary`] refuse, an adapter that does not train the tags,
         and `reward_model="base"` without an adapter.
     """
-    model = load_model(model, args.model_init_kwargs, None if tags else peft_config)
+    kwargs = args.model_init_kwargs
+    assert not isinstance(kwargs, str)  # `TrainingArguments` has read the JSON
+    model = load_model(model, kwargs, None if tags else peft_config)
     if tags:
         add_tags(model, tokenizer, tags)
         if peft_config is not None:  # the rows of the tags must be there before the adapter is made
