@@ -1,8 +1,10 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
+from .callbacks import LoopCallback, PreemptionCallback
 from .checkpoint import ASIDE, check_resumable, put_in_place, run_settings, saving_aside
 from .data import Cutter, collate
-from .estep import Chunk, EStep, Gradients, Rollout
+from .estep import Chunk, EStep, Rollout
+from .gradients import Gradients
 from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
@@ -10,7 +12,7 @@ from .mstep import Rows, mstep_loss, pack, split_example
 from .rewards import RewardFunc, RewardPlugIns
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
-from .stream import stream_loader
+from .stream import not_evened_out, stream_loader
 from .watch import Watch
 
 
@@ -25,8 +27,10 @@ __all__ = [
     "GateHold",
     "Gradients",
     "HeadLearner",
+    "LoopCallback",
     "MetricSums",
     "Phase",
+    "PreemptionCallback",
     "RewardFunc",
     "RewardPlugIns",
     "Rollout",
@@ -39,6 +43,7 @@ __all__ = [
     "latent_alarms",
     "make_learner",
     "mstep_loss",
+    "not_evened_out",
     "pack",
     "phase_scheduler",
     "plan_phases",
