@@ -42,8 +42,5 @@ class Gradients:
             finally:
                 accelerator.sync_gradients = before
 
-        return cls(
-            lambda loss: accelerator.backward(loss * scale, **options),
-            syncing,
-            wrapped if wrapped is not model else None,
-        )
+        through = None if wrapped is model else wrapped
+        return cls(lambda loss: accelerator.backward(loss * scale, **options), syncing, through)
