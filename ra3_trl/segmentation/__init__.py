@@ -6,7 +6,7 @@ from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .hindsight import Prompt, PromptFunction, PromptTemplate, View, chat_template, fim_template, parse_template
 from .lines import Line
-from .python import statements_end
+from .python import OwnLineComment, count_code_lines, own_line_comments, statements_end
 from .tokens import FragmentEncoder, build_token_table, readable_bytes, require_tags, token_bytes
 
 
@@ -21,6 +21,7 @@ __all__ = [
     "FEATURES",
     "FragmentEncoder",
     "Line",
+    "OwnLineComment",
     "Prompt",
     "PromptFunction",
     "PromptTemplate",
@@ -28,11 +29,13 @@ __all__ = [
     "View",
     "build_token_table",
     "chat_template",
+    "count_code_lines",
     "count_documents",
     "document_to_row",
     "fim_template",
     "find_format",
     "load_code_directory",
+    "own_line_comments",
     "parse_template",
     "readable_bytes",
     "require_tags",

@@ -11,16 +11,15 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ..evaluation.answers import Text, locate_answer
+from ..generation import AutoModelForCausalLMWithAbstractionHead, Completion, CompletionSettings, draw_completions
 from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
-from ..rewards import find_latents, locate_answer
-from .sampling import Completion, CompletionSettings, draw_completions
-from .wrapper import AutoModelForCausalLMWithAbstractionHead
+from ..segmentation import find_format, own_line_comments
 
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
 
-Text = str | list[dict[str, Any]]
 # Fields of `GRPOConfig` that change what is sampled and that `draw_completions` does not know, as they must be.
 _NOT_HEEDED = {
     "use_vllm": False, "use_transformers_continuous_batching": False, "min_p": None, "repetition_penalty": 1.0,
@@ -73,6 +72,24 @@ class CompletionRollout:
         CompletionSettings(stop=self.stop)  # checks it, as the next does
         AbstractionConfig(1, **self.latents)
 
+    @classmethod
+    def for_checkpoint(
+        cls, settings: dict[str, Any] | None, stop: Sequence[str] = (), think: str = "auto"
+    ) -> CompletionRollout:
+        """Makes the rollout of a checkpoint that was mid-trained with `settings`, `None` for none.
+
+        Raises:
+            `ValueError`: for latents that are not comments of Python: they would stand in the programs.
+        """
+        latents = {k: settings[k] for k in ("action_format", "max_latent_length") if settings and k in settings}
+        name = latents.get("action_format", "python")
+        if name != "python" and (think != "auto" or find_format(name).tags):
+            raise ValueError(
+                f"the checkpoint was mid-trained with `action_format` {name!r}, whose latents are no comments of "
+                "Python, so its programs could not be run; use one that was trained with 'python'."
+            )
+        return cls(stop, None if think == "auto" else think, **latents)
+
     def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, list]:
         """One completion of each prompt; TRL repeats a prompt for each of its generations.
 
@@ -89,7 +106,7 @@ class CompletionRollout:
             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, stop=self.stop, think=self.think,
             max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
         )  # fmt: skip
-        drawn = [found for (found,) in draw_completions(model, prompt_ids, settings, tokenizer)]
+        drawn = [completion for (completion,) in draw_completions(model, prompt_ids, settings, tokenizer)]
         ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
         ids, mask = zip(*(_ended(completion, ends) for completion in drawn), strict=True)
         return {
@@ -157,10 +174,10 @@ def check_heeded(args: GRPOConfig) -> None:
     """
     if not args.temperature > 0:
         raise ValueError(f"`temperature` is {args.temperature}, at which all completions are the same; raise it.")
-    for name, value in _NOT_HEEDED.items():
-        if (found := getattr(args, name)) not in (value, None, {}):
+    for name, neutral in _NOT_HEEDED.items():
+        if (value := vars(args)[name]) not in (neutral, None, {}):
             raise ValueError(
-                f"`{name}` is {found!r}, which rollouts with stops and latents do not heed; leave it out."
+                f"`{name}` is {value!r}, which rollouts with stops and latents do not heed; leave it out."
             )
 
 
@@ -201,5 +218,5 @@ def _ended(completion: Completion, ends: tuple[int, ...]) -> tuple[list[int], li
 
 
 def _latent_lengths(prompt: Text, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    latents = find_latents(*locate_answer(prompt, text))
-    return [len(tokenizer(latent, add_special_tokens=False).input_ids) for latent in latents]
+    latents = own_line_comments(*locate_answer(prompt, text))
+    return [len(tokenizer(latent.text, add_special_tokens=False).input_ids) for latent in latents]
