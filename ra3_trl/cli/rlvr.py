@@ -25,39 +25,31 @@ from .rewards import load_reward_funcs
 from .train import named, quantization, resume_point, run_until_stopped
 
 
-def _help(text: str, default: Any = None) -> Any:
-    """A field of the arguments, whose help is written once, here."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
+def _option(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class RLVRScriptArguments(ScriptArguments):
-    """[`~trl.ScriptArguments`] with tasks of a benchmark as a source, rewards, and how completions are drawn.
+    """[`~trl.ScriptArguments`] with tasks of a benchmark as a source, rewards, and how completions are drawn."""
 
-    Raises:
-        `ValueError`: for a bad value, or without data.
-    """
-
-    task: str | None = _help("mbpp (its training split), or a jsonl file of problems, in place of `dataset_name`.")
-    task_file: str | None = _help("File with the rows of `task`, not the Hub's.")
-    allow_test_tasks: bool = _help("Train on tasks of HumanEval and of MBPP's test split too.", False)
-    reward_funcs: list[str] = _help(
-        "code_execution, fraction_passed, format, and import paths such as my_module.my_func; weigh them with "
-        "reward_weights.",
-        ["code_execution"],
+    task: str | None = _option("mbpp (its training split), or a jsonl file of problems, in place of `dataset_name`.")
+    task_file: str | None = _option("File with the rows of `task`, not the Hub's.")
+    allow_test_tasks: bool = _option("Train on tasks of HumanEval and of MBPP's test split too.", False)
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["code_execution"],
+        metadata={"help": f"{', '.join(REWARDS)}, and import paths of functions; weigh them with reward_weights."},
     )
-    think_cost: float = _help("What a latent costs; latents are logged at 0 too.", 0.0)
-    think: Literal["auto", "always", "never"] = _help(
+    think_cost: float = _option("What a latent costs; latents are logged at 0 too.", 0.0)
+    think: Literal["auto", "always", "never"] = _option(
         "Latents where the model wants them, at every boundary, or nowhere, which bans own-line comments.", "auto"
     )
-    stop: list[str] | None = _help(
+    stop: list[str] | None = _option(
         'Texts that end a completion, best as JSON: \'["\\ndef", "\\nclass"]\'. Default: the task\'s.'
     )
-    timeout: float = _help("Seconds of a program.", 3.0)
-    memory_mb: int = _help("MiB of a program.", 512)
-    slots: int | None = _help("Programs at a time in each process. Default: one for each CPU.")
+    timeout: float = _option("Seconds of a program.", 3.0)
+    memory_mb: int = _option("MiB of a program.", 512)
+    slots: int | None = _option("Programs at a time in each process. Default: one for each CPU.")
 
     def __post_init__(self):
         if (self.task is None) == (self.dataset_name is None):

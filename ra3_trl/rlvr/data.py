@@ -92,13 +92,8 @@ def _as_rows(tasks: Sequence[Task]) -> Dataset:
 def check_rows(rows: Rows, executed_by: str | None, allow_test_tasks: bool) -> Rows:
     """Refuses rows that can't be trained on, and returns them; a stream's are checked as they come.
 
-    Args:
-        rows (`Dataset` or `IterableDataset`):
-            The rows.
-        executed_by (`str`, *optional*):
-            Name of a reward that runs programs, which needs tests.
-        allow_test_tasks (`bool`):
-            Whether rows may be tasks of HumanEval or of MBPP's test split.
+    `executed_by` names a reward that runs programs and so needs tests; `allow_test_tasks` lets tasks of HumanEval and
+    of MBPP's test split pass.
 
     Raises:
         `ValueError`: for no rows, a row without a prompt, or without tests that can be read, or one for testing.

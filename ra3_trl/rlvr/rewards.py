@@ -27,12 +27,8 @@ _judges: dict[int, Judge] = {}  # by process: a forked one must not share its pa
 
 
 def use_judge(judge: Judge | None) -> None:
-    """Makes the rewards of this process use `judge`, for limits and slots of your own.
-
-    Args:
-        judge ([`~ra3_trl.sandbox.Judge`], *optional*):
-            The judge; `None` is one of the default limits, made when it is needed. A former one is not closed.
-    """
+    """Makes the rewards of this process use a [`~ra3_trl.sandbox.Judge`], for limits and slots of your own. `None` is
+    one of the default limits, made when it is needed; a former one is not closed."""
     _judges.pop(os.getpid(), None)
     if judge is not None:
         _judges[os.getpid()] = judge
@@ -165,16 +161,8 @@ REWARDS = {func.__name__.removesuffix("_reward"): func for func in (*EXECUTED, f
 
 
 def problem_columns(problem: Problem) -> dict[str, Any]:
-    """Turns `problem` into the columns of a data set's row from which the rewards read it: [`Problem.from_row`]
-    backwards.
-
-    Args:
-        problem ([`~ra3_trl.sandbox.Problem`]):
-            What a program must do.
-
-    Returns:
-        `dict[str, Any]`: `inputs` and `outputs`, or `test_list`, `test_setup_code`, `entry_point` and `inside`.
-    """
+    """Turns a [`~ra3_trl.sandbox.Problem`] into the columns of a row from which the rewards read it, `from_row`
+    backwards: `inputs` and `outputs`, or `test_list`, `test_setup_code`, `entry_point` and `inside`."""
     if problem.cases:
         inputs, outputs = zip(*problem.cases, strict=True)
         return {"inputs": list(inputs), "outputs": list(outputs)}

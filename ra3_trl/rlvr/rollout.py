@@ -68,7 +68,6 @@ class CompletionRollout:
             raise ValueError(f"`think` is {think!r}; use 'always', 'never', or `None` to leave it to the model.")
         self.stop, self.think = tuple(stop), think
         self.latents = {"action_format": action_format, "max_latent_length": max_latent_length}
-        self._model: AutoModelForCausalLMWithAbstractionHead | None = None
         CompletionSettings(stop=self.stop)  # checks it, as the next does
         AbstractionConfig(1, **self.latents)
 
@@ -99,15 +98,18 @@ class CompletionRollout:
             `latent_lengths`, the tokens of each own-line comment in it.
         """
         _check_trainer(trainer)
-        chat, tokenizer = is_conversational({"prompt": prompts[0]}), trainer.processing_class
+        args, chat, tokenizer = trainer.args, is_conversational({"prompt": prompts[0]}), trainer.processing_class
         prompt_ids = _prompt_ids(prompts, trainer, chat)
-        args, model = trainer.args, self._wrapped(trainer)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        # As `draw_completions` takes it; the head is a fresh one and decides nothing.
+        head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
+        wrapped = AutoModelForCausalLMWithAbstractionHead(model, head)
         settings = CompletionSettings(
             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, stop=self.stop, think=self.think,
             max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
         )  # fmt: skip
-        drawn = [completion for (completion,) in draw_completions(model, prompt_ids, settings, tokenizer)]
-        ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
+        drawn = [completion for (completion,) in draw_completions(wrapped, prompt_ids, settings, tokenizer)]
+        ends = end_ids(model) or (tokenizer.eos_token_id,)
         ids, mask = zip(*(_ended(completion, ends) for completion in drawn), strict=True)
         return {
             "prompt_ids": prompt_ids,
@@ -121,57 +123,32 @@ class CompletionRollout:
             ],
         }
 
-    def _wrapped(self, trainer: GRPOTrainer) -> AutoModelForCausalLMWithAbstractionHead:
-        """The trainer's model as `draw_completions` takes it; the head is a fresh one and decides nothing."""
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        if self._model is None or self._model.pretrained_model is not model:
-            head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
-            self._model = AutoModelForCausalLMWithAbstractionHead(model, head)
-        return self._model
-
 
 def until_stop(reward_func: Callable[..., Any]) -> Callable[..., Any]:
-    """`reward_func`, reading completions as a [`CompletionRollout`] gives them: up to the stop.
+    """Makes `reward_func`, async or not, read completions as a [`CompletionRollout`] gives them: up to the stop.
 
     TRL's own text has the stop, and lacks the first space that some tokenizers drop. Without such a rollout nothing
-    changes.
-
-    Args:
-        reward_func (`Callable`):
-            A reward function with TRL's signature, asynchronous or not.
-
-    Returns:
-        `Callable`: one of the same name and kind.
+    changes. The function that is returned has the same name, which TRL's metrics have, and is of the same kind.
     """
-    if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__):
 
-        @wraps(reward_func)
-        async def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
-            return await reward_func(completions=_with_texts(completions, completion_text), **kwargs)
-    else:
+    def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+        if completion_text is not None:
+            pairs = zip(completions, completion_text, strict=True)
+            completions = [text if isinstance(old, str) else [{**old[0], "content": text}] for old, text in pairs]
+        return reward_func(completions=completions, **kwargs)
 
-        @wraps(reward_func)
-        def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
-            return reward_func(completions=_with_texts(completions, completion_text), **kwargs)
+    async def read_later(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+        return await read(completions, completion_text, **kwargs)
 
-    read.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)  # TRL's metrics have it
-    return read
-
-
-def _with_texts(completions: Sequence[Text], texts: Sequence[str] | None) -> Sequence[Text]:
-    if texts is None:
-        return completions
-    pairs = zip(completions, texts, strict=True)
-    return [text if isinstance(old, str) else [{**old[0], "content": text}] for old, text in pairs]
+    later = inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__)
+    reader = wraps(reward_func)(read_later if later else read)
+    reader.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)  # an object may have one or not
+    return reader
 
 
 def check_heeded(args: GRPOConfig) -> None:
-    """Refuses settings of how completions are drawn that GRPO can't learn from or a [`CompletionRollout`] does not
-    know.
-
-    Raises:
-        `ValueError`: naming the first.
-    """
+    """Refuses, by a `ValueError`, settings of how completions are drawn that GRPO can't learn from or a
+    [`CompletionRollout`] does not know."""
     if not args.temperature > 0:
         raise ValueError(f"`temperature` is {args.temperature}, at which all completions are the same; raise it.")
     for name, neutral in _NOT_HEEDED.items():

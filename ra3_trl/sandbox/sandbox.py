@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,33 +118,29 @@ class Sandbox:
             raise ValueError(f"`slots` is {slots}; a sandbox needs at least 1.")
         if missing := [folder for folder in packages if not Path(folder).is_dir()]:
             raise ValueError(f"`packages` names {missing[0]!r}, which is no folder; give folders that hold modules.")
-        self.isolated = _isolation(self.limits, tuple(packages))
-        self._servers = [
-            tuple(_Server(self.isolated, self.limits, tuple(packages)) for _ in range(2)) for _ in range(self.slots)
-        ]
+        self.isolated = _can_isolate(self.limits, tuple(packages))
+        make = partial(_Server, self.isolated, self.limits, tuple(packages))
+        self._servers = [(make(), make()) for _ in range(self.slots)]
         self._free: queue.SimpleQueue[tuple[_Server, _Server]] = queue.SimpleQueue()
         for pair in self._servers:
             self._free.put(pair)
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`): the report on it."""
+        """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`), and returns the report on it."""
         with self._slot() as (server, _):
-            server.start_job(job)
-            found = server.report(self.limits.seconds + _GRACE)
-            server.stop_job()
-            return found
+            return server.run(job)
 
     def run_pair(self, program: dict[str, Any], tests: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Runs a program and, in another sandbox, tests that call it: the reports on both, the program's first."""
+        """Runs a program and, in another sandbox, tests that call it; returns the reports on both in this order."""
         with self._slot() as (server, judge):
-            one, other = socket.socketpair()
-            with one, other:
-                server.start_job(program, one.fileno())
-                judge.start_job(tests, other.fileno())
-            found = judge.report(self.limits.seconds + _GRACE)
+            server_end, judge_end = socket.socketpair()
+            with server_end, judge_end:
+                server.start_job(program, server_end.fileno())
+                judge.start_job(tests, judge_end.fileno())
+            report = judge.report(self.limits.seconds + _GRACE)
             judge.stop_job()
-            server.stop_job()
-            return server.report(_GRACE), found
+            server.stop_job()  # it serves until it is told to stop
+            return server.report(_GRACE), report
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[tuple[_Server, _Server]]:
@@ -178,6 +175,12 @@ class _Server:
         self.files: dict[str, int] = {}
         self.process: subprocess.Popen | None = None
 
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.start_job(job)
+        report = self.report(self.limits.seconds + _GRACE)
+        self.stop_job()
+        return report
+
     def start_job(self, job: dict[str, Any], descriptor: int | None = None) -> None:
         try:
             self._send_job(job, descriptor)
@@ -204,16 +207,16 @@ class _Server:
         """The server's report and what the player wrote; a server that gives none in time is ended, with all in it."""
         self.control.settimeout(seconds)
         try:
-            found = wire.receive(self.control)
+            report = wire.receive(self.control)
         except (OSError, EOFError, wire.WireError):
-            found = {"ended": "lost", "status": None, "seconds": seconds}
-        found |= {name: self._written(name) for name in self.files}
+            report = {"ended": "lost", "status": None, "seconds": seconds}
+        report |= {name: self._written(name) for name in self.files}
         self._drop_files()
-        if found["ended"] == "lost" and (said := self.close()):
+        if report["ended"] == "lost" and (said := self.close()):
             raise SandboxError(f"The sandbox broke: {said}")
-        if found["verdict"].startswith(wire.BROKEN) and self.role != "inside":  # there it could be forged
-            raise SandboxError(f"The sandbox could not run a program: {found['verdict']}.")
-        return found
+        if report["verdict"].startswith(wire.BROKEN) and self.role != "inside":  # there it could be forged
+            raise SandboxError(f"The sandbox could not run a program: {report['verdict']}.")
+        return report
 
     def _written(self, name: str) -> str:
         """What a player wrote; of `tail` the end, of `stdout` no more than shows that it is too much."""
@@ -261,18 +264,15 @@ class _Server:
         return said.decode(errors="replace").strip()[-500:]
 
 
-def _isolation(limits: Limits, packages: tuple[str, ...]) -> bool:
-    """Whether bubblewrap works here; without it, code runs only if the user says so.
-
-    Raises:
-        `SandboxError`: if it does not and `HF_ALLOW_CODE_EVAL` is not `1`.
-    """
+def _can_isolate(limits: Limits, packages: tuple[str, ...]) -> bool:
+    """Tries whether bubblewrap works here; without it, code runs only if the user says so."""
     try:
         if shutil.which("bwrap") is None:
             raise SandboxError("bubblewrap is missing.")
-        server = _Server(True, limits, packages)
-        server.start()
-        server.close()
+        with contextlib.closing(_Server(True, limits, packages)) as server:
+            # It raises where namespaces or limits are refused, and says why.
+            if server.run({"role": "script", "program": ""})["ended"] == "lost":
+                raise SandboxError("bubblewrap ends without a word.")
         return True
     except SandboxError as error:
         if os.environ.get(ALLOW) != "1":
