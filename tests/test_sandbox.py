@@ -123,7 +123,7 @@ def test_harmful_programs_are_stopped(judge, name):
     result = judge(SQUARE, program)
     assert result.verdict == verdict, result
     assert result.passed == 0
-    assert len(result.output) <= Limits().tail_bytes
+    assert len(result.output) <= 2000
     assert time.monotonic() - start < 5
     assert judge(SQUARE, f"{HONEST}# after {name}").verdict == "passed"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 
-Text = str | list[dict[str, Any]]  # as in TRL: plain, or the messages of a conversation
+Text: TypeAlias = str | list[dict[str, Any]]  # as in TRL: plain, or the messages of a conversation
 _CODE = (ast.Constant, ast.Call, ast.Await)  # expressions that are statements; `Fibonacci` and `top-k` are words
 
 

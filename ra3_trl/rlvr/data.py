@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset
 
@@ -16,7 +16,7 @@ from ..sandbox import Problem
 from .rewards import TESTS, problem_columns
 
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 _MBPP_TRAIN, _MBPP_VALIDATION, _MBPP_TEST = range(601, 975), range(511, 601), range(11, 511)  # as published
 
 

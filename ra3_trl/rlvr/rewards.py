@@ -62,8 +62,8 @@ async def code_execution_reward(
     """
     results = await _judge(completions, prompts, kwargs)
     rewards = [None if result is None else float(result.verdict == "passed") for result in results]
-    for reward in rewards if log_metric else ():
-        if reward is not None:
+    for reward in rewards:
+        if reward is not None and log_metric is not None:
             log_metric("pass_rate", reward)
     return rewards
 
@@ -80,12 +80,12 @@ async def fraction_passed_reward(
 
 
 async def _judge(completions: Sequence[Text], prompts: Sequence[Text] | None, kwargs: dict) -> list[Result | None]:
+    pairs = _pairs(prompts, completions)
     columns = {name: kwargs[name] for name in COLUMNS if name in kwargs}
-    prompts = prompts or [None] * len(completions)
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(completions))]
     problems = [
         Problem.from_row({**row, "prompt": prompt}) if any(row.get(name) is not None for name in TESTS) else None
-        for row, prompt in zip(rows, prompts, strict=True)
+        for row, (prompt, _) in zip(rows, pairs, strict=True)
     ]
     if not any(problems):
         raise ValueError(f"`code_execution_reward` finds no tests; the data set needs some of the columns {COLUMNS}.")
@@ -94,10 +94,15 @@ async def _judge(completions: Sequence[Text], prompts: Sequence[Text] | None, kw
         judge = _judges[os.getpid()] = Judge()
     # All are handed in before the first is waited for, so that the sandbox's slots are never idle.
     futures = [
-        problem and asyncio.wrap_future(judge.submit(problem, extract_program(prompt, text)))
-        for problem, prompt, text in zip(problems, prompts, completions, strict=True)
+        None if problem is None else asyncio.wrap_future(judge.submit(problem, extract_program(prompt, text)))
+        for problem, (prompt, text) in zip(problems, pairs, strict=True)
     ]
-    return [future and await future for future in futures]
+    return [None if future is None else await future for future in futures]
+
+
+def _pairs(prompts: Sequence[Text] | None, completions: Sequence[Text]) -> list[tuple[Text | None, Text]]:
+    none: list[Text | None] = [None] * len(completions)
+    return list(zip(prompts or none, completions, strict=True))
 
 
 def format_reward(
@@ -105,9 +110,8 @@ def format_reward(
 ) -> list[float]:
     """Gives 1.0 to a program that parses as Python and defines its `entry_point`, where one is named; 0.0 to any
     other. Takes and returns what [`code_execution_reward`] does."""
-    count = len(completions)
-    rows = zip(prompts or [None] * count, completions, entry_point or [None] * count, strict=True)
-    return [float(_defines(extract_program(prompt, text), name)) for prompt, text, name in rows]
+    rows = zip(_pairs(prompts, completions), entry_point or [None] * len(completions), strict=True)
+    return [float(_defines(extract_program(prompt, text), name)) for (prompt, text), name in rows]
 
 
 def _defines(source: str, name: str | None) -> bool:
@@ -142,8 +146,7 @@ def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs,
     ) -> list[float]:
-        pairs = zip(prompts or [None] * len(completions), completions, strict=True)
-        answers = [locate_answer(prompt, text) for prompt, text in pairs]
+        answers = [locate_answer(prompt, text) for prompt, text in _pairs(prompts, completions)]
         counts = [len(own_line_comments(program, begin)) for program, begin in answers]
         if log_metric:
             for count, (program, begin) in zip(counts, answers, strict=True):

@@ -89,11 +89,11 @@ class CompletionRollout:
             )
         return cls(stop, None if think == "auto" else think, **latents)
 
-    def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, list]:
+    def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, Any]:
         """One completion of each prompt; TRL repeats a prompt for each of its generations.
 
         Returns:
-            `dict[str, list]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
+            `dict[str, Any]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
             and `env_mask` (0 for tokens that are not trained); for the rewards `completion_text`, up to the stop, and
             `latent_lengths`, the tokens of each own-line comment in it.
         """

@@ -68,7 +68,7 @@ def build_grpo_trainer(
     """
     check_heeded(args)
     args = copy(args)
-    options = dict(args.model_init_kwargs or {})
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})
     tokenizer = load_tokenizer(model, options)  # first, since it says best that there is no such checkpoint
     settings = read_settings(model, **place_of(options))
     rollout = CompletionRollout.for_checkpoint(settings, data.stop, think)

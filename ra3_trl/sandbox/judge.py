@@ -130,9 +130,10 @@ class Problem:
         nodes = [node for tree in self._trees for node in ast.walk(tree)]
         called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        free = used - set(_bound(nodes)) - {self.entry_point} - set(vars(builtins))
+        entry_point = set() if self.entry_point is None else {self.entry_point}
+        free = used - set(_bound(nodes)) - entry_point - set(vars(builtins))
         modules = (free - called) & sys.stdlib_module_names
-        program = free - modules | {self.entry_point} - {None}
+        program = free - modules | entry_point
         return tuple(sorted(program or _shadowed(nodes))), tuple(sorted(modules))
 
 

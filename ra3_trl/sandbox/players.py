@@ -218,7 +218,7 @@ def _exception(name: str, text: str) -> Exception:
     return ProgramError(f"{name}: {text}")
 
 
-def describe(error: BaseException) -> list[Any]:
+def describe(error: BaseException | None) -> list[Any]:
     """`[nearest class of Python's own, message, errno]` of what a program raised."""
     kind = next((k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k), "BaseException")
     text = str(error) if kind == type(error).__name__ else f"{type(error).__name__}: {error}"
@@ -245,7 +245,7 @@ class Outcomes:
         error = (self.link and self.link.gone) or error
         self._write(["end"] if error is None else ["stopped", *self.why(error)])
 
-    def why(self, error: BaseException) -> list[Any]:
+    def why(self, error: BaseException | None) -> list[Any]:
         """What the tests met: `[class, message, errno]`, the program's own report where it raised."""
         if isinstance(error, Gone):
             return ["Gone", str(error), None]

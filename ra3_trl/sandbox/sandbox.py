@@ -30,6 +30,8 @@ from . import wire
 
 ALLOW = "HF_ALLOW_CODE_EVAL"
 _GRACE, _START = 5.0, 60.0  # seconds that a report may be late, and that a start may take
+# Bytes of what a player wrote that are read; of standard output one more than 1 MiB, which shows that it is too much.
+_KEPT = {"stdout": 2**20 + 1, "tail": 2000, "verdict": wire.MAX_FRAME}
 _NOBODY = 65534
 _BOOT = """
 import json, sys
@@ -65,10 +67,6 @@ class Limits:
             MiB of `/tmp`, of `/dev/shm` and of a file.
         processes (`int`, *optional*, defaults to `32`):
             Processes and threads at a time.
-        output_bytes (`int`, *optional*, defaults to `1048576`):
-            Bytes of standard output of a script; more ends it.
-        tail_bytes (`int`, *optional*, defaults to `2000`):
-            Bytes kept of the end of what else is printed.
 
     Raises:
         `ValueError`: for a limit that is not positive.
@@ -78,8 +76,6 @@ class Limits:
     memory_mb: int = 512
     disk_mb: int = 16
     processes: int = 32
-    output_bytes: int = 2**20
-    tail_bytes: int = 2000
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -192,7 +188,7 @@ class _Server:
         if self.process is None:
             self.start()
         self.role = job["role"]
-        self.files = {name: os.memfd_create(name) for name in ("stdout", "tail", "verdict")}
+        self.files = {name: os.memfd_create(name) for name in _KEPT}
         descriptors = (*self.files.values(), *([] if descriptor is None else [descriptor]))
         self.control.sendall(b"s")
         wire.send(self.jobs, job, descriptors)
@@ -219,11 +215,10 @@ class _Server:
         return report
 
     def _written(self, name: str) -> str:
-        """What a player wrote; of `tail` the end, of `stdout` no more than shows that it is too much."""
-        size = os.fstat(self.files[name]).st_size
-        bound = {"tail": self.limits.tail_bytes, "stdout": self.limits.output_bytes + 1}.get(name, wire.MAX_FRAME)
-        start = max(0, size - bound) if name == "tail" else 0
-        return os.pread(self.files[name], bound, start).decode(errors="replace")
+        """What a player wrote, as much as is of use; of `tail` the end."""
+        size, most = os.fstat(self.files[name]).st_size, _KEPT[name]
+        start = max(0, size - most) if name == "tail" else 0
+        return os.pread(self.files[name], most, start).decode(errors="replace")
 
     def _drop_files(self) -> None:
         for file in self.files.values():
@@ -303,7 +298,7 @@ def _command(settings: dict[str, Any]) -> list[str]:
         "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
     ]  # fmt: skip
-    bwrap = shutil.which("bwrap")
+    bwrap = shutil.which("bwrap") or "bwrap"
     if os.getuid() != 0:
         return [bwrap, *show, *inner, *server]
     drop = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]

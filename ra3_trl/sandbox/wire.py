@@ -27,10 +27,10 @@ BROKEN = "sandbox: "  # begins what a player writes instead of outcomes where it
 MAX_ITEMS = 200_000  # of an iterator, which may have no end
 _HEADER = struct.Struct("!I")
 _VIEWS = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
-_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-_TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+_TYPES: dict[str, type[Any]] = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 # How a subclass is read as its base: by the base's own methods, since it may have overridden them.
-_AS_BASE: dict[type, Callable[[Any], Any]] = {
+_AS_BASE: dict[type[Any], Callable[[Any], Any]] = {
     int: int.__pos__,
     float: float.__pos__,
     str: str.__str__,
@@ -53,7 +53,7 @@ def pack(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
     # `type(value)`, since a program may lie by `__class__`.
-    kind = type(value)
+    kind: type[Any] = type(value)
     if value is None or kind in (bool, str, float):
         return value
     if kind is int:
@@ -78,7 +78,7 @@ def pack(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
     if issubclass(kind, complex):
         plain = complex.__pos__(value)
         return {"complex": [plain.real, plain.imag]}
-    if kind is type and _TYPES.get(value.__name__) is value:
+    if kind is type and value in _TYPES.values():
         return {"type": value.__name__}
     for tag, view in _VIEWS.items():
         if kind is view:
