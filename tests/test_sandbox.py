@@ -251,6 +251,16 @@ def test_it_refuses_without_bubblewrap(monkeypatch):
         Sandbox(slots=1)
 
 
+@needs_bwrap
+def test_what_the_system_refuses_is_found_out_at_the_start(monkeypatch):
+    """No file system is half a MiB: no program can be isolated, and nothing is left running."""
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    before = descendants()
+    with pytest.raises(SandboxError, match="could not run a program: .*mount tmpfs.*would run unprotected"):
+        Sandbox(slots=1, limits=Limits(disk_mb=0.5))
+    assert descendants() == before
+
+
 def test_allowed_without_bubblewrap_it_says_what_is_not_protected(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")

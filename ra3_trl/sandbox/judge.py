@@ -345,4 +345,5 @@ def _helpers(prompt: Any, entry_point: str) -> str:
         body = ast.parse(prompt).body
     except (SyntaxError, ValueError):
         return ""
-    return "\n".join(ast.unparse(node) for node in body if getattr(node, "name", None) != entry_point)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return "\n".join(ast.unparse(n) for n in body if not (isinstance(n, kinds) and n.name == entry_point))

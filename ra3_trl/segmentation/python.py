@@ -59,7 +59,7 @@ def _all_tokens(text: str) -> list[tokenize.TokenInfo] | None:
 
 
 def _on_own_rows(tokens: Iterable[tokenize.TokenInfo], text: str) -> list[OwnLineComment]:
-    """The own-line comments among the tokens of `text`: the one rule for what is one."""
+    """Picks the own-line comments among the tokens of `text`: the only rule for what counts as one."""
     rows, starts = _rows(text)
     comments, commented = [], -1
     for token in tokens:
@@ -130,12 +130,12 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
                 lines.append(_line(token, rows, starts, indent + unit * opens_block))
         elif new_line:
             line = _line(token, rows, starts, indent + unit * opens_block)
-            own = text[line.start : line.text_start].lstrip("\ufeff\f")
+            own_indent = text[line.start : line.text_start].lstrip("\ufeff\f")
             # One unit is what a block was last indented by, as far as the text has shown.
-            if opens_block and len(own) > len(indent) and own.startswith(indent):
-                unit = own[len(indent) :]
+            if opens_block and len(own_indent) > len(indent) and own_indent.startswith(indent):
+                unit = own_indent[len(indent) :]
             lines.append(line)
-            indent, new_line, last = own, False, token.string
+            indent, new_line, last = own_indent, False, token.string
         else:
             last = token.string
     return tuple(lines)
