@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..files import read_versioned
-from ..rewards import count_code_lines, find_latents
 from ..sandbox import VERDICTS, Judge, Result
+from ..segmentation import count_code_lines, own_line_comments
 from .passk import bootstrap_interval, pass_at_k
 from .samples import Sample
 from .tasks import Benchmark
@@ -30,7 +30,7 @@ class Scorer:
     Args:
         benchmark ([`Benchmark`]):
             The tasks.
-        judge ([`~ra3_trl.rewards.Judge`]):
+        judge ([`~ra3_trl.sandbox.Judge`]):
             Where programs run.
     """
 
@@ -44,8 +44,8 @@ class Scorer:
         task = self.tasks[task_id]
         program = sample.program(task)
         begin = 0 if sample.whole else len(task.prompt)
-        facts = {"task_id": task_id, **facts, "latents": len(find_latents(program, begin))}
-        facts["lines"] = count_code_lines(program[begin:])
+        facts = {"task_id": task_id, **facts, "latents": len(own_line_comments(program, begin))}
+        facts["lines"] = count_code_lines(program, begin)
         plus = None if task.plus is None else self.judge.submit(task.plus, program)
         self._line.append((facts, self.judge.submit(task.problem, program), plus))
 
