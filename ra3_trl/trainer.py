@@ -44,8 +44,6 @@ from .em import (
     LoopCallback,
     MetricSums,
     PreemptionCallback,
-    RewardFunc,
-    RewardPlugIns,
     Watch,
     check_resumable,
     collate,
@@ -74,6 +72,7 @@ from .models import (
 )
 from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
 from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
+from .rewards import RewardFunc, RewardPlugIns
 from .segmentation import FEATURES, find_format
 
 
@@ -120,8 +119,8 @@ class RA3MidTrainer(HubMixin, Trainer):
             Makes the text of an example.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
-            [`~ra3_trl.em.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose weight
-            is `args.likelihood_weight`.
+            [`~ra3_trl.rewards.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose
+            weight is `args.likelihood_weight`.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the

@@ -9,7 +9,6 @@ from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
-from .rewards import RewardFunc, RewardPlugIns
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
 from .stream import not_evened_out, stream_loader
@@ -31,8 +30,6 @@ __all__ = [
     "MetricSums",
     "Phase",
     "PreemptionCallback",
-    "RewardFunc",
-    "RewardPlugIns",
     "Rollout",
     "Rows",
     "Schedule",

@@ -18,9 +18,9 @@ from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_los
 from ..models import BaseWeights, FrozenWeights
 from ..policy import LatentSource, Policy, choose_boundaries, choose_by_promise
 from ..records import Document, PolicyLogProbs, RolloutGroup
+from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey, check_finite
 from .gradients import Gradients
-from .rewards import RewardPlugIns
 
 
 @dataclass(frozen=True)

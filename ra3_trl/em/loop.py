@@ -20,6 +20,7 @@ from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy, annotate, token_text
 from ..records import AnnotatedExample, Document
+from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey
 from ..segmentation import splice
 from .estep import EStep, Rollout
@@ -27,7 +28,6 @@ from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
 from .monitor import MetricSums, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
-from .rewards import RewardPlugIns
 from .schedule import Phase, Schedule
 from .state import EMState
 from .watch import Watch

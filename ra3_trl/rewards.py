@@ -1,4 +1,4 @@
-"""Reward plug-ins: further terms of the E-step's reward, in the manner of TRL's `reward_funcs`."""
+"""The E-step's extra rewards: terms beside the lines' log-likelihood, in the manner of TRL's `reward_funcs`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from ..config import RA3Config
-from ..losses import Returns
-from ..policy import token_text
-from ..records import RolloutGroup
-from ..rollout import horizon_lines
+from .config import RA3Config
+from .losses import Returns
+from .policy import token_text
+from .records import RolloutGroup
+from .rollout import horizon_lines
 
 
 LIKELIHOOD = "log_likelihood"
