@@ -70,7 +70,7 @@ from .models import (
     state_width,
 )
 from .records import Document
-from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
+from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rollout import Backbone, SamplingParams, build_engine
 from .segmentation import (
     FEATURES,
@@ -82,6 +82,7 @@ from .segmentation import (
     row_to_document,
     segment_dataset,
 )
+from .trackers import check_best_metric, check_trackers
 
 
 logger = get_logger(__name__)  # of the main process

@@ -14,7 +14,7 @@ PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
     ("records", "files", "markdown", "config_file", "config"),
-    ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis"),
+    ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis", "trackers"),
     ("em", "hub", "report", "generation", "evaluation"),
     ("trainer",),
     ("cli", "examples", "benchmarks"),
