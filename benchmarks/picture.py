@@ -102,7 +102,7 @@ def table_charts(table: ResultTable) -> list[Chart]:
 
     def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:
         x_label = "" if ticks else "update"
-        return Chart(stem(f"{table.label} {title}"), title, x_label, unit, series, tuple(ticks), note)
+        return Chart(stem(f"{table.label} {title}"), title, x_label, unit, series, ticks, note)
 
     charts = []
     if "experiment" in content:
@@ -119,7 +119,7 @@ def table_charts(table: ResultTable) -> list[Chart]:
             charts.append(chart(title, unit, [curve_over("ra3", points)]))
     for title, unit, names in _MEASURES_OF_ARMS:
         rows = {arm: [table.estimate(key, arm) for key in names] for arm in arms}
-        charts.append(chart(title, unit, side_by_side(rows, 0.6), names.values()))
+        charts.append(chart(title, unit, side_by_side(rows, 0.6), tuple(names.values())))
     curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]]) for arm in arms]
     return [*charts, chart("RLVR: tasks solved", "share", curves)]
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 
-# Names that transformers knows, and packages that have another one.
-_TRACKERS = (
-    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
-    "swanlab", "tensorboard", "trackio", "wandb",
-)  # fmt: skip
+# Where the package to install is not called as the tracker is.
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
@@ -33,10 +29,9 @@ def check_trackers(report_to: str | Sequence[str] | None) -> None:
     # transformers has a callback for flyte and does not list it among what is installed.
     installed = {*get_available_reporting_integrations(), *(["flyte"] if find_spec("flytekit") else [])}
     for name in names:
-        if name not in _TRACKERS:
-            raise ValueError(
-                f"`report_to` is {name!r}; use 'none', 'all' or some of {', '.join(map(repr, _TRACKERS))}."
-            )
+        if name not in INTEGRATION_TO_CALLBACK:
+            choices = ", ".join(map(repr, sorted(INTEGRATION_TO_CALLBACK)))
+            raise ValueError(f"`report_to` is {name!r}; use 'none', 'all' or some of {choices}.")
         if name not in installed:
             raise ValueError(
                 f"`report_to` is {name!r}, which is not installed: `pip install {_PACKAGES.get(name, name)}`, or "

@@ -61,15 +61,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture.
+    """A picture: its file's stem, what is shown, and the series.
 
     Args:
-        name (`str`):
-            Stem of its file.
-        title, x_label, y_label (`str`):
-            What is shown.
-        series (`Sequence[Series]`):
-            What is drawn.
         ticks (`Sequence[str]`):
             Names of the places 0, 1, ... on the x axis, where points are drawn; `()` for curves.
         note (`str`):
@@ -146,15 +140,9 @@ def training_charts(runs: Sequence[TrainingRun], keys: Collection[str] | None = 
 
 
 def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
-    """Draws what mid-training runs did, and the numbers of some models on held-out text.
+    """Draws phases of mid-training runs (their `log_history`, by name) and held-out numbers of models as a PNG.
 
-    Args:
-        logs (`Mapping[str, list[dict]]`):
-            `trainer.state.log_history` of each run, by name.
-        held_out (`Mapping[str, Mapping[str, float]]`):
-            Held-out nats per code token: measure -> model -> value.
-        path (`str` or `Path`):
-            The PNG to write. Needs matplotlib (`pip install "ra3-trl[plots]"`).
+    `held_out` has nats per code token: measure -> model -> value. Needs matplotlib (`pip install "ra3-trl[plots]"`).
     """
     charts = training_charts([TrainingRun(name, MIDTRAINING, log) for name, log in logs.items()], _DEMO)
     models = next(iter(held_out.values()))
@@ -165,15 +153,9 @@ def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str,
 
 
 def draw(charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = (4.6, 3.1)) -> bytes:
-    """Charts in one PNG with one legend. Needs matplotlib (`pip install "ra3-trl[plots]"`).
+    """Draws charts of `size` inches in one PNG with one legend, at most `columns` a row.
 
-    Args:
-        charts (`Sequence[Chart]`):
-            What is drawn.
-        columns (`int`, *optional*, defaults to `3`):
-            Charts a row.
-        size (`tuple[float, float]`, *optional*, defaults to `(4.6, 3.1)`):
-            Width and height of a chart in inches.
+    Needs matplotlib (`pip install "ra3-trl[plots]"`).
     """
     import matplotlib  # an optional dependency, and slow to load
 
@@ -221,7 +203,7 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
         axis.set_xticks(range(len(chart.ticks)), chart.ticks, **turned)
         for place in range(1, len(chart.ticks)):
             axis.axvline(place - 0.5, color=_FAINT, linewidth=0.6)
-    elif min(y for series in chart.series for y in series.y) < 0:  # of gains and rewards one asks where they turn
+    elif any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
         axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)
     axis.set_xlabel(chart.x_label, fontsize=9, color=_MUTED)

@@ -43,17 +43,9 @@ class Program:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page: words, pictures, a table, annotated programs.
 
-    Args:
-        title, about (`str`):
-            In words.
-        charts (`Sequence[Chart]`):
-            Pictures.
-        columns (`Sequence[str]`), rows (`Sequence[tuple[str, Sequence[tuple[str, str]]]]`):
-            A table: names of its columns; and rows, each a name and cells of a value and its interval.
-        programs (`Sequence[Program]`):
-            Annotated programs.
+    A row of the table is a name and, for each of `columns`, a value and its interval.
     """
 
     title: str
@@ -72,14 +64,7 @@ class Section:
 
 
 def make_sections(runs: Sequence[Run], programs: int = 6) -> list[Section]:
-    """What a report says of some runs: those of one kind stand together, and of one label are one curve.
-
-    Args:
-        runs (`Sequence[Run]`):
-            What [`read_run`] read.
-        programs (`int`, *optional*, defaults to `6`):
-            Programs shown of each annotated corpus.
-    """
+    """Makes the parts of a report: runs of one kind stand together; of each corpus `programs` programs are shown."""
     sections = []
     for kind, about in _ABOUT.items():
         if of_kind := [run for run in runs if isinstance(run, TrainingRun) and run.kind == kind]:
@@ -89,7 +74,9 @@ def make_sections(runs: Sequence[Run], programs: int = 6) -> list[Section]:
 
 def _corpus_section(corpus: AnnotatedCorpus, most: int) -> Section:
     """How much a corpus holds, and its first programs with latents."""
-    programs, gains, latents = [], [], 0
+    programs: list[Program] = []
+    gains: list[float] = []
+    latents = 0
     for i, row in enumerate(corpus.rows, 1):
         latents += len(row["latents"])
         gains += [latent["gain"] for latent in row["latents"] if latent["gain"] is not None]
@@ -109,16 +96,9 @@ def _program(title: str, row: Mapping[str, Any]) -> Program:
 
 
 def write_report(sections: Sequence[Section], folder: Path, title: str) -> list[Path]:
-    """Writes the page, its pictures and all of them in one, and its tables in Markdown; each file is whole or what it
-    was before.
+    """Writes the page, a picture of each chart and one of all, and tables in Markdown, into `folder`.
 
-    Args:
-        sections (`Sequence[Section]`):
-            What to say.
-        folder (`Path`):
-            Where; made if it is not there.
-        title (`str`):
-            The page's title.
+    Each file is whole or what it was before.
 
     Raises:
         `ValueError`: without matplotlib.

@@ -23,15 +23,9 @@ _CURE = (
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The log of a run.
+    """The log of a run, `trainer.state.log_history`; `kind` is `MIDTRAINING` or `RLVR`.
 
-    Args:
-        label (`str`):
-            What the run is called; runs of the same label are seeds of one another.
-        kind (`str`):
-            `"mid-training"` or `"RLVR"`.
-        log (`Sequence[Mapping]`):
-            `trainer.state.log_history`.
+    Runs of the same label are seeds of one another.
     """
 
     label: str
@@ -55,18 +49,13 @@ Run = TrainingRun | AnnotatedCorpus
 
 
 def read_runs(names: Sequence[str], read: Callable[[str, str], Any] | None = None) -> list[Any]:
-    """Reads runs, each `PATH` or `LABEL=PATH`.
-
-    Args:
-        names (`Sequence[str]`):
-            The runs.
-        read (`Callable[[str, str], Any]`, *optional*):
-            Reads a path under a label; [`read_run`] by default.
+    """Reads runs, each `PATH` or `LABEL=PATH`, by `read(path, label)`; that is [`read_run`] by default.
 
     Raises:
         `ValueError`: if one can't be read, or two get the same label without having been given it.
     """
-    runs, paths = [], {}
+    runs: list[Any] = []
+    paths: dict[str, str] = {}
     for name in names:
         label, _, path = name.partition("=")
         own = not path or not label or Path(name).exists()  # a file's own name may have `=` in it
@@ -87,13 +76,7 @@ def _label(name: str) -> str:
 
 
 def read_run(name: str, label: str | None = None) -> Run:
-    """Reads a folder or file by what it holds.
-
-    Args:
-        name (`str`):
-            Its path.
-        label (`str`, *optional*):
-            What to call it; the last part of the path by default.
+    """Reads a folder or file by what it holds; its label is the last part of the path by default.
 
     Raises:
         `ValueError`: if it is not there, nothing that can be reported, or damaged.
