@@ -219,11 +219,12 @@ def best_latents(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(best.values(), key=lambda row: -row["gain"])
 
 
-def count_licenses(dataset: Any, column: str = "license") -> dict[str, int]:
-    """Rows of a data set by licence, the most frequent first; empty for a stream or without such a column."""
-    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+def count_licenses(dataset: Any) -> dict[str, int]:
+    """Counts rows by their column `license`, the most frequent first; `{}` for a stream or without that column."""
+    if not isinstance(dataset, Dataset) or "license" not in dataset.column_names:
         return {}
-    return dict(Counter(row_license(value) or "unknown" for value in dataset.with_format(None)[column]).most_common())
+    cells = dataset.with_format(None)["license"]
+    return dict(Counter(row_license(value) or "unknown" for value in cells).most_common())
 
 
 def _eval_results(facts: ModelCardFacts) -> list[EvalResult]:

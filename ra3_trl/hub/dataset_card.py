@@ -16,7 +16,6 @@ from .card import count_licenses, hub_ids, render
 from .licenses import license_metadata
 
 
-DATA_FILES = "data/train-*"
 _SHOWN = (
     "annotation", "annotation_think_prob", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
     "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "seed",
@@ -30,14 +29,14 @@ def size_category(rows: int) -> str:
     return next((name for name, limit in _SIZES if rows < limit), "10M<n<100M" if rows < 10**8 else "100M<n<1B")
 
 
-def preview_rows(annotated: Dataset, action_format: str, limit: int = _PREVIEWED) -> list[dict[str, Any]]:
+def preview_rows(annotated: Dataset, action_format: str) -> list[dict[str, Any]]:
     """The first latent of each of the first rows that have one: `row`, `latent`, `next` and `gain`.
 
     `next` is what stands behind the latent, up to the end of that line or of the next.
     """
     form = find_format(action_format)
     preview = []
-    for number, row in islice(((number, row) for number, row in enumerate(annotated) if row["latents"]), limit):
+    for number, row in islice((pair for pair in enumerate(annotated) if pair[1]["latents"]), _PREVIEWED):
         first = row["latents"][0]
         latent = form.think + first["text"]
         # From the latent's line on: the same text may stand before it as the source's own.
@@ -80,7 +79,7 @@ def render_dataset_card(
         source_datasets=hub_ids([dataset_name]) or None,
         tags=["ra3", "trl", "mid-training", "synthetic"],
         pretty_name=repo_id.split("/")[-1],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILES}]}],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
     text = render(
         "dataset_card.md.jinja",

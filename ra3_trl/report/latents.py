@@ -11,6 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 
+_SHOWN = 8  # rows of a printed table
+
+
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """One row for each latent of rollouts (objects with `.group`, `.returns` and `.view`); `gain` in nats, that of a
     latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
@@ -33,12 +36,12 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
     return rows
 
 
-def latent_table(rows: Sequence[dict], title: str, think: str = "#", limit: int = 8) -> rich_table.Table:
+def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_table.Table:
     """Makes a rich table of the rows with the largest gains."""
     table = rich_table.Table(title=title, title_justify="left")
     for name in ("gain (nats)", "P(think)", "latent", "next line"):
         table.add_column(name, justify="left" if name in ("latent", "next line") else "right", overflow="fold")
-    for row in sorted(rows, key=lambda r: -r["gain"])[:limit]:
+    for row in sorted(rows, key=lambda r: -r["gain"])[:_SHOWN]:
         cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
