@@ -21,7 +21,7 @@ def cell(text: str, width: int = 80) -> str:
     line = re.sub(r"[ \t\r\n]+", " ", text).strip()
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     text = text if len(text) <= width else text[: width - 1] + "…"
-    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};" if found[0].isascii() else found[0], text)
+    return _MARKUP.sub(lambda mark: f"&#{ord(mark[0])};" if mark[0].isascii() else mark[0], text)
 
 
 def code_cell(text: str, width: int = 80) -> str:

@@ -151,7 +151,7 @@ def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 def hub_ids(names: Sequence[str | None]) -> list[str]:
     """Those of `names` (each may be a list with commas) that can be repositories of the Hub: `org/name`, no path."""
-    single = [part.strip() for name in names if name for part in name.split(",")]
+    single = [name.strip() for listed in names if listed for name in listed.split(",")]
     form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
     return [name for name in dict.fromkeys(single) if re.fullmatch(form, name) and not Path(name).exists()]
 

@@ -58,11 +58,11 @@ def read_runs(names: Sequence[str], read: Callable[[str, str], Any] | None = Non
     paths: dict[str, str] = {}
     for name in names:
         label, _, path = name.partition("=")
-        own = not path or not label or Path(name).exists()  # a file's own name may have `=` in it
-        if own:
+        by_path = not path or not label or Path(name).exists()  # the name of a file may have `=` in it
+        if by_path:
             label, path = _label(name), name
         runs.append((read or read_run)(path, label))
-        if own and label in paths:
+        if by_path and label in paths:
             raise ValueError(
                 f"`runs`: {path!r} and {paths[label]!r} are both called {label!r}; write LABEL=RUN, with the same "
                 "LABEL for seeds of one another."
