@@ -97,7 +97,7 @@ def read_table(name: str, label: str) -> ResultTable | Run:
 
 def table_charts(table: ResultTable) -> list[Chart]:
     """What is in a table. Of the replication also the curves of its E-phase and its RLVR."""
-    content, arms = table.content, list(table.content["accuracy"])
+    content, arms = table.content, tuple(table.content["accuracy"])
     note = seeds_note(content["seeds"])
 
     def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyarrow import Table, parquet
@@ -47,18 +48,18 @@ def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_tab
     return table
 
 
+@dataclass
 class LatentLog:
     """Writes `step_<n>.parquet` into `folder` and prints a table every `every` updates; `0` is never.
 
     `think` is what opens a latent.
     """
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, every: int, think: str = "#"):
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.every = every
-        self.think = think
-        self._rows: list[dict] = []
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    every: int
+    think: str = "#"
+    _rows: list[dict] = field(default_factory=list, init=False)
 
     def add(self, step: int, rollouts: Sequence) -> None:
         """Logs the rollouts of an update, if it is one that is logged and they have latents."""
