@@ -54,7 +54,7 @@ demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 replication: install
 	mkdir -p runs/replication
 	$(BIN)/python -m benchmarks replication --json --seeds 5 --bases 2 --full $(ARGS) > runs/replication/table.json
-	$(BIN)/ra3 report runs/replication/table.json --output_dir runs/replication --title "RA3 on a testbed"
+	$(BIN)/python -m benchmarks picture runs/replication/table.json --output_dir runs/replication
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -71,9 +71,10 @@ from .models import (
     state_width,
 )
 from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
-from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
+from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
 from .segmentation import FEATURES, find_format
+from .trackers import check_best_metric, check_trackers
 
 
 logger = get_logger(__name__)  # of the main process

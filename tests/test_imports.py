@@ -13,8 +13,8 @@ import ra3_trl
 PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
-    ("records", "files", "config_file", "config"),
-    ("segmentation", "rollout", "losses", "models", "sandbox", "analysis"),
+    ("records", "files", "markdown", "config_file", "config"),
+    ("segmentation", "rollout", "losses", "models", "sandbox", "analysis", "trackers"),
     ("em", "hub", "report", "generation", "evaluation"),
     ("rlvr",),
     ("trainer",),

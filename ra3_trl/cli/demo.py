@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     names = {"ce": "cross-entropy", "elbo": "negative ELBO"}
     held_out = {name: {k: results[f"{m}_{k}"] for k in ("base", "ntp", "ra3")} for m, name in names.items()}
-    plot_run({"RA3": log, "NTP": ntp.state.log_history}, held_out, output / "curves.png")
+    plot_run({"ra3": log, "ntp": ntp.state.log_history}, held_out, output / "curves.png")
     _say(results, output)
     return 0
 

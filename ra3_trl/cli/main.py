@@ -18,7 +18,7 @@ COMMANDS = {
     "rlvr": "RL post-training on programs and their tests, with TRL's GRPOTrainer",
     "compare": "checkpoints side by side: pass@k, cross-entropy, latents and tokens, as a table and a picture",
     "diagnose": "the theory's measures of a checkpoint: how long latents last, how many there are, what they rule out",
-    "report": "what runs did, as one page and pictures: phases, RLVR, the replication, annotated programs",
+    "report": "what runs did, as one page and pictures: phases, RLVR, annotated programs",
     "demo": "the main job on a small model and the standard library, in a few minutes",
     "env": "versions and devices, for bug reports",
 }
