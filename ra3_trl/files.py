@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -76,6 +77,23 @@ def fingerprint(name: str | Path, **place: Any) -> str:
         if path := find_file(str(name), filename, **place):
             return path.parent.name  # snapshots/COMMIT
     raise ValueError(f"{name!r} has neither config.json nor adapter_config.json on the Hub.")
+
+
+def public_name(name: str) -> str:
+    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
+
+    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
+    """
+    parts = [name] if os.path.exists(name) else name.split(",")
+    return ", ".join(_last_part(part.strip()) for part in parts)
+
+
+def _last_part(name: str) -> str:
+    # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
+    if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
+        return name
+    last = re.split(r"[/\\]", name.removeprefix("file:").rstrip("/\\"))[-1]
+    return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
 @contextmanager

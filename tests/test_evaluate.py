@@ -14,7 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ra3_trl.cli import evaluate
 from ra3_trl.cli.main import guarded
-from ra3_trl.evaluation import draw, load_benchmark, plan_batches, read_results
+from ra3_trl.evaluation import draw, load_benchmark, read_results
+from ra3_trl.evaluation import evaluate as door
+from ra3_trl.evaluation.draw import plan_batches
 from ra3_trl.files import fingerprint
 from ra3_trl.generation import Completion
 
@@ -230,17 +232,17 @@ def test_weights_are_told_apart_wherever_they_are(tmp_path, monkeypatch):
 
 def test_latents_that_are_no_comments_are_refused():
     """They would stand in the programs."""
-    evaluate._check_format(None)
-    evaluate._check_format({"action_format": "python"})
+    door._check_format(None)
+    door._check_format({"action_format": "python"})
     with pytest.raises(ValueError, match="`action_format` 'python_tags', whose latents are no comments"):
-        evaluate._check_format({"action_format": "python_tags"})
+        door._check_format({"action_format": "python_tags"})
 
 
 @needs_bwrap
 def test_too_few_samples_from_elsewhere_are_refused_before_any_runs(tasks, tmp_path, capsys, monkeypatch):
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps({"task_id": name, "completion": text}) + "\n" for name, text in RIGHT.items()))
-    monkeypatch.setattr("ra3_trl.evaluation.Scorer.add", None)
+    monkeypatch.setattr("ra3_trl.evaluation.results.Scorer.add", None)
     assert run("--samples", str(path), "--task", tasks, "--k", "2") == 2
     assert "`k` is 2 and `num_samples` 1" in capsys.readouterr().err
 
@@ -392,7 +394,7 @@ def test_evalplus_tests_count_apart(tmp_path, plain_checkpoint, writes):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(tasks, monkeypatch, capsys, words, says):
-    monkeypatch.setattr(evaluate, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(door, "load_checkpoint", pytest.fail)
     assert run(*(tasks if word == "TASKS" else word for word in words)) == 2
     assert says in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["toy.jsonl"]
@@ -409,7 +411,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_drawn(tasks, p
 def test_without_a_sandbox_it_says_so(tasks, monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    monkeypatch.setattr(evaluate, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(door, "load_checkpoint", pytest.fail)
     assert run("model", "--task", tasks) == 2
     assert "bubblewrap is missing" in capsys.readouterr().err
 

@@ -48,7 +48,7 @@ for _given in _inputs:
 
 
 def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Problem]:
-    """The two problems of a row: HumanEval's or MBPP's own inputs, and these with EvalPlus's.
+    """Makes the two problems of a row: HumanEval's or MBPP's own inputs, and these with EvalPlus's.
 
     Args:
         row (`Mapping`):
@@ -71,21 +71,15 @@ def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Pr
         raise ValueError("`base_input` is empty; nothing would be tested.")
     rule = _RULES.get((task_id.startswith(MBPP), entry_point), _alike)
     test = _TEST.format(rule=rule.__name__, entry_point=entry_point, atol=atol)
-    return tuple(
-        Problem((test,), _setup(solution, entry_point, rule, inputs), entry_point) for inputs in (base, base + plus)
-    )
-
-
-def _setup(solution: str, entry_point: str, rule: Callable, inputs: list) -> str:
     functions = "\n".join(_source(function) for function in dict.fromkeys((_near, _alike, rule)))
-    # A pickle since a literal of some MB takes a second and a lot of memory to read; the values are from JSON.
-    packed = base64.b64encode(pickle.dumps(inputs, protocol=5)).decode()
-    return _SETUP.format(functions=functions, solution=solution, entry_point=entry_point, inputs=packed)
 
+    def problem(inputs: list) -> Problem:
+        # A pickle since a literal of some MB takes a second and a lot of memory to read; the values are from JSON.
+        packed = base64.b64encode(pickle.dumps(inputs, protocol=5)).decode()
+        setup = _SETUP.format(functions=functions, solution=solution, entry_point=entry_point, inputs=packed)
+        return Problem((test,), setup, entry_point)
 
-@cache
-def _source(function: Callable) -> str:
-    return inspect.getsource(function)
+    return problem(base), problem(base + plus)
 
 
 def _solution(row: Mapping[str, Any], entry_point: str) -> str:
@@ -103,14 +97,14 @@ def _solution(row: Mapping[str, Any], entry_point: str) -> str:
 
 def _inputs(row: Mapping[str, Any], name: str, task_id: str) -> list[list]:
     """Argument lists, with the types that JSON has not."""
-    found = row.get(name) or []
-    if not isinstance(found, list) or not all(isinstance(arguments, list) for arguments in found):
+    rows = row.get(name) or []
+    if not isinstance(rows, list) or not all(isinstance(arguments, list) for arguments in rows):
         raise ValueError(f"`{name}` is no list of argument lists; give one, perhaps empty.")
     number = task_id.removeprefix(MBPP)
     if number == task_id or not number.isdecimal():
-        return found
+        return rows
     makers = _MAKERS.get(int(number), ())
-    pairs = [zip(chain(makers, repeat(_same)), arguments, strict=False) for arguments in found]
+    pairs = [zip(chain(makers, repeat(_same)), arguments, strict=False) for arguments in rows]
     return [[make(value) for make, value in row] for row in pairs]
 
 
@@ -120,10 +114,6 @@ def _same(value: Any) -> Any:
 
 def _tuples(value: list) -> list:
     return [tuple(item) for item in value]
-
-
-def _tuple_of_tuples(value: list) -> tuple:
-    return tuple(tuple(item) for item in value)
 
 
 def _tuple_or_item(value: list) -> tuple:
@@ -149,7 +139,7 @@ _MAKERS: dict[int, tuple[Callable, ...]] = {
         ((tuple,) * 9, (2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726,
                         740, 744, 809)),
         ((_tuples,) * 9, (63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780)),
-        ((_tuple_of_tuples,) * 9, (259, 401, 445)),
+        ((_tuple_or_item,) * 9, (259, 401, 445)),
         ((_deep,) * 9, (580, 615, 791)),
         ((_tuples,), (75, 413, 444, 753)),
         ((tuple,), (250, 307, 405, 446, 617, 720, 763, 808)),
@@ -164,7 +154,9 @@ _MAKERS: dict[int, tuple[Callable, ...]] = {
 }  # fmt: skip
 
 
-# What follows runs on the tests' side, by its source: no names but builtins, and no annotations but these.
+# What follows runs on the tests' side, by its source: no names but builtins, and no annotations but these. As the
+# texts above it is part of a benchmark's fingerprint: to change a letter makes results of before incomparable.
+_source = cache(inspect.getsource)
 
 
 def _near(found: object, expected: object, atol: float) -> bool:

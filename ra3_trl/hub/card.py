@@ -7,7 +7,6 @@ that a card can be rendered anew from a JSON file (`model_cards/`).
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
+from ..files import public_name
 from ..segmentation import find_format
 from .licenses import license_metadata, row_license
 from .markdown import cell, code_cell
@@ -167,23 +167,6 @@ def hub_ids(names: Sequence[str | None]) -> list[str]:
     single = [part.strip() for name in names if name for part in name.split(",")]
     form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
     return [name for name in dict.fromkeys(single) if re.fullmatch(form, name) and not Path(name).exists()]
-
-
-def public_name(name: str) -> str:
-    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
-
-    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
-    """
-    parts = [name] if os.path.exists(name) else name.split(",")
-    return ", ".join(_last_part(part.strip()) for part in parts)
-
-
-def _last_part(name: str) -> str:
-    # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
-    if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
-        return name
-    last = re.split(r"[/\\]", name.removeprefix("file:").rstrip("/\\"))[-1]
-    return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
 def card_facts(
