@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import get_type_hints
 
-from ..evaluation import PROMPT_FORMS, EvaluationSettings
+from ..evaluation import EvaluationSettings
 from ..sandbox import Judge, Limits, Sandbox, SandboxError
 from .checkpoint import add_model_options
 
@@ -18,19 +19,12 @@ def add_passk_options(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--task_file", help="file that has the problems of --task, in place of the Hub's")
     tasks.add_argument("--max_tasks", type=int, help="the first tasks only")
     drawn = parser.add_argument_group("samples")
-    drawn.add_argument("--num_samples", type=int, default=1, help="for each task (default: %(default)s)")
-    drawn.add_argument("--temperature", type=float, help="(default: 0 for one sample, else 0.8)")
-    drawn.add_argument("--top_p", type=float, default=0.95, help="at a temperature above 0 (default: %(default)s)")
-    drawn.add_argument("--max_new_tokens", type=int, default=512, help="of a completion (default: %(default)s)")
-    drawn.add_argument(
-        "--think", default="auto", choices=("auto", "always", "never"),
-        help="latents where the checkpoint wants them, at every boundary, or nowhere, which bans all own-line "
-        "comments (default: %(default)s)",
-    )  # fmt: skip
-    drawn.add_argument("--threshold", type=float, help="with --think auto: think where P(think) is at least this")
-    drawn.add_argument("--prompt_form", default="complete", choices=PROMPT_FORMS, help="(default: %(default)s)")
-    drawn.add_argument("--batch_size", type=int, default=32, help="completions at a time (default: %(default)s)")
-    drawn.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    hints = get_type_hints(EvaluationSettings)
+    for field in fields(EvaluationSettings):
+        kind = next(kind for kind in (int, float, str) if hints[field.name] in (kind, kind | None))
+        default = "" if field.default is None else " (default: %(default)s)"
+        choices, text = field.metadata["choices"], field.metadata["help"] + default
+        drawn.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices, help=text)
     judged = parser.add_argument_group("programs")
     judged.add_argument("--timeout", type=float, default=3.0, help="seconds of a program (default: %(default)s)")
     judged.add_argument("--memory_mb", type=int, default=512, help="MiB of a program (default: %(default)s)")

@@ -37,13 +37,8 @@ def card_results(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def add_to_card(results: dict[str, Any], folder: str | Path) -> bool:
-    """Puts results into the card of a checkpoint's folder, in the place of the same ones; false if it has none.
-
-    Args:
-        results (`dict[str, Any]`):
-            What [`evaluate_passk`] returned.
-        folder (`str` or `Path`):
-            The checkpoint's.
+    """Puts what [`evaluate_passk`] returned into the card of a checkpoint's folder, in the place of the same results;
+    false if it has none.
 
     Raises:
         `ValueError`: if the card's metadata can't be read.

@@ -32,13 +32,7 @@ class Entrant:
 
 
 def read_entrants(places: Sequence[str], names: Sequence[str] | None = None) -> list[Entrant]:
-    """Finds out what stands at each place; nothing big is loaded.
-
-    Args:
-        places (`Sequence[str]`):
-            Checkpoints, and folders that [`evaluate_passk`] wrote.
-        names (`Sequence[str]`, *optional*):
-            What to call them. The default is the folders' names.
+    """Finds out what stands at each place, a checkpoint or a folder that `ra3 evaluate` wrote; nothing big is loaded.
 
     Raises:
         `ValueError`: for fewer than two, names that do not fit, and folders that hold neither weights nor results.
@@ -134,70 +128,42 @@ def choose_ks(
     return ks
 
 
-@dataclass(frozen=True)
-class Problems:
-    """Which problems a run is of; `fingerprint` is [`Benchmark`]'s, `None` where the run does not say it."""
-
-    task: str
-    ids: frozenset[str]
-    fingerprint: str | None
-
-    @classmethod
-    def of_run(cls, run: Mapping[str, Any]) -> Problems:
-        """Those of what [`evaluate_passk`] returned."""
-        return cls(run["task"], frozenset(run["problems"]), run["run"].get("tasks"))
-
-    @classmethod
-    def of_benchmark(cls, benchmark: Benchmark) -> Problems:
-        """Those of a benchmark."""
-        return cls(benchmark.name, frozenset(task.task_id for task in benchmark.tasks), benchmark.fingerprint)
-
-
-def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None) -> Benchmark | None:
+def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None = None) -> Benchmark | None:
     """Refuses entrants that can't be compared; returns the benchmark, of the problems that are compared.
 
     Raises:
-        `ValueError`: as [`check_same_problems`].
+        `ValueError`: for different tasks or problems, or other prompts or tests of them, naming them.
     """
-    problems = {entrant.name: Problems.of_run(entrant.results) for entrant in entrants if entrant.results is not None}
+    problems = {
+        entrant.name: (run["task"], frozenset(run["problems"]), run["run"].get("tasks"))
+        for entrant in entrants
+        if (run := entrant.results) is not None
+    }
     if benchmark is not None:
         drawn = [entrant.name for entrant in entrants if entrant.results is None]
         if not drawn:  # it is loaded for its solutions alone, and may have more problems than were evaluated
-            benchmark = benchmark.only(next(iter(problems.values())).ids)
-        problems |= dict.fromkeys(drawn or [f"`task` {benchmark.name}"], Problems.of_benchmark(benchmark))
-    check_same_problems(problems)
-    return benchmark
-
-
-def check_same_problems(runs: Mapping[str, Problems]) -> None:
-    """Refuses runs that can't be compared.
-
-    Raises:
-        `ValueError`: for runs of different tasks or problems, or other prompts or tests of them, naming them.
-    """
-    (first, wanted), *others = runs.items()
-    for name, problems in others:
-        both = wanted.fingerprint is not None and problems.fingerprint is not None
-        same = problems.fingerprint == wanted.fingerprint
-        if problems.task != wanted.task and not (both and same):  # the same file may have had another name
-            raise ValueError(
-                f"{first!r} is of the task {wanted.task!r} and {name!r} of {problems.task!r}; compare one task."
-            )
-        for here, there, missing in (
-            (name, first, wanted.ids - problems.ids),
-            (first, name, problems.ids - wanted.ids),
-        ):
+            benchmark = benchmark.only(next(iter(problems.values()))[1])
+        to_draw = benchmark.name, frozenset(task.task_id for task in benchmark.tasks), benchmark.fingerprint
+        problems |= dict.fromkeys(drawn or [f"`task` {benchmark.name}"], to_draw)
+    (first, (task, ids, tests)), *others = problems.items()
+    for name, (other_task, other_ids, other_tests) in others:
+        known = None not in (tests, other_tests)  # results of before do not say it
+        same = known and tests == other_tests
+        if task != other_task and not same:  # the same file may have had another name
+            raise ValueError(f"{first!r} is of the task {task!r} and {name!r} of {other_task!r}; compare one task.")
+        for here, there, missing in ((name, first, ids - other_ids), (first, name, other_ids - ids)):
             if missing:
                 shown = ", ".join(map(repr, sorted(missing)[:3])) + (", ..." if len(missing) > 3 else "")
                 raise ValueError(
                     f"{here!r} has no results for {len(missing)} of the problems ({shown}), which {there!r} has; "
                     "evaluate both on the same problems (`max_tasks`)."
                 )
-        if both and not same:
+        if known and not same:
             raise ValueError(
                 f"{first!r} and {name!r} are of problems of the same ids with other prompts or tests; evaluate both "
                 "on the same `task_file`."
             )
+    return benchmark
 
 
 # ---- numbers ----

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..models import context_length
-from .prompts import render_prompt, sample_of, stop_strings
+from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .samples import Sample
 from .tasks import Benchmark, Task
 
@@ -28,44 +28,31 @@ from .tasks import Benchmark, Task
 SAMPLES, RUN = "samples.jsonl", "run.json"
 
 
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field whose help is written once, here; `ra3 evaluate` and `ra3 compare` have a flag for each."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How samples of a benchmark are drawn.
-
-    Args:
-        num_samples (`int`, *optional*, defaults to `1`):
-            Samples of each task.
-        temperature (`float`, *optional*):
-            `None` is 0, the likeliest token each time, for one sample and 0.8 for several.
-        top_p (`float`, *optional*, defaults to `0.95`):
-            At a temperature above 0.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Most tokens of a completion, latents counted.
-        think (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: latents where the checkpoint wants them; one that RA3 did not train writes what it likes.
-            `"always"`: at every boundary. `"never"`: nowhere, which bans all own-line comments.
-        threshold (`float`, *optional*):
-            With `"auto"`: think where P(think) is at least this.
-        prompt_form (`str`, *optional*, defaults to `"complete"`):
-            One of `PROMPT_FORMS`.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Completions at a time.
-        seed (`int`, *optional*, defaults to `42`):
-            Of the draws.
+    """How samples of a benchmark are drawn; docs/evaluation.md says more of prompts and thinking.
 
     Raises:
         `ValueError`: for a number out of its range, or an unknown `think` or `prompt_form`.
     """
 
-    num_samples: int = 1
-    temperature: float | None = None
-    top_p: float = 0.95
-    max_new_tokens: int = 512
-    think: str = "auto"
-    threshold: float | None = None
-    prompt_form: str = "complete"
-    batch_size: int = 32
-    seed: int = 42
+    num_samples: int = _option(1, "samples of each task")
+    temperature: float | None = _option(None, "0 takes the likeliest token (default: 0 for one sample, else 0.8)")
+    top_p: float = _option(0.95, "at a temperature above 0")
+    max_new_tokens: int = _option(512, "of a completion, latents counted")
+    think: str = _option(
+        "auto", "latents where the checkpoint wants them (one that RA3 did not train writes what it likes), at every "
+        "boundary, or nowhere, which bans all own-line comments", ("auto", "always", "never"),
+    )  # fmt: skip
+    threshold: float | None = _option(None, "with `auto`: think where P(think) is at least this")
+    prompt_form: str = _option("complete", "how tasks are put", PROMPT_FORMS)
+    batch_size: int = _option(32, "completions at a time")
+    seed: int = _option(42, "of the draws")
 
     def __post_init__(self):
         if self.batch_size < 1:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..config_file import read_settings
 from ..files import fingerprint, public_name
 from ..generation import AutoModelForCausalLMWithAbstractionHead
-from ..models import AbstractionConfig, AbstractionHead, load_head, load_model, load_tokenizer, state_width
+from ..models import load_tokenizer
 from ..sandbox import Judge, Sandbox
 from .draw import RUN, EvaluationSettings, draw_samples
-from .results import RESULTS, Scorer, check_k, read_results, summarise, write_results
+from .results import RESULTS, Judged, Row, check_k, read_results, submit, summarise, wait_for, write_results
 from .samples import Sample, read_samples
 from .tasks import Benchmark, load_benchmark
 
@@ -55,9 +54,10 @@ def evaluate_passk(
             Of a checkpoint that is loaded.
 
     Returns:
-        `dict[str, Any]`: what `results.json` holds: `pass@k` by k (as text), each with `value`, `low` and `high` (95 %
-        bootstrap interval over problems), with EvalPlus's tests `plus_pass@k`; `verdicts`, `think_rate`,
-        `latents_per_sample`, `tokens_per_sample`; `problems` with all of it for each; `run` with the settings.
+        `dict[str, Any]`: what `results.json` holds: `pass@k` by k (a text), each with `value`, `low` and `high` (95 %
+        bootstrap interval over problems), with EvalPlus's tests `plus_pass@k`; counts of verdicts; means over samples
+        of tokens, latents and `think_rate` (latents for each line of code); `problems` with the numbers of each; `run`
+        with what they depend on.
 
     Raises:
         `ValueError`: for settings that do not fit, a checkpoint whose latents are no comments of Python, and a folder
@@ -74,6 +74,8 @@ def evaluate_passk(
     settings = EvaluationSettings() if settings is None else settings
     check_k(k, settings.num_samples)
     benchmark = load_benchmark(task) if isinstance(task, str) else task
+    if not isinstance(model, str) and model.tokenizer is None:
+        raise ValueError("`model` has no tokenizer, by which prompts are read; make it with `tokenizer`.")
     settings.completions(benchmark.kind)  # refuses a form that is not for such tasks before a model is loaded
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
@@ -89,16 +91,17 @@ def evaluate_passk(
         _check_format(model.settings)
         trained = model.settings is not None or model.abstraction_head.config.trained_on > 0
         completions = settings.completions(benchmark.kind, trained)
-        scorer, start = Scorer(benchmark, judge), time.perf_counter()
-        # Judged while the next are drawn: programs run in processes of their own.
-        with tqdm(total=len(benchmark.tasks) * settings.num_samples, unit="sample", desc=benchmark.name) as bar:
+        tasks, judged, start = {task.task_id: task for task in benchmark.tasks}, [], time.perf_counter()
+        with tqdm(total=len(tasks) * settings.num_samples, unit="sample", desc=benchmark.name) as bar:
             for rows in draw_samples(model, benchmark, settings, completions, folder, about):
+                # Not waited for: programs run in processes of their own while the next batch is drawn.
                 for row in rows:
-                    scorer.add(row["task_id"], Sample.of_row(row), tokens=row["tokens"], finished=row["finished"])
+                    facts = {"tokens": row["tokens"], "finished": row["finished"]}
+                    judged.append(submit(judge, tasks[row["task_id"]], Sample.of_row(row), **facts))
                 bar.update(len(rows))
-        seconds = {"draw": time.perf_counter() - start}
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
-        return _finish(scorer, benchmark, k, folder, run, seconds)
+        seconds = {"draw": time.perf_counter() - start}
+        return _finish(judged, benchmark, k, folder, run | _about_verdicts(benchmark, judge), seconds)
 
 
 def evaluate_samples(
@@ -129,27 +132,23 @@ def evaluate_samples(
         samples = read_samples(path, benchmark)
         check_k(k, min(map(len, samples.values())))
         _check_folder(folder, path)
-        scorer = Scorer(benchmark, judge)
-        for task_id, of_task in samples.items():
-            for sample in of_task:
-                scorer.add(task_id, sample)
-        run = {"samples": public_name(str(path)), "content": _content(path)}
-        return _finish(scorer, benchmark, k, folder, run, {})
+        judged = [submit(judge, task, sample) for task in benchmark.tasks for sample in samples[task.task_id]]
+        run = {"samples": public_name(str(path)), "content": _content(path), **_about_verdicts(benchmark, judge)}
+        return _finish(judged, benchmark, k, folder, run, {})
+
+
+def _about_verdicts(benchmark: Benchmark, judge: Judge) -> dict[str, Any]:
+    """What verdicts depend on."""
+    limits = judge.sandbox.limits
+    return {"tasks": benchmark.fingerprint, "limits": {"seconds": limits.seconds, "memory_mb": limits.memory_mb}}
 
 
 def _finish(
-    scorer: Scorer,
-    benchmark: Benchmark,
-    k: Sequence[int],
-    folder: Path,
-    run: dict[str, Any],
-    seconds: dict[str, float],
+    judged: Sequence[Judged], benchmark: Benchmark, k: Sequence[int], folder: Path, run: Row, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Waits for the verdicts, and writes and returns the results."""
-    start, limits = time.perf_counter(), scorer.judge.sandbox.limits
-    rows = list(tqdm(scorer.rows(), total=len(scorer), unit="program", desc="verdicts"))
-    run |= {"tasks": benchmark.fingerprint}
-    run |= {"limits": {"seconds": limits.seconds, "memory_mb": limits.memory_mb}}
+    start = time.perf_counter()
+    rows = [wait_for(one) for one in tqdm(judged, unit="program", desc="verdicts")]
     seconds["judge"] = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     write_results({"task": benchmark.name, "run": run, "seconds": seconds, **summarise(rows, k)}, folder)
@@ -158,25 +157,14 @@ def _finish(
 
 def load_checkpoint(name: str, revision: str = "main", dtype: str = "auto") -> AutoModelForCausalLMWithAbstractionHead:
     """Loads a checkpoint with its head (a fresh one where it has none), tokenizer and the settings of its training."""
-    place = {"revision": revision}
-    tokenizer = load_tokenizer(name, place)  # first, since it says best that there is no such checkpoint
-    settings = read_settings(name, **place)
-    model = load_model(name, {"dtype": dtype, **place}, None)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    head = load_head(name, state_width(model), **place)
-    if head is None:
-        of_latents = {key: settings[key] for key in ("action_format", "max_latent_length") if key in (settings or {})}
-        head = AbstractionHead(AbstractionConfig(state_width(model), **of_latents))
-    wrapped = AutoModelForCausalLMWithAbstractionHead(model, head, tokenizer)
-    wrapped.settings = settings
-    return wrapped
+    tokenizer = load_tokenizer(name, {"revision": revision})  # first: it says best that there is no such checkpoint
+    load = AutoModelForCausalLMWithAbstractionHead.from_pretrained
+    model = load(name, tokenizer=tokenizer, revision=revision, dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _check_format(settings: Mapping[str, Any] | None) -> None:
-    """
-    Raises:
-        `ValueError`: for latents that are not comments of Python: they would stand in the programs.
-    """
+    """Refuses latents that are not comments of Python: they would stand in the programs."""
     action_format = (settings or {}).get("action_format", "python")
     if action_format != "python":
         raise ValueError(
@@ -186,10 +174,7 @@ def _check_format(settings: Mapping[str, Any] | None) -> None:
 
 
 def _check_folder(folder: Path, samples: str | Path | None) -> None:
-    """
-    Raises:
-        `ValueError`: if the folder holds results of other samples, which would be written over.
-    """
+    """Refuses a folder with results of other samples, which would be written over."""
     if not (folder / RESULTS).is_file():
         return
     try:

@@ -44,17 +44,13 @@ def render_prompt(
     """Writes the text that a model goes on with.
 
     Args:
-        task ([`Task`]):
-            The task.
-        kind (`str`):
-            The benchmark's kind.
+        task ([`Task`]), kind (`str`), shots (`Sequence[Task]`, *optional*):
+            The task, with its benchmark's kind and, for `"few_shot"`, examples.
         form (`str`):
             One of `PROMPT_FORMS`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             For `"chat"`: whose chat template is used. The text then has all special tokens, so tokenize it with
             `add_special_tokens=False`.
-        shots (`Sequence[Task]`, *optional*):
-            For `"few_shot"`: the benchmark's.
 
     Raises:
         `ValueError`: for an unknown kind or form, or one that the task, the tokenizer or the shots do not allow.
@@ -72,13 +68,9 @@ def render_prompt(
 
 
 def stop_strings(kind: str, form: str) -> tuple[str, ...]:
-    """Lists the texts that end an answer; the first of them, and what stands behind it, is no part of it.
+    """Lists the texts that end answers to prompts of a form, one of `PROMPT_FORMS`, for tasks of a kind.
 
-    Args:
-        kind (`str`):
-            The benchmark's kind.
-        form (`str`):
-            One of `PROMPT_FORMS`.
+    The first of them in an answer, and what stands behind it, is no part of it.
 
     Raises:
         `ValueError`: for an unknown kind or form, or `"few_shot"` for another kind than `"mbpp"`.
@@ -93,20 +85,10 @@ def stop_strings(kind: str, form: str) -> tuple[str, ...]:
 
 
 def sample_of(task: Task, form: str, text: str) -> Sample:
-    """Cuts out what of a model's answer is judged.
+    """Cuts out what of an answer to a prompt of a form is judged: what stands before the first stop string.
 
-    Args:
-        task ([`Task`]):
-            The task.
-        form (`str`):
-            The form of the prompt that was answered.
-        text (`str`):
-            The answer, perhaps with more behind its end.
-
-    Returns:
-        [`Sample`]: the answer up to the first stop string. Answers to `"few_shot"` and `"chat"` are whole programs:
-        they stand on lines of their own behind the prompt and define anew what it begins; but a script, which would
-        read its input twice, stands alone.
+    Answers to `"few_shot"` and `"chat"` are whole programs: they stand on lines of their own behind the prompt and
+    define anew what it begins; but a script, which would read its input twice, stands alone.
     """
     stops = stop_strings(task.kind, form)
     if form == "complete":

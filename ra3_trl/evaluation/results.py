@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,35 @@ from ..rewards import count_code_lines, find_latents
 from ..sandbox import VERDICTS, Judge, Result
 from .passk import bootstrap_interval, pass_at_k
 from .samples import Sample
-from .tasks import Benchmark
+from .tasks import Task
 
 
 VERSION, RESULTS = 1, "results.json"
 Row = dict[str, Any]
+Judged = tuple[
+    Row, Future[Result], Future[Result] | None
+]  # of a sample: its row, verdicts of the tests, of EvalPlus's
 _MEANS = ("num_samples", "forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished")
 
 
-class Scorer:
-    """Judges samples of a benchmark while others are drawn."""
+def submit(judge: Judge, task: Task, sample: Sample, **facts: Any) -> Judged:
+    """Has a sample judged, while others are drawn; `facts`, such as its `tokens`, stand in its row."""
+    program = sample.program(task)
+    begin = 0 if sample.whole else len(task.prompt)
+    row = {"task_id": task.task_id, **facts, "latents": len(find_latents(program, begin))}
+    row["lines"] = count_code_lines(program[begin:])
+    plus = None if task.plus is None else judge.submit(task.plus, program)
+    return row, judge.submit(task.problem, program), plus
 
-    def __init__(self, benchmark: Benchmark, judge: Judge):
-        self.tasks = {task.task_id: task for task in benchmark.tasks}
-        self.judge = judge
-        self._line: list[tuple[Row, Future[Result], Future[Result] | None]] = []
 
-    def add(self, task_id: str, sample: Sample, **facts: Any) -> None:
-        """Puts a sample in line; `facts`, such as its `tokens`, stand in its row."""
-        task = self.tasks[task_id]
-        program = sample.program(task)
-        begin = 0 if sample.whole else len(task.prompt)
-        row = {"task_id": task_id, **facts, "latents": len(find_latents(program, begin))}
-        row["lines"] = count_code_lines(program[begin:])
-        plus = None if task.plus is None else self.judge.submit(task.plus, program)
-        self._line.append((row, self.judge.submit(task.problem, program), plus))
-
-    def __len__(self) -> int:
-        return len(self._line)
-
-    def rows(self) -> Iterator[Row]:
-        """Yields a row for each sample, in the order they came in, as its verdict comes."""
-        for row, base, plus in self._line:
-            result = base.result()
-            row |= {"verdict": result.verdict, "forgeable": result.forgeable}
-            if plus is not None:  # what fails the base tests fails
-                row["plus_verdict"] = plus.result().verdict if result.verdict == "passed" else result.verdict
-            yield row
+def wait_for(judged: Judged) -> Row:
+    """The row of a sample, with its verdict as it comes."""
+    row, base, plus = judged
+    result = base.result()
+    row |= {"verdict": result.verdict, "forgeable": result.forgeable}
+    if plus is not None:  # what fails the base tests fails
+        row["plus_verdict"] = plus.result().verdict if result.verdict == "passed" else result.verdict
+    return row
 
 
 def check_k(ks: Sequence[int], num_samples: int) -> None:
@@ -71,14 +63,8 @@ def check_k(ks: Sequence[int], num_samples: int) -> None:
 
 
 def summarise(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
-    """Sums up rows of [`Scorer.rows`].
-
-    Returns:
-        `dict[str, Any]`: `pass@k` by k, each with `value`, `low` and `high` (95 % bootstrap interval over problems)
-        and, where there are EvalPlus's tests, `plus_pass@k`; `num_samples`, the smallest number of samples of a
-        problem; counts of verdicts; means over samples of tokens, latents and `think_rate` (latents for each line of
-        code); `problems` with the numbers of each.
-    """
+    """Sums up the rows of [`wait_for`]: what [`evaluate_passk`] returns but for `run`. `num_samples` is the smallest
+    number of samples of a problem."""
     by_task: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_task[row["task_id"]].append(row)

@@ -34,7 +34,7 @@ class Sample:
 
 
 def read_samples(path: str | Path, benchmark: Benchmark) -> dict[str, list[Sample]]:
-    """Reads the samples of a file, by task.
+    """Reads samples by task, in the benchmark's order; a task's samples are in the file's.
 
     Args:
         path (`str` or `Path`):
@@ -42,9 +42,6 @@ def read_samples(path: str | Path, benchmark: Benchmark) -> dict[str, list[Sampl
             `solution`.
         benchmark ([`Benchmark`]):
             Whose tasks they are for.
-
-    Returns:
-        `dict[str, list[Sample]]`: by task id, in the benchmark's order; a task's samples in the file's.
 
     Raises:
         `ValueError`: for a file or line that can't be read, no samples, unknown tasks or tasks without samples.

@@ -28,35 +28,16 @@ _MBPP_ALL, _MBPP_TEST, _MBPP_SHOTS = 974, range(11, 511), (2, 3, 4)  # rows, spl
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is asked to write, and what judges it.
+    """What a model is asked to write, and what judges it."""
 
-    Args:
-        task_id (`str`):
-            As in samples.jsonl, say `HumanEval/0` or `Mbpp/11`.
-        prompt (`str`):
-            The beginning of a program; a completion goes on with it.
-        problem ([`Problem`]):
-            Judges the whole program.
-        description (`str`, *optional*):
-            What the program must do, in words, for MBPP's prompts.
-        tests (`tuple[str]`, *optional*):
-            `assert`s that MBPP's prompts show.
-        plus ([`Problem`], *optional*):
-            EvalPlus's stricter one, whose inputs include those of `problem`.
-        solution (`str`, *optional*):
-            A program by the expert; begins with `prompt`.
-        entry_point (`str`, *optional*):
-            Name of the function to be written.
-    """
-
-    task_id: str
-    prompt: str
-    problem: Problem
-    description: str = ""
-    tests: tuple[str, ...] = ()
-    plus: Problem | None = None
-    solution: str | None = None
-    entry_point: str | None = None
+    task_id: str  # as in samples.jsonl, say `HumanEval/0` or `Mbpp/11`
+    prompt: str  # the beginning of a program; a completion goes on with it
+    problem: Problem  # judges the whole program
+    description: str = ""  # what the program must do, in words, for MBPP's prompts
+    tests: tuple[str, ...] = ()  # `assert`s that MBPP's prompts show
+    plus: Problem | None = None  # EvalPlus's stricter one, whose inputs include those of `problem`
+    solution: str | None = None  # a program by the expert; begins with `prompt`
+    entry_point: str | None = None  # name of the function to be written
 
     @property
     def kind(self) -> str:
@@ -66,26 +47,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks of one kind.
-
-    Args:
-        name (`str`):
-            `"humaneval"`, `"mbpp"` or a file's name without its ending.
-        tasks (`tuple[Task]`):
-            The tasks, in their order.
-        kind (`str`):
-            `"humaneval"`, `"mbpp"` or `"stdio"`: that of each task.
-        shots (`tuple[Task]`, *optional*):
-            MBPP's tasks 2, 3 and 4, the examples of few-shot prompts, where the rows had them.
-        hub_id (`str`, *optional*):
-            The published data set's id on the Hub.
-    """
+    """Tasks of one kind, in their order; `name` is `"humaneval"`, `"mbpp"` or a file's without its ending."""
 
     name: str
     tasks: tuple[Task, ...]
     kind: str
-    shots: tuple[Task, ...] = ()
-    hub_id: str | None = None
+    shots: tuple[Task, ...] = ()  # MBPP's tasks 2, 3 and 4, for few-shot prompts, where the rows had them
+    hub_id: str | None = None  # the published data set's id
 
     @property
     def fingerprint(self) -> str:
