@@ -339,9 +339,9 @@ def checkpoint(tiny_model, tokenizers):
 def measure(places: list[str], *words: str) -> tuple[dict[str, dict], dict, list[str]]:
     """Numbers of each, the settings that they share, and notes."""
     options = compare._parser().parse_args([*places, "--dtype", "float32", "--max_length", "256", *words])
-    entrants = [Entrant(place, place, None, place) for place in places]
-    shared, notes = cross_entropy.shared_settings(options, entrants)
-    numbers, more = cross_entropy.measure(options, shared, entrants, Dataset.from_dict({"text": [TEXT]}))
+    checkpoints = {place: place for place in places}
+    shared, notes = cross_entropy.shared_settings(options, checkpoints)
+    numbers, more = cross_entropy.measure(options, shared, checkpoints, Dataset.from_dict({"text": [TEXT]}))
     return numbers, shared, notes + more
 
 

@@ -475,10 +475,15 @@ def test_without_a_sandbox_it_says_so(tasks, monkeypatch, capsys):
 
 
 @needs_bwrap
-def test_the_guides_python(capsys, monkeypatch):
-    """Of the two programs one passes."""
+def test_the_guides_python(tasks, plain_checkpoint, capsys, monkeypatch):
+    """A random model solves nothing; of the metric's two programs one passes."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path(tasks).rename("my_problems.jsonl")
+    Path("qwen-ra3").symlink_to(plain_checkpoint)
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(block, {})
+    evaluated, metric = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(evaluated, {})
+    assert "{'value': 0.0, 'low': 0.0, 'high': 0.0}" in capsys.readouterr().out
+    assert Path("results/qwen-ra3/results.json").is_file()
+    exec(metric, {})
     assert "'pass@1': 0.5" in capsys.readouterr().out

@@ -344,7 +344,7 @@ def test_mbpps_arguments_get_the_types_that_json_has_not(number, given, made):
 
 # --- prompts ---
 
-FUNCTION = Task("HumanEval/0", SQUARE["prompt"], Problem.from_row(SQUARE), entry_point="square")
+FUNCTION = Task("HumanEval/0", SQUARE["prompt"], Problem.from_row(SQUARE))
 SCRIPT = Task("1", ECHO["prompt"], Problem.from_row(ECHO))
 
 

@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rich.console import Console
 
 from ..evaluation import evaluate_passk, load_benchmark
 from ..evaluation.compare import (
-    Entrant,
     choose_ks,
     compare_runs,
     match_problems,
@@ -86,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     entrants, settings = read_entrants(options.places, options.names), read_settings(options)
     if options.eval_documents is not None and options.eval_documents < 1:
         raise ValueError(f"`eval_documents` is {options.eval_documents}; use at least 1, or `no_ce`.")
-    drawn, measured = [one for one in entrants if one.results is None], [one for one in entrants if one.weights]
+    drawn = {entrant.name: entrant.place for entrant in entrants if entrant.results is None}
+    measured = {entrant.name: entrant.weights for entrant in entrants if entrant.weights}
     runs = {entrant.name: entrant.results for entrant in entrants if entrant.results is not None}
     ks = None if options.k is None else read_ks(options.k)
     ks = choose_ks(runs, ks, settings.num_samples if drawn else None)
@@ -96,16 +95,16 @@ def main(argv: list[str] | None = None) -> int:
         benchmark = load_benchmark(task, options.task_file, max_tasks=options.max_tasks)
     benchmark = match_problems(entrants, benchmark)
     task_name = next((run["task"] for run in runs.values()), benchmark and benchmark.name)
-    for entrant in drawn:
-        load_tokenizer(entrant.place, {"revision": options.model_revision})  # says best that there is no checkpoint
+    for checkpoint in drawn.values():
+        load_tokenizer(checkpoint, {"revision": options.model_revision})  # says best that there is no checkpoint
     texts, source = held_out_texts(options, benchmark) if measured and not options.no_ce else (None, "")
     shared, notes_of_texts = shared_settings(options, measured) if texts is not None else ({}, [])
 
     folder = Path(options.output_dir or f"results/compare-{task_name}")
-    if drawn:
+    if drawn and benchmark is not None:
         place = options.model_revision, options.dtype
         with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
-            for name, checkpoint in ((entrant.name, entrant.place) for entrant in drawn):
+            for name, checkpoint in drawn.items():
                 print(f"{name}:", file=sys.stderr)
                 runs[name] = evaluate_passk(checkpoint, benchmark, settings, ks, folder / name, judge, *place)
                 gc.collect()  # the weights, before others are loaded
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         notes.append(f"Cross-entropy is in nats per code token; documents: {len(texts)} ({source}).")
         notes += [*notes_of_texts, *notes_of_tokens]
     if not options.no_ce and (lacking := [name for name, model in models.items() if "cross_entropy" not in model]):
-        notes.append(_why_not(lacking, entrants))
+        notes.append(_why_not(lacking, any(name in measured for name in lacking)))
     num_tasks = len(runs[entrants[0].name]["problems"])
     comparison = {"task": task_name, "num_tasks": num_tasks, "models": models, "notes": notes}
     written = write_comparison(comparison, folder)
@@ -129,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _why_not(lacking: Sequence[str], entrants: Sequence[Entrant]) -> str:
-    if any(entrant.weights for entrant in entrants if entrant.name in lacking):
+def _why_not(lacking: list[str], at_hand: bool) -> str:
+    """A sentence on those whose cross-entropy is not measured, although the weights of one of them are `at_hand`."""
+    if at_hand:
         cure = "the tasks have no solutions that are at hand; give `dataset_name`, `code_dir`, or the file as `task`"
     else:
         cure = "the weights that were evaluated are not in a folder of that name here; give the checkpoint instead"

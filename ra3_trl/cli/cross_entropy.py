@@ -7,7 +7,7 @@ import gc
 import hashlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +15,6 @@ from datasets import Dataset
 from ..config import RA3Config
 from ..config_file import read_settings
 from ..evaluation import Benchmark
-from ..evaluation.compare import Entrant
 from ..files import find_file, public_name
 from ..models import load_tokenizer
 from ..segmentation import find_format, require_tags, row_to_document, token_bytes
@@ -70,15 +69,15 @@ def held_out_texts(options: argparse.Namespace, benchmark: Benchmark | None) -> 
     return rows, f"of {public_name(name)}, those that `ra3 train` holds out with seed {options.seed}"
 
 
-def shared_settings(options: argparse.Namespace, entrants: Sequence[Entrant]) -> tuple[dict[str, Any], list[str]]:
-    """The settings that all are measured with, those of the first that was mid-trained, but for flags; and a sentence
-    on each that was trained with others.
+def shared_settings(options: argparse.Namespace, checkpoints: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that all checkpoints (by name) are measured with, those of the first that was mid-trained, but for
+    flags; and a sentence on each that was trained with others.
 
     Raises:
         `ValueError`: if a tokenizer lacks what the action format needs.
     """
     place = {"revision": options.model_revision}
-    trained = {one.name: read_settings(one.weights, **place) or {} for one in entrants}
+    trained = {name: read_settings(checkpoint, **place) or {} for name, checkpoint in checkpoints.items()}
     first = next((name for name, settings in trained.items() if settings), None)
     shared = {key: trained[first][key] for key in SHARED if key in trained[first]} if first else {}
     notes = []
@@ -86,11 +85,11 @@ def shared_settings(options: argparse.Namespace, entrants: Sequence[Entrant]) ->
         others = [key for key, value in shared.items() if settings.get(key, value) != value]
         if others := [f"`{key}`" for key in others if vars(options).get(key) is None or key not in FLAGS]:
             notes.append(f"All were measured with {first}'s settings; {name} has another {', '.join(others)}.")
-    for one in entrants:
+    for name, checkpoint in checkpoints.items():
         try:
-            require_tags(load_tokenizer(one.weights, place), find_format(_format(options, shared)))
+            require_tags(load_tokenizer(checkpoint, place), find_format(_format(options, shared)))
         except ValueError as error:
-            raise ValueError(f"{one.name}: {error} Or set `no_ce`, or another `action_format`.") from error
+            raise ValueError(f"{name}: {error} Or set `no_ce`, or another `action_format`.") from error
     return shared, notes
 
 
@@ -99,21 +98,21 @@ def _format(options: argparse.Namespace, shared: Mapping[str, Any]) -> str:
 
 
 def measure(
-    options: argparse.Namespace, shared: Mapping[str, Any], entrants: Sequence[Entrant], texts: Dataset
+    options: argparse.Namespace, shared: Mapping[str, Any], checkpoints: Mapping[str, str], texts: Dataset
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """[`held_out_numbers`] of each with the shared settings; and a sentence if not all saw the same tokens."""
     place, numbers, tokens = {"revision": options.model_revision}, {}, set()
-    for one in entrants:
-        settings = read_settings(one.weights, **place) or {}
+    for name, checkpoint in checkpoints.items():
+        settings = read_settings(checkpoint, **place) or {}
         # The head decides where it was trained to, and only on text of the format that it knows.
         head = settings.get("gate") == "head" and settings.get("action_format") == _format(options, shared)
-        head = bool(head and find_file(one.weights, "abstraction_head.safetensors", **place))
+        head = bool(head and find_file(checkpoint, "abstraction_head.safetensors", **place))
         saved = {**shared, "gate": "head" if head else "token"}
         with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
             args = make_config(
                 options, saved, FLAGS, (*SHARED, "gate"), aside, abstraction_head=head, per_device_eval_batch_size=1
             )
-            numbers[one.name], seen = held_out_numbers(one.weights, texts, args)
+            numbers[name], seen = held_out_numbers(checkpoint, texts, args)
         tokens.add(seen)
         gc.collect()  # the weights, before others are loaded
     others = "Tokenizers differ, so nats per code token can't be compared between them; bits per byte can."

@@ -42,8 +42,8 @@ def read_entrants(places: Sequence[str], names: Sequence[str] | None = None) -> 
     if names is not None and len(names) != len(places):
         raise ValueError(f"`names` has {len(names)} names for {len(places)} checkpoints; give each one.")
     entrants: dict[str, Entrant] = {}
-    for place, name in zip(places, names or [None] * len(places), strict=True):
-        entrant = _entrant(place, name)
+    for i, place in enumerate(places):
+        entrant = _entrant(place, names[i] if names else None)
         if entrant.name in ("", ".", "..") or set(entrant.name) & set("/\\\0"):  # it becomes a folder's
             raise ValueError(
                 f"`names` has {entrant.name!r}, which is no folder's name; use letters, digits and dashes."
@@ -81,12 +81,8 @@ def _holds(folder: Path, weights: str | None) -> bool:
 
 
 def task_of(entrants: Sequence[Entrant], task: str | None) -> str | None:
-    """The task to load: the one asked for, else that of the results, else `"humaneval"`; `None` where a file of
-    problems would be needed and only results are compared.
-
-    Raises:
-        `ValueError`: if a checkpoint is to be evaluated on problems of which only a name is known.
-    """
+    """The task to load: the one asked for, else that of the results, else `"humaneval"`; `None` where a file would be
+    needed and nothing is to be evaluated (`ValueError` if something is)."""
     if task is not None:
         return task
     of_results = next((entrant.results["task"] for entrant in entrants if entrant.results is not None), "humaneval")
@@ -223,10 +219,8 @@ def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name in others:
         limits = [runs[run]["run"].get("limits") for run in (first, name)]
         if limits[0] != limits[1]:
-            here, there = (
-                f"{one['seconds']:g} s and {one['memory_mb']} MiB" if one else "unknown limits" for one in limits
-            )
-            notes.append(f"Programs of {first} ran under {here}, those of {name} under {there}.")
+            words = [f"{of['seconds']:g} s and {of['memory_mb']} MiB" if of else "unknown limits" for of in limits]
+            notes.append(f"Programs of {first} ran under {words[0]}, those of {name} under {words[1]}.")
     return notes
 
 

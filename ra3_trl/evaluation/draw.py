@@ -108,7 +108,7 @@ def draw_samples(
     """Draws what is missing of `folder/samples.jsonl`, and yields the rows of each batch, those of a former run first.
 
     A row is that of [`Sample`] with the number `sample`, `tokens` and `finished`. `completions` are those of
-    `settings` for this model; `about` is what else samples depend on, and `folder/run.json` gets all of it.
+    `settings` for this model; `about` is what else samples depend on, and `run.json` gets all of it.
 
     Raises:
         `ValueError`: if the folder holds samples of another run, or another process draws into it, or a prompt and
@@ -158,6 +158,8 @@ def _prompt_tokens(
 ) -> dict[str, list[int]]:
     """Tokens of each task's prompt; all are made before anything is drawn."""
     tokenizer, most = model.tokenizer, context_length(model.pretrained_model)
+    if tokenizer is None:
+        raise ValueError("`model` has no tokenizer, by which prompts are read; make it with `tokenizer`.")
     tokens = {}
     for task in benchmark.tasks:
         text = render_prompt(task, benchmark.kind, form, tokenizer, benchmark.shots)

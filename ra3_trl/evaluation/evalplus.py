@@ -29,6 +29,7 @@ from ..sandbox import Problem
 
 
 MBPP = "Mbpp/"  # begins the ids of its tasks
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SETUP = """\
 from __future__ import annotations
 from base64 import b64decode as _decode
@@ -65,7 +66,7 @@ def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Pr
         raise ValueError("it has a `base_input` and no `entry_point`; name the function that it checks.")
     if not isinstance(atol, (int, float)) or not 0 <= atol < float("inf"):
         raise ValueError(f"`atol` is {atol!r}; give a number that is not negative.")
-    solution = _solution(row, entry_point)
+    solution = _solution_of(row, entry_point)
     base, plus = (_inputs(row, name, task_id) for name in ("base_input", "plus_input"))
     if not base:
         raise ValueError("`base_input` is empty; nothing would be tested.")
@@ -82,7 +83,7 @@ def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Pr
     return problem(base), problem(base + plus)
 
 
-def _solution(row: Mapping[str, Any], entry_point: str) -> str:
+def _solution_of(row: Mapping[str, Any], entry_point: str) -> str:
     rest = row.get("canonical_solution")
     if not isinstance(rest, str):
         raise ValueError("it has no `canonical_solution`, which tells what is expected; give it.")
@@ -90,7 +91,7 @@ def _solution(row: Mapping[str, Any], entry_point: str) -> str:
         body = ast.parse(row["prompt"] + rest).body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"`prompt` and `canonical_solution` are no Python: {error}; correct them.") from error
-    if entry_point not in {getattr(node, "name", None) for node in body}:
+    if entry_point not in {node.name for node in body if isinstance(node, _DEFINITIONS)}:
         raise ValueError(f"`canonical_solution` does not define `{entry_point}`, the `entry_point`.")
     return row["prompt"] + rest
 

@@ -74,16 +74,14 @@ def evaluate_passk(
     settings = EvaluationSettings() if settings is None else settings
     check_k(k, settings.num_samples)
     benchmark = load_benchmark(task) if isinstance(task, str) else task
-    if not isinstance(model, str) and model.tokenizer is None:
-        raise ValueError("`model` has no tokenizer, by which prompts are read; make it with `tokenizer`.")
     settings.completions(benchmark.kind)  # refuses a form that is not for such tasks before a model is loaded
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         _check_folder(folder, None)
         if isinstance(model, str):
+            about: dict[str, Any] = {"checkpoint": public_name(model), "revision": revision, "dtype": dtype}
             name, model = model, load_checkpoint(model, revision, dtype)
-            about = {"checkpoint": public_name(name), "revision": revision, "dtype": dtype}
             about["weights"] = fingerprint(name, revision=revision)
         else:
             about = {"checkpoint": public_name(model.name_or_path or "model"), "revision": None}
@@ -91,13 +89,15 @@ def evaluate_passk(
         _check_format(model.settings)
         trained = model.settings is not None or model.abstraction_head.config.trained_on > 0
         completions = settings.completions(benchmark.kind, trained)
-        tasks, judged, start = {task.task_id: task for task in benchmark.tasks}, [], time.perf_counter()
+        tasks, start = {task.task_id: task for task in benchmark.tasks}, time.perf_counter()
+        judged: list[Judged] = []
         with tqdm(total=len(tasks) * settings.num_samples, unit="sample", desc=benchmark.name) as bar:
             for rows in draw_samples(model, benchmark, settings, completions, folder, about):
                 # Not waited for: programs run in processes of their own while the next batch is drawn.
                 for row in rows:
-                    facts = {"tokens": row["tokens"], "finished": row["finished"]}
-                    judged.append(submit(judge, tasks[row["task_id"]], Sample.of_row(row), **facts))
+                    sample, facts = Sample.of_row(row), {"tokens": row["tokens"], "finished": row["finished"]}
+                    assert sample is not None  # `draw_samples` has seen to it
+                    judged.append(submit(judge, tasks[row["task_id"]], sample, **facts))
                 bar.update(len(rows))
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
         seconds = {"draw": time.perf_counter() - start}

@@ -64,7 +64,7 @@ def render_prompt(
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("`prompt_form` is 'chat' and the tokenizer has no chat template; use 'complete'.")
     message = {"role": "user", "content": f"{_INSTRUCTION}```python\n{task.prompt.strip()}\n```"}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + "```python\n"
+    return f"{tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)}```python\n"
 
 
 def stop_strings(kind: str, form: str) -> tuple[str, ...]:

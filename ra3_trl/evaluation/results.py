@@ -68,7 +68,9 @@ def summarise(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
     by_task: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_task[row["task_id"]].append(row)
-    columns = [name for name in ("verdict", "plus_verdict", "tokens", "latents", "lines") if name in rows[0]]
+    columns: list[str] = [
+        name for name in ("verdict", "plus_verdict", "tokens", "latents", "lines") if name in rows[0]
+    ]
     problems = {task: {name: [row[name] for row in of_task] for name in columns} for task, of_task in by_task.items()}
     results: dict[str, Any] = {"num_tasks": len(problems), "num_samples": min(map(len, by_task.values()))}
     for kind in columns[: 2 if "plus_verdict" in columns else 1]:

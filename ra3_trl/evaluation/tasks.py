@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from operator import itemgetter
@@ -37,7 +37,6 @@ class Task:
     tests: tuple[str, ...] = ()  # `assert`s that MBPP's prompts show
     plus: Problem | None = None  # EvalPlus's stricter one, whose inputs include those of `problem`
     solution: str | None = None  # a program by the expert; begins with `prompt`
-    entry_point: str | None = None  # name of the function to be written
 
     @property
     def kind(self) -> str:
@@ -153,6 +152,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read: {error}; give UTF-8 text, gzipped if it ends in .gz.") from error
+    rows: Iterable[tuple[str, Any]]
     if path.suffix == ".json" and text.lstrip().startswith("["):
         rows = [(f"{path}, row {i}", row) for i, row in enumerate(_parse(text, str(path)))]
     else:
@@ -172,7 +172,7 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where} is no JSON: {error}; correct or remove it.") from error
 
 
-def _tasks(rows: list[tuple[str, Mapping[str, Any]]], source: str) -> dict[str, Task]:
+def _tasks(rows: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> dict[str, Task]:
     """The tasks of rows by their ids; all must be of one kind."""
     tasks: dict[str, Task] = {}
     for where, row in rows:
@@ -186,8 +186,12 @@ def _tasks(rows: list[tuple[str, Mapping[str, Any]]], source: str) -> dict[str, 
         if task_id in tasks:
             raise ValueError(f"{where} is task {task_id!r} once more; give each task an id of its own.")
         try:
-            task = tasks[task_id] = _MAKERS[form](row, task_id)
+            task = _MAKERS[form](row, task_id)
             _require_beginning(task.prompt)
+            column = "code" if form == "test_list" else "canonical_solution"
+            if row.get(column) is not None:
+                task = replace(task, solution=task.prompt + _text(row, column).replace("\r\n", "\n"))
+            tasks[task_id] = task
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, task {task_id!r}: {error}") from error
         first = next(iter(tasks.values()))
@@ -218,14 +222,8 @@ def _text(row: Mapping[str, Any], *names: str) -> str:
     return value
 
 
-def _solution(prompt: str, row: Mapping[str, Any], name: str = "canonical_solution") -> str | None:
-    return None if row.get(name) is None else prompt + _text(row, name).replace("\r\n", "\n")
-
-
 def _humaneval(row: Mapping[str, Any], task_id: str) -> Task:
-    prompt = _text(row, "prompt")
-    problem, solution = Problem.from_row(row), _solution(prompt, row)
-    return Task(task_id, prompt, problem, solution=solution, entry_point=row.get("entry_point"))
+    return Task(task_id, _text(row, "prompt"), Problem.from_row(row))
 
 
 def _mbpp(row: Mapping[str, Any], task_id: str) -> Task:
@@ -233,26 +231,22 @@ def _mbpp(row: Mapping[str, Any], task_id: str) -> Task:
     problem = Problem.from_row(row)
     description, tests = _text(row, "text", "prompt").strip(), tuple(row["test_list"])
     prompt = f'"""\n{description}\n{tests[0]}\n"""\n'
-    return Task(task_id, prompt, problem, description, tests, solution=_solution(prompt, row, "code"))
+    return Task(task_id, prompt, problem, description, tests)
 
 
 def _evalplus(row: Mapping[str, Any], task_id: str) -> Task:
     prompt = _text(row, "prompt")
     base, plus = evalplus_problems(row, task_id)
-    description, tests = "", ()
+    description, tests = "", list[str]()
     if task_id.startswith(MBPP):
-        lines = _docstring(prompt).split("\n")
+        try:
+            lines = (ast.get_docstring(ast.parse(prompt)) or "").split("\n")
+        except SyntaxError:  # a prompt may end within a function
+            lines = []
         description = "\n".join(line for line in lines if not line.startswith("assert")) or prompt.strip()
         lines = (row.get("assertion") or "").split("\n") + lines
-        tests = tuple(dict.fromkeys(line for line in lines if line.startswith("assert")))
-    return Task(task_id, prompt, base, description, tests, plus, _solution(prompt, row), row["entry_point"])
-
-
-def _docstring(prompt: str) -> str:
-    try:
-        return ast.get_docstring(ast.parse(prompt)) or ""
-    except SyntaxError:  # a prompt may end within a function
-        return ""
+        tests = list(dict.fromkeys(line for line in lines if line.startswith("assert")))
+    return Task(task_id, prompt, base, description, tuple(tests), plus)
 
 
 # By a column that tells of which form a row is; the first that it has counts. Scripts (`inputs`) read as HumanEval's.

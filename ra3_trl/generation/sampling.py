@@ -7,7 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..models import end_ids
 from .processor import ThinkLogitsProcessor, check_knob
@@ -107,21 +114,21 @@ def draw_completions(
     Raises:
         `ValueError`: for an empty prompt, a bad `think` or `threshold`, or when no tokenizer is found.
     """
-    tokenizer = tokenizer or model.tokenizer
+    tokenizer, language_model = model._known(tokenizer), model.pretrained_model
     if not all(prompt_ids):
         raise ValueError("a prompt has no tokens; give at least one, such as the beginning-of-text token.")
     steering: AbstractContextManager[ThinkLogitsProcessor | None] = nullcontext()
     if settings.think is not None:
         steering = model.thinking(settings.think, settings.threshold, tokenizer, settings.prompt_is_code)
-    ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
+    ends = end_ids(language_model) or (tokenizer.eos_token_id,)
     padding = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[padding] * (width - len(ids)) + list(ids) for ids in prompt_ids])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
     stops = [_Stops(tokenizer, settings.stop, width)] if settings.stop else []
-    device = model.pretrained_model.device
-    with steering as processor, _evaluating(model.pretrained_model):
-        rows = model.pretrained_model.generate(
+    device = language_model.device
+    with steering as processor, _evaluating(language_model):
+        rows = language_model.generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), tokenizer=tokenizer,
             generation_config=_generation_config(settings, ends, padding),
             logits_processor=[] if processor is None else [processor], stopping_criteria=StoppingCriteriaList(stops),
@@ -177,9 +184,8 @@ def _completion(
 def _text_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """Text of tokens behind a prompt; by themselves some tokenizers would drop its first space."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(list(prompt), **options)
-    whole = tokenizer.decode([*prompt, *ids], **options)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), **options)
+    before, whole, alone = tokenizer.batch_decode([list(prompt), [*prompt, *ids], list(ids)], **options)
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
@@ -188,7 +194,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Without dropout, without activation checkpointing, which drops the cache, and without the checkpoint's
     generation config, from which transformers would take what ours leaves out."""
     was, config = model.training, model.generation_config
