@@ -98,13 +98,7 @@ def choose_ks(
 ) -> list[int]:
     """The k of pass@k that can be estimated for all: those asked for, else those that all results have, else 1.
 
-    Args:
-        runs (`Mapping[str, Mapping]`):
-            Results that are there, by name.
-        ks (`Sequence[int]`, *optional*):
-            Those asked for.
-        num_samples (`int`, *optional*):
-            Samples of each task that checkpoints will have; `None` where none is to be evaluated.
+    `num_samples` are those of each task that checkpoints will have, `None` where none is to be evaluated.
 
     Raises:
         `ValueError`: if one of them has too few samples, or the results have no k in common.
@@ -143,8 +137,8 @@ def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None = No
         problems |= dict.fromkeys(drawn or [f"`task` {benchmark.name}"], to_draw)
     (first, (task, ids, tests)), *others = problems.items()
     for name, (other_task, other_ids, other_tests) in others:
-        known = None not in (tests, other_tests)  # results of before do not say it
-        same = known and tests == other_tests
+        comparable = None not in (tests, other_tests)  # results of before do not say it
+        same = comparable and tests == other_tests
         if task != other_task and not same:  # the same file may have had another name
             raise ValueError(f"{first!r} is of the task {task!r} and {name!r} of {other_task!r}; compare one task.")
         for here, there, missing in ((name, first, ids - other_ids), (first, name, other_ids - ids)):
@@ -154,7 +148,7 @@ def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None = No
                     f"{here!r} has no results for {len(missing)} of the problems ({shown}), which {there!r} has; "
                     "evaluate both on the same problems (`max_tasks`)."
                 )
-        if known and not same:
+        if comparable and not same:
             raise ValueError(
                 f"{first!r} and {name!r} are of problems of the same ids with other prompts or tests; evaluate both "
                 "on the same `task_file`."
@@ -166,13 +160,7 @@ def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None = No
 
 
 def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Measures each run, and its distance from the first.
-
-    Args:
-        runs (`Mapping[str, Mapping]`):
-            What [`evaluate_passk`] or [`read_results`] returned for each, of the same problems.
-        ks (`Sequence[int]`):
-            For which pass@k is estimated.
+    """Measures each run, and its distance from the first, which is of the same problems.
 
     Returns:
         `dict[str, dict[str, Any]]`: for each run `pass@k` by k with `value`, `low` and `high` (95 % bootstrap interval
@@ -203,16 +191,18 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> di
 def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Says what, besides thinking and the number of samples, makes a run's samples or verdicts others than the
     first's; a sentence each."""
-    sampled = {name: _sampling(run["run"]) for name, run in runs.items()}
-    notes = [
-        f"{name} was judged from a file of samples; how they were drawn is not known."
-        for name, settings in sampled.items()
-        if settings is None
-    ]
+    sampled, notes = {}, []
+    for name, run in runs.items():
+        about = run["run"]
+        if "settings" in about:
+            settings = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
+            sampled[name] = settings | {key: about.get(key) for key in ("form", "dtype")}
+        else:
+            notes.append(f"{name} was judged from a file of samples; how they were drawn is not known.")
     first, *others = runs
     for name in others:
-        here, there = sampled[first], sampled[name]
-        if here is not None and there is not None:
+        if first in sampled and name in sampled:
+            here, there = sampled[first], sampled[name]
             keys = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
             differ = [f"`{key}` is {here.get(key)!r} for {first} and {there.get(key)!r}" for key in keys]
             notes += [f"{name} was sampled with other settings: {', '.join(differ)} for {name}."] if differ else []
@@ -222,10 +212,3 @@ def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             words = [f"{of['seconds']:g} s and {of['memory_mb']} MiB" if of else "unknown limits" for of in limits]
             notes.append(f"Programs of {first} ran under {words[0]}, those of {name} under {words[1]}.")
     return notes
-
-
-def _sampling(about: Mapping[str, Any]) -> dict[str, Any] | None:
-    if "settings" not in about:
-        return None
-    settings = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
-    return settings | {key: about.get(key) for key in ("form", "dtype")}

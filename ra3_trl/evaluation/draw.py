@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def draw_samples(
     completions: CompletionSettings,
     folder: Path,
     about: Mapping[str, Any],
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """Draws what is missing of `folder/samples.jsonl`, and yields the rows of each batch, those of a former run first.
 
     A row is that of [`Sample`] with the number `sample`, `tokens` and `finished`. `completions` are those of
@@ -120,7 +119,14 @@ def draw_samples(
     run["prompts"] = hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
     batches = plan_batches(benchmark, settings.num_samples, settings.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    lock = FileLock(folder / ".lock", timeout=0)  # a killed process lets go of it
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process draws samples into {str(folder)!r}; wait for it, or give another `output_dir`."
+        ) from error
+    try:
         done = _resume(folder, json.loads(json.dumps(run)), batches)
         yield from done
         with open(folder / SAMPLES, "a", encoding="utf-8") as file:
@@ -139,18 +145,8 @@ def draw_samples(
                 file.flush()
                 os.fsync(file.fileno())
                 yield rows
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from drawing into a folder; a killed one lets go of it."""
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(
-            f"another process draws samples into {str(folder)!r}; wait for it, or give another `output_dir`."
-        ) from error
+    finally:
+        lock.release()
 
 
 def _prompt_tokens(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..models import load_tokenizer
 from ..sandbox import Judge, Sandbox
 from .draw import RUN, EvaluationSettings, draw_samples
-from .results import RESULTS, Judged, Row, check_k, read_results, submit, summarise, wait_for, write_results
+from .results import RESULTS, Judged, check_k, read_results, submit, summarise, wait_for, write_results
 from .samples import Sample, read_samples
 from .tasks import Benchmark, load_benchmark
 
@@ -91,8 +91,10 @@ def evaluate_passk(
         completions = settings.completions(benchmark.kind, trained)
         tasks, start = {task.task_id: task for task in benchmark.tasks}, time.perf_counter()
         judged: list[Judged] = []
-        with tqdm(total=len(tasks) * settings.num_samples, unit="sample", desc=benchmark.name) as bar:
-            for rows in draw_samples(model, benchmark, settings, completions, folder, about):
+        bar = tqdm(total=len(tasks) * settings.num_samples, unit="sample", desc=benchmark.name)
+        # Closed, so that it lets go of the folder even where judging fails and a notebook keeps the traceback.
+        with bar, closing(draw_samples(model, benchmark, settings, completions, folder, about)) as batches:
+            for rows in batches:
                 # Not waited for: programs run in processes of their own while the next batch is drawn.
                 for row in rows:
                     sample, facts = Sample.of_row(row), {"tokens": row["tokens"], "finished": row["finished"]}
@@ -101,7 +103,7 @@ def evaluate_passk(
                 bar.update(len(rows))
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
         seconds = {"draw": time.perf_counter() - start}
-        return _finish(judged, benchmark, k, folder, run | _about_verdicts(benchmark, judge), seconds)
+        return _finish(judged, benchmark, k, folder, judge, run, seconds)
 
 
 def evaluate_samples(
@@ -133,23 +135,25 @@ def evaluate_samples(
         check_k(k, min(map(len, samples.values())))
         _check_folder(folder, path)
         judged = [submit(judge, task, sample) for task in benchmark.tasks for sample in samples[task.task_id]]
-        run = {"samples": public_name(str(path)), "content": _content(path), **_about_verdicts(benchmark, judge)}
-        return _finish(judged, benchmark, k, folder, run, {})
-
-
-def _about_verdicts(benchmark: Benchmark, judge: Judge) -> dict[str, Any]:
-    """What verdicts depend on."""
-    limits = judge.sandbox.limits
-    return {"tasks": benchmark.fingerprint, "limits": {"seconds": limits.seconds, "memory_mb": limits.memory_mb}}
+        run = {"samples": public_name(str(path)), "content": _content(path)}
+        return _finish(judged, benchmark, k, folder, judge, run, {})
 
 
 def _finish(
-    judged: Sequence[Judged], benchmark: Benchmark, k: Sequence[int], folder: Path, run: Row, seconds: dict[str, float]
+    judged: Sequence[Judged],
+    benchmark: Benchmark,
+    k: Sequence[int],
+    folder: Path,
+    judge: Judge,
+    run: dict[str, Any],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Waits for the verdicts, and writes and returns the results."""
     start = time.perf_counter()
-    rows = [wait_for(one) for one in tqdm(judged, unit="program", desc="verdicts")]
+    rows = [wait_for(pending) for pending in tqdm(judged, unit="program", desc="verdicts")]
     seconds["judge"] = time.perf_counter() - start
+    limits = {"seconds": judge.sandbox.limits.seconds, "memory_mb": judge.sandbox.limits.memory_mb}
+    run |= {"tasks": benchmark.fingerprint, "limits": limits}
     folder.mkdir(parents=True, exist_ok=True)
     write_results({"task": benchmark.name, "run": run, "seconds": seconds, **summarise(rows, k)}, folder)
     return read_results(folder)  # with JSON's lists, as those of another day that they are compared with

@@ -53,10 +53,9 @@ def estimate(counts: Sequence[tuple[int, int]], k: int) -> float:
 def bootstrap_interval(
     values: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Computes the percentile bootstrap interval of the mean over problems.
+    """Computes the percentile bootstrap interval of the mean: how far it might be from that over other problems.
 
-    It says how far the mean might be from that over other problems of the same kind. Noise of the samples is in it,
-    since each problem's value carries its own.
+    Noise of the samples is in it, since each problem's value carries its own.
 
     Args:
         values (`np.ndarray`):

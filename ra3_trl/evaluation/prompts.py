@@ -107,7 +107,8 @@ def _few_shot(task: Task, shots: Sequence[Task]) -> str:
         )
     if task.task_id in {shot.task_id for shot in shots}:
         raise ValueError(f"Task {task.task_id!r} is an example of 'few_shot' prompts; use MBPP's test split.")
-    questions = [_SHOT.format(description=one.description, tests="\n".join(one.tests)) for one in (*shots, task)]
+    every = (*shots, task)
+    questions = [_SHOT.format(description=each.description, tests="\n".join(each.tests)) for each in every]
     answers = [f"{(shot.solution or '').removeprefix(shot.prompt).strip()}\n{_DONE}\n\n" for shot in shots]
     return "".join(map("".join, zip(questions, [*answers, ""], strict=True)))
 
