@@ -31,7 +31,8 @@ _NOT_PUSHED = (
 
 
 class HubMixin(Trainer):
-    """The Hub's part of [`RA3MidTrainer`], which has `policy`, `source_dataset`, `cut`, `latent_log` and `evaluations`."""
+    """The Hub's part of [`RA3MidTrainer`], which has `policy`, `source_dataset`, `cut`, `latent_log` and
+    `evaluations`."""
 
     args: RA3Config
     hub_model_id: str  # type: ignore[assignment]
