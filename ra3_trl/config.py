@@ -318,7 +318,7 @@ class RA3Config(TrainingArguments):
         the machine's."""
         core = own_fields(RA3Config)
         experimental = [name for name in own_fields(type(self)) if name not in core]
-        write_settings(settings_of(self, core) | changes, {name: getattr(self, name) for name in experimental}, folder)
+        write_settings(settings_of(self, core) | changes, folder, {name: getattr(self, name) for name in experimental})
 
     def __repr__(self) -> str:
         """As a data class's, with tokens hidden."""

@@ -267,7 +267,7 @@ def test_the_picture_holds_many_models_with_odd_names(monkeypatch):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    for module, name in ((door, "load_checkpoint"), (cross_entropy, "RA3MidTrainer"), (compare, "load_tokenizer")):
+    for module, name in ((door, "load_checkpoint"), (cross_entropy, "Policy"), (compare, "load_tokenizer")):
         monkeypatch.setattr(module, name, pytest.fail)
 
 

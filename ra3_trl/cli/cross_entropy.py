@@ -6,20 +6,17 @@ import argparse
 import gc
 import hashlib
 import math
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 
-from ..config import RA3Config
 from ..config_file import read_settings
 from ..evaluation import Benchmark
-from ..files import find_file, public_name
+from ..files import public_name
 from ..models import load_tokenizer
-from ..segmentation import find_format, require_tags, row_to_document, token_bytes
-from ..trainer import RA3MidTrainer
-from .checkpoint import make_config
+from ..policy import Policy
+from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
 from .data import hold_out, limit, load_splits
 
 
@@ -31,14 +28,15 @@ SHARED = (*FLAGS[:5], "temperature", "top_k", "top_p")  # those of one checkpoin
 _MEASURED = ("ce", "ce_never", "ce_policy", "elbo", "bound_multi", "think_rate", "code_tokens")
 
 
-def held_out_numbers(name: str, texts: Dataset, args: RA3Config) -> tuple[dict[str, float], str]:
+def held_out_numbers(policy: Policy, texts: Dataset) -> tuple[dict[str, float], str]:
     """Measures a checkpoint on texts: nats per code token, rates, bits per byte; and what tells its tokens from those
     of another tokenizer."""
-    trainer = RA3MidTrainer(name, args, eval_dataset=texts)
-    metrics = trainer.evaluate()
-    numbers = {key: metrics[f"eval_{key}"] for key in _MEASURED}
-    table, size, tokens = token_bytes(trainer.processing_class), 0, hashlib.sha256()
-    for document in map(row_to_document, trainer.eval_dataset):
+    rows = segment_dataset(texts, policy.segmenter, policy.args.dataset_text_field)
+    documents = [row_to_document(row) for row in rows]
+    metrics = policy.evaluate(documents)
+    numbers = {key: metrics[key] for key in _MEASURED}
+    table, size, tokens = token_bytes(policy.tokenizer), 0, hashlib.sha256()
+    for document in documents:
         tokens.update(repr(document.input_ids).encode())
         # The bytes of what `ce` counts: no kept comments, and no first token, before which nothing stands.
         spans = [(max(a.start, 1), a.end) for a in document.actions if not a.comment]
@@ -101,19 +99,19 @@ def measure(
     options: argparse.Namespace, shared: Mapping[str, Any], checkpoints: Mapping[str, str], texts: Dataset
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """[`held_out_numbers`] of each with the shared settings; and a sentence if not all saw the same tokens."""
-    place, numbers, tokens = {"revision": options.model_revision}, {}, set()
+    place = {"revision": options.model_revision}
+    flags = {name: vars(options)[name] for name in FLAGS if vars(options)[name] is not None}
+    numbers, tokens = {}, set()
     for name, checkpoint in checkpoints.items():
-        settings = read_settings(checkpoint, **place) or {}
+        settings = {**shared, **flags}
         # The head decides where it was trained to, and only on text of the format that it knows.
-        head = settings.get("gate") == "head" and settings.get("action_format") == _format(options, shared)
-        head = bool(head and find_file(checkpoint, "abstraction_head.safetensors", **place))
-        saved = {**shared, "gate": "head" if head else "token"}
-        with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
-            args = make_config(
-                options, saved, FLAGS, (*SHARED, "gate"), aside, abstraction_head=head, per_device_eval_batch_size=1
-            )
-            numbers[name], seen = held_out_numbers(checkpoint, texts, args)
+        trained = read_settings(checkpoint, **place) or {}
+        if trained.get("gate") != "head" or trained.get("action_format") != _format(options, shared):
+            settings["gate"] = "token"
+        policy = Policy.open(checkpoint, model_init_kwargs={"dtype": options.dtype, **place}, **settings)
+        numbers[name], seen = held_out_numbers(policy, texts)
         tokens.add(seen)
+        del policy
         gc.collect()  # the weights, before others are loaded
     others = "Tokenizers differ, so nats per code token can't be compared between them; bits per byte can."
     return numbers, [others] if len(tokens) > 1 else []

@@ -13,14 +13,14 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_
 
 from ..config_file import read_settings
 from ..evaluation.tasks import HUB
-from ..hub.card import public_name
+from ..files import public_name
 from ..rlvr import REWARDS, RLVRData, build_grpo_trainer, get_think_cost_reward, load_tasks, use_judge
 from ..rlvr.rewards import EXECUTED
 from ..sandbox import Limits
 from .data import load_splits
-from .evaluate import open_judge
 from .launch import read_arguments
 from .parser import TrainParser, normalise
+from .passk_options import open_judge
 from .rewards import load_reward_funcs
 from .train import named, quantization, resume_point, run_until_stopped
 

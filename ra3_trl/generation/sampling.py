@@ -114,7 +114,9 @@ def draw_completions(
     Raises:
         `ValueError`: for an empty prompt, a bad `think` or `threshold`, or when no tokenizer is found.
     """
-    tokenizer, language_model = model._known(tokenizer), model.pretrained_model
+    tokenizer, language_model = tokenizer or model.tokenizer, model.pretrained_model
+    if tokenizer is None:
+        raise ValueError("`tokenizer` is missing; pass the model's, which reads the completions.")
     if not all(prompt_ids):
         raise ValueError("a prompt has no tokens; give at least one, such as the beginning-of-text token.")
     steering: AbstractContextManager[ThinkLogitsProcessor | None] = nullcontext()
