@@ -30,8 +30,8 @@ NONES = [name for name, hint in HINTS.items() if takes_none(hint)]
 TEXT = "def f{i}(x):\n    y = x + {i}\n    if y > 3:\n        return y\n    return x\n"
 SMALL = [
     "--use_cpu", "--max_length", "128", "--max_latent_length", "3", "--num_latents", "2", "--e_steps", "1",
-    "--m_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_sites", "2",
-    "--eval_max_sites", "1", "--log_latents_steps", "0", "--disable_tqdm", "true", "--save_strategy", "no",
+    "--m_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_boundaries", "2",
+    "--eval_max_boundaries", "1", "--log_latents_steps", "0", "--disable_tqdm", "true", "--save_strategy", "no",
 ]  # fmt: skip
 
 
