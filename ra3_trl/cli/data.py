@@ -115,10 +115,9 @@ def hold_out(
     """
     if not isinstance(data, Dataset):
         return (data.skip(documents), data.take(documents)) if documents else (data, None)
-    if documents is None and fraction is not None:
-        documents = round(fraction * len(data))
-    elif documents is None:
-        documents = min(round(_HELD_OUT_FRACTION * len(data)), _HELD_OUT_MOST)
+    if documents is None:
+        few = min(round(_HELD_OUT_FRACTION * len(data)), _HELD_OUT_MOST)
+        documents = few if fraction is None else round(fraction * len(data))
     if not documents:
         return data, None
     if documents >= len(data):

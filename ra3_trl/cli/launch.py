@@ -60,9 +60,9 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     says_device = any(word.partition("=")[0] in ("--use_cpu", "--use-cpu") for word in command_argv)
     if isinstance(settings, dict) and settings.get("use_cpu") is True and not says_device:
         command_argv.append("--use_cpu")  # else each of accelerate's processes would take itself for the only one
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    launcher = ["accelerate.commands.launch", "--config_file", str(file), *_without(options, "--accelerate_config")]
     module = f"{__package__}.{parser.prog.rpartition(' ')[2]}"
-    return [*launcher, *_without(options, "--accelerate_config"), "-m", module, *command_argv]
+    return [sys.executable, "-m", *launcher, "-m", module, *command_argv]
 
 
 def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> tuple[list[Any], str, int | None]:
@@ -85,8 +85,7 @@ def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> 
 
 
 def check_world(world_size: int) -> None:
-    """Refuses processes that do not know of each other, which would all write the same checkpoints: more of them than
-    the `world_size` that the training arguments found."""
+    """Refuses processes that do not know of each other (`world_size` is 1): all would write the same checkpoints."""
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and world_size == 1:
         raise ValueError(

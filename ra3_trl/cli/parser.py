@@ -28,7 +28,6 @@ _FILE_OPTIONS = ("--config", "--accelerate_config")
 _NONE = ("none", "null")
 _FILE_OR_MAPPING = ("accelerator_config", "deepspeed", "fsdp_config")
 _NONE_IS_A_WORD = "report_to"  # `none` is no tracker there, and `None` all that are installed
-_NEAR = {"learning_rate", "logging_steps", "output_dir"}  # of transformers, but looked for among the trainer's
 
 
 class TrainParser(TrlParser):
@@ -77,7 +76,8 @@ class TrainParser(TrlParser):
     def format_help(self) -> str:
         """The options of script and trainer before the many of `TrainingArguments`."""
         script, config, *others = ({field.name for field in fields(dtype)} for dtype in self.dataclass_types)
-        inherited = {field.name for field in fields(TrainingArguments)} - _NEAR
+        looked_for = {"learning_rate", "logging_steps", "output_dir"}  # among the trainer's own
+        inherited = {field.name for field in fields(TrainingArguments)} - looked_for
         sections = {
             "Script": script | {"help"},
             self.dataclass_types[1].__name__: config - inherited,
@@ -201,7 +201,6 @@ def refuse_unknown(words: list[str], parser: TrainParser) -> None:
     if not words:
         return
     option = next((word for word in words if word.startswith("-")), words[0])
-    name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, parser.option_names(), 1)
+    near = difflib.get_close_matches(option.lstrip("-").split("=")[0].replace("-", "_"), parser.option_names(), 1)
     hint = f"did you mean `--{near[0]}`?" if near else f"see `{parser.prog} --help`."
     raise ValueError(f"`{option}` is no option of `{parser.prog}`; {hint}")
