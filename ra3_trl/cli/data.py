@@ -91,7 +91,7 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int) -> Splits:
             raise ValueError(f"`datasets[{i}].path` is {source.path!r}, but there is no such file.")
         sources.append(replace(source, path=reader, data_files=source.path) if reader else source)
     try:
-        whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]
+        whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]  # not split by trl
     except FileNotFoundError as error:
         raise ValueError(f"`datasets`: {error}; each `path`, or its `data_files`, must exist.") from error
     except ValueError as error:

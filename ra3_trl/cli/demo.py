@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .. import RA3Config, RA3MidTrainer, load_code_directory
 from ..em import EVAL_NOISE, roll_out
-from ..files import written_aside
 from ..report import latent_rows, latent_table, plot_run
 from ..segmentation import row_to_document, standard_library
 from .data import load_splits
@@ -54,9 +53,11 @@ def default_model() -> Path:
     source = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    with written_aside(target) as folder:
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    aside = target.with_name(f"{target.name}.{os.getpid()}")
+    model.save_pretrained(aside)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    if not target.exists():  # another process may have been quicker
+        aside.rename(target)
     return target
 
 
