@@ -6,7 +6,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install chromium bubblewrap test test-slow lint demo replication clean
+.PHONY: install chromium bubblewrap test test-slow lint matrix demo replication clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ test-slow: install chromium bubblewrap
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# make matrix ARGS="5.23.0 1.15.0": other versions of transformers and trl; without ARGS the table of docs/versions.md.
+matrix: install
+	.ci/matrix $(ARGS)
 
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
