@@ -99,7 +99,7 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     (paper,) = citation["references"]
     assert paper["url"] == "https://huggingface.co/papers/2509.25810"
     assert {"type", "title", "authors"} <= set(paper)
-    assert paper["title"] in (ROOT / "ra3_trl" / "hub" / "model_card.md.jinja").read_text()
+    assert paper["title"] in (ROOT / "ra3_trl" / "hub" / "shared.md.jinja").read_text()
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
