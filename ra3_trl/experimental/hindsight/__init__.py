@@ -1,10 +1,12 @@
 """Latents proposed by who has seen the lines that they explain, see docs/hindsight.md.
 
-Training: [`HindsightTrainer`] and [`HindsightConfig`] in the place of [`RA3MidTrainer`] and [`RA3Config`]; a command
-takes the two as its own, since with `proposal="causal"` they are no different. A policy that is at hand: [`attach`].
+Training: [`HindsightTrainer`] and [`HindsightConfig`] in the place of [`RA3MidTrainer`] and [`RA3Config`]; with
+`proposal="causal"` the two are no different. A policy that is at hand: [`attach`].
 """
 
-from .proposals import attach
+from .config import HindsightConfig
+from .proposals import Proposal, Proposals, attach, make_proposals
+from .trainer import HindsightTrainer
 
 
-__all__ = ["attach"]
+__all__ = ["HindsightConfig", "HindsightTrainer", "Proposal", "Proposals", "attach", "make_proposals"]
