@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import MISSING, InitVar, dataclass, field, fields
-from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from transformers import SchedulerType, TrainingArguments
@@ -35,14 +34,12 @@ def _setting(
     return field(default=default, metadata={"help": help, "least": least, "most": most, "above": above, **more})
 
 
-@cache
 def own_fields(cls: type[RA3Config]) -> tuple[str, ...]:
     """Names of the fields that `TrainingArguments` does not have."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
     return tuple(entry.name for entry in fields(cls) if entry.name not in inherited)
 
 
-@cache
 def _kinds_of(cls: type[RA3Config]) -> dict[str, tuple[type, ...]]:
     """Types that a value may have, of each own field of a plain kind; a whole number will do for a `float`."""
     kinds_by_name = {}

@@ -5,6 +5,7 @@ from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
 from .policy import Policy, chunk_length, evaluating
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
+from .text import token_text
 
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "evaluating",
     "finish_metrics",
     "measured_gain",
+    "token_text",
 ]
