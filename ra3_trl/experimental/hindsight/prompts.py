@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ...policy import token_text
 from ...records import Boundary, Document
 from ...segmentation.tokens import FIM_TOKENS, encode_behind
 
@@ -137,7 +138,7 @@ class PromptFunction:
         for boundary in boundaries:
             action = document.actions[boundary]
             known = _next_lines(document, boundary, lines)
-            text = self.function(self._text(ids[len(bos) : action.start]), self._text(known))
+            text = self.function(*(token_text(self.tokenizer, t) for t in (ids[len(bos) : action.start], known)))
             if not isinstance(text, str) or not text:
                 raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
             prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -149,9 +150,6 @@ class PromptFunction:
                 )
             views.append(_view(document, prompt[:-1], action.start, (boundary,), {boundary: prompt[-1:]}))
         return views
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 Prompt = PromptTemplate | PromptFunction
