@@ -156,7 +156,7 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
     group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
-    assert proposals.counts(4) == (1, 3)
+    assert share_out(4, proposals.shares) == (1, 3)
     causal, known = (m.logps(engine, document, document.boundaries, group.latents) for m in proposals.members)
     assert (causal.isinf() | known.isinf()).any() == bool(top_k)
     prior = prior_logps(engine, document, document.boundaries, group.latents)

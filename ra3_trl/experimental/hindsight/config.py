@@ -14,10 +14,8 @@ PROPOSALS = ("causal", "fim", "chat", "template", "function")
 @dataclass(repr=False)  # a generated one would show tokens
 class HindsightConfig(RA3Config):
     r"""
-    Settings of [`HindsightTrainer`]: those of [`RA3Config`] and, at the end, where latents come from.
-
-    Raises:
-        `ValueError`: for a bad value, naming field, value and cure.
+    Settings of [`HindsightTrainer`]: those of [`RA3Config`] and, at the end, where latents come from. A bad value is
+    refused with a `ValueError` that names field, value and cure.
     """
 
     proposal: str = _setting(
@@ -92,6 +90,4 @@ class HindsightConfig(RA3Config):
                 raise ValueError(message)
 
 
-HindsightConfig.__doc__ = (HindsightConfig.__doc__ or "").replace(
-    "    Raises:", field_docs(HindsightConfig) + "\n    Raises:"
-)
+HindsightConfig.__doc__ = f"{HindsightConfig.__doc__}\n{field_docs(HindsightConfig)}"
