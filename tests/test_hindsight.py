@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from slow_path import plain_forward
 
-from ra3_trl import Policy, RA3Config
+from ra3_trl import Policy, RA3Config, RA3MidTrainer
 from ra3_trl.cli.annotate import main
 from ra3_trl.config_file import read_experimental
 from ra3_trl.em import EStep, Gradients, MetricSums, rollout_sums
@@ -844,6 +844,12 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
         rates = sums.averages()
         assert rates["hindsight/copy_rate"] == rate and rates["copy_rate"] < 1
         assert "same_rate" not in rates and "hindsight/same_rate" not in rates
+
+
+def test_the_plain_trainer_does_not_pass_over_proposals(tokenizer_of, tiny_model):
+    args = HindsightConfig("x", proposal="fim", use_cpu=True)
+    with pytest.raises(ValueError, match="`args` is a HindsightConfig, .* make a `HindsightTrainer`"):
+        RA3MidTrainer(tiny_model("llama", tokenizer_of), args, processing_class=tokenizer_of)
 
 
 def test_shares():

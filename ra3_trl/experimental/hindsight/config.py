@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...config import RA3Config, _setting, field_docs
 
@@ -17,6 +18,8 @@ class HindsightConfig(RA3Config):
     Settings of [`HindsightTrainer`]: those of [`RA3Config`] and, at the end, where latents come from. A bad value is
     refused with a `ValueError` that names field, value and cure.
     """
+
+    trainer: ClassVar[str] = "HindsightTrainer"
 
     proposal: str = _setting(
         "Where latents come from: causal (the policy, from the code so far), or in hindsight, knowing the next lines, "
