@@ -81,10 +81,12 @@ def estep_loss(
     parts = {"gate": gate, "policy": policy}
     loss = gate_coef * gate + policy
     if kl_coef:
+        assert ref_token_logps_n is not None
         log_ratio = ref_token_logps_n - token_logps_n
         parts["kl"] = ((torch.exp(log_ratio) - 1 - log_ratio) / latents).sum()
         loss = loss + kl_coef * parts["kl"]
     if entropy_coef:
+        assert entropy_n is not None
         parts["entropy"] = (entropy_n / latents).sum()
         loss = loss - entropy_coef * parts["entropy"]
     if gate_kl_coef:

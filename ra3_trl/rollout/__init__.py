@@ -1,6 +1,6 @@
 """Latents at many boundaries of a document: sampled, scored, and their log-probs with gradients."""
 
-from .backbone import Backbone
+from .backbone import Backbone, evaluating
 from .branch import BranchEngine
 from .engine import PolicyLogProbs, RolloutEngine
 from .expand import ExpandEngine
@@ -23,6 +23,7 @@ __all__ = [
     "SamplingParams",
     "build_engine",
     "check_finite",
+    "evaluating",
     "horizon_lines",
     "keyed_uniform",
 ]

@@ -7,8 +7,9 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,8 +20,20 @@ from transformers import PreTrainedModel
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Backbone:
-    """The two halves of a causal language model.
+    """Splits a causal language model into its two halves.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -35,7 +48,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel | PeftModel, router_aux_loss_coef: float | None = None):
         self.model = model
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_lm = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.base_model
         if self.decoder is causal_lm:
@@ -73,7 +86,7 @@ class Backbone:
         """Flash attention keeps packed documents apart in a batch of one row only; a router loss counts padding."""
         return bool(self._router_coef) or "flash" in (self.causal_lm.config._attn_implementation or "")
 
-    def hidden(self, through: nn.Module | None = None, **inputs) -> torch.Tensor:
+    def hidden(self, through: nn.Module | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states `[rows, L, hidden_size]`.
 
         `through` is the wrapped model whose forward must be the one that runs (DDP arms its gradient reduction there);
@@ -101,8 +114,8 @@ class Backbone:
         return caught[0]
 
     def idle(self, through: nn.Module | None = None, heads: int = 1) -> torch.Tensor:
-        """A loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so that
-        all processes do the same number of them. `heads`: how often others apply the head behind it."""
+        """Makes a loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so
+        that all processes do the same number of them. `heads`: how often others apply the head behind it."""
         hidden = self.hidden(through, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))[0]
         router = 0.0 if self.router_loss is None else self.router_loss
         target = torch.zeros(1, dtype=torch.long, device=hidden.device)
@@ -111,7 +124,7 @@ class Backbone:
         )
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Every process has the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
+        """Gives every process the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
         self._settled = True
         return gathered(self.model)
 

@@ -1,34 +1,31 @@
-"""The engine protocol: what the E-step, annotation and evaluation ask for, whoever does it."""
+"""The engine protocol: what the E-step, annotation and evaluation ask for, whoever does it; and what engines share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..records import Document, Latent, RolloutGroup
+from ..records import Action, Document, Latent, RolloutGroup, TokenTable
 from .backbone import Backbone
 from .noise import NoiseKey
+from .sampler import LatentDistribution, SamplingParams, kept_sets, sampled_symbols, symbol_logps
 
 
 @dataclass(frozen=True)
 class PolicyLogProbs:
-    """Differentiable log-probs of sampled latents at some boundaries.
+    """Holds differentiable log-probs of sampled latents at some boundaries."""
 
-    `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
-    `branch_n` its branch `t * G + g` (counted from the first boundary), `entropy_n` the entropy there (zero unless
-    asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
-    """
-
-    gate_T: torch.Tensor
-    token_n: torch.Tensor
-    branch_n: torch.Tensor
-    entropy_n: torch.Tensor
-    router: torch.Tensor | None = None
+    gate_T: torch.Tensor  # log P(think | s_t)
+    token_n: torch.Tensor  # log-prob of each sampled symbol under the distribution it was drawn from
+    branch_n: torch.Tensor  # branch `t * G + g` of each symbol, counted from the first boundary
+    entropy_n: torch.Tensor  # entropy of that distribution, zero unless asked for
+    router: torch.Tensor | None = None  # weighted router loss of the forward, of a mixture of experts
 
 
 Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
@@ -42,7 +39,7 @@ class RolloutEngine(Protocol):
     score_seconds: float  # spent on scoring so far, for the log
 
     def trunk(self, document: Document) -> RolloutGroup:
-        """Line and gate log-probs of a document as it stands: a group without boundaries."""
+        """Scores a document as it stands, lines and gates: a group without boundaries."""
 
     def rollout(
         self,
@@ -53,28 +50,85 @@ class RolloutEngine(Protocol):
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
-        """`num_latents` latents before each action in `boundaries` (a function is asked once the document has run);
-        with `score`, the `horizon` lines under each."""
+        """Samples `num_latents` latents before each action in `boundaries` (a function is asked once the document has
+        run); with `score`, scores the `horizon` lines under each."""
 
     def score(
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
-        """The same for given latents."""
+        """Scores the same lines under given latents."""
 
     def latent_logps(
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
     ) -> torch.Tensor:
-        """Log-probs `[T, G]` of latents, whoever drew them, under the distribution that is drawn from there, or
-        `whole`, without its truncation. A truncation set that a latent does not bring (`kept`) is found anew."""
+        """Scores latents `[T, G]`, whoever drew them, under the distribution that is drawn from there, or `whole`,
+        without its truncation. A truncation set that a latent does not bring (`kept`) is found anew."""
 
     def split(self, group: RolloutGroup) -> list[slice]:
-        """Slices of the group's boundaries whose branches may be in flight together."""
+        """Cuts the group's boundaries into slices whose branches may be in flight together."""
 
     def gradients(self) -> AbstractContextManager[None]:
-        """Where `log_probs` and the backward pass belong together: activation checkpointing runs forwards anew in the
-        backward pass, which must attend as the first ones did."""
+        """Encloses `log_probs` and the backward pass: activation checkpointing runs forwards anew in the latter, and
+        they must attend as the first ones did."""
 
     def log_probs(
-        self, group: RolloutGroup, part: slice, through: nn.Module | None = None, entropy: bool = False
+        self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None, entropy: bool = False
     ) -> PolicyLogProbs:
-        """Log-probs of the group's latents at `boundaries[part]` under the present weights, differentiable."""
+        """Scores the group's latents at `boundaries[chunk]` under the present weights, differentiably."""
+
+
+class EngineBase:
+    """Holds what every engine is made of.
+
+    Args:
+        backbone ([`Backbone`]):
+            The model.
+        table ([`TokenTable`]):
+            Facts of its vocabulary.
+        params ([`SamplingParams`]):
+            How latents are drawn.
+        max_branch_tokens (`int`, *optional*, defaults to `8192`):
+            Bound on branches in flight times their longest length. Any value gives the same result.
+    """
+
+    def __init__(self, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192):
+        self.backbone = backbone
+        self.table = table.to(backbone.device)
+        self.distribution = LatentDistribution(self.table, params)
+        self.params = params
+        self.max_branch_tokens = max_branch_tokens
+        self.score_seconds = 0.0
+
+    def _long(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.backbone.device)
+
+    def _gate_logps(self, actions: Sequence[Action], hidden_nD: torch.Tensor) -> torch.Tensor:
+        """log P(think) `[T]` from the hidden states that predict the [`gate_tokens`] of all actions."""
+        tokens = [gate_tokens(action) for action in actions]
+        owner = np.repeat(np.arange(len(actions)), [len(t) for t in tokens])
+        logps = self.backbone.token_logps(hidden_nD, self._long(np.concatenate(tokens)))
+        return logps.new_zeros(len(actions)).index_add(0, self._long(owner), logps)
+
+    def _symbol_logps(
+        self, latents: Sequence[Latent], hidden_nD: torch.Tensor, whole: bool = False, entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-prob of each symbol from the hidden states that predict them, its branch, and the entropy there."""
+        symbols, states, steps, branches = (self._long(column) for column in sampled_symbols(latents, self.table))
+        kept = kept_sets(latents) if self.params.truncated and not whole else None
+        logps_n, entropy_n = symbol_logps(
+            self.backbone, self.distribution, hidden_nD, symbols, states, steps, kept, entropy
+        )
+        return logps_n, branches, entropy_n
+
+
+def gate_tokens(action: Action) -> tuple[int, ...]:
+    """Tokens whose log-probs add up to a gate's. Where none is asked for, the think prefix may be a whole prompt: its
+    first token stands for it, so that each boundary has a number."""
+    return action.think if action.decides else action.think[:1]
+
+
+def unscored(trunk: RolloutGroup, boundaries: Sequence[int], num_latents: int, horizon: int) -> RolloutGroup:
+    """Gives a trunk boundaries, and scores that say nothing yet."""
+    lines = torch.zeros(len(boundaries), num_latents, horizon)
+    gates = torch.full_like(lines, float("-inf"))
+    return replace(trunk, boundaries=tuple(boundaries), latent_line_logps_TGH=lines, latent_gate_logps_TGH=gates)
