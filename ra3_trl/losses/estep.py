@@ -11,25 +11,25 @@ from .returns import log1mexp
 
 @dataclass(frozen=True)
 class EStepTerms:
-    """What the E-step optimises at `T` boundaries, as constants computed from rollouts.
+    """Holds what the E-step optimises at `T` boundaries, as constants computed from rollouts."""
 
-    `gate_gain_T`: mean_g G_g - c - G_act, the slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p, zero where the
-    gate is held. `advantage_TG` and `weight_T` (1, or P(think)) are those of the latents.
-    """
-
-    gate_gain_T: torch.Tensor
-    advantage_TG: torch.Tensor
-    weight_T: torch.Tensor
+    gate_gain_T: torch.Tensor  # slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p; zero where the gate is held
+    advantage_TG: torch.Tensor  # of the latents
+    weight_T: torch.Tensor  # of the latents: 1, or P(think)
 
 
 def gate_slope(gain_TG: torch.Tensor, penalty: float, hold: bool) -> torch.Tensor:
-    """Slope of the gate's objective in P(think), `[T]`; zero while the gate is held, see [`gate_anchor`]."""
+    """Computes the slope of the gate's objective in P(think), `[T]`; zero while the gate is held ([`gate_anchor`]).
+
+    >>> gate_slope(torch.tensor([[2.0, 0.0]]), penalty=0.25, hold=False)
+    tensor([0.7500])
+    """
     slope = gain_TG.mean(1) - penalty
     return torch.zeros_like(slope) if hold else slope
 
 
 def gate_anchor(gate_logps_T: torch.Tensor, start_gate_logps_T: torch.Tensor) -> torch.Tensor:
-    """KL(Bernoulli(P(think) at the start) || Bernoulli(P(think))), `[T]`: what holds a held gate still.
+    """Computes KL(Bernoulli(P(think) at the start) || Bernoulli(P(think))), `[T]`: what holds a held gate still.
 
     Its slope in the gate's log-odds is `p - p_start`: at most 1, and not vanishing where p has collapsed.
     """
@@ -52,7 +52,7 @@ def estep_loss(
     gate_kl_coef: float = 0.0,
     anchor_gate_logps_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over boundaries of the negative objective; the caller divides by the boundaries of the whole window.
+    """Sums the negative objective over boundaries; the caller divides by the boundaries of the whole window.
 
     Args:
         terms ([`EStepTerms`]):
@@ -99,7 +99,7 @@ def estep_loss(
 
 
 def bernoulli_kl(gate_logps: torch.Tensor, prior_think: float) -> torch.Tensor:
-    """KL(Bernoulli(P(think)) || Bernoulli(prior_think)): the gate's part of the ELBO's KL (Prop. 5.1)."""
+    """Computes KL(Bernoulli(P(think)) || Bernoulli(prior_think)): the gate's part of the ELBO's KL (Prop. 5.1)."""
     log_p, log_q = gate_logps, log1mexp(gate_logps)
     prior = torch.tensor(prior_think, dtype=gate_logps.dtype, device=gate_logps.device)
     return log_p.exp() * (log_p - torch.log(prior)) + log_q.exp() * (log_q - torch.log1p(-prior))

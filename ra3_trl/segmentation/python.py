@@ -27,9 +27,10 @@ def _tokens(text: str) -> list[tokenize.TokenInfo] | None:
 
 
 def segment_python(text: str) -> tuple[Line, ...] | None:
-    """Logical lines and own-line comments of `text`, or `None` when it does not tokenize.
+    r"""Cuts `text` into logical lines and own-line comments; `None` when it does not tokenize.
 
-    Example: `"if x:\\n  # why\\n  f(\\n1)\\n"` has three lines, at characters 0, 6 and 14, the second a comment.
+    >>> [(line.start, line.comment) for line in segment_python("if x:\n  # why\n  f(\n1)\n")]
+    [(0, False), (6, True), (14, False)]
     """
     bom = 1 if text.startswith("\ufeff") else 0
     tokens = _tokens(text[bom:])
@@ -62,9 +63,10 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
 
 
 def statements_end(text: str) -> int:
-    """Length of the whole statements that `text` begins with, up to its end or the first thing that is no Python.
+    r"""Finds the end of the whole statements that `text` begins with: its own, or before the first that is no Python.
 
-    Example: `statements_end("x = 1\\ny = (2,\\n") == 6`.
+    >>> statements_end("x = 1\ny = (2,\n")
+    6
     """
     bom = 1 if text.startswith("\ufeff") else 0
     offsets = [bom]
