@@ -7,9 +7,7 @@ from .head import (
     AbstractionConfig,
     AbstractionHead,
     load_head,
-    place_of,
     save_head,
-    state_width,
 )
 from .load import (
     check_trainable,
@@ -19,6 +17,8 @@ from .load import (
     end_ids,
     load_model,
     load_tokenizer,
+    place_of,
+    state_width,
 )
 from .tags import add_tags
 

@@ -28,7 +28,7 @@ _WIDTH = 128
 @dataclass(frozen=True)
 class AbstractionConfig:
     """
-    What belongs to an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
+    Describes an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
 
     Args:
         hidden_size (`int`):
@@ -52,7 +52,7 @@ class AbstractionConfig:
     max_latent_length: int = 12
     trained_on: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hidden_size", "max_latent_length"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"`{name}` of the abstraction head is {getattr(self, name)}; it must be at least 1.")
@@ -62,7 +62,7 @@ class AbstractionConfig:
 
 class AbstractionHead(nn.Module):
     """
-    Gate, predicted gain and its spread over latents, from hidden states `[..., hidden_size]`.
+    Reads a gate, the gain of thinking and its spread over latents off hidden states `[..., hidden_size]`.
 
     The states are detached and normalised to unit variance; one hidden layer of 128 units follows. A fresh head gives
     `think_prob`, a gain of 0 and a spread of 0.7 everywhere; making one leaves the random number generators alone.
@@ -85,9 +85,9 @@ class AbstractionHead(nn.Module):
             self.outer.bias.copy_(torch.tensor([math.log(config.think_prob / (1 - config.think_prob)), 0.0, 0.0]))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What thinking at these states would be, `[...]` each: `think_logits`, the log-odds of doing it; `gain`, the
-        expected rise of the next lines' log-likelihood in nats; `spread`, by how many nats one latent's gain differs
-        from another's (the standard deviation)."""
+        """Foretells what thinking at these states would be, `[...]` each: `think_logits`, the log-odds of doing it;
+        `gain`, the expected rise of the next lines' log-likelihood in nats; `spread`, by how many nats one latent's
+        gain differs from another's (the standard deviation)."""
         states = nn.functional.layer_norm(states.detach().to(self.inner.weight), (self.config.hidden_size,))
         think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
         return think_logits, gain, nn.functional.softplus(spread)
@@ -95,12 +95,6 @@ class AbstractionHead(nn.Module):
     def trained_on(self, boundaries: int) -> None:
         """Notes that it has learned from so many boundaries more."""
         self.config = replace(self.config, trained_on=self.config.trained_on + boundaries)
-
-
-def state_width(model: nn.Module) -> int:
-    """Width of the hidden states that the language-model head of `model` reads."""
-    weight = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[1]  # of ZeRO-3 a process has a part of the matrix only
 
 
 def save_head(head: AbstractionHead, folder: str | Path) -> None:
@@ -112,36 +106,23 @@ def save_head(head: AbstractionHead, folder: str | Path) -> None:
     (folder / HEAD_CONFIG).write_text(json.dumps({"version": VERSION} | asdict(head.config), indent=2) + "\n")
 
 
-def place_of(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Those of `from_pretrained`'s keyword arguments that say where the files are."""
-    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-    return {name: options[name] for name in names if name in (options or {})}
-
-
 def load_head(name: str, hidden_size: int | None = None, **place: Any) -> AbstractionHead | None:
-    """The abstraction head of a checkpoint, `None` where it has none.
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        hidden_size (`int`, *optional*):
-            Width of the model's hidden states, to be checked.
-        **place:
-            As for [`~ra3_trl.files.find_file`].
+    """Loads the abstraction head of a checkpoint, a folder or a Hub id (`place` as for [`~ra3_trl.files.find_file`]);
+    `None` where it has none. `hidden_size` is the width of the model's hidden states, to be checked.
 
     Raises:
         `ValueError`: for files that are cut, of a newer version, of another hidden size, or one without the other.
     """
-    found = {filename: find_file(name, filename, **place) for filename in (HEAD_CONFIG, HEAD_WEIGHTS)}
-    missing = [filename for filename, path in found.items() if path is None]
-    if len(missing) == 2:
+    config_file, weights = find_file(name, HEAD_CONFIG, **place), find_file(name, HEAD_WEIGHTS, **place)
+    if config_file is None and weights is None:
         return None
     cure = "take another revision, or delete both files to start with a fresh head"
-    if missing:
-        raise ValueError(f"{missing[0]} of {name!r} is missing beside its {({*found} - {*missing}).pop()}; {cure}.")
-    with read_versioned(found[HEAD_CONFIG], name, VERSION, cure) as values:
-        known = {field.name for field in fields(AbstractionConfig)}
-        config = AbstractionConfig(**{key: value for key, value in values.items() if key in known})
+    if config_file is None or weights is None:
+        missing, there = (HEAD_WEIGHTS, HEAD_CONFIG) if weights is None else (HEAD_CONFIG, HEAD_WEIGHTS)
+        raise ValueError(f"{missing} of {name!r} is missing beside its {there}; {cure}.")
+    with read_versioned(config_file, name, VERSION, cure) as values:
+        names = {field.name for field in fields(AbstractionConfig)}
+        config = AbstractionConfig(**{key: value for key, value in values.items() if key in names})
     if hidden_size not in (None, config.hidden_size):
         raise ValueError(
             f"`hidden_size` of the abstraction head of {name!r} is {config.hidden_size}, and the model's hidden "
@@ -149,7 +130,7 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
         )
     head = AbstractionHead(config)
     try:
-        head.load_state_dict(load_file(found[HEAD_WEIGHTS]))
+        head.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{HEAD_WEIGHTS} of {name!r} is damaged ({error}); {cure}.") from error
     return head
