@@ -45,6 +45,7 @@ test-slow: install chromium bubblewrap
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
@@ -57,5 +58,5 @@ replication: install
 	$(BIN)/ra3 report runs/replication/table.json --output_dir runs/replication --title "RA3 on a testbed"
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
