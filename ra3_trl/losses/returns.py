@@ -56,17 +56,8 @@ class Returns:
 
 def compute_returns(group: RolloutGroup, horizon: int, discount: float, reduction: str = "sum") -> Returns:
     """Sums discounted line rewards, `G(t) = sum_{k < H} discount^k R_{t+k}` (PAPER, E-step; H and the discount are our
-    choice), cut at the document's end and at a kept comment.
-
-    Args:
-        group ([`RolloutGroup`]):
-            Scores of one document.
-        horizon (`int`):
-            Lines H, at most those that were scored.
-        discount (`float`):
-            Discount of later lines.
-        reduction (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` over a line's tokens (a log-likelihood), or `"mean"` (a surrogate).
+    choice), cut at the document's end and at a kept comment. `horizon` is at most the lines that were scored;
+    `reduction` is the `"sum"` over a line's tokens (a log-likelihood), or the `"mean"` (a surrogate).
     """
     actions = group.document.actions
     act_A = renormalise(group.line_logps_A, group.gate_logps_A)

@@ -1,14 +1,7 @@
 """What stands beside the language model: loading, frozen weights, tags, the abstraction head."""
 
 from .frozen import BaseWeights, FrozenWeights
-from .head import (
-    HEAD_CONFIG,
-    HEAD_WEIGHTS,
-    AbstractionConfig,
-    AbstractionHead,
-    load_head,
-    save_head,
-)
+from .head import HEAD_WEIGHTS, AbstractionConfig, AbstractionHead, load_head, save_head
 from .load import (
     check_trainable,
     check_vocabulary,
@@ -24,7 +17,6 @@ from .tags import add_tags
 
 
 __all__ = [
-    "HEAD_CONFIG",
     "HEAD_WEIGHTS",
     "AbstractionConfig",
     "AbstractionHead",

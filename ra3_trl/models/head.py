@@ -30,27 +30,15 @@ class AbstractionConfig:
     """
     Describes an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
 
-    Args:
-        hidden_size (`int`):
-            Width of the hidden states that the model's own head reads.
-        think_prob (`float`, *optional*, defaults to `0.3`):
-            P(think) of a fresh head, everywhere.
-        action_format (`str`, *optional*, defaults to `"python"`):
-            Where its boundaries stand and what opens a latent there.
-        max_latent_length (`int`, *optional*, defaults to `12`):
-            Most tokens of a latent.
-        trained_on (`int`, *optional*, defaults to `0`):
-            Boundaries it has learned from; 0 is a fresh head.
-
     Raises:
         `ValueError`: for a size below 1 or a probability that is not between 0 and 1.
     """
 
-    hidden_size: int
-    think_prob: float = 0.3
-    action_format: str = "python"
-    max_latent_length: int = 12
-    trained_on: int = 0
+    hidden_size: int  # width of the hidden states that the model's own head reads
+    think_prob: float = 0.3  # P(think) of a fresh head, everywhere
+    action_format: str = "python"  # where its boundaries stand and what opens a latent there
+    max_latent_length: int = 12  # most tokens of a latent
+    trained_on: int = 0  # boundaries it has learned from; 0 is a fresh head
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "max_latent_length"):
@@ -66,10 +54,6 @@ class AbstractionHead(nn.Module):
 
     The states are detached and normalised to unit variance; one hidden layer of 128 units follows. A fresh head gives
     `think_prob`, a gain of 0 and a spread of 0.7 everywhere; making one leaves the random number generators alone.
-
-    Args:
-        config ([`AbstractionConfig`]):
-            Its size and what it is for.
     """
 
     def __init__(self, config: AbstractionConfig):

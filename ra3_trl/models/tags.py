@@ -21,14 +21,8 @@ def add_tags(
     A new tag's row of the input embeddings, and of the output embeddings where they are not tied, is the mean of the
     rows of all tokens of its words. The matrix grows only where it has no room left. A tag that the tokenizer knows as
     an ordinary token keeps its id and its embedding and becomes special.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, changed in place. An adapter must train the tags' rows, and tags can't be added below it.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, changed in place; `save_pretrained` keeps the tags.
-        tags (`Mapping[str, tuple[str, ...]]`):
-            Words by tag, as in `ActionFormat.tags`. Empty does nothing.
+    Both are changed in place, and `save_pretrained` keeps the tags. An adapter must train the tags' rows, and tags
+    can't be added below it. `tags` holds words by tag, as in `ActionFormat.tags`.
 
     Returns:
         `tuple[int, ...]`: the ids of the tags.

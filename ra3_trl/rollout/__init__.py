@@ -7,12 +7,11 @@ from .expand import ExpandEngine
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
 from .sampler import SamplingParams, check_finite
-from .select import ENGINES, build_engine
+from .select import build_engine
 
 
 __all__ = [
     "CHOICE",
-    "ENGINES",
     "GATE",
     "Backbone",
     "BranchEngine",

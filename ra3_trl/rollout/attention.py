@@ -96,14 +96,9 @@ def _causal(
 class BranchState:
     """Holds keys and values of one document and of the branches in flight, and what the current forward is.
 
-    Args:
-        prefix_M (`torch.Tensor`):
-            Number of document tokens each branch sees, ascending.
-        slots (`int`):
-            Most tokens of a branch.
-        cached (`bool`):
-            `True` keeps keys and values from forward to forward (no gradients); `False` is for one packed forward
-            [document | branches] with gradients.
+    `prefix_M` are the document tokens that each branch sees, ascending; `slots` the most tokens of a branch. `cached`
+    keeps keys and values from forward to forward (no gradients); without, there is one packed forward
+    [document | branches] with gradients. The document's are those of another state, if given.
     """
 
     def __init__(self, prefix_M: torch.Tensor, slots: int, cached: bool, document: BranchState | None = None):

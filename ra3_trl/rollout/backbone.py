@@ -35,15 +35,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Backbone:
     """Splits a causal language model into its two halves.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, not wrapped for several processes (sharded in place by FSDP2 it is the same object).
-        router_aux_loss_coef (`float`, *optional*):
-            Weight of the router loss of a mixture of experts; `None` is the model's own.
-
-    Attributes:
-        router_loss (`torch.Tensor` or `None`):
-            The weighted router loss of the last forward with gradients; `None` where there is none.
+    The model is not wrapped for several processes (sharded in place by FSDP2 it is the same object). Without a
+    `router_aux_loss_coef` a mixture of experts has the weight of its own config on its router loss.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, router_aux_loss_coef: float | None = None):
@@ -66,8 +59,8 @@ class Backbone:
                 f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
                 "loss; leave it out."
             )
-        self.router_loss: torch.Tensor | None = None
-        self._settled = False
+        self.router_loss: torch.Tensor | None = None  # weighted, of the last forward with gradients
+        self._settled = False  # whether FSDP2 has been told which weights to keep between forwards
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
         self._softcap = config.get("final_logit_softcapping")  # Gemma 2

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,86 +12,16 @@ from torch import nn
 
 from ..records import Document, Latent, RolloutGroup
 from .attention import BranchState, BranchTokens, branch_attention
-from .engine import Boundaries, EngineBase, PolicyLogProbs, gate_tokens, unscored
+from .engine import Flight, MakeFlight, PolicyLogProbs, RolloutEngine, gate_tokens
 from .noise import NoiseKey
-from .plan import BranchPlan, collect_scores, gate_targets, plan_boundary
+from .plan import BranchPlan, collect_scores, gate_targets
 from .sampler import draw_from_hidden, fed_tokens
 
 
-class BranchEngine(EngineBase):
-    """Lets the branches of a document share its prefix (see `attention.py`); arguments as of [`EngineBase`]."""
+class BranchEngine(RolloutEngine):
+    """Lets the branches of a document share its prefix, see `attention.py`."""
 
     name = "branch"
-
-    # ---- no gradients: document, sampling, scoring ----
-
-    @torch.no_grad()
-    def trunk(self, document: Document) -> RolloutGroup:
-        with branch_attention(self.backbone.causal_lm):
-            return self._trunk(document)[0]
-
-    @torch.no_grad()
-    def rollout(
-        self,
-        document: Document,
-        boundaries: Boundaries,
-        num_latents: int,
-        horizon: int,
-        noise: NoiseKey,
-        score: bool = True,
-    ) -> RolloutGroup:
-        with branch_attention(self.backbone.causal_lm):
-            group, trunk = self._trunk(document)
-            boundaries = boundaries(group) if callable(boundaries) else boundaries
-            group = unscored(group, boundaries, num_latents, horizon)
-            latents: dict[int, tuple[Latent, ...]] = {}
-            for chunk, flight in self._flights(group, trunk):
-                index = np.array([document.actions[group.boundaries[t]].index for t in chunk])
-                latents |= zip(chunk, flight.sample(noise, index), strict=True)
-                if score:
-                    self._score(group, chunk, flight)
-        return replace(group, latents=tuple(latents[t] for t in range(len(group.boundaries))))
-
-    @torch.no_grad()
-    def score(
-        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
-    ) -> RolloutGroup:
-        with branch_attention(self.backbone.causal_lm):
-            group, trunk = self._trunk(document)
-            group = unscored(group, boundaries, len(latents[0]) if latents else 0, horizon)
-            for chunk, flight in self._flights(group, trunk):
-                flight.tokens = [list(latent.token_ids) for t in chunk for latent in latents[t]]
-                self._score(group, chunk, flight)
-        return replace(group, latents=tuple(map(tuple, latents)))
-
-    @torch.no_grad()
-    def latent_logps(
-        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
-    ) -> torch.Tensor:
-        logps_TG = torch.zeros(len(boundaries), len(latents[0]) if latents else 0)
-        with branch_attention(self.backbone.causal_lm):
-            group, trunk = self._trunk(document)
-            for chunk, flight in self._flights(unscored(group, boundaries, logps_TG.shape[1], 1), trunk):
-                logps_TG[chunk] = flight.latent_logps([latent for t in chunk for latent in latents[t]], whole)
-        return logps_TG
-
-    def _flights(self, group: RolloutGroup, trunk: BranchState) -> Iterator[tuple[list[int], _Flight]]:
-        """Positions in the group's boundaries, longest branches first, as many as fit, and their branches."""
-        _, num_latents, horizon = group.latent_line_logps_TGH.shape
-        plans = [plan_boundary(group.document, boundary, horizon) for boundary in group.boundaries]
-        length = [len(p.think) + self.params.max_length + len(p.tokens) for p in plans]
-        order = sorted(range(len(plans)), key=lambda t: -length[t])
-        while order:
-            fit = max(1, self.max_branch_tokens // (length[order[0]] * max(num_latents, 1)))
-            chunk, order = sorted(order[:fit]), order[fit:]
-            yield chunk, _Flight(self, group.document, [plans[t] for t in chunk], num_latents, trunk)
-
-    def _score(self, group: RolloutGroup, chunk: list[int], flight: _Flight) -> None:
-        """Fills the group's scores in at some of its boundaries."""
-        begin = time.perf_counter()
-        lines, gates = flight.score(group.latent_line_logps_TGH.shape[2])
-        group.latent_line_logps_TGH[chunk], group.latent_gate_logps_TGH[chunk] = lines, gates
-        self.score_seconds += time.perf_counter() - begin
 
     def _forward(self, state: BranchState, document: Sequence[int], tokens: BranchTokens | None) -> torch.Tensor:
         """Hidden states `[tokens, hidden_size]` of document tokens followed by branch tokens."""
@@ -101,8 +30,7 @@ class BranchEngine(EngineBase):
         row = ids if tokens is None else torch.cat([ids, tokens.token_n])
         return self.backbone.hidden(input_ids=row[None], position_ids=positions[None], ra3=state)[0]
 
-    def _trunk(self, document: Document) -> tuple[RolloutGroup, BranchState]:
-        """Runs the document; its scores, and its keys and values for the branches."""
+    def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
         trunk = BranchState(self._long([]), 1, cached=True)
         hidden = self._forward(trunk, document.input_ids, None)
         layers = self.backbone.causal_lm.config.get_text_config().num_hidden_layers
@@ -121,7 +49,8 @@ class BranchEngine(EngineBase):
             self._gates(document, hidden, trunk, gates)
         empty = torch.zeros(0, 0, 0)
         states = hidden[self._long([actions[i].start - 1 for i in document.boundaries])].float().cpu()
-        return RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty, states), trunk
+        group = RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty, states)
+        return group, partial(_Flight, self, document, trunk)
 
     def _gates(self, document: Document, hidden: torch.Tensor, trunk: BranchState, gates_A: torch.Tensor) -> None:
         """Fills in `log P(think)`; think tokens that the document's own tokens do not lead to run as branches."""
@@ -168,16 +97,6 @@ class BranchEngine(EngineBase):
 
     # ---- gradients: one packed forward [document | branches], no cache ----
 
-    def split(self, group: RolloutGroup) -> list[slice]:
-        slices, begin, widest = [], 0, 0
-        for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
-            length = len(group.document.actions[boundary].think) + max(len(z.token_ids) for z in row)
-            if t > begin and (t + 1 - begin) * len(row) * max(widest, length) > self.max_branch_tokens:
-                slices.append(slice(begin, t))
-                begin, widest = t, 0
-            widest = max(widest, length)
-        return [*slices, slice(begin, len(group.boundaries))] if group.boundaries else []
-
     def gradients(self) -> AbstractContextManager[None]:
         return branch_attention(self.backbone.causal_lm)
 
@@ -210,25 +129,22 @@ class BranchEngine(EngineBase):
         return PolicyLogProbs(gate_T, token_n, branch_n, entropy_n, router)
 
 
-class _Flight:
-    """Runs branches at some boundaries, from their think prefix to the scores, on one document's cache.
+class _Flight(Flight):
+    """Runs branches on one document's cache.
 
     Sampling opens them once a boundary and feeds them token by token; scoring goes on in the same cache, or begins
-    with the think prefixes where nothing was sampled (`tokens` are then given).
+    with the think prefixes where nothing was sampled.
     """
 
     def __init__(
-        self, engine: BranchEngine, document: Document, plans: list[BranchPlan], num_latents: int, trunk: BranchState
+        self, engine: BranchEngine, document: Document, trunk: BranchState, plans: list[BranchPlan], num_latents: int
     ):
+        super().__init__(document, plans, num_latents)
         self.engine = engine
-        self.document = document
-        self.num_latents = num_latents
-        self.plans = [p for p in plans for _ in range(num_latents)]
         slots = max(len(p.think) + len(p.tokens) for p in plans) + engine.params.max_length
         self.opening = BranchState(engine._long([p.start for p in plans]), slots, True, trunk)
         self.state = BranchState(engine._long([p.start for p in self.plans]), slots, True, trunk)
         self.fed = np.zeros(len(self.plans), dtype=np.int64)  # tokens that each branch has run
-        self.tokens: list[list[int]] = [[] for _ in self.plans]  # of each latent
 
     def _open(self) -> torch.Tensor:
         """Runs the think prefixes, once a boundary; hidden state behind each branch's."""
@@ -239,8 +155,7 @@ class _Flight:
         self.fed = np.repeat(lengths, self.num_latents)
         return hidden[self.engine._long(np.cumsum(lengths) - 1)].repeat_interleave(self.num_latents, 0)
 
-    def latent_logps(self, latents: list[Latent], whole: bool) -> torch.Tensor:
-        """Log-probs `[T, G]` of given latents, as this document's boundaries would draw them."""
+    def predictors(self, latents: list[Latent]) -> torch.Tensor:
         engine, behind = self.engine, self._open()
         fed = [fed_tokens(z) for z in latents]
         hidden = behind[:0]
@@ -248,15 +163,11 @@ class _Flight:
         if len(some):
             tokens = engine._chains([fed[m] for m in some], some, self.fed[some])
             hidden = engine._forward(self.state, (), tokens)
-        # Branch m's symbols are predicted behind the prefix and behind its own tokens.
-        predictors = [torch.cat([b, h]) for b, h in zip(behind.split(1), hidden.split([*map(len, fed)]), strict=True)]
-        rows = torch.cat([p[: len(z.logps)] for p, z in zip(predictors, latents, strict=True)])
-        logps, branches, _ = engine._symbol_logps(latents, rows, whole)
-        total = logps.new_zeros(len(latents)).index_add(0, branches, logps)
-        return total.view(-1, self.num_latents).float().cpu()
+        # A branch's symbols are predicted behind the prefix and behind its own tokens.
+        rows = [torch.cat([b, h]) for b, h in zip(behind.split(1), hidden.split([*map(len, fed)]), strict=True)]
+        return torch.cat([row[: len(z.logps)] for row, z in zip(rows, latents, strict=True)])
 
     def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[tuple[Latent, ...]]:
-        """`num_latents` latents a boundary; `index_T` are the ordinals of their lines, which key the noise."""
         engine, count = self.engine, len(self.plans)
         logps: list[list[float]] = [[] for _ in range(count)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(count)]
@@ -293,7 +204,6 @@ class _Flight:
         return [tuple(latents[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
 
     def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Line and gate log-probs `[T, G, H]` of the lines after the latents, on the cache that sampling left."""
         columns: list[tuple[np.ndarray, ...]] = []
         rows, target, line, gate, at = [], [], [], [], 0
         for m, plan in enumerate(self.plans):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,22 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..records import Document, Latent, RolloutGroup
-from .engine import Boundaries, EngineBase, PolicyLogProbs, gate_tokens, unscored
+from .engine import Flight, MakeFlight, PolicyLogProbs, RolloutEngine, gate_tokens
 from .noise import NoiseKey
-from .plan import BranchPlan, collect_scores, plan_boundary
+from .plan import BranchPlan, collect_scores
 from .sampler import Draw, LatentDistribution, draw, fed_tokens
 
 
+@dataclass
 class _KeyedDraw(LogitsProcessor):
     """Makes `generate` emit the symbols that keyed noise picks, and keeps the draws."""
 
-    def __init__(
-        self, distribution: LatentDistribution, noise: NoiseKey, doc_id: int, index: np.ndarray, latent: np.ndarray
-    ):
-        self.distribution, self.noise, self.doc_id = distribution, noise, doc_id
-        self.index, self.latent = index, latent
-        self.draws: list[Draw] = []
+    distribution: LatentDistribution
+    noise: NoiseKey
+    doc_id: int
+    index: np.ndarray
+    latent: np.ndarray
+    draws: list[Draw] = field(default_factory=list)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = len(self.draws)
@@ -38,13 +39,15 @@ class _KeyedDraw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, self.draws[-1].tokens_n[:, None], 0.0)
 
 
-class ExpandEngine(EngineBase):
-    """Runs every branch by itself; arguments as of [`EngineBase`], results as of [`BranchEngine`]."""
+class ExpandEngine(RolloutEngine):
+    """Runs every branch by itself; results as of [`BranchEngine`]."""
 
     name = "expand"
 
-    @torch.no_grad()
-    def trunk(self, document: Document) -> RolloutGroup:
+    def _repeated(self, start: int) -> int:
+        return start
+
+    def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
         ids = document.input_ids
         rows: list[tuple[int, ...]] = [ids]
         wanted: list[tuple[int, int, int, int, bool]] = []  # row, position, target after it, action, whether a gate
@@ -68,7 +71,7 @@ class ExpandEngine(EngineBase):
         empty = torch.zeros(0, 0, 0)
         at = [document.actions[i].start - 1 for i in document.boundaries]
         states = self._hidden([ids])[0, at].float().cpu()
-        return RolloutGroup(document, (), (), lines, gates, empty, empty, states)
+        return RolloutGroup(document, (), (), lines, gates, empty, empty, states), partial(_Flight, self, document)
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, torch.Tensor]:
         width = max(map(len, rows))
@@ -106,128 +109,90 @@ class ExpandEngine(EngineBase):
             logps_n[torch.as_tensor(where)] = self.backbone.token_logps(picked, self._long(target_n[where])).cpu()
         return logps_n
 
-    @torch.no_grad()
-    def rollout(
-        self,
-        document: Document,
-        boundaries: Boundaries,
-        num_latents: int,
-        horizon: int,
-        noise: NoiseKey,
-        score: bool = True,
-    ) -> RolloutGroup:
-        trunk = self.trunk(document)
-        boundaries = boundaries(trunk) if callable(boundaries) else boundaries
-        actions = [document.actions[boundary] for boundary in boundaries for _ in range(num_latents)]
-        rows = [(*document.input_ids[: action.start], *action.think) for action in actions]
-        index = np.array([action.index for action in actions])
-        latent = np.tile(np.arange(num_latents), len(boundaries))
+    def gradients(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _read(
+        self, heads: Sequence[tuple[int, ...]], latents: Sequence[Latent], through: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[M, longest, hidden_size]` of latents behind their heads, and those that predict a symbol."""
+        hidden = self._hidden([(*head, *fed_tokens(z)) for head, z in zip(heads, latents, strict=True)], through)
+        rows = np.repeat(np.arange(len(latents)), [len(z.logps) for z in latents])
+        at = [len(head) - 1 + np.arange(len(z.logps)) for head, z in zip(heads, latents, strict=True)]
+        return hidden, hidden[rows, np.concatenate(at)]
+
+    def log_probs(
+        self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None, entropy: bool = False
+    ) -> PolicyLogProbs:
+        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
+        latents = [z for row in group.latents[chunk] for z in row]
+        heads = [(*group.document.input_ids[: a.start], *a.think) for a in actions for _ in range(group.num_latents)]
+        hidden, predictors = self._read(heads, latents, through)
+        router = self.backbone.router_loss
+        # A gate is read off the first of a boundary's rows.
+        rows = np.repeat(np.arange(len(actions)) * group.num_latents, [len(gate_tokens(a)) for a in actions])
+        at = np.concatenate([a.start - 1 + np.arange(len(gate_tokens(a))) for a in actions])
+        gate_T = self._gate_logps(actions, hidden[rows, at])
+        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, predictors, entropy=entropy), router)
+
+
+class _Flight(Flight):
+    """Runs each branch in rows of its own."""
+
+    def __init__(self, engine: ExpandEngine, document: Document, plans: list[BranchPlan], num_latents: int):
+        super().__init__(document, plans, num_latents)
+        self.engine = engine
+        self.heads = [(*document.input_ids[: plan.start], *plan.think) for plan in self.plans]
+
+    def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[tuple[Latent, ...]]:
+        index, latent = np.repeat(index_T, self.num_latents), np.tile(np.arange(self.num_latents), len(index_T))
         drawn: dict[int, Latent] = {}
-        for batch in self._batches(rows):
-            keyed = _KeyedDraw(self.distribution, noise, document.doc_id, index[batch], latent[batch])
-            drawn |= zip(batch.tolist(), self._generate([rows[row] for row in batch], keyed), strict=True)
-        latents = [
-            tuple(drawn[m] for m in range(t * num_latents, (t + 1) * num_latents)) for t in range(len(boundaries))
-        ]
-        group = replace(unscored(trunk, boundaries, num_latents, horizon), latents=tuple(latents))
-        return self._scored(group) if score else group
+        for batch in self.engine._batches(self.heads):
+            keyed = _KeyedDraw(self.engine.distribution, noise, self.document.doc_id, index[batch], latent[batch])
+            drawn |= zip(batch.tolist(), self._generate([self.heads[m] for m in batch], keyed), strict=True)
+        self.tokens = [list(drawn[m].token_ids) for m in range(len(self.plans))]
+        firsts = range(0, len(self.plans), self.num_latents)
+        return [tuple(drawn[m] for m in range(first, first + self.num_latents)) for first in firsts]
 
     def _generate(self, rows: Sequence[Sequence[int]], keyed: _KeyedDraw) -> list[Latent]:
-        stop = self.table.stop_id
-        config = GenerationConfig(
-            max_new_tokens=self.params.max_length, do_sample=False, eos_token_id=stop, pad_token_id=stop
-        )
+        engine, stop = self.engine, self.engine.table.stop_id
+        length = engine.params.max_length
+        config = GenerationConfig(max_new_tokens=length, do_sample=False, eos_token_id=stop, pad_token_id=stop)
         # `generate` fills gaps of a config with the model's own: a repetition penalty there would bend the draw.
-        causal_lm = self.backbone.causal_lm
+        causal_lm = engine.backbone.causal_lm
         models_own, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
         processors = LogitsProcessorList([keyed])
-        model: Any = self.backbone.model  # of a PeftModel, `generate` is that of the model below
+        model: Any = engine.backbone.model  # of a PeftModel, `generate` is that of the model below
         try:
-            model.generate(**self._padded(rows, left=True), generation_config=config, logits_processor=processors)
+            model.generate(**engine._padded(rows, left=True), generation_config=config, logits_processor=processors)
         finally:
             causal_lm.generation_config = models_own
         symbols = torch.stack([d.tokens_n for d in keyed.draws], 1).tolist()
         symbol_logps = torch.stack([d.logps_n for d in keyed.draws], 1).tolist()
         latents = []
         for i, (row, logps) in enumerate(zip(symbols, symbol_logps, strict=True)):
-            # A row that has stopped goes on to be drawn for while others do not: that is of no latent.
+            # A row that has stopped is drawn for as long as others go on: what comes then is of no latent.
             length = row.index(stop) if stop in row else len(row)
             stopped = length < len(row)
-            kept = [d.kept[i].cpu() for d in keyed.draws[: length + stopped] if d.kept is not None]
-            logps = tuple(logps[: length + stopped])
-            latents.append(Latent(tuple(row[:length]), stopped, logps, tuple(kept) if self.params.truncated else None))
+            kept = tuple(d.kept[i].cpu() for d in keyed.draws[: length + stopped] if d.kept is not None)
+            drawn_logps = tuple(logps[: length + stopped])
+            latents.append(
+                Latent(tuple(row[:length]), stopped, drawn_logps, kept if engine.params.truncated else None)
+            )
         return latents
 
-    @torch.no_grad()
-    def score(
-        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
-    ) -> RolloutGroup:
-        group = unscored(self.trunk(document), boundaries, len(latents[0]) if latents else 0, horizon)
-        return self._scored(replace(group, latents=tuple(map(tuple, latents))))
-
-    def _scored(self, group: RolloutGroup) -> RolloutGroup:
-        begin, ids = time.perf_counter(), group.document.input_ids
-        _, num_latents, horizon = group.latent_line_logps_TGH.shape
-        plans = [plan_boundary(group.document, at, horizon) for at in group.boundaries for _ in range(num_latents)]
+    def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows: list[tuple[int, ...]] = []
         wanted: list[tuple[int, int, int, int, bool]] = []  # row, position, target after it, branch and line, a gate
-        for m, (plan, latent) in enumerate(zip(plans, (z for row in group.latents for z in row), strict=True)):
-            head = (*ids[: plan.start], *plan.think, *latent.token_ids)
-            wanted += [(r, p, t, m * horizon + k, gate) for r, p, t, k, gate in _branch_rows(rows, head, plan)]
-        if wanted:
-            row, position, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
-            logps = self._logps(rows, row, position, target)
-            lines, gates = collect_scores(plans, logps, line, is_gate, num_latents, horizon)
-            group = replace(group, latent_line_logps_TGH=lines, latent_gate_logps_TGH=gates)
-        self.score_seconds += time.perf_counter() - begin
-        return group
+        for m, (plan, head, tokens) in enumerate(zip(self.plans, self.heads, self.tokens, strict=True)):
+            branch = _branch_rows(rows, (*head, *tokens), plan)
+            wanted += [(r, p, target, m * horizon + k, is_gate) for r, p, target, k, is_gate in branch]
+        row, position, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
+        logps = self.engine._logps(rows, row, position, target)
+        return collect_scores(self.plans, logps, line, is_gate, self.num_latents, horizon)
 
-    @torch.no_grad()
-    def latent_logps(
-        self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], whole: bool = False
-    ) -> torch.Tensor:
-        none, empty = torch.zeros(len(document.actions)), torch.zeros(len(boundaries), len(latents[0]), 0)
-        group = RolloutGroup(document, tuple(boundaries), tuple(map(tuple, latents)), none, none, empty, empty)
-        rows = []
-        for chunk in self.split(group):
-            policy = self.log_probs(group, chunk, whole=whole)
-            total = policy.token_n.new_zeros(len(latents[chunk]) * group.num_latents)
-            rows.append(total.index_add(0, policy.branch_n, policy.token_n).view(-1, group.num_latents).float().cpu())
-        return torch.cat(rows)
-
-    def split(self, group: RolloutGroup) -> list[slice]:
-        actions = [group.document.actions[boundary] for boundary in group.boundaries]
-        longest = max((a.start + len(a.think) for a in actions), default=0) + self.params.max_length
-        fit = max(1, self.max_branch_tokens // (longest * max(group.num_latents, 1)))
-        return [slice(i, min(i + fit, len(actions))) for i in range(0, len(actions), fit)]
-
-    def gradients(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def log_probs(
-        self,
-        group: RolloutGroup,
-        chunk: slice,
-        through: nn.Module | None = None,
-        entropy: bool = False,
-        whole: bool = False,
-    ) -> PolicyLogProbs:
-        """As of [`RolloutEngine`]; `whole` as of its `latent_logps`."""
-        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
-        latents = [z for row in group.latents[chunk] for z in row]
-        opened = [action for action in actions for _ in range(group.num_latents)]  # one a branch
-        heads = [(*group.document.input_ids[: action.start], *action.think) for action in opened]
-        hidden = self._hidden([(*head, *fed_tokens(z)) for head, z in zip(heads, latents, strict=True)], through)
-        router = self.backbone.router_loss
-        # A gate is read off the first of a boundary's rows.
-        gate_rows = np.repeat(np.arange(len(actions)) * group.num_latents, [len(gate_tokens(a)) for a in actions])
-        gate_at = np.concatenate([a.start - 1 + np.arange(len(gate_tokens(a))) for a in actions])
-        symbol_rows = np.repeat(np.arange(len(latents)), [len(z.logps) for z in latents])
-        symbol_at = [len(head) - 1 + np.arange(len(z.logps)) for head, z in zip(heads, latents, strict=True)]
-        gate_T = self._gate_logps(actions, hidden[gate_rows, gate_at])
-        predictors = hidden[symbol_rows, np.concatenate(symbol_at)]
-        token_n, branch_n, entropy_n = self._symbol_logps(latents, predictors, whole, entropy)
-        return PolicyLogProbs(gate_T, token_n, branch_n, entropy_n, router)
+    def predictors(self, latents: list[Latent]) -> torch.Tensor:
+        return self.engine._read(self.heads, latents)[1]
 
 
 def _branch_rows(

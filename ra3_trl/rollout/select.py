@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..records import Action, Boundary, Document, Latent, TokenTable
+from ..records import Action, Boundary, Document, Latent, RolloutGroup, TokenTable
 from .backbone import Backbone, evaluating
 from .branch import BranchEngine
 from .engine import RolloutEngine
@@ -26,7 +26,6 @@ from .sampler import SamplingParams
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "branch", "expand")
-_Branches = tuple[tuple[int, ...], tuple[tuple[Latent, ...], ...]]  # boundaries, and latents at each
 _LINE, _THINK = 5, (1, 3)  # tokens of a made-up line; lengths of the made-up think prefixes
 # Right engines differ by at most 1.2 times what one rounding of the embeddings does (13 architectures in bfloat16 and
 # float16, logits up to 200, router flips included), engines that ignore a window or soft-capping by 9.6 and more.
@@ -37,14 +36,9 @@ _LONGEST_WINDOW = 1024  # of sliding attention: a document beyond it would make 
 def build_engine(
     name: str, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192
 ) -> RolloutEngine:
-    """Makes the rollout engine called `name`, checked on the model.
-
-    Args:
-        name (`str`):
-            `"branch"` (shared prefixes; refused when not exact on this model), `"expand"` (repeated prefixes; any
-            model that can generate) or `"auto"` (the first if exact, else the second with one warning that says why).
-        backbone ([`Backbone`]), table ([`TokenTable`]), params ([`SamplingParams`]), max_branch_tokens (`int`):
-            As of [`~ra3_trl.rollout.engine.EngineBase`].
+    """Makes the rollout engine called `name`, checked on the model: `"branch"` (shared prefixes; refused when not
+    exact on this model), `"expand"` (repeated prefixes; any model that can generate) or `"auto"` (the first if exact,
+    else the second with one warning that says why).
 
     Raises:
         `ValueError`: if there is no such engine, the model's logits are not head(hidden states), or `name` is
@@ -53,13 +47,13 @@ def build_engine(
     if name not in ENGINES:
         raise ValueError(f"`engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
     expand = ExpandEngine(backbone, table, params, max_branch_tokens)
-    branch = BranchEngine(backbone, table, params, max_branch_tokens)
-    document, branches = _made_up(backbone, table, params)
+    made_up = _made_up(backbone, table, params)
     with torch.no_grad(), evaluating(backbone.model):
-        _check_head(backbone, document)
-        reason = _difference(branch, expand, document, branches) if name != "expand" else None
-    if name == "expand":
-        return expand
+        _check_head(backbone, made_up.document)
+        if name == "expand":
+            return expand
+        branch = BranchEngine(backbone, table, params, max_branch_tokens)
+        reason = _difference(branch, expand, made_up)
     if reason is None:
         return branch
     if name == "branch":
@@ -74,8 +68,8 @@ def _architecture(backbone: Backbone) -> str:
     return type(backbone.causal_lm).__name__
 
 
-def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> tuple[Document, _Branches]:
-    """Makes up a document of allowed ASCII tokens with four boundaries, and two latents at two of these."""
+def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> RolloutGroup:
+    """Makes up a document of allowed ASCII tokens with four boundaries, and two latents at two of these; no scores."""
     plain = [i for i, b in enumerate(table.token_bytes) if b is not None and b.isascii() and b.strip()]
     usable = [i for i in plain if table.next_state_SV[0, i] == 0 and i not in set(table.stop_ids.tolist())]
     if not usable:
@@ -100,7 +94,8 @@ def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> t
         stopped = len(tokens) < params.max_length
         kept = (torch.arange(backbone.vocab_size),) * (len(tokens) + stopped) if params.truncated else None
         latents.append(Latent(tokens, stopped, (0.0,) * (len(tokens) + stopped), kept))
-    return document, ((boundaries[0], boundaries[-2]), (tuple(latents[:2]), tuple(latents[2:])))
+    groups, none = (tuple(latents[:2]), tuple(latents[2:])), torch.empty(0)
+    return RolloutGroup(document, (boundaries[0], boundaries[-2]), groups, none, none, none, none)
 
 
 def _check_head(backbone: Backbone, document: Document) -> None:
@@ -145,13 +140,13 @@ def _largest(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor])
     return {kind: float((expected[kind] - actual[kind])[finite].abs().max()) for kind, finite in both.items()}
 
 
-def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, branches: _Branches) -> str | None:
+def _difference(branch: BranchEngine, expand: ExpandEngine, made_up: RolloutGroup) -> str | None:
     """Says why the branch engine may not be used; `None` when it agrees with the expand engine."""
-    expected = _numbers(expand, document, branches)
+    expected = _numbers(expand, made_up)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its warning about the attention interface is told in ours
     try:
-        actual = _numbers(branch, document, branches)
+        actual = _numbers(branch, made_up)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}".rstrip(".")
     finally:
@@ -161,7 +156,7 @@ def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, 
             return f"{kind}: finite in other places than the `expand` engine's"
     # A fixed bound would refuse right engines of models with large logits and let broken windows pass.
     with _rounding(expand.backbone):
-        noise = max(_largest(expected, _numbers(expand, document, branches)).values())
+        noise = max(_largest(expected, _numbers(expand, made_up)).values())
     bound = max(1e-3, _ROUNDINGS * noise)
     for kind, difference in _largest(expected, actual).items():
         if not difference <= bound:
@@ -169,11 +164,10 @@ def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, 
     return None
 
 
-def _numbers(engine: RolloutEngine, document: Document, branches: _Branches) -> dict[str, torch.Tensor]:
+def _numbers(engine: RolloutEngine, made_up: RolloutGroup) -> dict[str, torch.Tensor]:
     """Lists all that an engine is asked for, by what an error calls it."""
-    boundaries, latents = branches
-    group = engine.score(document, boundaries, latents, 2)
-    policy = engine.log_probs(group, slice(0, len(boundaries)))
+    group = engine.score(made_up.document, made_up.boundaries, made_up.latents, 2)
+    policy = engine.log_probs(group, slice(0, len(group.boundaries)))
     return {
         "line log-probs": group.line_logps_A,
         "gate log-probs": group.gate_logps_A,

@@ -30,15 +30,8 @@ class Encoding(NamedTuple):
 class Segmenter:
     """Cuts texts into documents of at most `max_tokens` tokens.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A fast tokenizer. BOS is there iff the tokenizer adds one by default; one EOS ends each text.
-        action_format ([`ActionFormat`]):
-            How the text is cut and what a latent looks like. The tokenizer must have its tags, if it has any.
-        max_tokens (`int`):
-            Longest chunk, in tokens.
-        existing_comments (`str`, *optional*, defaults to `"keep"`):
-            `"keep"` the expert's own comment lines as observed latents or `"strip"` them.
+    BOS is there iff the tokenizer, a fast one, adds one by default; one EOS ends each text. The tokenizer must have
+    the format's tags, if it has any. The expert's own comments are observed latents (`"keep"`) or go (`"strip"`).
     """
 
     def __init__(
