@@ -42,9 +42,6 @@ def measure_pruning(boundaries: list[Alternatives], factor: float = 10.0) -> Pru
     >>> measure_pruning([lines])  # one of the two lines is 20 times less likely under the latent
     Pruning(removed=0.5, removed_by_others=0.0, expert_kept=1.0, expert_helped=1.0, factor=10.0, boundaries=1, \
 lines=2, latents=1)
-
-    Raises:
-        `ValueError`: for a factor that is not above 1.
     """
     if not factor > 1:
         raise ValueError(f"`factor` is {factor}; it must be above 1.")

@@ -15,11 +15,7 @@ from ..records import RolloutGroup
 
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """Computes `log(1 - exp(x))` for `x <= 0`, without cancellation. `x = -inf` gives 0; 0 counts as one ulp below.
-
-    >>> log1mexp(torch.tensor([0.5, 0.9]).log()).exp()
-    tensor([0.5000, 0.1000])
-    """
+    """Computes `log(1 - exp(x))` for `x <= 0`, without cancellation. `x = -inf` gives 0; 0 counts as one ulp below."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -0.6931
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
@@ -38,11 +34,7 @@ def renormalise(line_logps: torch.Tensor, gate_logps: torch.Tensor) -> torch.Ten
 
 @dataclass(frozen=True)
 class Returns:
-    """Holds the returns of a group in nats (nats per token when the lines are reduced by their mean).
-
-    >>> Returns(act_T=torch.tensor([-3.0]), latent_TG=torch.tensor([[-1.0, -4.0]])).gain_TG
-    tensor([[ 2., -1.]])
-    """
+    """Holds the returns of a group in nats (nats per token when the lines are reduced by their mean)."""
 
     act_T: torch.Tensor  # of the lines without a latent
     # Of the same lines under each latent, the penalty not yet paid; with `log pi(z | s) - log q(z | s, a)` added where

@@ -55,15 +55,11 @@ class FrozenWeights:
     def whole_values(self) -> dict[str, torch.Tensor]:
         """Copies the snapshot to the CPU, put together where it is sharded; every process must call it."""
         with self.applied(), self._gathered(None):
-            whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in self._parameters.items()}
-            return {name: p.detach().cpu().clone() for name, p in whole.items()}
+            whole = ((n, p.full_tensor() if isinstance(p, DTensor) else p) for n, p in self._parameters.items())
+            return {name: p.detach().cpu().clone() for name, p in whole}  # one at a time
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Puts saved `values` in place of the snapshot.
-
-        Raises:
-            `ValueError`: if they are not of this model.
-        """
+        """Puts saved `values` in place of the snapshot; refuses those of another model."""
         if set(values) != set(self.values):
             odd = sorted(set(values) ^ set(self.values))[:3]
             raise ValueError(
@@ -87,11 +83,7 @@ class FrozenWeights:
 
 
 class BaseWeights:
-    """Stands for the model without its adapter, to be put in its place for a while; it holds no weights of its own.
-
-    Raises:
-        `ValueError`: if it has no adapter.
-    """
+    """Stands for the model without its adapter, to be put in its place for a while; it holds no weights of its own."""
 
     def __init__(self, model: nn.Module):
         if not isinstance(model, PeftModel):

@@ -88,9 +88,8 @@ def _from_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
     config = options.get("config") or _config(name, shared)
     _check_kind(config, name)
     values = config.to_dict()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
-        values.get("auto_map") or {}
-    ):
+    of_hub = "AutoModelForCausalLM" in (values.get("auto_map") or {})  # code in the repository
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not of_hub:
         raise ValueError(
             f"`model` {name!r} is a {type(config).__name__}, which is no causal language model; use one that "
             "`AutoModelForCausalLM` loads."
@@ -141,11 +140,7 @@ def _check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses weights that no update could change.
-
-    Raises:
-        `ValueError`: if no parameter is trainable, or a trainable one is float16.
-    """
+    """Refuses weights that no update could change: none trainable, or a trainable one in float16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -161,11 +156,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file).
-
-    Raises:
-        `ValueError`: if there is none.
-    """
+    """Loads the tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file)."""
     options = model_init_kwargs or {}
     if not name:
         raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by; pass one.")
@@ -179,11 +170,7 @@ def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTr
 
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding).
-
-    Raises:
-        `ValueError`: naming the largest id and how to make room for it.
-    """
+    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding)."""
     rows, largest = _whole_shape(model.get_input_embeddings())[0], max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

@@ -22,13 +22,7 @@ def add_tags(
     rows of all tokens of its words. The matrix grows only where it has no room left. A tag that the tokenizer knows as
     an ordinary token keeps its id and its embedding and becomes special.
     Both are changed in place, and `save_pretrained` keeps the tags. An adapter must train the tags' rows, and tags
-    can't be added below it. `tags` holds words by tag, as in `ActionFormat.tags`.
-
-    Returns:
-        `tuple[int, ...]`: the ids of the tags.
-
-    Raises:
-        `ValueError`: for an adapter that would leave the embeddings of the tags as they are.
+    can't be added below it. `tags` holds words by tag, as in `ActionFormat.tags`. Returns the ids of the tags.
     """
     if not tags:
         return ()

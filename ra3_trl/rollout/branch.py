@@ -23,12 +23,17 @@ class BranchEngine(RolloutEngine):
 
     name = "branch"
 
-    def _forward(self, state: BranchState, document: Sequence[int], tokens: BranchTokens | None) -> torch.Tensor:
+    def _forward(
+        self,
+        state: BranchState,
+        document: Sequence[int],
+        tokens: BranchTokens | None,
+        through: nn.Module | None = None,
+    ) -> torch.Tensor:
         """Hidden states `[tokens, hidden_size]` of document tokens followed by branch tokens."""
-        positions = state.begin(tokens, len(document))
-        ids = self._long(document)
+        positions, ids = state.begin(tokens, len(document)), self._long(document)
         row = ids if tokens is None else torch.cat([ids, tokens.token_n])
-        return self.backbone.hidden(input_ids=row[None], position_ids=positions[None], ra3=state)[0]
+        return self.backbone.hidden(through, input_ids=row[None], position_ids=positions[None], ra3=state)[0]
 
     def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
         trunk = BranchState(self._long([]), 1, cached=True)
@@ -81,10 +86,7 @@ class BranchEngine(RolloutEngine):
             gates_A.index_add_(0, self._long(np.repeat(branched, [len(think) - 1 for think in thinks])), logps)
 
     def _chains(
-        self,
-        chains: Sequence[Sequence[int]],
-        branches: np.ndarray | None = None,
-        offsets: np.ndarray | None = None,
+        self, chains: Sequence[Sequence[int]], branches: np.ndarray | None = None, offsets: np.ndarray | None = None
     ) -> BranchTokens:
         """Tokens of `chains`, one a branch (all of them, or `branches`), from slot 0 or `offsets` on; each sees all of
         its branch before it."""
@@ -110,11 +112,9 @@ class BranchEngine(RolloutEngine):
         tokens = self._chains(chains)
         prefix = group.document.input_ids[: max(action.start for action in actions)]
         state = BranchState(self._long([a.start for a in opened]), max(map(len, chains)), cached=False)
-        row = torch.cat([self._long(prefix), tokens.token_n])
         with branch_attention(self.backbone.causal_lm):
-            positions = state.begin(tokens, len(prefix))
-            inputs = {"input_ids": row[None], "position_ids": positions[None], "ra3": state}
-            hidden, router = self.backbone.hidden(through, **inputs)[0], self.backbone.router_loss
+            hidden = self._forward(state, prefix, tokens, through)
+        router = self.backbone.router_loss
         # Where each branch begins in the row. A gate is read off the first of a boundary's branches, its first token
         # off the document; a latent's symbols from the last think token on.
         first = len(prefix) + np.cumsum([0, *map(len, chains)])[:-1]
@@ -125,8 +125,7 @@ class BranchEngine(RolloutEngine):
             [f + len(a.think) - 1 + np.arange(len(z.logps)) for f, a, z in zip(first, opened, latents, strict=True)]
         )
         gate_T = self._gate_logps(actions, hidden[self._long(gate_rows)])
-        token_n, branch_n, entropy_n = self._symbol_logps(latents, hidden[self._long(rows)], entropy=entropy)
-        return PolicyLogProbs(gate_T, token_n, branch_n, entropy_n, router)
+        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, hidden[self._long(rows)], entropy=entropy), router)
 
 
 class _Flight(Flight):
@@ -179,54 +178,47 @@ class _Flight(Flight):
         for step in range(engine.params.max_length):
             numbers = noise.uniform(self.document.doc_id, index[active], latent[active], step)
             uniform = torch.as_tensor(numbers, device=hidden.device)
-            drawn = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
-            token = drawn.tokens_n.cpu().numpy()
+            draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
+            token = draw.tokens_n.cpu().numpy()
             goes_on = token != engine.table.stop_id
-            for i, (m, logp) in enumerate(zip(active, drawn.logps_n.tolist(), strict=True)):
+            for i, (m, logp) in enumerate(zip(active, draw.logps_n.tolist(), strict=True)):
                 logps[m].append(logp)
-                if drawn.kept is not None:
-                    kept[m].append(drawn.kept[i].cpu())
+                if draw.kept is not None:
+                    kept[m].append(draw.kept[i].cpu())
                 if goes_on[i]:
                     self.tokens[m].append(int(token[i]))
             stopped[active[~goes_on]] = True
             active, token = active[goes_on], token[goes_on]
-            state = drawn.state_n[torch.as_tensor(goes_on, device=hidden.device)]
+            state = draw.state_n[torch.as_tensor(goes_on, device=hidden.device)]
             if not len(active) or step + 1 == engine.params.max_length:
                 break
             chains = engine._chains(token[:, None], active, self.fed[active])
             hidden = engine._forward(self.state, (), chains)
             self.fed[active] += 1
-        truncated = engine.params.truncated
-        latents = [
-            Latent(tuple(self.tokens[m]), bool(stopped[m]), tuple(logps[m]), tuple(kept[m]) if truncated else None)
-            for m in range(count)
+        columns = zip(self.tokens, stopped.tolist(), logps, kept, strict=True)
+        drawn = [
+            Latent(tuple(z), s, tuple(p), tuple(k) if engine.params.truncated else None) for z, s, p, k in columns
         ]
-        return [tuple(latents[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
+        return [tuple(drawn[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
 
     def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
-        columns: list[tuple[np.ndarray, ...]] = []
-        rows, target, line, gate, at = [], [], [], [], 0
+        engine, branches, at = self.engine, [], 0
         for m, plan in enumerate(self.plans):
             chain = [*plan.think, *self.tokens[m]]
             fed, base = int(self.fed[m]), len(chain)
-            # Sampling does not feed the last token of a latent; a given latent has been fed nothing at all.
+            # Sampling does not feed the last token of a latent that is cut; of given ones nothing has been fed.
             left, slot = np.array(chain[fed:], dtype=np.int64), np.arange(fed, base)
-            columns.append(
-                (
-                    np.concatenate([left, plan.tokens]),
-                    np.full(len(left) + len(plan.tokens), m),
-                    np.concatenate([slot, base + np.arange(len(plan.tokens))]),
-                    np.concatenate([slot + 1, base + plan.sees]),
-                    np.concatenate([slot, base + plan.run]),
-                )
+            run = (
+                np.concatenate([left, plan.tokens]),
+                np.full(len(left) + len(plan.tokens), m),
+                np.concatenate([slot, base + np.arange(len(plan.tokens))]),
+                np.concatenate([slot + 1, base + plan.sees]),
+                np.concatenate([slot, base + plan.run]),
             )
-            rows.append(at + len(left) + plan.predictor)
-            target.append(plan.target)
-            line.append(m * horizon + plan.line)
-            gate.append(plan.is_gate)
+            wanted = (at + len(left) + plan.predictor, plan.target, m * horizon + plan.line, plan.is_gate)
+            branches.append((*run, *wanted))
             at += len(left) + len(plan.tokens)
-        engine = self.engine
-        tokens = BranchTokens(*(engine._long(np.concatenate(column)) for column in zip(*columns, strict=True)))
-        hidden = engine._forward(self.state, (), tokens)[engine._long(np.concatenate(rows))]
-        logps = engine.backbone.token_logps(hidden, engine._long(np.concatenate(target))).cpu()
-        return collect_scores(self.plans, logps, np.concatenate(line), np.concatenate(gate), self.num_latents, horizon)
+        *tokens, rows, target, line, is_gate = (np.concatenate(column) for column in zip(*branches, strict=True))
+        hidden = engine._forward(self.state, (), BranchTokens(*map(engine._long, tokens)))[engine._long(rows)]
+        logps = engine.backbone.token_logps(hidden, engine._long(target)).cpu()
+        return collect_scores(self.plans, logps, line, is_gate, self.num_latents, horizon)

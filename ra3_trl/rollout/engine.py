@@ -103,7 +103,7 @@ class RolloutEngine(ABC):
             for chunk, flight in self._flights(group, make_flight):
                 index = np.array([document.actions[group.boundaries[t]].index for t in chunk])
                 latents |= zip(chunk, flight.sample(noise, index), strict=True)
-                if score:
+                if score:  # at once, while the flight has its cache
                     self._score(group, chunk, flight)
         return replace(group, latents=tuple(latents[t] for t in range(len(group.boundaries))))
 

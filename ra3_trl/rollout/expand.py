@@ -185,8 +185,7 @@ class _Flight(Flight):
         rows: list[tuple[int, ...]] = []
         wanted: list[tuple[int, int, int, int, bool]] = []  # row, position, target after it, branch and line, a gate
         for m, (plan, head, tokens) in enumerate(zip(self.plans, self.heads, self.tokens, strict=True)):
-            branch = _branch_rows(rows, (*head, *tokens), plan)
-            wanted += [(r, p, target, m * horizon + k, is_gate) for r, p, target, k, is_gate in branch]
+            wanted += _branch_rows(rows, (*head, *tokens), plan, m * horizon)
         row, position, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
         logps = self.engine._logps(rows, row, position, target)
         return collect_scores(self.plans, logps, line, is_gate, self.num_latents, horizon)
@@ -196,7 +195,7 @@ class _Flight(Flight):
 
 
 def _branch_rows(
-    rows: list[tuple[int, ...]], head: tuple[int, ...], plan: BranchPlan
+    rows: list[tuple[int, ...]], head: tuple[int, ...], plan: BranchPlan, first_line: int
 ) -> list[tuple[int, int, int, int, bool]]:
     """Appends the full rows of one branch, main chain then side runs. Of each wanted log-prob: row, position,
     target after it, line, whether a gate."""
@@ -211,5 +210,5 @@ def _branch_rows(
     wanted = []
     for p, target, k, is_gate in zip(plan.predictor, plan.target, plan.line, plan.is_gate, strict=True):
         row, at = (main, p) if is_main[p] else (side_rows[int(plan.run[p])], plan.sees[p] + p - plan.run[p])
-        wanted.append((row, len(head) + int(at), int(target), int(k), bool(is_gate)))
+        wanted.append((row, len(head) + int(at), int(target), first_line + int(k), bool(is_gate)))
     return wanted

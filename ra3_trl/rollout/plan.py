@@ -19,8 +19,8 @@ class BranchPlan:
     prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen
     by nobody else.
 
-    Example: closure `[c]`, line `[a, b]`, prefix `[x, y]` gives tokens `[c, a, x]`, with `x` seeing `c` only, and four
-    wanted log-probs: `a` and `x` after `c`, `b` after `a`, `y` after `x`. With c = 4, a, b = 5, 6 and x, y = 7, 8:
+    Closure `[4]`, line `[5, 6]` and think prefix `[7, 8]` give tokens `[4, 5, 7]`, of which 7 sees 4 only, and four
+    wanted log-probs: 5 and 7 after 4, 6 after 5, 8 after 7.
 
     >>> from ra3_trl.records import Action, Boundary
     >>> line = Action(0, start=1, end=3, boundary=Boundary(think=(7, 8), close=(4,)))

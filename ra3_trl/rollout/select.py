@@ -56,16 +56,11 @@ def build_engine(
         reason = _difference(branch, expand, made_up)
     if reason is None:
         return branch
+    model = type(backbone.causal_lm).__name__
     if name == "branch":
-        raise ValueError(
-            f"`engine` is 'branch', which is not exact on {_architecture(backbone)}: {reason}. Use 'expand' or 'auto'."
-        )
-    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", _architecture(backbone), reason)
+        raise ValueError(f"`engine` is 'branch', which is not exact on {model}: {reason}. Use 'expand' or 'auto'.")
+    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", model, reason)
     return expand
-
-
-def _architecture(backbone: Backbone) -> str:
-    return type(backbone.causal_lm).__name__
 
 
 def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> RolloutGroup:
@@ -107,8 +102,9 @@ def _check_head(backbone: Backbone, document: Document) -> None:
     difference = float((models - ours).abs().max()) if models.shape == ours.shape else float("nan")
     if not difference <= bound:
         raise ValueError(
-            f"`model` is a {_architecture(backbone)}, whose logits are not its output embeddings applied to its last "
-            f"hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another architecture."
+            f"`model` is a {type(backbone.causal_lm).__name__}, whose logits are not its output embeddings applied to "
+            f"its last hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another "
+            "architecture."
         )
 
 

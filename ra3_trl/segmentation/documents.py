@@ -138,8 +138,7 @@ def _chunk(document: Document, max_tokens: int) -> list[Document]:
                 replace(action, start=start, end=end, boundary=None if start > action.start else action.boundary)
             )
     chunks: list[Document] = []
-    taken: list[Action] = []
-    begin = first
+    begin, taken = first, list[Action]()
 
     def close(end: int) -> None:
         shift = begin

@@ -20,7 +20,8 @@ from .format import PYTHON, ActionFormat
 
 # UTF-8 automaton: state -> [(low byte, high byte, next state)]. 0 is "between characters"; 1, 2, 3 wait for that many
 # continuation bytes; 4-7 are the lead bytes E0, ED, F0 and F4, whose first continuation byte has a narrower range.
-_UTF8 = {
+_Edges = dict[int, list[tuple[int, int, int]]]
+_UTF8: _Edges = {
     0: [(0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5), (0xEE, 0xEF, 2)]
     + [(0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7)],
     1: [(0x80, 0xBF, 0)],
@@ -41,15 +42,9 @@ FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
 )
 # What the same models write behind a middle; with the end of the text it ends a latent.
-_FIM_ENDS = (
-    "<|fim_pad|>",
-    "<|file_sep|>",
-    "<|repo_name|>",
-    "<|file_separator|>",
-    "<file_sep>",
-    "\u2581<EOT>",
-    "<|EOT|>",
-)
+_FIM_ENDS = ("<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "<|file_separator|>", "<file_sep>",
+             "\u2581<EOT>", "<|EOT|>")  # fmt: skip
+_Bytes = tuple[bytes | None, ...]  # of each token id
 _CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>")
 
 
@@ -67,13 +62,9 @@ def is_control(token: AddedToken) -> bool:
     return token.special or bool(_CONTROL.fullmatch(text)) or text in _FIM_ENDS or any(text in t for t in FIM_TOKENS)
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
     """Lists the bytes of each token id, of a byte-level or SentencePiece-style tokenizer; `None` for special tokens
-    ([`is_control`]) and unused ids.
-
-    Raises:
-        `ValueError`: if the tokenizer is not a fast one (offsets are needed).
-    """
+    ([`is_control`]) and unused ids."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"`processing_class` is {type(tokenizer).__name__}, which has no character offsets; pass a fast tokenizer "
@@ -111,12 +102,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _run_automaton(data: bytes, state: int, edges: dict[int, list[tuple[int, int, int]]] = _UTF8) -> int:
-    """Finds the state behind some bytes, -1 where they are none of a text.
-
-    >>> [_run_automaton("€".encode()[part], 0) for part in (slice(3), slice(2), slice(1, 3))]
-    [0, 1, -1]
-    """
+def _run_automaton(data: bytes, state: int, edges: _Edges = _UTF8) -> int:
+    """Finds the state behind some bytes; -1 where no text holds them."""
     for byte in data:
         state = next((to for low, high, to in edges[state] if low <= byte <= high), -1)
         if state < 0:
@@ -124,7 +111,7 @@ def _run_automaton(data: bytes, state: int, edges: dict[int, list[tuple[int, int
     return state
 
 
-def _automaton_without(characters: str) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
+def _automaton_without(characters: str) -> tuple[_Edges, list[int]]:
     """Makes the UTF-8 automaton with no way through `characters`; also how many bytes each of its states waits for.
 
     The lead bytes of a character lead to states of their own, copies of the usual ones that lack one edge.
@@ -144,9 +131,7 @@ def _automaton_without(characters: str) -> tuple[dict[int, list[tuple[int, int, 
     return edges, pending
 
 
-def _end_ids(
-    data: tuple[bytes | None, ...], tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat
-) -> list[int]:
+def _end_ids(data: _Bytes, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> list[int]:
     """Lists the tokens that end a latent: the end tag, or all that hold the end marker."""
     if action_format.tags:
         return [require_tags(tokenizer, action_format)[action_format.end]]
@@ -162,11 +147,7 @@ def _end_ids(
 
 
 def require_tags(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> dict[str, int]:
-    """Maps the tags of a format to their ids.
-
-    Raises:
-        `ValueError`: if the tokenizer lacks one as special token.
-    """
+    """Maps the tags of a format to their ids; refuses a tokenizer that lacks one as special token."""
     special = special_ids(tokenizer)
     missing = [tag for tag in action_format.tags if tag not in special]
     if missing:
