@@ -39,9 +39,8 @@ def measure_pruning(boundaries: list[Alternatives], factor: float = 10.0) -> Pru
 
     >>> act, latent, other = torch.zeros(2), torch.tensor([[-3.0, 0.0]]), torch.zeros(1, 2)
     >>> lines = Alternatives(act, latent, other, expert=-2.0, expert_G=torch.tensor([-1.0]))
-    >>> measure_pruning([lines])  # one of the two lines is 20 times less likely under the latent
-    Pruning(removed=0.5, removed_by_others=0.0, expert_kept=1.0, expert_helped=1.0, factor=10.0, boundaries=1, \
-lines=2, latents=1)
+    >>> measure_pruning([lines]).removed  # one of the two lines is 20 times less likely under the latent
+    0.5
     """
     if not factor > 1:
         raise ValueError(f"`factor` is {factor}; it must be above 1.")

@@ -74,8 +74,9 @@ def estep_loss(
         The loss and its parts, all summed over boundaries (KL and entropy averaged over the latents of a boundary).
     """
     boundaries, latents = terms.advantage_TG.shape
-    p_T = gate_logps_T.exp()
-    gate = -(p_T * terms.gate_gain_T).sum()
+    # The gate's gradient is analytic, since its gain is known at both ends, thinking and not. Latents get a mean over
+    # those of a boundary, whatever their lengths.
+    gate = -(gate_logps_T.exp() * terms.gate_gain_T).sum()
     scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[branch_n]
     policy = -(scale_n * terms.advantage_TG.reshape(-1)[branch_n] * token_logps_n).sum()
     parts = {"gate": gate, "policy": policy}

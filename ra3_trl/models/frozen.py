@@ -61,9 +61,9 @@ class FrozenWeights:
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Puts saved `values` in place of the snapshot; refuses those of another model."""
         if set(values) != set(self.values):
-            odd = sorted(set(values) ^ set(self.values))[:3]
+            names = sorted(set(values) ^ set(self.values))[:3]
             raise ValueError(
-                f"frozen weights of another model: {odd} differ; resume with the model the run began with."
+                f"frozen weights of another model: {names} differ; resume with the model the run began with."
             )
         with self.applied():
             with torch.no_grad(), self._gathered(0):

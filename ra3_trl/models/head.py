@@ -69,9 +69,8 @@ class AbstractionHead(nn.Module):
             self.outer.bias.copy_(torch.tensor([math.log(config.think_prob / (1 - config.think_prob)), 0.0, 0.0]))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Foretells what thinking at these states would be, `[...]` each: `think_logits`, the log-odds of doing it;
-        `gain`, the expected rise of the next lines' log-likelihood in nats; `spread`, by how many nats one latent's
-        gain differs from another's (the standard deviation)."""
+        """Foretells `think_logits`, the log-odds of thinking at these states; `gain`, the expected rise of the next
+        lines' log-likelihood in nats; `spread`, the standard deviation of the gain over latents; `[...]` each."""
         states = nn.functional.layer_norm(states.detach().to(self.inner.weight), (self.config.hidden_size,))
         think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
         return think_logits, gain, nn.functional.softplus(spread)

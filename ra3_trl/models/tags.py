@@ -31,6 +31,7 @@ def add_tags(
     tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in tags], special_tokens=True)
     ids = {tag: tokenizer.get_vocab()[tag] for tag in tags}
     rows = len(cast(nn.Parameter, model.get_input_embeddings().weight))
+    # A tokenizer that was saved with the tags may meet a model that was not resized, and the other way round.
     new = [tag for tag in tags if tag not in before or ids[tag] >= rows]
     if isinstance(model, PeftModel):
         _check_adapter(model, ids, new)

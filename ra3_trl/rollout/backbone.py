@@ -52,9 +52,9 @@ class Backbone:
         forward = inspect.signature(causal_lm.forward).parameters
         self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         config = causal_lm.config.get_text_config().to_dict()
-        own = config.get("router_aux_loss_coef") if "output_router_logits" in forward else None
-        self._router_coef = (own or 0.0) if router_aux_loss_coef is None else router_aux_loss_coef
-        if self._router_coef and own is None:
+        default = config.get("router_aux_loss_coef") if "output_router_logits" in forward else None
+        self._router_coef = (default or 0.0) if router_aux_loss_coef is None else router_aux_loss_coef
+        if self._router_coef and default is None:
             raise ValueError(
                 f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
                 "loss; leave it out."
@@ -112,9 +112,8 @@ class Backbone:
         hidden = self.hidden(through, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))[0]
         router = 0.0 if self.router_loss is None else self.router_loss
         target = torch.zeros(1, dtype=torch.long, device=hidden.device)
-        return 0.0 * (
-            hidden.float().sum() + sum(self.token_logps(hidden, target).sum() for _ in range(heads)) + router
-        )
+        logps = sum(self.token_logps(hidden, target).sum() for _ in range(heads))
+        return 0.0 * (hidden.float().sum() + logps + router)
 
     def gathered(self) -> AbstractContextManager[None]:
         """Gives every process the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
@@ -143,12 +142,12 @@ class Backbone:
         def run(hidden: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return reduce(self.logits(hidden), *rest)
 
-        parts = []
+        chunks = []
         for i in range(0, max(1, len(hidden_nD)), rows):
             chunk = (hidden_nD[i : i + rows], *(p[i : i + rows] for p in per_row))
             grad = torch.is_grad_enabled()
-            parts.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+            chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
+        return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
     def token_logps(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """`log pi(target)` `[n]` under the model's own distribution (temperature 1, nothing forbidden)."""

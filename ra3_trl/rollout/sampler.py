@@ -135,9 +135,9 @@ def draw_from_hidden(
     kept: list[torch.Tensor] = []
 
     def reduce(logits: torch.Tensor, state: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        part = draw(distribution, logits, state, step, uniform)
-        kept.extend(part.kept or ())
-        return part.tokens_n, part.logps_n, part.state_n
+        drawn = draw(distribution, logits, state, step, uniform)
+        kept.extend(drawn.kept or ())
+        return drawn.tokens_n, drawn.logps_n, drawn.state_n
 
     tokens, logps, states = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
     return Draw(tokens, logps, states, tuple(kept) if distribution.params.truncated else None)
@@ -171,11 +171,9 @@ def symbol_logps(
                     mask[i, kept[r]] = True
             scaled = scaled.masked_fill(~mask, float("-inf"))
         logps = scaled.log_softmax(-1)
-        h = (
-            -(logps.exp() * logps.masked_fill(~torch.isfinite(logps), 0)).sum(-1)
-            if entropy
-            else logps.new_zeros(len(logps))
-        )
+        h = logps.new_zeros(len(logps))
+        if entropy:  # 0 log 0 is 0: of a forbidden symbol, whose log-prob is -inf, nan would come out
+            h = -(logps.exp() * logps.masked_fill(~torch.isfinite(logps), 0)).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], h
 
     rows = torch.arange(len(targets_n), device=targets_n.device)

@@ -44,15 +44,12 @@ def segment_prose(text: str) -> tuple[Line, ...]:
     while (word := _WORD.search(text, start)) is not None:
         first, aside = word.start(), word[0] == "["
         if start or aside:
-            lines.append(Line(start, first, _indent(text, start), aside))
+            # A space is expected, but not at the start or behind a stop that brings its own.
+            bare = start == 0 or _WIDE.search(text, max(0, start - 4), start)
+            lines.append(Line(start, first, "" if bare else " ", aside))
         whole = _ASIDE.match(text, first) if aside else None
         start = whole.end() if whole else _sentence_end(text, first)
     return tuple(lines)
-
-
-def _indent(text: str, start: int) -> str:
-    """Expects a space, but none behind a stop that brings its own or at the start."""
-    return "" if start == 0 or _WIDE.search(text, max(0, start - 4), start) else " "
 
 
 def _sentence_end(text: str, start: int) -> int:

@@ -77,8 +77,8 @@ class _Unsure(Exception):
 
 
 @lru_cache(maxsize=256)
-def _compiled(parts: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join([*(f"(?P<{name}>{_PARTS[name][1]})" for name in parts), _CODE]))
+def _compiled(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join([*(f"(?P<{name}>{_PARTS[name][1]})" for name in names), _CODE]))
 
 
 def _patterns(text: str) -> list[re.Pattern[str]]:
@@ -225,10 +225,9 @@ def segment_slashes(text: str) -> tuple[Line, ...] | None:
         comment = body.startswith("//") or (start == 0 and body.startswith("#!/"))
         lines.append(Line(start, text.index(body, start), indent + unit * opens, comment))
         if not comment:
-            own = row[: len(row) - len(body)]
-            if opens and len(own) > len(indent) and own.startswith(indent):
-                unit = own[len(indent) :]
-            before, indent = start, own
+            before, outer, indent = start, indent, row[: len(row) - len(body)]
+            if opens and len(indent) > len(outer) and indent.startswith(outer):
+                unit = indent[len(outer) :]
     return tuple(lines)
 
 
