@@ -45,6 +45,7 @@ test-slow: install chromium bubblewrap
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # make matrix ARGS="5.23.0 1.15.0": other versions of transformers and trl; without ARGS the table of docs/versions.md.
 matrix: install
@@ -61,5 +62,5 @@ replication: install
 	$(BIN)/python -m benchmarks picture runs/replication/table.json --output_dir runs/replication
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,53 +16,66 @@ import torch
 
 @dataclass(frozen=True)
 class Boundary:
-    """A legal place for a latent: `think` tokens open one, `close` tokens end it and give back the carry.
+    """Opens and closes a latent at a place where one may stand.
 
     On `if x:\\n    return x` with a tokenizer that merges `\\n` and three spaces into one token, the boundary before
-    `return` has `think = (" #",)` and `close = ("\\n   ",)`; the expert's own `" return"` follows unchanged. Where it
-    does not `decide`, whether to think is not asked: there is no gate, as in a prompt whose `think` tokens are given.
+    `return` has `think = (" #",)` and `close = ("\\n   ",)`; the expert's own `" return"` follows unchanged.
     """
 
-    think: tuple[int, ...]
-    close: tuple[int, ...]
-    decides: bool = True
+    think: tuple[int, ...]  # tokens of the think prefix
+    close: tuple[int, ...]  # tokens of the closure: the latent's end, and the carry given back
+    decides: bool = True  # whether there is a gate; none in a prompt whose `think` tokens are given
 
 
 @dataclass(frozen=True)
 class Action:
-    """One primitive action: a logical line, tokens `start` to `end` (exclusive) of its document.
+    """Marks one primitive action, a logical line: tokens `start` to `end` (exclusive) of its document.
 
-    `index` is the ordinal of the line in the whole document, the same in whichever chunk it lands; noise is keyed by
-    it. `boundary` is `None` where no latent may stand. `comment` marks the expert's own comment line: context, never
-    scored. Example: `Action(index=1, start=7, end=12, boundary=Boundary(...))`.
+    >>> Action(index=1, start=7, end=12, boundary=Boundary(think=(3,), close=(4,))).think
+    (3,)
     """
 
-    index: int
+    index: int  # ordinal of the line in the whole text, in whichever chunk it lands; noise is keyed by it
     start: int
     end: int
-    boundary: Boundary | None = None
-    comment: bool = False
+    boundary: Boundary | None = None  # `None` where no latent may stand
+    comment: bool = False  # the expert's own comment: context, never scored
 
     @property
     def decides(self) -> bool:
         """Whether there is a gate before this line."""
         return self.boundary is not None and self.boundary.decides
 
+    @property
+    def think(self) -> tuple[int, ...]:
+        """Think prefix before this line; asked for only where there is a boundary."""
+        assert self.boundary is not None
+        return self.boundary.think
+
+    @property
+    def close(self) -> tuple[int, ...]:
+        """Closure of a latent before this line; asked for only where there is a boundary."""
+        assert self.boundary is not None
+        return self.boundary.close
+
 
 @dataclass(frozen=True)
 class Document:
-    """A chunk of expert text on its natural tokenization.
+    """Holds a chunk of expert text on its natural tokenization.
 
-    The first `context` tokens are conditioned on and never trained (BOS, a prompt, the last token of the chunk
-    before). `status` is `"actions"`, or the reason why the text gets plain next-token training (`"plain"` when it
-    does not tokenize, `"lossy"` when the tokenizer does not give the text back).
+    >>> actions = (Action(0, 1, 3), Action(1, 3, 4, Boundary(think=(8,), close=(9,))))
+    >>> document = Document(doc_id=0, chunk=0, input_ids=(1, 5, 6, 7, 2), actions=actions, context=1)
+    >>> document.boundaries, document.lines_from(0, lines=2)
+    ((1,), (5, 6, 7))
     """
 
     doc_id: int
     chunk: int
     input_ids: tuple[int, ...]
     actions: tuple[Action, ...]
-    context: int
+    context: int  # first tokens that are conditioned on and never trained: BOS, a prompt, the chunk before's last one
+    # "actions", or why the text gets plain next-token training: "plain" does not tokenize as this format, "lossy" is
+    # not given back by the tokenizer.
     status: str = "actions"
 
     @property
@@ -78,21 +91,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Latent:
-    """A sampled rationale: its tokens without think prefix, stop and closure; `logps` as sampled (stop included).
-
-    `len(logps) == len(token_ids) + 1` when the stop symbol was sampled (`stopped`), else `len(token_ids)`. `kept` is
-    `None`, or under truncated sampling the ids of the kept set at each step.
-    """
+    """Holds a sampled rationale, without think prefix, stop and closure."""
 
     token_ids: tuple[int, ...]
-    stopped: bool
-    logps: tuple[float, ...] = ()
-    kept: tuple[torch.Tensor, ...] | None = None
+    stopped: bool  # whether the stop symbol was sampled; else it was cut at the maximum length
+    logps: tuple[float, ...] = ()  # of each token as sampled, and of the stop symbol if there was one
+    kept: tuple[torch.Tensor, ...] | None = None  # ids of the kept set at each step, under truncated sampling
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """What an engine returns for one document.
+    """Holds what an engine finds out about one document.
 
     Example: two boundaries, one latent each, horizon 1 gives `latent_line_logps_TGH` of shape `[2, 1, 1]`; `-inf` in a
     gate log-probability means that no decision is taken there, so nothing is renormalised.
@@ -105,9 +114,7 @@ class RolloutGroup:
     gate_logps_A: torch.Tensor  # log P(think | s_t); -inf where there is no boundary
     latent_line_logps_TGH: torch.Tensor  # the H lines from the boundary on, under the latent
     latent_gate_logps_TGH: torch.Tensor  # log P(think again) before each of these lines
-    states_SD: torch.Tensor | None = (
-        None  # last hidden states at all boundaries of the document, for the abstraction head
-    )
+    states_SD: torch.Tensor | None = None  # last hidden states at all boundaries, for the abstraction head
     head_logps_A: torch.Tensor | None = None  # log P(think) of the abstraction head, where it is the gate
     log_ratio_TG: torch.Tensor | None = None  # log pi(z | s) - log q(z | s, a), where a latent is not the policy's own
     view: Document | None = None  # what the latents were drawn from, where it is not the document
@@ -125,6 +132,7 @@ class RolloutGroup:
 
     def states_at(self, boundaries: Sequence[int]) -> torch.Tensor:
         """Last hidden states `[len(boundaries), D]` at some boundaries of the document."""
+        assert self.states_SD is not None
         row = {boundary: i for i, boundary in enumerate(self.document.boundaries)}
         return self.states_SD[[row[boundary] for boundary in boundaries]]
 
@@ -139,54 +147,38 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class PolicyLogProbs:
-    """Differentiable log-probs of sampled latents at some boundaries.
+    """Holds differentiable log-probs of sampled latents at some boundaries."""
 
-    `gate_T`: log P(think | s_t). `token_n`: log-prob of each sampled symbol under the distribution it was drawn from,
-    `branch_n` its branch `t * G + g` (counted from the first boundary), `entropy_n` the entropy there (zero unless
-    asked for). `router`: the weighted router loss of the forward, of a mixture of experts.
-    """
-
-    gate_T: torch.Tensor
-    token_n: torch.Tensor
-    branch_n: torch.Tensor
-    entropy_n: torch.Tensor
-    router: torch.Tensor | None = None
+    gate_T: torch.Tensor  # log P(think | s_t)
+    token_n: torch.Tensor  # log-prob of each sampled symbol under the distribution it was drawn from
+    branch_n: torch.Tensor  # branch `t * G + g` of each symbol, counted from the first boundary
+    router: torch.Tensor | None = None  # weighted router loss of the forward, of a mixture of experts
 
 
 @dataclass(frozen=True)
 class AnnotatedExample:
-    """A document with latents spliced in: what the M-step trains on.
-
-    `labels` holds `-100` on the context, `is_latent` marks think prefix, latent and closure tokens. `placed` maps the
-    position of an action to the latent that stands before it. `decisions` maps the token behind which a latent might
-    begin to the position of its action; `gains` holds what thinking before an action would bring, in nats, where it
-    was measured; `sizes` the effective sample size of the candidates there, <act> among them (1 to G + 1).
-    """
+    """Holds a document with latents spliced in: what the M-step trains on."""
 
     document: Document
     input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    is_latent: tuple[bool, ...]
-    placed: dict[int, Latent] = field(default_factory=dict)
-    decisions: dict[int, int] = field(default_factory=dict)
-    gains: dict[int, float] = field(default_factory=dict)
-    sizes: dict[int, float] = field(default_factory=dict)
+    labels: tuple[int, ...]  # `-100` on the context
+    is_latent: tuple[bool, ...]  # think prefix, latent and closure tokens
+    placed: dict[int, Latent] = field(default_factory=dict)  # latents by the position of the action they stand before
+    decisions: dict[int, int] = field(default_factory=dict)  # token behind which a latent might begin -> that position
+    gains: dict[int, float] = field(default_factory=dict)  # nats that thinking there would bring, where measured
+    sizes: dict[int, float] = field(default_factory=dict)  # effective number of <act> and the candidates, 1 to G + 1
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What the sampler must know of a vocabulary of `V` ids.
+    """Holds what the sampler must know of a vocabulary of `V` ids."""
 
-    `next_state_SV` is the UTF-8 automaton over whole tokens: from state `S` (0 = between characters) a token leads to
-    a state or to -1 (forbidden: invalid UTF-8, control character, special token, id outside the tokenizer).
-    `pending_S` is how many bytes a state still waits for. `stop_ids` are all newline-bearing and end-of-text tokens:
-    together they are ONE stop symbol, represented by `stop_ids[0]`.
-    """
-
-    stop_ids: torch.Tensor
-    blank_V: torch.Tensor
+    stop_ids: torch.Tensor  # newline-bearing and end-of-text tokens: together ONE stop symbol, the first of them
+    blank_V: torch.Tensor  # tokens that may not begin a latent: it would, or could, be blank
+    # UTF-8 automaton over whole tokens, state 0 between characters; -1 forbids: invalid UTF-8, a control character,
+    # a special token, an id outside the tokenizer.
     next_state_SV: torch.Tensor
-    pending_S: torch.Tensor
+    pending_S: torch.Tensor  # bytes that a state of it still waits for
     token_bytes: tuple[bytes | None, ...]
     eos_token_id: int
 
@@ -195,5 +187,7 @@ class TokenTable:
         return int(self.stop_ids[0])
 
     def to(self, device: torch.device | str) -> TokenTable:
-        moved = {n: getattr(self, n).to(device) for n in ("stop_ids", "blank_V", "next_state_SV", "pending_S")}
-        return replace(self, **moved)
+        return TokenTable(
+            self.stop_ids.to(device), self.blank_V.to(device), self.next_state_SV.to(device),
+            self.pending_S.to(device), self.token_bytes, self.eos_token_id,
+        )  # fmt: skip

@@ -66,7 +66,7 @@ def test_anchor_by_hand():
     terms = EStepTerms(gate_slope(gain, 0.2, hold=True), torch.zeros(1, 2), torch.ones(1))
     start = torch.tensor([0.25]).log()
     none = torch.zeros(0)
-    live = PolicyLogProbs(torch.nn.functional.logsigmoid(odds), none, none.long(), none)
+    live = PolicyLogProbs(torch.nn.functional.logsigmoid(odds), none, none.long())
     loss, parts = estep_loss(terms, live, reference=replace(live, gate_T=start), anchored=True)
     loss.backward()
     assert float(parts["gate_anchor"]) == pytest.approx(0.1308, abs=1e-4)

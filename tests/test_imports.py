@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,16 @@ import ra3_trl
 
 PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
-LEVELS = (
-    ("records", "files", "markdown", "config_file", "config"),
-    ("segmentation", "rollout", "losses", "models", "sandbox", "analysis", "trackers"),
-    ("em", "hub", "report", "generation", "evaluation"),
-    ("rlvr",),
+LEVELS = (  # imports point from a level to those before it, and never to another room of the same level
+    ("records", "files", "markdown"),
+    ("config_file",),
+    ("config", "trackers"),
+    ("segmentation", "rollout", "losses", "models", "sandbox", "analysis"),
+    ("generation",),
+    ("policy",),
+    ("rewards", "evaluation", "hub"),
+    ("em", "rlvr"),
+    ("report",),
     ("trainer",),
     ("experimental",),
     ("cli", "examples", "benchmarks"),
@@ -49,10 +55,12 @@ def imported_modules(source: str, path: Path) -> list[str]:
 
 
 def target_room(name: str) -> str | None:
-    parts = name.split(".")
-    if parts[0] in ("examples", "benchmarks"):
-        return parts[0]
-    return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] in LEVEL else None
+    """`ra3_trl.em.annotate` -> em; a public name of the package, `ra3_trl.RA3Config`, is of the room it lives in."""
+    package, _, rest = name.partition(".")
+    room = rest.partition(".")[0]
+    if package != PACKAGE.name:
+        return package if package in ("examples", "benchmarks") else None
+    return ra3_trl._HOMES.get(room, room) or None
 
 
 def wrong_imports(source: str, path: Path) -> list[str]:
@@ -62,14 +70,9 @@ def wrong_imports(source: str, path: Path) -> list[str]:
         if name.startswith(PRIVATE):
             wrong.append(f"{path}: {name} is private to trl")
         there = target_room(name)
-        if here is None or there is None or here == there:
-            continue
-        if LEVEL[there] > LEVEL[here]:
-            wrong.append(f"{path}: {here} imports upward from {there}")
-        elif (
-            LEVEL[there] == LEVEL[here] and here not in LEVELS[-1] and here not in LEVELS[0] and here not in LEVELS[2]
-        ):
-            wrong.append(f"{path}: {here} imports sideways from {there}")
+        if here in LEVEL and there in LEVEL and here != there and LEVEL[there] >= LEVEL[here]:
+            direction = "upward" if LEVEL[there] > LEVEL[here] else "sideways"
+            wrong.append(f"{path}: {here} imports {direction} from {there}")
     return wrong
 
 
@@ -85,8 +88,32 @@ def test_imports_point_one_way():
 
 
 def test_every_room_has_a_level():
-    rooms = {room_of(path) for path in source_files()} - {None}
+    rooms = {room_of(path) for path in source_files()} - {None} - {None}
     assert rooms <= set(LEVEL), "put the new room into LEVELS (and into docs/design.md)"
+
+
+def module_of(room: str) -> str:
+    return room if room in ("examples", "benchmarks") else f"{PACKAGE.name}.{room}"
+
+
+def caught(here: str, there: str) -> bool:
+    """Whether an import of one room planted in another is found wrong."""
+    path = ROOT.joinpath(*module_of(here).split("."), "planted.py")
+    return bool(wrong_imports(f"import {module_of(there)}.planted", path))
+
+
+@pytest.mark.parametrize("here", LEVEL)
+def test_a_room_imports_from_lower_levels_only(here):
+    for there in set(LEVEL) - {here}:
+        assert caught(here, there) == (LEVEL[there] >= LEVEL[here]), there
+
+
+@pytest.mark.parametrize("rooms", LEVELS)
+def test_a_planted_circle_is_caught_on_every_level(rooms):
+    """Two rooms of a level that import each other, and one of it with one of the next."""
+    beside = LEVELS[min(LEVEL[rooms[0]] + 1, len(LEVELS) - 1)]
+    circles = list(itertools.combinations({*rooms, *beside}, 2))
+    assert circles and all(caught(one, other) or caught(other, one) for one, other in circles)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +123,10 @@ def test_every_room_has_a_level():
         ("ra3_trl/records.py", "from .segmentation import Segmenter"),
         ("ra3_trl/rollout/planted.py", "from .. import trainer"),
         ("ra3_trl/rollout/planted.py", "from ..segmentation.documents import splice"),
-        ("ra3_trl/sandbox/planted.py", "from ..evaluation import pass_at_k"),
+        ("ra3_trl/sandbox/planted.py", "from ..losses import advantages"),
+        ("ra3_trl/evaluation/planted.py", "from ..em import annotate"),
+        ("ra3_trl/em/planted.py", "from ..experimental import hindsight"),
+        ("ra3_trl/em/planted.py", "from .. import RA3MidTrainer"),
         ("ra3_trl/em/planted.py", "def f():\n    import ra3_trl.trainer"),
         ("ra3_trl/em/planted.py", "from ra3_trl.cli.main import main"),
         ("ra3_trl/trainer.py", "import benchmarks.rollout"),
@@ -119,6 +149,7 @@ def test_a_planted_wrong_import_is_caught(file, line):
         ("ra3_trl/evaluation/planted.py", "from ..sandbox import Judge"),
         ("ra3_trl/rollout/planted.py", "from .engine import RolloutEngine\nfrom ..records import Document"),
         ("ra3_trl/__init__.py", "from .trainer import RA3MidTrainer"),
+        ("ra3_trl/em/planted.py", "from .. import RA3Config, __version__"),
         ("examples/planted.py", "from ra3_trl import RA3Config\nfrom ra3_trl.trainer import RA3MidTrainer"),
         ("ra3_trl/cli/planted.py", "from trl import TrlParser"),
     ],

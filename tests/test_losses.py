@@ -172,7 +172,7 @@ def test_the_anchor_of_a_held_gate_by_hand():
 
 
 def logps_of(gate_T, token_n, branch_n) -> PolicyLogProbs:
-    return PolicyLogProbs(gate_T, token_n, branch_n, torch.zeros_like(token_n))
+    return PolicyLogProbs(gate_T, token_n, branch_n)
 
 
 def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:

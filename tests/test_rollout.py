@@ -218,23 +218,6 @@ def test_gradients_go_through_a_wrapper(kind, llama, tokenizers, document):
     assert_gradients_agree(gradients(llama, wrapped.token_n.sum()), gradients(llama, plain.token_n.sum()))
 
 
-def test_entropy_is_that_of_the_distribution_drawn_from(llama, tokenizers, document, slow_path):
-    tokenizer = tokenizers["newline_indent"]
-    engine = engine_of(BranchEngine, llama, tokenizer, temperature=0.8)
-    group = engine.rollout(document, document.boundaries[:2], 2, 1, KEY)
-    found = engine.log_probs(group, slice(0, 2), entropy=True).entropy_n
-    slow, wanted = slow_path(llama, tokenizer, temperature=0.8), []
-    for boundary, row in zip(group.boundaries, group.latents, strict=True):
-        action = document.actions[boundary]
-        prefix = [*document.input_ids[: action.start], *action.boundary.think]
-        for latent in row:
-            for j in range(len(latent.logps)):
-                logps = slow.symbols(prefix, latent.token_ids[:j])
-                wanted.append(-float((logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum()))
-    torch.testing.assert_close(found.detach(), torch.tensor(wanted), atol=1e-4, rtol=0)
-    assert (engine.log_probs(group, slice(0, 2)).entropy_n == 0).all()
-
-
 def test_a_lora_model(tiny_model, tokenizers, document, slow_path):
     """Forward and gradients of an adapter; only the adapter has gradients."""
     tokenizer = tokenizers["newline_indent"]

@@ -2,13 +2,12 @@
 
 from .compactness import effective_numbers, entropy
 from .estimates import Estimate, t_quantile
-from .horizon import EffectiveHorizon, durations, effective_horizon, iteration_bound
+from .horizon import durations, effective_horizon, iteration_bound
 from .pruning import Alternatives, Pruning, measure_pruning
 
 
 __all__ = [
     "Alternatives",
-    "EffectiveHorizon",
     "Estimate",
     "Pruning",
     "durations",

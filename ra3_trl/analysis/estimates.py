@@ -13,47 +13,33 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 
 def t_quantile(df: int) -> float:
-    """The 97.5 % quantile of Student's t, within 0.003.
-
-    Args:
-        df (`int`):
-            Degrees of freedom, at least 1.
-    """
+    """Gives the 97.5 % quantile of Student's t with `df` degrees of freedom, at least 1, within 0.003."""
     return _T[df - 1] if df <= len(_T) else 1.96 + 2.4 / df
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95 % interval by Student's t, and what was seen.
+    """Holds a mean over seeds with its 95 % interval by Student's t, and what was seen."""
 
-    Args:
-        mean (`float` or `None`):
-            Of the values that are not `None`; `None` if there are none.
-        low, high (`float` or `None`):
-            The interval; `None` for fewer than two values.
-        n (`int`):
-            Values in the mean.
-        values (`tuple[float | None, ...]`):
-            One a seed; `None` stands for "never reached" or "not measured".
-    """
-
-    mean: float | None
-    low: float | None
+    mean: float | None  # of the values that are not `None`; `None` if there are none
+    low: float | None  # the interval; `None` for fewer than two values
     high: float | None
-    n: int
-    values: tuple[float | None, ...]
+    n: int  # values in the mean
+    values: tuple[float | None, ...]  # one a seed; `None` stands for "never reached" or "not measured"
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Estimate:
-        """The estimate from one value a seed; `None` is in no mean and is counted by `len(values) - n`."""
-        values = tuple(values)
+        """Estimates from one value a seed; `None` is in no mean and is counted by `len(values) - n`.
+
+        >>> estimate = Estimate.of([1.0, None, 3.0])  # half of it is 12.706 * sqrt(2) / sqrt(2)
+        >>> estimate.mean, round(estimate.low, 3), round(estimate.high, 3), estimate.n
+        (2.0, -10.706, 14.706, 2)
+        """
         seen = [value for value in values if value is not None]
         n = len(seen)
-        if not seen:
-            return cls(None, None, None, 0, values)
-        mean = sum(seen) / n
-        if n == 1:
-            return cls(mean, None, None, 1, values)
+        mean = sum(seen) / n if seen else None
+        if mean is None or n == 1:
+            return cls(mean, None, None, n, tuple(values))
         deviation = math.sqrt(sum((value - mean) ** 2 for value in seen) / (n - 1))
         half = t_quantile(n - 1) * deviation / math.sqrt(n)
-        return cls(mean, mean - half, mean + half, n, values)
+        return cls(mean, mean - half, mean + half, n, tuple(values))

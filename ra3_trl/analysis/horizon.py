@@ -10,59 +10,36 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class EffectiveHorizon:
-    """How long decisions last.
+    """Says how long decisions last: latents, and lines without one in force, which last one line each."""
 
-    Args:
-        lines_per_latent (`float` or `None`):
-            Mean duration tau of a latent in lines; `None` without latents. Those that the text's end ended would have
-            lasted longer, so it is too small, and `gbar` too large.
-        gbar (`float`):
-            Mean of gamma^tau over all decisions: latents, and lines without one in force, which last one line each.
-            The theorem has the supremum over states and actions, which no sample gives.
-        iterations, iterations_by_line (`float`):
-            Value iterations that the bound asks for at `gbar`, and at gamma, where each line is a decision. A line
-            earns 1 at most, so R_max is (1 - gbar) / (1 - gamma): what lasts longer earns more.
-        latents (`int`):
-            How many there were.
-        cut (`float`):
-            Share of these that the text's end ended.
-    """
-
+    # Mean duration tau of a latent, `None` without latents. Those that the text's end ended would have lasted longer:
+    # it is too small, and `gbar` too large.
     lines_per_latent: float | None
-    gbar: float
+    gbar: float  # mean of gamma^tau over all decisions; the theorem has the supremum, which no sample gives
+    # Value iterations that the bound asks for. A line earns 1 at most, so R_max is (1 - gbar) / (1 - gamma): what
+    # lasts longer earns more.
     iterations: float
-    iterations_by_line: float
-    latents: int
-    cut: float
+    iterations_by_line: float  # at gamma, where each line is a decision
+    latents: int  # how many there were
+    cut: float  # share of these that the text's end ended
 
 
 def durations(num_lines: int, starts: Sequence[int]) -> list[int]:
-    """Lines that each latent is in force: until the next one, or the text's end.
+    """Counts the lines that each latent is in force: until the next one, or the end of the text's `num_lines` lines
+    (latents not counted). They stand before the lines `starts`, counted from 0, in order.
 
-    Args:
-        num_lines (`int`):
-            Lines of the text, latents not counted.
-        starts (`Sequence[int]`):
-            Lines, counted from 0, before which latents stand, in order.
-
-    Example: with 7 lines, latents before lines 1 and 4 last 3 lines each.
+    >>> durations(7, starts=[1, 4])
+    [3, 3]
     """
     return [end - start for start, end in pairwise([*starts, num_lines])]
 
 
 def iteration_bound(gbar: float, eps: float = 0.1, most: float = 1.0) -> float:
-    """N = log(R_max / (eps (1 - gbar))) / (1 - gbar) iterations to an eps-optimal policy (PAPER, convergence).
+    """Bounds the iterations to an `eps`-optimal policy: N = log(R_max / (eps (1 - gbar))) / (1 - gbar) (PAPER,
+    convergence), with `gbar` = E[gamma^tau] and `most` = R_max, the largest reward of a decision.
 
-    Args:
-        gbar (`float`):
-            E[gamma^tau], at least 0 and below 1.
-        eps (`float`, *optional*, defaults to `0.1`):
-            How far from the optimum.
-        most (`float`, *optional*, defaults to `1.0`):
-            R_max, the largest reward of a decision.
-
-    Raises:
-        `ValueError`: for a `gbar` out of its range.
+    >>> round(iteration_bound(0.9), 1)  # log(1 / 0.01) / 0.1
+    46.1
     """
     if not 0 <= gbar < 1:
         raise ValueError(f"`gbar` is {gbar}; it must be at least 0 and below 1.")
@@ -70,16 +47,12 @@ def iteration_bound(gbar: float, eps: float = 0.1, most: float = 1.0) -> float:
 
 
 def effective_horizon(texts: Sequence[tuple[int, Sequence[int]]], gamma: float) -> EffectiveHorizon:
-    """Of latents in several texts.
+    """Measures latents in several texts, each its lines and those before which latents stand (as [`durations`] takes
+    them), at the discount `gamma` of a line.
 
-    Args:
-        texts (`Sequence[tuple[int, Sequence[int]]]`):
-            Of each its lines, and those before which latents stand, as [`durations`] takes them.
-        gamma (`float`):
-            Discount of a line; above 0 and below 1.
-
-    Raises:
-        `ValueError`: for a `gamma` out of its range, or texts without any line.
+    >>> horizon = effective_horizon([(7, [1, 4])], gamma=0.5)  # a line alone, and two latents of 3 lines
+    >>> horizon.lines_per_latent, horizon.gbar == (0.5 + 2 * 0.5**3) / 3, horizon.cut
+    (3.0, True, 0.5)
     """
     if not 0 < gamma < 1:
         raise ValueError(f"`gamma` is {gamma}; it must be above 0 and below 1.")
@@ -88,9 +61,11 @@ def effective_horizon(texts: Sequence[tuple[int, Sequence[int]]], gamma: float) 
     if not lasting and not alone:
         raise ValueError("there is no line in the texts; give some that have.")
     gbar = (sum(gamma**tau for tau in lasting) + alone * gamma) / (len(lasting) + alone)
-    cut = sum(bool(starts) for _, starts in texts)
     return EffectiveHorizon(
-        sum(lasting) / len(lasting) if lasting else None, gbar,
-        iteration_bound(gbar, most=(1 - gbar) / (1 - gamma)), iteration_bound(gamma),
-        len(lasting), cut / len(lasting) if lasting else 0.0,
-    )  # fmt: skip
+        lines_per_latent=sum(lasting) / len(lasting) if lasting else None,
+        gbar=gbar,
+        iterations=iteration_bound(gbar, most=(1 - gbar) / (1 - gamma)),
+        iterations_by_line=iteration_bound(gamma),
+        latents=len(lasting),
+        cut=sum(bool(starts) for _, starts in texts) / len(lasting) if lasting else 0.0,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,73 +10,56 @@ import torch
 
 @dataclass(frozen=True)
 class Pruning:
-    """What latents do to the lines that could come next, all without the mass of thinking (again).
+    """Says what latents do to the lines that could come next, all without the mass of thinking (again)."""
 
-    Args:
-        removed (`float`):
-            Mass of pi(. | s) on lines that a latent makes less likely by more than `factor`.
-        removed_by_others (`float`):
-            The same under latents of other boundaries: what any change of context does.
-        expert_kept (`float`):
-            Share of latents under which the expert's own line is not removed.
-        expert_helped (`float`):
-            Share of latents under which it is likelier.
-        factor (`float`):
-            How much less likely is ruled out. The paper's pruning drops actions altogether, which no finite change of
-            probabilities does.
-        boundaries, lines, latents (`int`):
-            What the means are over.
-    """
-
-    removed: float
-    removed_by_others: float
-    expert_kept: float
-    expert_helped: float
+    removed: float  # mass of pi(. | s) on lines that a latent makes less likely by more than `factor`
+    removed_by_others: float  # the same under latents of other boundaries: what any change of context does
+    expert_kept: float  # share of latents under which the expert's own line is not removed
+    expert_helped: float  # share of latents under which it is likelier
+    # How much less likely is ruled out. The paper's pruning drops actions altogether, which no finite change does.
     factor: float
-    boundaries: int
+    boundaries: int  # what the means are over
     lines: int
     latents: int
 
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Lines at one boundary, in nats: `act_K` and `expert` without a latent, `latent_GK` and `expert_G` under each
-    latent, `other_GK` under those of another boundary. The K lines are draws of pi(. | s), so that a share of them is
-    mass."""
+    """Holds log-probs of lines at a boundary, in nats; the K lines are draws of pi(. | s): a share of them is mass."""
 
-    act_K: torch.Tensor
-    latent_GK: torch.Tensor
-    other_GK: torch.Tensor
-    expert: float
-    expert_G: torch.Tensor
+    act_K: torch.Tensor  # without a latent
+    latent_GK: torch.Tensor  # under each latent
+    other_GK: torch.Tensor  # under those of another boundary
+    expert: float  # of the expert's own line, without a latent
+    expert_G: torch.Tensor  # and under each
 
 
-def measure_pruning(found: list[Alternatives], factor: float = 10.0) -> Pruning | None:
-    """Means over boundaries, each of which counts once; `None` if there is none.
+def measure_pruning(boundaries: list[Alternatives], factor: float = 10.0) -> Pruning | None:
+    """Averages over boundaries, each of which counts once; `None` if there is none.
 
-    Args:
-        found (`list[Alternatives]`):
-            Lines at each boundary.
-        factor (`float`, *optional*, defaults to `10.0`):
-            See [`Pruning`].
-
-    Raises:
-        `ValueError`: for a factor that is not above 1.
+    >>> act, latent, other = torch.zeros(2), torch.tensor([[-3.0, 0.0]]), torch.zeros(1, 2)
+    >>> lines = Alternatives(act, latent, other, expert=-2.0, expert_G=torch.tensor([-1.0]))
+    >>> measure_pruning([lines]).removed  # one of the two lines is 20 times less likely under the latent
+    0.5
     """
     if not factor > 1:
         raise ValueError(f"`factor` is {factor}; it must be above 1.")
-    found = [one for one in found if one.latent_GK.numel()]
-    if not found:
+    boundaries = [lines for lines in boundaries if lines.latent_GK.numel()]
+    if not boundaries:
         return None
-    edge = float(torch.tensor(factor).log())
-    own = [one.expert_G - one.expert for one in found]
+    edge = math.log(factor)
+    gains = [lines.expert_G - lines.expert for lines in boundaries]
 
     def mean(shares: list[torch.Tensor]) -> float:
         return float(torch.stack([share.double().mean() for share in shares]).mean())
 
     return Pruning(
-        mean([one.latent_GK - one.act_K < -edge for one in found]),
-        mean([one.other_GK - one.act_K < -edge for one in found]),
-        mean([ratio >= -edge for ratio in own]), mean([ratio > 0 for ratio in own]), factor, len(found),
-        sum(one.latent_GK.shape[1] for one in found), sum(one.latent_GK.shape[0] for one in found),
-    )  # fmt: skip
+        removed=mean([lines.latent_GK - lines.act_K < -edge for lines in boundaries]),
+        removed_by_others=mean([lines.other_GK - lines.act_K < -edge for lines in boundaries]),
+        expert_kept=mean([gain >= -edge for gain in gains]),
+        expert_helped=mean([gain > 0 for gain in gains]),
+        factor=factor,
+        boundaries=len(boundaries),
+        lines=sum(lines.latent_GK.shape[1] for lines in boundaries),
+        latents=sum(lines.latent_GK.shape[0] for lines in boundaries),
+    )

@@ -1,13 +1,12 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
-from .elbo import CodeBounds, code_bounds, resampling_logits
+from .elbo import code_bounds, resampling_logits
 from .estep import EStepTerms, estep_loss, gate_slope
 from .ntp import next_token_loss
 from .returns import Returns, advantages, compute_returns, log1mexp, renormalise
 
 
 __all__ = [
-    "CodeBounds",
     "EStepTerms",
     "Returns",
     "advantages",

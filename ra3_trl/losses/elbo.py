@@ -13,23 +13,22 @@ from .returns import compute_returns, log1mexp
 
 @dataclass(frozen=True)
 class CodeBounds:
-    """Sums over the code lines of one document, in nats, and the number of code tokens they are over.
+    """Holds sums over the code lines of one document, in nats.
 
-    `log_likelihood`: without latents (raw). `elbo`: E_q[log pi(a|s,z)] - KL(q || p) with q and p both the policy, so
-    the KL is 0 and what stays is `(1-p) R_act + p mean_g R_g` a line. `multi_sample`:
-    `log[(1-p) P(a|act) + p mean_g P(a|z_g)]`, at least as tight in expectation. Latents that the policy has not drawn
-    count with `pi(z|s) / q(z|s, a)`, with which both stay bounds. Lines without rollouts count as they are, each line
-    once.
+    Latents that the policy has not drawn count with `pi(z|s) / q(z|s, a)`, with which both bounds stay bounds. Lines
+    without rollouts count as they are, each line once.
     """
 
-    log_likelihood: float
+    log_likelihood: float  # without latents (raw)
+    # E_q[log pi(a|s,z)] - KL(q || p) with q and p both the policy, so the KL is 0 and what stays is
+    # `(1-p) R_act + p mean_g R_g` a line
     elbo: float
-    multi_sample: float
-    tokens: int
+    multi_sample: float  # `log[(1-p) P(a|act) + p mean_g P(a|z_g)]`, at least as tight in expectation
+    tokens: int  # code tokens that these are over
 
 
 def code_bounds(group: RolloutGroup) -> CodeBounds:
-    """[`CodeBounds`] of a group scored over at least one line. Kept comments and the EOS are not code."""
+    """Bounds the log-likelihood of a group scored over at least one line. Kept comments and the EOS are not code."""
     document = group.document
     code = torch.tensor([not a.comment for a in document.actions], dtype=torch.bool)
     raw_A = torch.where(code, group.line_logps_A, torch.zeros(()))
@@ -49,9 +48,13 @@ def code_bounds(group: RolloutGroup) -> CodeBounds:
 
 
 def resampling_logits(act_T: torch.Tensor, latent_TG: torch.Tensor, log_think_T: torch.Tensor) -> torch.Tensor:
-    """Log-weights `[T, 1 + G]` of <act> and of each latent: `log(1-rho) + G_act`, `log rho - log G + G_g`.
+    """Weighs <act> and each latent, in logs `[T, 1 + G]`: `log(1-rho) + G_act`, `log rho - log G + G_g`.
 
     No penalty: the prior `rho` is its place here. `log_think_T` is log rho.
+
+    >>> half = torch.tensor([0.5]).log()
+    >>> resampling_logits(torch.tensor([0.0]), torch.tensor([[0.0, 0.0]]), half).exp()
+    tensor([[0.5000, 0.2500, 0.2500]])
     """
     latent = log_think_T[:, None] - math.log(latent_TG.shape[1]) + latent_TG
     return torch.cat([(log1mexp(log_think_T) + act_T)[:, None], latent], 1)

@@ -12,25 +12,25 @@ from .returns import log1mexp
 
 @dataclass(frozen=True)
 class EStepTerms:
-    """What the E-step optimises at `T` boundaries, as constants computed from rollouts.
+    """Holds what the E-step optimises at `T` boundaries, as constants computed from rollouts."""
 
-    `gate_gain_T`: mean_g G_g - c - G_act, the slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p, zero where the
-    gate is held. `advantage_TG` and `weight_T` (1, or P(think)) are those of the latents.
-    """
-
-    gate_gain_T: torch.Tensor
-    advantage_TG: torch.Tensor
-    weight_T: torch.Tensor
+    gate_gain_T: torch.Tensor  # slope of `J = (1-p) G_act + p (mean_g G_g - c)` in p; zero where the gate is held
+    advantage_TG: torch.Tensor  # of the latents
+    weight_T: torch.Tensor  # of the latents: 1, or P(think)
 
 
 def gate_slope(gain_TG: torch.Tensor, penalty: float, hold: bool) -> torch.Tensor:
-    """Slope of the gate's objective in P(think), `[T]`; zero while the gate is held, see [`gate_anchor`]."""
+    """Computes the slope of the gate's objective in P(think), `[T]`; zero while the gate is held ([`gate_anchor`]).
+
+    >>> gate_slope(torch.tensor([[2.0, 0.0]]), penalty=0.25, hold=False)
+    tensor([0.7500])
+    """
     slope = gain_TG.mean(1) - penalty
     return torch.zeros_like(slope) if hold else slope
 
 
 def gate_anchor(gate_logps_T: torch.Tensor, start_gate_logps_T: torch.Tensor) -> torch.Tensor:
-    """KL(Bernoulli(P(think) at the start) || Bernoulli(P(think))), `[T]`: what holds a held gate still.
+    """Computes KL(Bernoulli(P(think) at the start) || Bernoulli(P(think))), `[T]`: what holds a held gate still.
 
     Its slope in the gate's log-odds is `p - p_start`: at most 1, and not vanishing where p has collapsed.
     """
@@ -45,7 +45,7 @@ def estep_loss(
     reference: PolicyLogProbs | None = None,
     anchored: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over boundaries of the negative objective; the caller divides by the boundaries of the whole window.
+    """Sums the negative objective over boundaries; the caller divides by the boundaries of the whole window.
 
     Args:
         terms ([`EStepTerms`]):
@@ -64,6 +64,8 @@ def estep_loss(
         The loss and its parts, all summed over boundaries (the KL averaged over the latents of a boundary).
     """
     boundaries, latents = terms.advantage_TG.shape
+    # The gate's gradient is analytic, since its gain is known at both ends, thinking and not. Latents get a mean over
+    # those of a boundary, whatever their lengths.
     gate = -(logps.gate_T.exp() * terms.gate_gain_T).sum()
     scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[logps.branch_n]
     policy = -(scale_n * terms.advantage_TG.reshape(-1)[logps.branch_n] * logps.token_n).sum()

@@ -8,9 +8,13 @@ import torch
 def next_token_loss(
     token_logps_n: torch.Tensor, is_latent_n: torch.Tensor, num_tokens: torch.Tensor | float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross-entropy over code and latent tokens alike, divided by `num_tokens` of the whole accumulation window.
+    """Averages cross-entropy over code and latent tokens alike, `num_tokens` in the whole accumulation window.
 
     Returns the loss and the sums and counts that `mstep/code_loss` and `mstep/latent_loss` are averages of.
+
+    >>> loss, parts = next_token_loss(torch.tensor([-1.0, -2.0]), torch.tensor([False, True]), num_tokens=4)
+    >>> float(loss), float(parts["latent_sum"])
+    (0.75, 2.0)
     """
     nll = -token_logps_n
     parts = {

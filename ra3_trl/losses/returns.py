@@ -1,7 +1,7 @@
 """Line rewards, returns over the horizon, advantages.
 
 A reward is a renormalised line log-likelihood: the raw probability of an expert line contains the mass of not thinking
-before it, so `log(1 - P(think))` is taken out, with a latent and without (docs/design.md, "The objective, exactly").
+before it, so `log(1 - P(think))` is taken out, with a latent and without (docs/design.md, "The objective").
 Without that a useless comment looks like a gain.
 """
 
@@ -15,7 +15,7 @@ from ..records import RolloutGroup
 
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """`log(1 - exp(x))` for `x <= 0`, without cancellation; `x = -inf` gives 0. `x` is kept below 0 by one ulp."""
+    """Computes `log(1 - exp(x))` for `x <= 0`, without cancellation. `x = -inf` gives 0; 0 counts as one ulp below."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -0.6931
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
@@ -23,20 +23,22 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def renormalise(line_logps: torch.Tensor, gate_logps: torch.Tensor) -> torch.Tensor:
-    """`R = l(a | .) - log(1 - P(think | .))`; `gate_logps = -inf` (no decision there) leaves the line as it is."""
+    """Takes the mass of thinking out of a line: `R = l(a | .) - log(1 - P(think | .))`. A gate of `-inf`, no decision,
+    leaves the line as it is.
+
+    >>> renormalise(torch.tensor([-1.0, -1.0]), torch.tensor([-0.6931472, -torch.inf]))
+    tensor([-0.3069, -1.0000])
+    """
     return line_logps - log1mexp(gate_logps)
 
 
 @dataclass(frozen=True)
 class Returns:
-    """Returns of a group in nats (nats per token when the lines are reduced by their mean).
+    """Holds the returns of a group in nats (nats per token when the lines are reduced by their mean)."""
 
-    `act_T`: the lines without a latent; `latent_TG`: under each latent, penalty not yet paid, and `log pi(z | s) -
-    log q(z | s, a)` added where it was not drawn by the policy. Over the same lines, so `latent_TG - act_T[:, None]`
-    is the gain of a latent.
-    """
-
-    act_T: torch.Tensor
+    act_T: torch.Tensor  # of the lines without a latent
+    # Of the same lines under each latent, the penalty not yet paid; with `log pi(z | s) - log q(z | s, a)` added where
+    # the policy has not drawn it.
     latent_TG: torch.Tensor
 
     @property
@@ -45,18 +47,9 @@ class Returns:
 
 
 def compute_returns(group: RolloutGroup, horizon: int, discount: float, reduction: str = "sum") -> Returns:
-    """Discounted sums of line rewards, `G(t) = sum_{k < H} discount^k R_{t+k}` (PAPER, E-step; H and the discount are
-    our choice), cut at the document's end and at a kept comment.
-
-    Args:
-        group ([`RolloutGroup`]):
-            Scores of one document.
-        horizon (`int`):
-            Lines H, at most those that were scored.
-        discount (`float`):
-            Discount of later lines.
-        reduction (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` over a line's tokens (a log-likelihood), or `"mean"` (a surrogate).
+    """Sums discounted line rewards, `G(t) = sum_{k < H} discount^k R_{t+k}` (PAPER, E-step; H and the discount are our
+    choice), cut at the document's end and at a kept comment. `horizon` is at most the lines that were scored;
+    `reduction` is the `"sum"` over a line's tokens (a log-likelihood), or the `"mean"` (a surrogate).
     """
     actions = group.document.actions
     act_A = renormalise(group.line_logps_A, group.gate_logps_A)
@@ -77,10 +70,14 @@ def compute_returns(group: RolloutGroup, horizon: int, discount: float, reductio
 
 
 def advantages(returns: Returns, penalty: float, baseline: str = "leave_one_out") -> torch.Tensor:
-    """Advantages `[T, G]` of latents.
+    """Compares the returns of latents `[T, G]` with a baseline.
 
     `"leave_one_out"`: `A_g = G_g - mean of the others'`, in which the penalty cancels. `"no_think"`:
     `A_g = G_g - penalty - G_act`, what the latent brought over not thinking.
+
+    >>> returns = Returns(act_T=torch.tensor([-3.0]), latent_TG=torch.tensor([[-1.0, -4.0]]))
+    >>> advantages(returns, penalty=0.5), advantages(returns, penalty=0.5, baseline="no_think")
+    (tensor([[ 3., -3.]]), tensor([[ 1.5000, -1.5000]]))
     """
     if baseline == "no_think":
         return returns.gain_TG - penalty

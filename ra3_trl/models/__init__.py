@@ -1,16 +1,7 @@
 """What stands beside the language model: loading, frozen weights, tags, the abstraction head."""
 
 from .frozen import BaseWeights, FrozenWeights
-from .head import (
-    HEAD_CONFIG,
-    HEAD_WEIGHTS,
-    AbstractionConfig,
-    AbstractionHead,
-    load_head,
-    place_of,
-    save_head,
-    state_width,
-)
+from .head import HEAD_WEIGHTS, AbstractionConfig, AbstractionHead, load_head, save_head
 from .load import (
     check_trainable,
     check_vocabulary,
@@ -19,13 +10,14 @@ from .load import (
     end_ids,
     load_model,
     load_tokenizer,
+    place_of,
+    state_width,
 )
 from .prepare import prepare_model
 from .tags import add_tags
 
 
 __all__ = [
-    "HEAD_CONFIG",
     "HEAD_WEIGHTS",
     "AbstractionConfig",
     "AbstractionHead",

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def _stored(parameter: nn.Parameter) -> torch.Tensor:
-    """What this process stores of a parameter: all of it, FSDP2's or ZeRO-3's part."""
+    """Finds what this process stores of a parameter: all of it, FSDP2's or ZeRO-3's part."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
@@ -29,13 +29,9 @@ def _is_shard(parameter: nn.Parameter) -> bool:
 
 
 class FrozenWeights:
-    """A snapshot of the trainable parameters of a model, to be put in its place for a while.
+    """Keeps a snapshot of the trainable parameters of a model as they are now, to be put in their place for a while.
 
     Of an adapter only the adapter is kept; of full fine-tuning a second copy of the weights.
-
-    Args:
-        model (`nn.Module`):
-            The model; its present trainable parameters are the snapshot.
     """
 
     def __init__(self, model: nn.Module):
@@ -44,7 +40,7 @@ class FrozenWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the snapshot's weights inside; for use without gradients."""
+        """Gives the model the snapshot's weights inside; for use without gradients."""
         live = {name: _stored(p).clone() if _is_shard(p) else p.data for name, p in self._parameters.items()}
         try:
             for name, p in self._parameters.items():
@@ -57,20 +53,17 @@ class FrozenWeights:
             torch.clear_autocast_cache()
 
     def whole_values(self) -> dict[str, torch.Tensor]:
-        """The snapshot on the CPU, put together where it is sharded; every process must call it."""
+        """Copies the snapshot to the CPU, put together where it is sharded; every process must call it."""
         with self.applied(), self._gathered(None):
-            return {name: _whole(p).detach().cpu().clone() for name, p in self._parameters.items()}
+            whole = ((n, p.full_tensor() if isinstance(p, DTensor) else p) for n, p in self._parameters.items())
+            return {name: p.detach().cpu().clone() for name, p in whole}  # one at a time
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Puts saved `values` in place of the snapshot.
-
-        Raises:
-            `ValueError`: if they are not of this model.
-        """
+        """Puts saved `values` in place of the snapshot; refuses those of another model."""
         if set(values) != set(self.values):
-            odd = sorted(set(values) ^ set(self.values))[:3]
+            names = sorted(set(values) ^ set(self.values))[:3]
             raise ValueError(
-                f"frozen weights of another model: {odd} differ; resume with the model the run began with."
+                f"frozen weights of another model: {names} differ; resume with the model the run began with."
             )
         with self.applied():
             with torch.no_grad(), self._gathered(0):
@@ -80,29 +73,17 @@ class FrozenWeights:
             self.values = {name: _stored(p).clone() for name, p in self._parameters.items()}
 
     def _gathered(self, modifier: int | None) -> AbstractContextManager:
-        """ZeRO-3's parameters are whole inside, and those of process `modifier` hold afterwards."""
-        parts = [p for p in self._parameters.values() if hasattr(p, "ds_tensor")]
-        if not parts:
+        """Makes ZeRO-3's parameters whole inside; those of process `modifier` hold afterwards."""
+        shards = [p for p in self._parameters.values() if hasattr(p, "ds_tensor")]
+        if not shards:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parts, modifier_rank=modifier)
-
-
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return deepspeed.zero.GatheredParameters(shards, modifier_rank=modifier)
 
 
 class BaseWeights:
-    """The model without its adapter, to be put in its place for a while; it holds no weights of its own.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-
-    Raises:
-        `ValueError`: if it has no adapter.
-    """
+    """Stands for the model without its adapter, to be put in its place for a while; it holds no weights of its own."""
 
     def __init__(self, model: nn.Module):
         if not isinstance(model, PeftModel):
@@ -114,7 +95,7 @@ class BaseWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The adapter is off inside; for use without gradients."""
+        """Takes the adapter off inside; for use without gradients."""
         # peft sets `requires_grad` anew on the way out, also of what the user had frozen (LoRA-FA, other adapters).
         trained = [(p, p.requires_grad) for p in self._model.parameters()]
         try:

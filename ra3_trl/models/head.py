@@ -28,31 +28,19 @@ _WIDTH = 128
 @dataclass(frozen=True)
 class AbstractionConfig:
     """
-    What belongs to an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
-
-    Args:
-        hidden_size (`int`):
-            Width of the hidden states that the model's own head reads.
-        think_prob (`float`, *optional*, defaults to `0.3`):
-            P(think) of a fresh head, everywhere.
-        action_format (`str`, *optional*, defaults to `"python"`):
-            Where its boundaries stand and what opens a latent there.
-        max_latent_length (`int`, *optional*, defaults to `12`):
-            Most tokens of a latent.
-        trained_on (`int`, *optional*, defaults to `0`):
-            Boundaries it has learned from; 0 is a fresh head.
+    Describes an [`AbstractionHead`]; written to `abstraction_config.json` with a format version.
 
     Raises:
         `ValueError`: for a size below 1 or a probability that is not between 0 and 1.
     """
 
-    hidden_size: int
-    think_prob: float = 0.3
-    action_format: str = "python"
-    max_latent_length: int = 12
-    trained_on: int = 0
+    hidden_size: int  # width of the hidden states that the model's own head reads
+    think_prob: float = 0.3  # P(think) of a fresh head, everywhere
+    action_format: str = "python"  # where its boundaries stand and what opens a latent there
+    max_latent_length: int = 12  # most tokens of a latent
+    trained_on: int = 0  # boundaries it has learned from; 0 is a fresh head
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hidden_size", "max_latent_length"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"`{name}` of the abstraction head is {getattr(self, name)}; it must be at least 1.")
@@ -62,14 +50,10 @@ class AbstractionConfig:
 
 class AbstractionHead(nn.Module):
     """
-    Gate, predicted gain and its spread over latents, from hidden states `[..., hidden_size]`.
+    Reads a gate, the gain of thinking and its spread over latents off hidden states `[..., hidden_size]`.
 
     The states are detached and normalised to unit variance; one hidden layer of 128 units follows. A fresh head gives
     `think_prob`, a gain of 0 and a spread of 0.7 everywhere; making one leaves the random number generators alone.
-
-    Args:
-        config ([`AbstractionConfig`]):
-            Its size and what it is for.
     """
 
     def __init__(self, config: AbstractionConfig):
@@ -85,9 +69,8 @@ class AbstractionHead(nn.Module):
             self.outer.bias.copy_(torch.tensor([math.log(config.think_prob / (1 - config.think_prob)), 0.0, 0.0]))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What thinking at these states would be, `[...]` each: `think_logits`, the log-odds of doing it; `gain`, the
-        expected rise of the next lines' log-likelihood in nats; `spread`, by how many nats one latent's gain differs
-        from another's (the standard deviation)."""
+        """Foretells `think_logits`, the log-odds of thinking at these states; `gain`, the expected rise of the next
+        lines' log-likelihood in nats; `spread`, the standard deviation of the gain over latents; `[...]` each."""
         states = nn.functional.layer_norm(states.detach().to(self.inner.weight), (self.config.hidden_size,))
         think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
         return think_logits, gain, nn.functional.softplus(spread)
@@ -95,12 +78,6 @@ class AbstractionHead(nn.Module):
     def trained_on(self, boundaries: int) -> None:
         """Notes that it has learned from so many boundaries more."""
         self.config = replace(self.config, trained_on=self.config.trained_on + boundaries)
-
-
-def state_width(model: nn.Module) -> int:
-    """Width of the hidden states that the language-model head of `model` reads."""
-    weight = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[1]  # of ZeRO-3 a process has a part of the matrix only
 
 
 def save_head(head: AbstractionHead, folder: str | Path) -> None:
@@ -112,36 +89,23 @@ def save_head(head: AbstractionHead, folder: str | Path) -> None:
     (folder / HEAD_CONFIG).write_text(json.dumps({"version": VERSION} | asdict(head.config), indent=2) + "\n")
 
 
-def place_of(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Those of `from_pretrained`'s keyword arguments that say where the files are."""
-    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-    return {name: options[name] for name in names if name in (options or {})}
-
-
 def load_head(name: str, hidden_size: int | None = None, **place: Any) -> AbstractionHead | None:
-    """The abstraction head of a checkpoint, `None` where it has none.
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        hidden_size (`int`, *optional*):
-            Width of the model's hidden states, to be checked.
-        **place:
-            As for [`~ra3_trl.files.find_file`].
+    """Loads the abstraction head of a checkpoint, a folder or a Hub id (`place` as for [`~ra3_trl.files.find_file`]);
+    `None` where it has none. `hidden_size` is the width of the model's hidden states, to be checked.
 
     Raises:
         `ValueError`: for files that are cut, of a newer version, of another hidden size, or one without the other.
     """
-    found = {filename: find_file(name, filename, **place) for filename in (HEAD_CONFIG, HEAD_WEIGHTS)}
-    missing = [filename for filename, path in found.items() if path is None]
-    if len(missing) == 2:
+    config_file, weights = find_file(name, HEAD_CONFIG, **place), find_file(name, HEAD_WEIGHTS, **place)
+    if config_file is None and weights is None:
         return None
     cure = "take another revision, or delete both files to start with a fresh head"
-    if missing:
-        raise ValueError(f"{missing[0]} of {name!r} is missing beside its {({*found} - {*missing}).pop()}; {cure}.")
-    with read_versioned(found[HEAD_CONFIG], name, VERSION, cure) as values:
-        known = {field.name for field in fields(AbstractionConfig)}
-        config = AbstractionConfig(**{key: value for key, value in values.items() if key in known})
+    if config_file is None or weights is None:
+        missing, there = (HEAD_WEIGHTS, HEAD_CONFIG) if weights is None else (HEAD_CONFIG, HEAD_WEIGHTS)
+        raise ValueError(f"{missing} of {name!r} is missing beside its {there}; {cure}.")
+    with read_versioned(config_file, name, VERSION, cure) as values:
+        names = {field.name for field in fields(AbstractionConfig)}
+        config = AbstractionConfig(**{key: value for key, value in values.items() if key in names})
     if hidden_size not in (None, config.hidden_size):
         raise ValueError(
             f"`hidden_size` of the abstraction head of {name!r} is {config.hidden_size}, and the model's hidden "
@@ -149,7 +113,7 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
         )
     head = AbstractionHead(config)
     try:
-        head.load_state_dict(load_file(found[HEAD_WEIGHTS]))
+        head.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{HEAD_WEIGHTS} of {name!r} is damaged ({error}); {cure}.") from error
     return head

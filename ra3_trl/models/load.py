@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -21,29 +21,18 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
 
-_SHARED = (
-    "revision",
-    "subfolder",
-    "gguf_file",
-    "trust_remote_code",
-    "token",
-    "cache_dir",
-    "local_files_only",
-)  # config's, tokenizer's and model's
+_PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # where the files are
+_SHARED = (*_PLACE, "gguf_file", "trust_remote_code")  # config's, tokenizer's and model's
 
 
 def load_model(
     model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any] | None, peft_config: PeftConfig | None
 ) -> PreTrainedModel | PeftModel:
-    """The model itself, loaded in float32 unless `model_init_kwargs` has a `dtype`, wrapped in an adapter if asked.
+    """Loads a folder or a Hub id by `from_pretrained(**model_init_kwargs)`, in float32 unless these have a `dtype`; or
+    takes a model as it is. Wraps it in the adapter of `peft_config`.
 
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A folder, a Hub id or a model. Of a `PeftModel` with several adapters the active one is trained.
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            Arguments of `from_pretrained` (`dtype`, `attn_implementation`, `revision`, `quantization_config`, ...).
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter. On a quantized model its weights are bfloat16 but for DoRA's magnitudes, as in TRL.
+    Of a `PeftModel` with several adapters the active one is trained. On a quantized model an adapter's weights are
+    bfloat16 but for DoRA's magnitudes, as in TRL.
 
     Raises:
         `ValueError`: for `model_init_kwargs` without a name to load, an adapter on an adapter or one of virtual
@@ -54,7 +43,7 @@ def load_model(
         model = _from_name(model, {"dtype": "float32"} | (model_init_kwargs or {}))
     elif model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     if isinstance(base, OptimizedModule) or base._compiled_call_impl is not None:
         raise ValueError(
             "`model` is compiled: the forwards of an E-step change their length at every update and carry Python "
@@ -79,10 +68,14 @@ def load_model(
     return model
 
 
+def place_of(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Picks those of `from_pretrained`'s keyword arguments that say where the files are."""
+    return {key: value for key, value in (options or {}).items() if key in _PLACE}
+
+
 def _config(name: str, shared: dict[str, Any]) -> PretrainedConfig:
-    """The configuration; of an adapter that of its base model."""
-    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-    place = {key: shared[key] for key in names if key in shared}
+    """Loads the configuration; of an adapter that of its base model."""
+    place = place_of(shared)
     if find_adapter_config_file(name, **place) is None:
         return AutoConfig.from_pretrained(name, **shared)
     rest = {key: value for key, value in shared.items() if key not in ("revision", "subfolder")}
@@ -94,23 +87,21 @@ def _from_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
     shared = {key: options[key] for key in _SHARED if key in options}
     config = options.get("config") or _config(name, shared)
     _check_kind(config, name)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
-        config.to_dict().get("auto_map") or {}
-    )
-    if not known:
+    values = config.to_dict()
+    of_hub = "AutoModelForCausalLM" in (values.get("auto_map") or {})  # code in the repository
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not of_hub:
         raise ValueError(
             f"`model` {name!r} is a {type(config).__name__}, which is no causal language model; use one that "
             "`AutoModelForCausalLM` loads."
         )
-    own = config.to_dict().get("quantization_config")
-    quantization, where = options.get("quantization_config"), "`model_init_kwargs['quantization_config']`"
-    if quantization is None and own is not None:
-        quantization, where = own, f"the `quantization_config` of {name!r}"
+    of_checkpoint, quantization = values.get("quantization_config"), options.get("quantization_config")
+    where = "`model_init_kwargs['quantization_config']`"
+    if quantization is None and of_checkpoint is not None:
+        quantization, where = of_checkpoint, f"the `quantization_config` of {name!r}"
     if quantization is not None and "gguf_file" not in options:
         try:
-            AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None).validate_environment(
-                device_map=options.get("device_map")
-            )
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=of_checkpoint is not None)
+            quantizer.validate_environment(device_map=options.get("device_map"))
         except (ImportError, RuntimeError) as error:
             kind = quantization["quant_method"] if isinstance(quantization, dict) else type(quantization).__name__
             raise ValueError(f"{where} is {kind}, which can't run here: {error}") from error
@@ -118,6 +109,7 @@ def _from_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_kind(config: PretrainedConfig, name: str) -> None:
+    """Refuses what is no causal language model of text alone."""
     if config.is_encoder_decoder:
         raise ValueError(
             f"`model` {name!r} is an encoder-decoder ({type(config).__name__}); latents stand between lines of one "
@@ -132,17 +124,14 @@ def _check_kind(config: PretrainedConfig, name: str) -> None:
 
 
 def _check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
+    """Refuses an adapter on an adapter, and one of virtual tokens."""
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(
             f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig` such as `LoraConfig(r=16)`."
         )
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
-        configs = list(model.peft_config.values())
-    else:
-        configs = [] if peft_config is None else [peft_config]
-    for config in configs:
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError("`peft_config` is set, but `model` is a PeftModel already; pass one of the two.")
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else filter(None, [peft_config]):
         if config.is_prompt_learning:
             raise ValueError(
                 f"`peft_config` is {type(config).__name__}: virtual tokens have no place in a prefix cache; "
@@ -151,11 +140,7 @@ def _check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses weights that no update could change.
-
-    Raises:
-        `ValueError`: if no parameter is trainable, or a trainable one is float16.
-    """
+    """Refuses weights that no update could change: none trainable, or a trainable one in float16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -171,11 +156,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file).
-
-    Raises:
-        `ValueError`: if there is none.
-    """
+    """Loads the tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file)."""
     options = model_init_kwargs or {}
     if not name:
         raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by; pass one.")
@@ -189,13 +170,8 @@ def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTr
 
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding).
-
-    Raises:
-        `ValueError`: naming the largest id and how to make room for it.
-    """
-    weight = model.get_input_embeddings().weight
-    rows, largest = getattr(weight, "ds_shape", weight.shape)[0], max(tokenizer.get_vocab().values())
+    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding)."""
+    rows, largest = _whole_shape(model.get_input_embeddings())[0], max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
             f"`processing_class` has ids up to {largest}, but the model embeds {rows} tokens; pass the model's own "
@@ -204,27 +180,35 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets all dropout to 0, so that the policy that is trained is the one that sampled.
-
-    Some models (OPT, Bloom, Llama's attention) keep the rate as a number and call the function. Falcon reads its own
-    from the config, where it is 0 in all released checkpoints.
-    """
+    """Sets all dropout to 0, so that the policy that is trained is the one that sampled."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        # Some models (OPT, Bloom, Llama's attention) keep the rate as a number and call the function. Falcon reads its
+        # own from the config, where it is 0 in all released checkpoints.
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def end_ids(model: PreTrainedModel | PeftModel) -> tuple[int, ...]:
-    """End-of-text ids of the generation config: none, one or several."""
-    found = model.generation_config.eos_token_id
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    """Lists the end-of-text ids of the generation config: none, one or several."""
+    ids = model.generation_config.eos_token_id
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _whole_shape(embeddings: nn.Module) -> torch.Size:
+    weight = cast(torch.Tensor, embeddings.weight)
+    return getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3 a process has a part of the matrix only
+
+
+def state_width(model: PreTrainedModel | PeftModel) -> int:
+    """Reads the width of the hidden states that the language-model head of `model` reads."""
+    return _whole_shape(model.get_output_embeddings())[1]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model's context holds, `None` if its config does not say.
+    """Counts the tokens that the model's context holds; `None` if its config does not say.
 
     With LongRoPE (Phi-3 and Phi-4 of 128k) the angles of *all* positions change once a text is longer than the
     original context, so a cached prefix would be another one than the plain forward's: the original context counts.

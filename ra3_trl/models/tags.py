@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -20,63 +21,51 @@ def add_tags(
     A new tag's row of the input embeddings, and of the output embeddings where they are not tied, is the mean of the
     rows of all tokens of its words. The matrix grows only where it has no room left. A tag that the tokenizer knows as
     an ordinary token keeps its id and its embedding and becomes special.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, changed in place. An adapter must train the tags' rows, and tags can't be added below it.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, changed in place; `save_pretrained` keeps the tags.
-        tags (`Mapping[str, tuple[str, ...]]`):
-            Words by tag, as in `ActionFormat.tags`. Empty does nothing.
-
-    Returns:
-        `tuple[int, ...]`: the ids of the tags.
-
-    Raises:
-        `ValueError`: for an adapter that would leave the embeddings of the tags as they are.
+    Both are changed in place, and `save_pretrained` keeps the tags. An adapter must train the tags' rows, and tags
+    can't be added below it. `tags` holds words by tag, as in `ActionFormat.tags`. Returns the ids of the tags.
     """
     if not tags:
         return ()
-    known = tokenizer.get_vocab()
+    before = tokenizer.get_vocab()
     words = {tag: _word_ids(tokenizer, texts) for tag, texts in tags.items()}
     tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in tags], special_tokens=True)
-    ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags}
-    rows = model.get_input_embeddings().weight.shape[0]
-    new = [tag for tag in tags if tag not in known or ids[tag] >= rows]
+    ids = {tag: tokenizer.get_vocab()[tag] for tag in tags}
+    rows = len(cast(nn.Parameter, model.get_input_embeddings().weight))
+    # A tokenizer that was saved with the tags may meet a model that was not resized, and the other way round.
+    new = [tag for tag in tags if tag not in before or ids[tag] >= rows]
     if isinstance(model, PeftModel):
         _check_adapter(model, ids, new)
     if not new:
         return tuple(ids.values())
-    needed = max(ids.values()) + 1
-    if needed > rows:
-        model.resize_token_embeddings(needed, mean_resizing=False)
-    for parameter in _tables(model):
-        with torch.no_grad():
+    if max(ids.values()) >= rows:
+        model.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table in _tables(model):
             for tag in new:
-                parameter[ids[tag]] = parameter[words[tag]].float().mean(0).to(parameter.dtype)
+                table[ids[tag]] = table[words[tag]].float().mean(0).to(table.dtype)
     return tuple(ids.values())
 
 
 def _word_ids(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> list[int]:
-    """Tokens of all the words, without the space that SentencePiece puts before each."""
-    out = []
+    """Lists the tokens of all words, without the space that SentencePiece puts before each."""
+    tokens: list[int] = []
     for word in words:
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        out += [i for i in ids if tokenizer.decode([i]).strip(" ")] or ids
-    return out
+        tokens += [i for i in ids if str(tokenizer.decode([i])).strip(" ")] or ids
+    return tokens
 
 
-def _tables(model: PreTrainedModel) -> list[nn.Parameter]:
-    """What holds a row for each token: input embeddings, output embeddings (once if tied), output bias."""
-    found = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+def _tables(model: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
+    """Lists what holds a row for each token: input embeddings, output embeddings (once if tied), output bias."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embeddings.weight]
     if head is not None:
-        found += [head.weight] if head.weight is not found[0] else []
-        found += [head.bias] if head.bias is not None else []
-    return found
+        tables += [table for table in (head.weight, head.bias) if table is not None and table is not tables[0]]
+    return cast(list[nn.Parameter], tables)
 
 
 def _check_adapter(model: PeftModel, ids: Mapping[str, int], new: list[str]) -> None:
+    """Refuses an adapter that has no embeddings for the tags, or leaves them as they are."""
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
     names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is t for t in tables)]
     rows = list(ids.values())

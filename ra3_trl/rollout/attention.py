@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -23,13 +25,13 @@ _OWN_KEYS = 1024  # most own keys in a block, unless one branch alone has more
 
 @dataclass
 class BranchTokens:
-    """Tokens of one forward: token `n` stands in slot `slot_n` of branch `branch_n` (ascending); see `BranchPlan`."""
+    """Lists the branch tokens of one forward; see `BranchPlan`."""
 
     token_n: torch.Tensor
-    branch_n: torch.Tensor
-    slot_n: torch.Tensor
-    sees_n: torch.Tensor
-    run_n: torch.Tensor
+    branch_n: torch.Tensor  # branch of each, ascending
+    slot_n: torch.Tensor  # its place in the branch, think prefix and latent included
+    sees_n: torch.Tensor  # it sees the branch's slots below this one,
+    run_n: torch.Tensor  # and those from this one up to its own
 
     def __len__(self) -> int:
         return len(self.token_n)
@@ -37,18 +39,18 @@ class BranchTokens:
 
 @dataclass
 class _Block:
-    """Branches `first` to `last` of one forward: `row_MS` are their query rows, `-1` where a branch has fewer."""
+    """Groups branches `first` to `last` (exclusive) of one forward for one call of fused attention."""
 
     first: int
     last: int
-    slots: int
-    document: int
-    row_MS: torch.Tensor
-    visible_MSL: torch.Tensor
-    position_MS: torch.Tensor
-    prefix_M: torch.Tensor
-    position_ML: torch.Tensor
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    slots: int  # own keys of each branch
+    document: int  # document keys that the last of them sees
+    row_MS: torch.Tensor  # row of each query among the branch tokens, -1 where a branch has fewer
+    visible_MSL: torch.Tensor  # which own slots each query sees
+    position_MS: torch.Tensor  # of the queries
+    prefix_M: torch.Tensor  # document keys that each branch sees
+    position_ML: torch.Tensor  # of the own keys
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
     def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask `[repeat*M*S, M*L + document]`, made once for all layers of a kind."""
@@ -71,7 +73,7 @@ class _Block:
 
 def _fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None
-):
+) -> torch.Tensor:
     if cap is None:
         return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -80,7 +82,7 @@ def _fused(
 
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
-):
+) -> torch.Tensor:
     """Plain causal attention of a document, `q` `[heads, N, D]`, `k` and `v` `[kv_heads, N, D]`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     length = q.shape[1]
@@ -92,24 +94,19 @@ def _causal(
 
 
 class BranchState:
-    """Keys and values of one document and of the branches in flight; also says what the current forward is.
+    """Holds keys and values of one document and of the branches in flight, and what the current forward is.
 
-    Args:
-        prefix_M (`torch.Tensor`):
-            Number of document tokens each branch sees, ascending.
-        slots (`int`):
-            Most tokens of a branch.
-        cached (`bool`):
-            `True` keeps keys and values from forward to forward (no gradients); `False` is for one packed forward
-            [document | branches] with gradients.
+    `prefix_M` are the document tokens that each branch sees, ascending; `slots` the most tokens of a branch. `cached`
+    keeps keys and values from forward to forward (no gradients); without, there is one packed forward
+    [document | branches] with gradients. The document's are those of another state, if given.
     """
 
     def __init__(self, prefix_M: torch.Tensor, slots: int, cached: bool, document: BranchState | None = None):
         self.prefix_M = prefix_M
         self.slots = slots
         self.cached = cached
-        self._document = document._document if document else {}
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._document: dict[int, tuple[torch.Tensor, ...]] = document._document if document else {}  # by layer
+        self._own: dict[int, tuple[torch.Tensor, ...]] = {}
         self._position_ML = torch.zeros(len(prefix_M), slots, dtype=torch.long, device=prefix_M.device)
         self.blocks: list[_Block] = []
         self.document_length = 0
@@ -167,7 +164,9 @@ class BranchState:
         self._out_row = torch.empty_like(tokens.branch_n)
         self._out_row[row[row >= 0]] = (row >= 0).nonzero()[:, 0]
 
-    def _block(self, tokens, position_n, ids: list[int], bounds: list[int], slots: int) -> _Block:
+    def _block(
+        self, tokens: BranchTokens, position_n: torch.Tensor, ids: list[int], bounds: list[int], slots: int
+    ) -> _Block:
         device = position_n.device
         first, last = ids[0], ids[-1] + 1
         widest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
@@ -180,27 +179,20 @@ class BranchState:
         sees, run, slot = (x[at][:, :, None] for x in (tokens.sees_n, tokens.run_n, tokens.slot_n))
         visible = (j < sees) | ((j >= run) & (j <= slot))
         prefix = self.prefix_M[first:last]
-        return _Block(
-            first,
-            last,
-            slots,
-            int(prefix.max()),
-            row,
-            visible,
-            position_n[at],
-            prefix,
-            self._position_ML[first:last, :slots],
-        )
+        document, own_positions = int(prefix.max()), self._position_ML[first:last, :slots]
+        return _Block(first, last, slots, document, row, visible, position_n[at], prefix, own_positions)
 
-    def attend(self, layer: int, q, k, v, scale: float | None, window: int | None, cap: float | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
+    ) -> torch.Tensor:
         """Attention output `[1, tokens, heads, D]` of one layer; arguments as the model hands them over."""
-        q, k, v = q[0], k[0], v[0]
+        q, k, v = (x[0] for x in qkv)
         cut, outputs = self.document_length, []
         if cut:
             outputs.append(_causal(q[:, :cut], k[:, :cut], v[:, :cut], scale, window, cap))
             self._keep_document(layer, k[:, :cut], v[:, :cut])
         if self._tokens is not None:
-            self._keep_own(layer, k[:, cut:], v[:, cut:])
+            self._keep_own(self._tokens, layer, k[:, cut:], v[:, cut:])
             outputs.append(self._attend_blocks(layer, q[:, cut:], scale, window, cap))
         return torch.cat(outputs, 1).transpose(0, 1)[None]
 
@@ -209,7 +201,7 @@ class BranchState:
         room = _OWN_KEYS if self.cached else 0
         self._document[layer] = tuple(pad(x, (0, 0, room, 0)) if room else x for x in (k, v))
 
-    def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _keep_own(self, tokens: BranchTokens, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if not self.cached:
             self._own[layer] = (k[:, self._own_row], v[:, self._own_row])
             return
@@ -217,7 +209,7 @@ class BranchState:
             shape = (len(k), len(self.prefix_M), self.slots, k.shape[-1])
             self._own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
         for kept, new in zip(self._own[layer], (k, v), strict=True):
-            kept[:, self._tokens.branch_n, self._tokens.slot_n] = new
+            kept[:, tokens.branch_n, tokens.slot_n] = new
 
     def _keys(self, block: _Block, own: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
         mine = own[:, :, : block.slots].flatten(1, 2)
@@ -231,7 +223,7 @@ class BranchState:
         return document[:, start : room + block.document]
 
     def _attend_blocks(
-        self, layer: int, q: torch.Tensor, scale, window: int | None, cap: float | None
+        self, layer: int, q: torch.Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
         # Gathered once and split: the backward of a slice fills a tensor of the whole's size, for every block.
         queries = q[:, self._query_row].split(self._sizes, 1)
@@ -240,7 +232,7 @@ class BranchState:
             owns = [(own_k[:, b.first : b.last], own_v[:, b.first : b.last]) for b in self.blocks]
         else:
             counts = [b.last - b.first for b in self.blocks]
-            owns = zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True)
+            owns = list(zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True))
         outputs = []
         for block, query, own in zip(self.blocks, queries, owns, strict=True):
             k, v = (self._keys(block, x, doc) for x, doc in zip(own, self._document[layer], strict=True))
@@ -252,9 +244,16 @@ class BranchState:
 
 
 def _branch_attention(
-    module, query, key, value, attention_mask, scaling=None, ra3: BranchState | None = None, **kwargs
-):
-    """The registered attention function. Sinks and biases it does not know are refused, never ignored."""
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    ra3: BranchState | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends, registered with transformers. Sinks and biases it does not know are refused, never ignored."""
     if ra3 is None:
         raise ValueError(
             "the `ra3_branch` attention is used by RA3's rollout engine only; pass `ra3=BranchState(...)`."
@@ -262,8 +261,8 @@ def _branch_attention(
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"this model's attention uses `{name}`, which the branch engine does not compute.")
-    out = ra3.attend(module.layer_idx, query, key, value, scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
-    return out, None
+    window, cap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    return ra3.attend(cast(int, module.layer_idx), (query, key, value), scaling, window, cap), None
 
 
 AttentionInterface.register(NAME, _branch_attention)
@@ -271,7 +270,7 @@ AttentionInterface.register(NAME, _branch_attention)
 
 @contextmanager
 def branch_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model attends by branches inside, and as before outside, whatever is raised."""
+    """Makes the model attend by branches inside, and as before outside, whatever is raised."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers only logs a warning

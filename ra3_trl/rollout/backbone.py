@@ -7,8 +7,9 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,23 +20,28 @@ from transformers import PreTrainedModel
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Backbone:
-    """The two halves of a causal language model.
+    """Splits a causal language model into its two halves.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, not wrapped for several processes (sharded in place by FSDP2 it is the same object).
-        router_aux_loss_coef (`float`, *optional*):
-            Weight of the router loss of a mixture of experts; `None` is the model's own.
-
-    Attributes:
-        router_loss (`torch.Tensor` or `None`):
-            The weighted router loss of the last forward with gradients; `None` where there is none.
+    The model is not wrapped for several processes (sharded in place by FSDP2 it is the same object). Without a
+    `router_aux_loss_coef` a mixture of experts has the weight of its own config on its router loss.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, router_aux_loss_coef: float | None = None):
         self.model = model
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_lm = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         self.causal_lm = causal_lm
         self.decoder: nn.Module = causal_lm.base_model
         if self.decoder is causal_lm:
@@ -46,15 +52,15 @@ class Backbone:
         forward = inspect.signature(causal_lm.forward).parameters
         self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         config = causal_lm.config.get_text_config().to_dict()
-        own = config.get("router_aux_loss_coef") if "output_router_logits" in forward else None
-        self._router_coef = (own or 0.0) if router_aux_loss_coef is None else router_aux_loss_coef
-        if self._router_coef and own is None:
+        default = config.get("router_aux_loss_coef") if "output_router_logits" in forward else None
+        self._router_coef = (default or 0.0) if router_aux_loss_coef is None else router_aux_loss_coef
+        if self._router_coef and default is None:
             raise ValueError(
                 f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
                 "loss; leave it out."
             )
-        self.router_loss: torch.Tensor | None = None
-        self._settled = False
+        self.router_loss: torch.Tensor | None = None  # weighted, of the last forward with gradients
+        self._settled = False  # whether FSDP2 has been told which weights to keep between forwards
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
         self._softcap = config.get("final_logit_softcapping")  # Gemma 2
@@ -73,7 +79,7 @@ class Backbone:
         """Flash attention keeps packed documents apart in a batch of one row only; a router loss counts padding."""
         return bool(self._router_coef) or "flash" in (self.causal_lm.config._attn_implementation or "")
 
-    def hidden(self, through: nn.Module | None = None, **inputs) -> torch.Tensor:
+    def hidden(self, through: nn.Module | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states `[rows, L, hidden_size]`.
 
         `through` is the wrapped model whose forward must be the one that runs (DDP arms its gradient reduction there);
@@ -101,17 +107,16 @@ class Backbone:
         return caught[0]
 
     def idle(self, through: nn.Module | None = None, heads: int = 1) -> torch.Tensor:
-        """A loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so that
-        all processes do the same number of them. `heads`: how often others apply the head behind it."""
+        """Makes a loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so
+        that all processes do the same number of them. `heads`: how often others apply the head behind it."""
         hidden = self.hidden(through, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))[0]
         router = 0.0 if self.router_loss is None else self.router_loss
         target = torch.zeros(1, dtype=torch.long, device=hidden.device)
-        return 0.0 * (
-            hidden.float().sum() + sum(self.token_logps(hidden, target).sum() for _ in range(heads)) + router
-        )
+        logps = sum(self.token_logps(hidden, target).sum() for _ in range(heads))
+        return 0.0 * (hidden.float().sum() + logps + router)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Every process has the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
+        """Gives every process the whole weights inside, see [`~ra3_trl.rollout.sharding.gathered`]."""
         self._settled = True
         return gathered(self.model)
 
@@ -137,12 +142,12 @@ class Backbone:
         def run(hidden: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return reduce(self.logits(hidden), *rest)
 
-        parts = []
+        chunks = []
         for i in range(0, max(1, len(hidden_nD)), rows):
             chunk = (hidden_nD[i : i + rows], *(p[i : i + rows] for p in per_row))
             grad = torch.is_grad_enabled()
-            parts.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+            chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
+        return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
     def token_logps(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """`log pi(target)` `[n]` under the model's own distribution (temperature 1, nothing forbidden)."""

@@ -8,36 +8,44 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..records import Boundary, Document
+from ..records import Document
 
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """The forced tokens after a latent at one boundary and the log-probs wanted from them.
+    """Lists the forced tokens after a latent at one boundary and the log-probs wanted from them.
 
     Slots count from the first token after the latent. The main chain is closure and expert lines; where the think
     prefix of a later boundary parts from the expert's tokens, its first tokens hang on the chain as a side run, seen
-    by nobody else: token `i` sees the main slots below `sees[i]` and its own run from `run[i]` on.
+    by nobody else.
 
-    Example: closure `[c]`, line `[a, b]`, prefix `[x, y]` gives tokens `[c, a, x]`, with `x` seeing `c` only, and four
-    wanted log-probs: `a` and `x` after `c`, `b` after `a`, `y` after `x`.
+    Closure `[4]`, line `[5, 6]` and think prefix `[7, 8]` give tokens `[4, 5, 7]`, of which 7 sees 4 only, and four
+    wanted log-probs: 5 and 7 after 4, 6 after 5, 8 after 7.
+
+    >>> from ra3_trl.records import Action, Boundary
+    >>> line = Action(0, start=1, end=3, boundary=Boundary(think=(7, 8), close=(4,)))
+    >>> plan = plan_boundary(Document(0, 0, (1, 5, 6, 2), (line,), context=1), boundary=0, horizon=1)
+    >>> plan.tokens.tolist(), plan.sees.tolist(), plan.run.tolist()
+    ([4, 5, 7], [1, 2, 1], [0, 1, 2])
+    >>> list(zip(plan.predictor.tolist(), plan.target.tolist(), plan.is_gate.tolist()))
+    [(0, 5, False), (1, 6, False), (0, 7, True), (2, 8, True)]
     """
 
-    start: int
-    think: tuple[int, ...]
-    tokens: np.ndarray
-    sees: np.ndarray
-    run: np.ndarray
-    predictor: np.ndarray
-    target: np.ndarray
-    line: np.ndarray
-    is_gate: np.ndarray
-    lines: int
-    undecided: tuple[int, ...]
+    start: int  # tokens of the document that the branch sees
+    think: tuple[int, ...]  # think prefix, before the latent
+    tokens: np.ndarray  # token ids to run, main chain first; the last token of the horizon predicts nothing wanted
+    sees: np.ndarray  # each token sees the main slots below this one,
+    run: np.ndarray  # and of its own run the slots from this one up to itself
+    predictor: np.ndarray  # slot that each wanted log-prob is predicted from
+    target: np.ndarray  # token id whose log-prob is wanted
+    line: np.ndarray  # line of the horizon it belongs to
+    is_gate: np.ndarray  # whether it is of that line's think prefix, or of the line itself
+    lines: int  # lines of the horizon that there are
+    undecided: tuple[int, ...]  # those of them that no gate stands before
 
 
 def horizon_lines(document: Document, boundary: int, horizon: int) -> int:
-    """Number of lines that count for a latent at `boundary`: at most `horizon`, up to the end or a kept comment.
+    """Counts the lines that a latent at `boundary` is scored by: at most `horizon`, up to the end or a kept comment.
 
     A kept comment is a new latent, so the one before it serves no longer.
     """
@@ -50,29 +58,34 @@ def horizon_lines(document: Document, boundary: int, horizon: int) -> int:
 
 
 def gate_targets(
-    boundary: Boundary, slot: int, following: tuple[int, ...], free: int
+    think: tuple[int, ...], slot: int, following: tuple[int, ...], free: int
 ) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
-    """(predictor slot, target) of each think token at a boundary predicted from `slot`, and the side run it needs.
+    """Pairs each token of a think prefix that is predicted from `slot` with its predictor's slot; and gives the side
+    run that this needs.
 
     `following` are the expert's tokens from slot `slot + 1` on; `free` is the slot a side run would start at.
+
+    >>> gate_targets((7, 8), slot=0, following=(7, 5), free=9)  # the expert's tokens begin as the prefix does
+    ([(0, 7), (1, 8)], ())
+    >>> gate_targets((7, 8), slot=0, following=(5, 6), free=9)
+    ([(0, 7), (9, 8)], (7,))
     """
-    think = boundary.think
     if following[: len(think) - 1] == think[:-1]:
         return [(slot + i, token) for i, token in enumerate(think)], ()
     return [(slot, think[0])] + [(free + i, token) for i, token in enumerate(think[1:])], think[:-1]
 
 
 def plan_boundary(document: Document, boundary: int, horizon: int) -> BranchPlan:
-    """The [`BranchPlan`] of a latent before action `boundary`, scored over `horizon` lines."""
+    """Plans a latent before action `boundary`, scored over `horizon` lines."""
     action = document.actions[boundary]
     count = horizon_lines(document, boundary, horizon)
-    chain = [*action.boundary.close]
+    chain = [*action.close]
     for later in document.actions[boundary : boundary + count]:
         chain += document.input_ids[later.start : later.end]
     fed = chain[:-1]  # nothing is predicted from the last token
     tokens, sees, run = list(fed), list(range(1, len(fed) + 1)), list(range(len(fed)))
     wanted: list[tuple[int, int, int, bool]] = []
-    slot, undecided = len(action.boundary.close) - 1, []
+    slot, undecided = len(action.close) - 1, []  # `slot` predicts the first token of the line at hand, and its gate
     for k, later in enumerate(document.actions[boundary : boundary + count]):
         length = later.end - later.start
         wanted += [(slot + i, chain[slot + 1 + i], k, False) for i in range(length)]
@@ -80,7 +93,7 @@ def plan_boundary(document: Document, boundary: int, horizon: int) -> BranchPlan
             undecided.append(k)
         else:
             following = tuple(fed[slot + 1 :])
-            pairs, side = gate_targets(later.boundary, slot, following, len(tokens))
+            pairs, side = gate_targets(later.think, slot, following, len(tokens))
             wanted += [(predictor, target, k, True) for predictor, target in pairs]
             run += [len(tokens)] * len(side)
             sees += [slot + 1] * len(side)
@@ -88,7 +101,7 @@ def plan_boundary(document: Document, boundary: int, horizon: int) -> BranchPlan
         slot += length
     predictor, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
     arrays = (np.array(tokens), np.array(sees), np.array(run), predictor, target, line, is_gate)
-    return BranchPlan(action.start, action.boundary.think, *arrays, lines=count, undecided=tuple(undecided))
+    return BranchPlan(action.start, action.think, *arrays, lines=count, undecided=tuple(undecided))
 
 
 def collect_scores(

@@ -19,12 +19,12 @@ from .backbone import Backbone
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How latents are drawn: at most `max_length` tokens, softmax at `temperature`, truncated by `top_k` / `top_p`."""
+    """Says how latents are drawn."""
 
-    max_length: int
+    max_length: int  # most tokens of a latent
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int = 0  # symbols kept; 0 is all
+    top_p: float = 1.0  # mass kept; 1 is all
 
     @property
     def truncated(self) -> bool:
@@ -80,16 +80,16 @@ class LatentDistribution:
 
 @dataclass(frozen=True)
 class Draw:
-    """One step of sampling for `n` branches; `kept` is `None` without truncation."""
+    """Holds one step of sampling for `n` branches."""
 
     tokens_n: torch.Tensor
     logps_n: torch.Tensor
-    state_n: torch.Tensor
-    kept: tuple[torch.Tensor, ...] | None
+    state_n: torch.Tensor  # UTF-8 state behind the token
+    kept: tuple[torch.Tensor, ...] | None  # ids of each truncation set; `None` without truncation
 
 
 def check_finite(logps: torch.Tensor) -> None:
-    """Raises a `ValueError` where a model's numbers are not finite, before anything is made of them."""
+    """Refuses a model whose numbers are not finite, before anything is made of them."""
     if not bool(torch.isfinite(logps).all()):
         raise ValueError(
             "the model's log-probs are not finite: its weights have diverged. Go on from an earlier checkpoint with a "
@@ -131,16 +131,16 @@ def draw_from_hidden(
     step: int,
     uniform_n: torch.Tensor,
 ) -> Draw:
-    """[`draw`] over bounded chunks of logits."""
+    """Draws as [`draw`] does, over bounded chunks of logits."""
     kept: list[torch.Tensor] = []
 
     def reduce(logits: torch.Tensor, state: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        part = draw(distribution, logits, state, step, uniform)
-        kept.extend(part.kept or ())
-        return part.tokens_n, part.logps_n, part.state_n
+        drawn = draw(distribution, logits, state, step, uniform)
+        kept.extend(drawn.kept or ())
+        return drawn.tokens_n, drawn.logps_n, drawn.state_n
 
-    columns = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
-    return Draw(*columns, tuple(kept) if distribution.params.truncated else None)
+    tokens, logps, states = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
+    return Draw(tokens, logps, states, tuple(kept) if distribution.params.truncated else None)
 
 
 def symbol_logps(
@@ -151,15 +151,15 @@ def symbol_logps(
     state_n: torch.Tensor,
     step_n: torch.Tensor,
     kept: list[torch.Tensor | None] | None = None,
-    entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs `[n]` of symbols as they were sampled, differentiable, and the entropy `[n]` there (0 if not asked).
+) -> torch.Tensor:
+    """Scores symbols `[n]` as they were sampled, differentiably.
 
     `kept` are the stored truncation sets: a recomputed nucleus could leave out the very symbol that was drawn. Where
     one is `None` (drawn from elsewhere) it is found anew, and what it leaves out has log-prob `-inf`.
     """
 
-    def reduce(logits, targets, state, step, row) -> tuple[torch.Tensor, torch.Tensor]:
+    def reduce(logits: torch.Tensor, *per_row: torch.Tensor) -> tuple[torch.Tensor]:
+        targets, state, step, row = per_row
         scaled = distribution(logits, state, step)
         if kept is not None:
             mask = torch.zeros_like(scaled, dtype=torch.bool)
@@ -169,21 +169,14 @@ def symbol_logps(
                 if kept[r] is not None:
                     mask[i, kept[r]] = True
             scaled = scaled.masked_fill(~mask, float("-inf"))
-        logps = scaled.log_softmax(-1)
-        h = (
-            -(logps.exp() * logps.masked_fill(~torch.isfinite(logps), 0)).sum(-1)
-            if entropy
-            else logps.new_zeros(len(logps))
-        )
-        return logps.gather(-1, targets[:, None])[:, 0], h
+        return (scaled.log_softmax(-1).gather(-1, targets[:, None])[:, 0],)
 
     rows = torch.arange(len(targets_n), device=targets_n.device)
-    logps, h = backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)
-    return logps, h
+    return backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)[0]
 
 
 def kept_sets(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
-    """The truncation set of everything that was drawn, in order; `None` where it is not known."""
+    """Lists the truncation set of everything that was drawn, in order; `None` where it is not known."""
     return [k for z in latents for k in (z.kept or [None] * len(z.logps))]
 
 
@@ -193,7 +186,7 @@ def fed_tokens(latent: Latent) -> tuple[int, ...]:
 
 
 def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.ndarray, ...]:
-    """Symbol, UTF-8 state, step and branch number of everything that was drawn, in order."""
+    """Lists symbol, UTF-8 state, step and branch number of everything that was drawn, in order."""
     next_state = table.next_state_SV.cpu()
     symbols, states, steps, branches = [], [], [], []
     for m, latent in enumerate(latents):

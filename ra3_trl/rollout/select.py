@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..records import Action, Boundary, Document, Latent, TokenTable
-from .backbone import Backbone
+from ..records import Action, Boundary, Document, Latent, RolloutGroup, TokenTable
+from .backbone import Backbone, evaluating
 from .branch import BranchEngine
 from .engine import RolloutEngine
 from .expand import ExpandEngine
@@ -36,69 +36,40 @@ _LONGEST_WINDOW = 1024  # of sliding attention: a document beyond it would make 
 def build_engine(
     name: str, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192
 ) -> RolloutEngine:
-    """The rollout engine called `name`, checked on the model.
-
-    Args:
-        name (`str`):
-            `"branch"` (shared prefixes; refused when not exact on this model), `"expand"` (repeated prefixes; any
-            model that can generate) or `"auto"` (the first if exact, else the second with one warning that says why).
-        backbone ([`Backbone`]), table ([`TokenTable`]), params ([`SamplingParams`]):
-            As the engines take them.
-        max_branch_tokens (`int`, *optional*, defaults to `8192`):
-            Bound on branches in flight times their longest length. Any value gives the same result.
+    """Makes the rollout engine called `name`, checked on the model: `"branch"` (shared prefixes; refused when not
+    exact on this model), `"expand"` (repeated prefixes; any model that can generate) or `"auto"` (the first if exact,
+    else the second with one warning that says why).
 
     Raises:
         `ValueError`: if there is no such engine, the model's logits are not head(hidden states), or `name` is
         `"branch"` and the branch engine is not exact on this model.
     """
     if name not in ENGINES:
-        raise ValueError(f"`rollout_engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
+        raise ValueError(f"`engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
     expand = ExpandEngine(backbone, table, params, max_branch_tokens)
-    branch = BranchEngine(backbone, table, params, max_branch_tokens)
-    trial = _trial(backbone, table, params)
-    with torch.no_grad(), _eval_mode(backbone.model):
-        _check_head(backbone, trial[0])
-        reason = _difference(branch, expand, *trial) if name != "expand" else None
-    if name == "expand":
-        return expand
+    made_up = _made_up(backbone, table, params)
+    with torch.no_grad(), evaluating(backbone.model):
+        _check_head(backbone, made_up.document)
+        if name == "expand":
+            return expand
+        branch = BranchEngine(backbone, table, params, max_branch_tokens)
+        reason = _difference(branch, expand, made_up)
     if reason is None:
         return branch
+    model = type(backbone.causal_lm).__name__
     if name == "branch":
-        raise ValueError(
-            f"`rollout_engine` is 'branch', which is not exact on {_architecture(backbone)}: {reason}. "
-            "Use 'expand' or 'auto'."
-        )
-    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", _architecture(backbone), reason)
+        raise ValueError(f"`engine` is 'branch', which is not exact on {model}: {reason}. Use 'expand' or 'auto'.")
+    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", model, reason)
     return expand
 
 
-def _architecture(backbone: Backbone) -> str:
-    return type(backbone.causal_lm).__name__
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's own mode again outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _trial(
-    backbone: Backbone, table: TokenTable, params: SamplingParams
-) -> tuple[Document, tuple[int, int], tuple[tuple[Latent, ...], ...]]:
-    """A document of allowed ASCII tokens with four boundaries, two of its boundaries, and two latents at each.
-
-    The last boundary stands behind the model's sliding window, so that a window that is not honoured shows.
-    """
+def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> RolloutGroup:
+    """Makes up a document of allowed ASCII tokens with four boundaries, and two latents at two of these; no scores."""
     plain = [i for i, b in enumerate(table.token_bytes) if b is not None and b.isascii() and b.strip()]
     usable = [i for i in plain if table.next_state_SV[0, i] == 0 and i not in set(table.stop_ids.tolist())]
     if not usable:
         raise ValueError("the vocabulary has no printable ASCII token besides the stop symbol; use another tokenizer.")
+    # The last boundaries stand behind the model's sliding window, so that a window that is not honoured shows.
     config = backbone.causal_lm.config.get_text_config().to_dict()
     window = config.get("sliding_window") or 0
     room = (config.get("max_position_embeddings") or 4096) - 4 * _LINE - params.max_length
@@ -112,25 +83,28 @@ def _trial(
         boundary = Boundary(tuple(ids[-think:]), (table.stop_id, *ids[-8 : -7 + i % 2])) if i in boundaries else None
         actions.append(Action(i, 1 + i * _LINE, 1 + (i + 1) * _LINE, boundary))
     document = Document(0, 0, tuple(ids[: 1 + lines * _LINE]), tuple(actions), context=1)
-    latents = []
+    latents = []  # of several lengths, the longest cut; their tokens are those behind the document's
     for begin, length in ((-30, 3), (-24, 2), (-20, 1), (-16, 4)):
         tokens = tuple(ids[begin : begin + min(length, params.max_length)])
         stopped = len(tokens) < params.max_length
         kept = (torch.arange(backbone.vocab_size),) * (len(tokens) + stopped) if params.truncated else None
         latents.append(Latent(tokens, stopped, (0.0,) * (len(tokens) + stopped), kept))
-    return document, (boundaries[0], boundaries[-2]), (tuple(latents[:2]), tuple(latents[2:]))
+    groups, none = (tuple(latents[:2]), tuple(latents[2:])), torch.empty(0)
+    return RolloutGroup(document, (boundaries[0], boundaries[-2]), groups, none, none, none, none)
 
 
 def _check_head(backbone: Backbone, document: Document) -> None:
+    """Refuses a model whose logits are not head(hidden states): no engine would be exact on it."""
     ids = torch.tensor([document.input_ids[: 4 * _LINE]], device=backbone.device)
-    own = backbone.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+    models = backbone.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
     ours = backbone.logits(backbone.hidden(input_ids=ids)[0])
-    bound = max(1e-3, 4 * _eps(backbone)) * max(1.0, float(own.abs().max()))
-    difference = float((own - ours).abs().max()) if own.shape == ours.shape else float("nan")
+    bound = max(1e-3, 4 * _eps(backbone)) * max(1.0, float(models.abs().max()))
+    difference = float((models - ours).abs().max()) if models.shape == ours.shape else float("nan")
     if not difference <= bound:
         raise ValueError(
-            f"`model` is a {_architecture(backbone)}, whose logits are not its output embeddings applied to its last "
-            f"hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another architecture."
+            f"`model` is a {type(backbone.causal_lm).__name__}, whose logits are not its output embeddings applied to "
+            f"its last hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another "
+            "architecture."
         )
 
 
@@ -142,7 +116,7 @@ def _eps(backbone: Backbone) -> float:
 
 @contextmanager
 def _rounding(backbone: Backbone) -> Iterator[None]:
-    """Every embedded number is one unit in its last place off inside: what the model makes of rounding."""
+    """Puts every embedded number one unit in its last place off inside, to see what the model makes of rounding."""
     generator, eps = torch.Generator().manual_seed(0), _eps(backbone)
 
     def disturb(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -156,38 +130,40 @@ def _rounding(backbone: Backbone) -> Iterator[None]:
         handle.remove()
 
 
-def _largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+def _largest(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> dict[str, float]:
     """Largest difference of each kind of number, where both are finite."""
-    both = {what: torch.isfinite(one[what]) & torch.isfinite(other[what]) for what in one}
-    return {what: float((one[what] - other[what])[seen].abs().max()) for what, seen in both.items()}
+    both = {kind: torch.isfinite(expected[kind]) & torch.isfinite(actual[kind]) for kind in expected}
+    return {kind: float((expected[kind] - actual[kind])[finite].abs().max()) for kind, finite in both.items()}
 
 
-def _difference(branch: BranchEngine, expand: ExpandEngine, document: Document, boundaries, latents) -> str | None:
-    """Why the branch engine may not be used, `None` when it agrees with the expand engine."""
-    wanted = _numbers(expand, document, boundaries, latents)
+def _difference(branch: BranchEngine, expand: ExpandEngine, made_up: RolloutGroup) -> str | None:
+    """Says why the branch engine may not be used; `None` when it agrees with the expand engine."""
+    expected = _numbers(expand, made_up)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its warning about the attention interface is told in ours
     try:
-        found = _numbers(branch, document, boundaries, latents)
+        actual = _numbers(branch, made_up)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}".rstrip(".")
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for what, numbers in wanted.items():
-        if not torch.equal(torch.isfinite(numbers), torch.isfinite(found[what])):
-            return f"{what}: finite in other places than the `expand` engine's"
+    for kind, numbers in expected.items():
+        if not torch.equal(torch.isfinite(numbers), torch.isfinite(actual[kind])):
+            return f"{kind}: finite in other places than the `expand` engine's"
+    # A fixed bound would refuse right engines of models with large logits and let broken windows pass.
     with _rounding(expand.backbone):
-        noise = max(_largest(wanted, _numbers(expand, document, boundaries, latents)).values())
+        noise = max(_largest(expected, _numbers(expand, made_up)).values())
     bound = max(1e-3, _ROUNDINGS * noise)
-    for what, difference in _largest(wanted, found).items():
+    for kind, difference in _largest(expected, actual).items():
         if not difference <= bound:
-            return f"{what} differ by up to {difference:.3g} nats from the `expand` engine's (bound {bound:.2g})"
+            return f"{kind} differ by up to {difference:.3g} nats from the `expand` engine's (bound {bound:.2g})"
     return None
 
 
-def _numbers(engine: RolloutEngine, document: Document, boundaries, latents) -> dict[str, torch.Tensor]:
-    group = engine.score(document, boundaries, latents, 2)
-    policy = engine.log_probs(group, slice(0, len(boundaries)))
+def _numbers(engine: RolloutEngine, made_up: RolloutGroup) -> dict[str, torch.Tensor]:
+    """Lists all that an engine is asked for, by what an error calls it."""
+    group = engine.score(made_up.document, made_up.boundaries, made_up.latents, 2)
+    policy = engine.log_probs(group, slice(0, len(group.boundaries)))
     return {
         "line log-probs": group.line_logps_A,
         "gate log-probs": group.gate_logps_A,

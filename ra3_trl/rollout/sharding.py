@@ -24,15 +24,16 @@ def is_zero3(model: nn.Module) -> bool:
 
 
 def gathered(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every process has the whole weights and a forward exchanges nothing. Every process must enter it; not
-    while gradients are being added up. Nothing happens without sharding."""
+    """Gives every process the whole weights inside, so that a forward exchanges nothing. Every process must enter it;
+    not while gradients are being added up. Nothing happens without sharding."""
     if is_fsdp2(model):
         return _gathered_fsdp2(model)
     return _gathered_zero3(model) if is_zero3(model) else nullcontext()
 
 
 @contextmanager
-def _gathered_fsdp2(model: FSDPModule) -> Iterator[None]:
+def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
+    assert isinstance(model, FSDPModule)
     for shard in _shards(model):
         shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
@@ -43,9 +44,9 @@ def _gathered_fsdp2(model: FSDPModule) -> Iterator[None]:
         model.reset_iter_state()  # forgets these forwards, or the backward pass would prefetch for them
 
 
-def reshard_layers_only(model: FSDPModule) -> None:
-    """Layers give their weights back after a forward; embeddings and head keep them until the backward pass, since the
-    head is applied behind the forward."""
+def reshard_layers_only(model: nn.Module) -> None:
+    """Makes layers give their weights back after a forward; embeddings and head keep them until the backward pass,
+    since the head is applied behind the forward."""
     layers = {m for modules in model.modules() if isinstance(modules, nn.ModuleList) for m in modules}
     for shard in _shards(model):
         shard.set_reshard_after_forward(shard in layers, recurse=False)
@@ -57,7 +58,7 @@ def _shards(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def _gathered_zero3(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed's hooks, which gather and give back around each module, are taken off meanwhile."""
+    """Takes DeepSpeed's hooks off meanwhile, which gather and give back around each module."""
     import deepspeed
 
     hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]

@@ -18,17 +18,18 @@ _SKIPPED_IN_THE_LIBRARY = {"test", "tests", "idlelib"}
 
 
 def standard_library() -> Path:
-    """Folder of the standard library of the running Python: the corpus that is always there."""
+    """Finds the standard library of the running Python: the corpus that is always there."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def _licence(source: str, folder: Path, root: Path, cache: dict[Path, str]) -> str:
+    """Looks for a file's licence: its own tag, else the first line of the licence file nearest above it."""
     if match := _SPDX.search(source):
         return match.group(1)
     if folder not in cache:
-        found = next((p for p in sorted(folder.iterdir()) if re.match(r"(?i)(licen[cs]e|copying)", p.name)), None)
-        if found is not None and found.is_file():
-            lines = found.read_text("utf-8", "replace").split("\n")
+        file = next((p for p in sorted(folder.iterdir()) if re.match(r"(?i)(licen[cs]e|copying)", p.name)), None)
+        if file is not None and file.is_file():
+            lines = file.read_text("utf-8", "replace").split("\n")
             cache[folder] = next((line.strip() for line in lines if line.strip()), "unknown")
         else:
             cache[folder] = "unknown" if folder == root else _licence("", folder.parent, root, cache)
@@ -36,7 +37,7 @@ def _licence(source: str, folder: Path, root: Path, cache: dict[Path, str]) -> s
 
 
 def load_code_directory(path: str | Path | None = None, min_lines: int = 4, max_lines: int = 200) -> Dataset:
-    """Functions and classes of a folder of `.py` files, read recursively.
+    """Reads the functions and classes of a folder of `.py` files, recursively.
 
     Args:
         path (`str` or `Path`, *optional*):
@@ -89,19 +90,20 @@ def load_code_directory(path: str | Path | None = None, min_lines: int = 4, max_
 
 
 def _definitions(body: list[ast.stmt], rows: list[str], max_lines: int) -> list[tuple[int, str]]:
-    out = []
+    """Lists functions and classes with the line they begin at; of a long class its methods."""
+    definitions = []
     for node in body:
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        if isinstance(node, ast.ClassDef) and node.end_lineno - first > max_lines:
-            out += _definitions(node.body, rows, max_lines)
-            continue
         block = rows[first - 1 : node.end_lineno]
+        if isinstance(node, ast.ClassDef) and len(block) > max_lines + 1:
+            definitions += _definitions(node.body, rows, max_lines)
+            continue
         if node.col_offset:  # a method; left out when dedenting would touch a multi-line string
             indent = block[0][: len(block[0]) - len(block[0].lstrip())]
             if any(row.strip() and not row.startswith(indent) for row in block):
                 continue
             block = [row.removeprefix(indent) for row in block]
-        out.append((first, "\n".join(block) + "\n"))
-    return out
+        definitions.append((first, "\n".join(block) + "\n"))
+    return definitions

@@ -15,19 +15,9 @@ from .documents import Segmenter
 
 _IDS = Sequence(Value("int32"))
 FEATURES = Features(
-    {
-        "doc_id": Value("int64"),
-        "chunk": Value("int32"),
-        "status": Value("string"),
-        "context": Value("int32"),
-        "input_ids": _IDS,
-        "index": _IDS,
-        "start": _IDS,
-        "end": _IDS,
-        "comment": Sequence(Value("bool")),
-        "think": Sequence(_IDS),
-        "close": Sequence(_IDS),
-    }
+    {"doc_id": Value("int64"), "chunk": Value("int32"), "status": Value("string"), "context": Value("int32")}
+    | dict.fromkeys(("input_ids", "index", "start", "end"), _IDS)
+    | {"comment": Sequence(Value("bool")), "think": Sequence(_IDS), "close": Sequence(_IDS)}
 )
 _SUPPORTED = (
     "a text column (`dataset_text_field`), the two text columns 'prompt' and 'completion', or any columns with a "
@@ -36,7 +26,7 @@ _SUPPORTED = (
 
 
 def document_to_row(document: Document) -> dict[str, Any]:
-    """A `Document` as one row of a `datasets.Dataset`; [`row_to_document`] reads it back."""
+    """Makes a `Document` one row of a `datasets.Dataset`; [`row_to_document`] reads it back."""
     boundaries = [a.boundary or Boundary((), ()) for a in document.actions]
     return {
         "doc_id": document.doc_id,
@@ -54,8 +44,8 @@ def document_to_row(document: Document) -> dict[str, Any]:
 
 
 def row_to_document(row: dict[str, Any]) -> Document:
-    """Inverse of [`document_to_row`]."""
-    columns = zip(row["index"], row["start"], row["end"], row["comment"], row["think"], row["close"], strict=True)
+    """Reads what [`document_to_row`] has written."""
+    columns = zip(*(row[name] for name in ("index", "start", "end", "comment", "think", "close")), strict=True)
     actions = tuple(
         Action(index, start, end, Boundary(tuple(think), tuple(close)) if think else None, comment)
         for index, start, end, comment, think, close in columns
@@ -65,7 +55,7 @@ def row_to_document(row: dict[str, Any]) -> Document:
 
 
 def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable | None) -> tuple[str, int]:
-    """Text of an example and the number of its characters that are a prompt."""
+    """Finds the text of an example and the number of its characters that are a prompt."""
     if formatting_func is not None:
         text, prompt = formatting_func(example), ""
     elif text_field in example:
@@ -74,17 +64,17 @@ def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable
         prompt, text = example["prompt"], example["completion"]
     else:
         raise ValueError(f"`train_dataset` has the columns {sorted(example)}; RA3MidTrainer reads {_SUPPORTED}.")
-    odd = next((part for part in (prompt, text) if not isinstance(part, str)), None)
-    if odd is not None or text is None:
-        raise ValueError(
-            f"`train_dataset` with the columns {sorted(example)} holds {type(odd).__name__} and not text (is it "
-            f"conversational?); RA3MidTrainer reads {_SUPPORTED}."
-        )
+    for column in (prompt, text):
+        if not isinstance(column, str):
+            raise ValueError(
+                f"`train_dataset` with the columns {sorted(example)} holds {type(column).__name__} and not text (is "
+                f"it conversational?); RA3MidTrainer reads {_SUPPORTED}."
+            )
     return prompt + text, len(prompt)
 
 
 def content_id(text: str) -> int:
-    """A document's number in a stream: 63 bits of its content, the same in whichever shard or pass it comes."""
+    """Numbers a document in a stream by 63 bits of its content: the same in whichever shard or pass it comes."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
 
 
@@ -95,19 +85,8 @@ def segment_dataset(
     formatting_func: Callable[[dict], str] | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Cuts every row into document chunks.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Rows with a text column, with `prompt` and `completion`, or with whatever `formatting_func` reads.
-        segmenter ([`Segmenter`]):
-            What does the cutting.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            Name of the text column.
-        formatting_func (`Callable`, *optional*):
-            Makes the text of an example.
-        num_proc (`int`, *optional*):
-            Processes for the map; not for streams.
+    """Cuts every row into document chunks: its text column, its `prompt` and `completion`, or what `formatting_func`
+    makes of it. `num_proc` processes share a data set's rows; a stream is cut as it is read.
 
     Raises:
         `ValueError`: for an empty data set, or a form that is not supported, naming the columns found.
@@ -128,41 +107,34 @@ def segment_dataset(
                     out[name].append(value)
         return out
 
-    options: dict[str, Any] = {"batched": True, "features": FEATURES, "remove_columns": list(first)}
-    if isinstance(dataset, Dataset):
-        options |= {
-            "with_indices": True,
-            "batch_size": 64,
-            "num_proc": num_proc,
-            "desc": "Cutting text into actions",
-            "load_from_cache_file": False,
-        }
-    else:
-        options["batch_size"] = 8  # little is read ahead
-    return dataset.map(cut, **options)
+    columns: dict[str, Any] = {"batched": True, "features": FEATURES, "remove_columns": list(first)}
+    if not isinstance(dataset, Dataset):
+        return dataset.map(cut, batch_size=8, **columns)  # little is read ahead
+    options = {"num_proc": num_proc, "load_from_cache_file": False, "desc": "Cutting text into actions"}
+    return dataset.map(cut, with_indices=True, batch_size=64, **options, **columns)
 
 
 def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
-    """Where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; chunks, boundaries,
-    tokens.
+    """Counts where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; and chunks,
+    boundaries, tokens.
 
     `plain` (does not tokenize as this format), `lossy` (the tokenizer does not give the text back) and `no_boundary`
     (a line only, say) get plain next-token training; `empty` texts have nothing to train.
     """
     per_document: dict[int, str] = {}
     totals: Counter[str] = Counter()
-    columns = segmented.select_columns(["doc_id", "status", "think", "input_ids", "context", "comment"])
-    for row in columns:
+    for row in segmented.select_columns(["doc_id", "status", "think", "input_ids", "context", "comment"]):
         boundaries = sum(1 for think in row["think"] if think)
         status = row["status"] if row["status"] != "actions" else ("with_actions" if boundaries else "no_boundary")
-        if per_document.get(row["doc_id"]) != "with_actions":
+        if per_document.get(row["doc_id"]) != "with_actions":  # one chunk that has some is enough
             per_document[row["doc_id"]] = status
         totals["chunks"] += 1
         totals["boundaries"] += boundaries
         totals["kept_comments"] += sum(row["comment"])
         totals["tokens"] += len(row["input_ids"]) - max(row["context"], 1)
     kinds = Counter(per_document.values())
-    names = ("with_actions", "no_boundary", "plain", "lossy")
-    counts = {"documents": len(rows), **{name: kinds[name] for name in names}}
+    counts = {"documents": len(rows)} | {
+        name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "lossy")
+    }
     counts["empty"] = len(rows) - len(per_document)
     return counts | {name: totals[name] for name in ("chunks", "boundaries", "kept_comments", "tokens")}

@@ -19,26 +19,19 @@ from .tokens import FragmentEncoder, require_tags, token_bytes
 
 
 class Encoding(NamedTuple):
-    """Token ids with their character spans; the first `bos` tokens stand for no text."""
+    """Holds the token ids of a text with their character spans."""
 
     ids: tuple[int, ...]
     starts: tuple[int, ...]
     ends: tuple[int, ...]
-    bos: int
+    bos: int  # tokens at the start that stand for no text
 
 
 class Segmenter:
     """Cuts texts into documents of at most `max_tokens` tokens.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A fast tokenizer. BOS is there iff the tokenizer adds one by default; one EOS ends each text.
-        action_format ([`ActionFormat`]):
-            How the text is cut and what a latent looks like. The tokenizer must have its tags, if it has any.
-        max_tokens (`int`):
-            Longest chunk, in tokens.
-        existing_comments (`str`, *optional*, defaults to `"keep"`):
-            `"keep"` the expert's own comment lines as observed latents or `"strip"` them.
+    BOS is there iff the tokenizer, a fast one, adds one by default; one EOS ends each text. The tokenizer must have
+    the format's tags, if it has any. The expert's own comments are observed latents (`"keep"`) or go (`"strip"`).
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class Segmenter:
         self._bytes = token_bytes(tokenizer)
 
     def __call__(self, doc_id: int, text: str, prompt_chars: int = 0) -> list[Document]:
-        """Documents of `text`, whose first `prompt_chars` characters are a prompt; `[]` for an empty text."""
+        """Cuts `text`, whose first `prompt_chars` characters are a prompt; an empty one into none."""
         if self.existing_comments == "strip":
             text = self.format.strip(text, prompt_chars)
         if not text[prompt_chars:]:
@@ -92,7 +85,8 @@ class Segmenter:
         return self._text_bytes(enc) in (text.encode(), b" " + text.encode())
 
     def _actions(self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int) -> tuple[Action, ...]:
-        """Actions that tile the tokens from `context` on; a line that starts inside a token joins the one before."""
+        """Lists actions that tile the tokens from `context` on; a line that starts inside a token joins the one
+        before."""
         cuts: dict[int, tuple[Boundary | None, bool]] = {}
         after_comment = False
         for line in lines:
@@ -106,7 +100,7 @@ class Segmenter:
         return tuple(Action(i, start, end, *cuts.get(start, (None, False))) for i, (start, end) in spans)
 
     def _start(self, line: Line, enc: Encoding) -> int | None:
-        """Index of the first token of `line` after the carry, `None` when a token straddles the line's start."""
+        """Finds the first token of `line` after the carry; `None` when a token straddles the line's start."""
         if line.start == 0:
             return enc.bos
         last = bisect_right(enc.ends, line.start - 1)  # the first token that holds the last character before
@@ -143,7 +137,8 @@ def _chunk(document: Document, max_tokens: int) -> list[Document]:
             pieces.append(
                 replace(action, start=start, end=end, boundary=None if start > action.start else action.boundary)
             )
-    chunks, begin, taken = [], first, []
+    chunks: list[Document] = []
+    begin, taken = first, list[Action]()
 
     def close(end: int) -> None:
         shift = begin
@@ -161,7 +156,7 @@ def _chunk(document: Document, max_tokens: int) -> list[Document]:
 
 
 def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
-    """The document with `placed[i]` spliced in before action `i`.
+    """Splices `placed[i]` into the document before action `i`.
 
     The expert's tokens stay as they are; each latent becomes think prefix + its tokens + closure. The document of the
     result has its actions shifted and its boundaries kept: before an annotated line stands the decision not to think
@@ -175,7 +170,7 @@ def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
         if action.boundary is not None:
             decisions[len(ids) - 1] = i
         if i in placed:
-            latent = [*action.boundary.think, *placed[i].token_ids, *action.boundary.close]
+            latent = [*action.think, *placed[i].token_ids, *action.close]
             ids += latent
             is_latent += [True] * len(latent)
         start = len(ids)

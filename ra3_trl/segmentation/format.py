@@ -18,7 +18,7 @@ from .slashes import segment_slashes, strip_slashes
 
 @dataclass(frozen=True)
 class ActionFormat:
-    """A way to cut text into actions and to write latents between them.
+    """Cuts text into actions and writes latents between them.
 
     Args:
         name (`str`):
@@ -54,7 +54,7 @@ class ActionFormat:
     forbidden: str = ""
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tags and set(self.tags) != {self.think, self.end}:
             raise ValueError(
                 f"`tags` of the action format {self.name!r} are {sorted(self.tags)}; they must be its `think` "
@@ -67,18 +67,17 @@ class ActionFormat:
             )
 
     def think_text(self, indent: str, carry: str) -> str:
-        """Text of the think prefix where `indent` is expected and the boundary token already holds `carry`.
+        """Writes the think prefix where `indent` is expected and the boundary token already holds `carry`. A tag
+        stands alone, since a tokenizer reads it as one anywhere.
 
-        Example: `think_text("    ", "   ") == " #"`. A tag is the tag alone: a tokenizer reads it as one wherever it
-        stands.
+        >>> PYTHON.think_text("    ", carry="   ")
+        ' #'
         """
-        if self.tags:
-            return self.think
-        rest = indent[len(carry) :] if indent.startswith(carry) else ""
+        rest = indent[len(carry) :] if indent.startswith(carry) and not self.tags else ""
         return rest + self.think
 
     def close_text(self, carry: str) -> str:
-        """Text that ends a latent and gives the expert's next tokens the context they were tokenized in.
+        """Writes what ends a latent and gives the expert's next tokens the context they were tokenized in.
 
         The carry stands once more where the latent's end has begun a new line; a tag begins none, so that what stood
         before the latent still stands there.
@@ -94,7 +93,7 @@ def _without_comments(segment: Callable[[str], tuple[Line, ...] | None], text: s
 def tagged(
     base: ActionFormat, name: str, words: tuple[str, ...], think: str = "<think>", end: str = "</think>"
 ) -> ActionFormat:
-    """`base` with latents between two special tokens, in front of its lines.
+    """Makes a format that is `base` with latents between two special tokens, in front of its lines.
 
     The expert's own comments are lines as any other, or stripped if asked. A text that holds the tags themselves is
     trained as it is, without latents. Latents are of one line: the end tag begins as the newline's embedding, so that
@@ -129,11 +128,7 @@ ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, TAGS, PYTHON_TAGS)
 
 
 def find_format(name: str) -> ActionFormat:
-    """The action format called `name`.
-
-    Raises:
-        `ValueError`: if there is none.
-    """
+    """Looks up the action format called `name`."""
     if name not in ACTION_FORMATS:
         raise ValueError(
             f"`action_format` is {name!r}; use one of {', '.join(map(repr, ACTION_FORMATS))}, or register your own: "

@@ -7,23 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """An action that begins at character `start`, with white space up to its first word at `text_start`.
+    """Marks an action in a text, by characters."""
 
-    In code `start` is column 0 of a logical line; in prose it is the end of the sentence before. `indent` is the white
-    space that what stands before leads one to expect in front of a latent; the line's own is not looked at, or a
-    latent would tell what follows. `comment` marks the expert's own latents.
-    """
-
-    start: int
-    text_start: int
+    start: int  # column 0 of a logical line; in prose the end of the sentence before
+    text_start: int  # its first word, behind white space
+    # White space expected in front of a latent, from what stands before alone: the line's own would tell what follows.
     indent: str
-    comment: bool
+    comment: bool  # whether it is the expert's own latent
 
 
 def segment_lines(text: str) -> tuple[Line, ...]:
-    """The lines of `text` that are not blank; blank ones belong to the line before.
+    r"""Cuts `text` into the lines that are not blank; blank ones belong to the line before.
 
-    Example: `"a\\n\\n  b\\n"` has lines at characters 0 and 3.
+    >>> [line.start for line in segment_lines("a\n\n  b\n")]
+    [0, 3]
     """
     lines, start = [], 0
     for row in text.split("\n"):
@@ -35,5 +32,5 @@ def segment_lines(text: str) -> tuple[Line, ...]:
 
 
 def keep_text(text: str, after: int = 0) -> str:
-    """`text` as it is, for formats in which the expert has no comments to strip."""
+    """Strips nothing, for formats in which the expert has no comments."""
     return text

@@ -108,9 +108,10 @@ def strip_python_comments(text: str, after: int = 0) -> str:
 
 
 def segment_python(text: str) -> tuple[Line, ...] | None:
-    """Cuts `text` into logical lines and own-line comments; `None` when it does not tokenize.
+    r"""Cuts `text` into logical lines and own-line comments; `None` when it does not tokenize.
 
-    Example: `"if x:\\n  # why\\n  f(\\n1)\\n"` has three lines, at characters 0, 6 and 14, the second a comment.
+    >>> [(line.start, line.comment) for line in segment_python("if x:\n  # why\n  f(\n1)\n")]
+    [(0, False), (6, True), (14, False)]
     """
     tokens = _all_tokens(text)
     if tokens is None:
@@ -151,9 +152,10 @@ def _line(token: tokenize.TokenInfo, rows: Sequence[str], starts: Sequence[int],
 
 
 def statements_end(text: str) -> int:
-    """Length of the whole statements that `text` begins with, up to its end or the first thing that is no Python.
+    r"""Finds the end of the whole statements that `text` begins with: its own, or before the first that is no Python.
 
-    Example: `statements_end("x = 1\\ny = (2,\\n") == 6`.
+    >>> statements_end("x = 1\ny = (2,\n")
+    6
     """
     _, starts = _rows(text)
     depth, end = 0, 0

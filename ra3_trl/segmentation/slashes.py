@@ -18,8 +18,8 @@ from functools import lru_cache
 from .lines import Line
 
 
-# What is not code, by name: what a text must hold for it to matter, and its pattern. Of `nested`,
-# `template`, `markup` and `slash` it is the opening only; `_Reading` goes on from there.
+# What is not code, by name: what a text must hold for it to matter, and its pattern. Of `nested`, `template`, `markup`
+# and `slash` that is the opening only; `_Reading` goes on from there.
 _ESCAPE = r"\\(?:\r\n|[\s\S])"
 _PARTS = {
     "spliced": (r"\\[ \t]*\r?\n", r"//(?:\\[ \t]*\r?\n|[^\n])*"),  # C: a backslash carries a comment to the next line
@@ -45,7 +45,7 @@ _PARTS = {
     "markup": (r"</|/>", r"<(?=[A-Za-z_>])"),
     "slash": (r"(?:^|[^/*])/[^/*]", r"/"),
 }
-_READINGS = (
+_READINGS = (  # the parts that a language has, in the order in which they are tried
     ("spliced", "comment", "block", "message", "number", "cpp_raw", "string", "quote"),  # C, C++
     ("comment", "block", "java_text", "string", "quote"),  # Java
     ("comment", "block", "message", "sharp_text", "verbatim", "string", "quote"),  # C#
@@ -73,28 +73,27 @@ _BLANK = " \t\f\v\r"
 
 
 class _Unsure(Exception):
-    """A construct of one of the languages that is not read here: no reading can be trusted."""
+    """Raised for a construct that is not read here: no reading can be trusted."""
 
 
 @lru_cache(maxsize=256)
-def _compiled(parts: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join([*(f"(?P<{name}>{_PARTS[name][1]})" for name in parts), _CODE]))
+def _compiled(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join([*(f"(?P<{name}>{_PARTS[name][1]})" for name in names), _CODE]))
 
 
 def _patterns(text: str) -> list[re.Pattern[str]]:
-    """One for each way to read `text`; languages that differ in nothing that it holds are one."""
+    """Lists the patterns to read `text` by; languages that differ in nothing that it holds are one."""
     matters = {name for name, (trigger, _) in _PARTS.items() if re.search(trigger, text)}
     return [_compiled(p) for p in dict.fromkeys(tuple(n for n in r if n in matters) for r in _READINGS)]
 
 
 class _Reading:
-    """`text` read as one language: `lines` maps each start of a line that is code to the innermost open bracket and
-    the end of the code before it. `failed` when it can't be that language."""
+    """Reads `text` as one language."""
 
     def __init__(self, text: str, pattern: re.Pattern[str]):
         self.text = text
-        self.lines: dict[int, tuple[str, int]] = {0: ("", 0)}
-        self.failed = False
+        self.lines: dict[int, tuple[str, int]] = {0: ("", 0)}  # start of code -> innermost bracket, end of code before
+        self.failed = False  # whether it can't be that language
         self._open: list[tuple[str, bool]] = []  # brackets, and whether one is that of `if (` and the like
         self._headers: set[int] = set()  # ends of such brackets
         self._end = 0  # of the code so far
@@ -102,12 +101,12 @@ class _Reading:
         while not self.failed and (match := pattern.search(text, at)):
             code = text[at : match.start()].rstrip()
             self._end = at + len(code) if code else self._end
-            at = self._step(match.lastgroup, match)
+            at = self._step(match.lastgroup or "", match)
 
     def _step(self, kind: str, match: re.Match[str]) -> int:
-        """Takes one token; returns where to go on."""
+        """Takes one token, and says where to go on."""
         end = match.end()
-        if kind == "newline":
+        if kind == "newline":  # a line begins, unless a backslash carries this one on
             row = self.text[self.text.rfind("\n", 0, match.start()) + 1 : match.start()]
             if not row.rstrip(_BLANK).endswith("\\"):
                 self.lines[end] = (self._open[-1][0] if self._open else "", self._end)
@@ -132,7 +131,7 @@ class _Reading:
         return end
 
     def _close(self, bracket: str, end: int) -> None:
-        """A bracket that closes none is let be: with `#if` in C they need not match, and none is a danger."""
+        """Closes a bracket; one that closes none is let be: with `#if` in C they need not match, without harm."""
         opened = _PAIRS[bracket]
         if opened in [b for b, _ in self._open]:
             while self._open[-1][0] != opened:
@@ -150,7 +149,7 @@ class _Reading:
         return at
 
     def _after_template(self, at: int, kind: str) -> int:
-        """From "`" or the `}` of a `${`: to the end of the template or its next `${`."""
+        """Goes from "`" or the `}` of a `${` to the end of the template or its next `${`."""
         if kind == "close":
             self._open.pop()
         match = _TEMPLATE.match(self.text, at)
@@ -162,7 +161,7 @@ class _Reading:
         return match.end()
 
     def _operand_follows(self) -> bool:
-        """Whether JavaScript wants a value next, so that `/` opens a regular expression and `<` markup."""
+        """Tells whether JavaScript wants a value next, so that `/` opens a regular expression and `<` markup."""
         text, end = self.text, self._end
         near = max(0, end - 16)
         if end in self._headers or _OPERATOR.search(text, near, end):
@@ -183,7 +182,7 @@ class _Reading:
 
 
 def _code_lines(text: str) -> dict[int, list[tuple[str, int]]] | None:
-    """Starts of lines that are code in all readings, with what each says of them; `None` if there is no reading."""
+    """Maps the starts of lines that are code in all readings to what each says of them; `None` without a reading."""
     if "\0" in text or "\r" in text.replace("\r\n", "") or re.search(r'^\s*import\s+"C"', text, re.MULTILINE):
         return None
     try:
@@ -196,7 +195,7 @@ def _code_lines(text: str) -> dict[int, list[tuple[str, int]]] | None:
 
 
 def _rows(text: str) -> Iterator[tuple[int, str]]:
-    """Physical lines without their newlines and a byte-order mark, and where they start."""
+    """Lists physical lines without their newlines and a byte-order mark, and where they start."""
     start = 0
     for row in text.split("\n"):
         yield start, row.removeprefix("\ufeff") if start == 0 else row
@@ -204,12 +203,13 @@ def _rows(text: str) -> Iterator[tuple[int, str]]:
 
 
 def segment_slashes(text: str) -> tuple[Line, ...] | None:
-    """Lines and own-line comments of `text`, or `None` when it can be read in none of the languages.
+    r"""Cuts `text` into lines and own-line comments; `None` when it can be read in none of the languages.
 
     A line whose innermost open bracket is `(` or `[` continues the one before. Expected is the indentation of the line
     before, one unit deeper after `{`, `case ...:` and the like.
 
-    Example: `"if (x) {\\n  // why\\n  f(\\n1);\\n"` has three lines, at characters 0, 9 and 18, the second a comment.
+    >>> [(line.start, line.comment) for line in segment_slashes("if (x) {\n  // why\n  f(\n1);\n")]
+    [(0, False), (9, True), (18, False)]
     """
     code = _code_lines(text)
     if code is None:
@@ -222,20 +222,22 @@ def segment_slashes(text: str) -> tuple[Line, ...] | None:
             continue
         end = readings[0][1]
         opens = text[end - 1 : end] == "{" or bool(_LABEL.match(text[before:end]))
-        at, comment = text.index(body, start), body.startswith("//") or (start == 0 and body.startswith("#!/"))
-        lines.append(Line(start, at, indent + unit * opens, comment))
+        comment = body.startswith("//") or (start == 0 and body.startswith("#!/"))
+        lines.append(Line(start, text.index(body, start), indent + unit * opens, comment))
         if not comment:
-            own = row[: len(row) - len(body)]
-            if opens and len(own) > len(indent) and own.startswith(indent):
-                unit = own[len(indent) :]
-            before, indent = start, own
+            before, outer, indent = start, indent, row[: len(row) - len(body)]
+            if opens and len(indent) > len(outer) and indent.startswith(outer):
+                unit = indent[len(outer) :]
     return tuple(lines)
 
 
 def strip_slashes(text: str, after: int = 0) -> str:
-    """`text` without the own-line comments that begin at or after character `after`.
+    r"""Strips the own-line comments that begin at or after character `after`.
 
     Those that a compiler obeys (`//go:build`, `/// <reference`) stay. Text that can't be read is returned as it is.
+
+    >>> strip_slashes("//go:build linux\n// why\nx := 1\n")
+    '//go:build linux\nx := 1\n'
     """
     code, kept = _code_lines(text) or {}, []
     for start, row in _rows(text):

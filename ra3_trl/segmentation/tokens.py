@@ -20,7 +20,8 @@ from .format import PYTHON, ActionFormat
 
 # UTF-8 automaton: state -> [(low byte, high byte, next state)]. 0 is "between characters"; 1, 2, 3 wait for that many
 # continuation bytes; 4-7 are the lead bytes E0, ED, F0 and F4, whose first continuation byte has a narrower range.
-_UTF8 = {
+_Edges = dict[int, list[tuple[int, int, int]]]
+_UTF8: _Edges = {
     0: [(0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5), (0xEE, 0xEF, 2)]
     + [(0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7)],
     1: [(0x80, 0xBF, 0)],
@@ -41,20 +42,14 @@ FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
 )
 # What the same models write behind a middle; with the end of the text it ends a latent.
-_FIM_ENDS = (
-    "<|fim_pad|>",
-    "<|file_sep|>",
-    "<|repo_name|>",
-    "<|file_separator|>",
-    "<file_sep>",
-    "\u2581<EOT>",
-    "<|EOT|>",
-)
+_FIM_ENDS = ("<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "<|file_separator|>", "<file_sep>",
+             "\u2581<EOT>", "<|EOT|>")  # fmt: skip
+_Bytes = tuple[bytes | None, ...]  # of each token id
 _CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 on."""
+    """Maps characters of byte-level BPE to bytes: printable Latin-1 stands for itself, U+0100 on for the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -67,16 +62,9 @@ def is_control(token: AddedToken) -> bool:
     return token.special or bool(_CONTROL.fullmatch(text)) or text in _FIM_ENDS or any(text in t for t in FIM_TOKENS)
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
-    """The bytes each token id stands for; `None` for special tokens ([`is_control`]) and unused ids.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A fast tokenizer, byte-level or SentencePiece-style.
-
-    Raises:
-        `ValueError`: if the tokenizer is not a fast one (offsets are needed).
-    """
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
+    """Lists the bytes of each token id, of a byte-level or SentencePiece-style tokenizer; `None` for special tokens
+    ([`is_control`]) and unused ids."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"`processing_class` is {type(tokenizer).__name__}, which has no character offsets; pass a fast tokenizer "
@@ -102,19 +90,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
 
 
 def readable_bytes(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> list[bytes | None]:
-    """[`token_bytes`], and those of the format's tags, which are special tokens and yet part of an annotated text."""
-    found = list(token_bytes(tokenizer))
-    for tag in action_format.tags:
-        found[tokenizer.convert_tokens_to_ids(tag)] = tag.encode()
-    return found
+    """Lists [`token_bytes`], and those of the format's tags: special tokens and yet part of an annotated text."""
+    data = list(token_bytes(tokenizer))
+    for tag, index in require_tags(tokenizer, action_format).items():
+        data[index] = tag.encode()
+    return data
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Special tokens that stand in a tokenizer as one id, by their text."""
+    """Maps special tokens, each of which is one id wherever it stands, to their ids."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _run_automaton(data: bytes, state: int, edges: dict[int, list[tuple[int, int, int]]] = _UTF8) -> int:
+def _run_automaton(data: bytes, state: int, edges: _Edges = _UTF8) -> int:
+    """Finds the state behind some bytes; -1 where no text holds them."""
     for byte in data:
         state = next((to for low, high, to in edges[state] if low <= byte <= high), -1)
         if state < 0:
@@ -122,8 +111,8 @@ def _run_automaton(data: bytes, state: int, edges: dict[int, list[tuple[int, int
     return state
 
 
-def _automaton_without(characters: str) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
-    """The UTF-8 automaton with no way through `characters`, and how many bytes each of its states waits for.
+def _automaton_without(characters: str) -> tuple[_Edges, list[int]]:
+    """Makes the UTF-8 automaton with no way through `characters`; also how many bytes each of its states waits for.
 
     The lead bytes of a character lead to states of their own, copies of the usual ones that lack one edge.
     """
@@ -132,41 +121,33 @@ def _automaton_without(characters: str) -> tuple[dict[int, list[tuple[int, int, 
         *lead, last = character.encode()
         state = 0
         for byte in lead:
-            after = _run_automaton(bytes([byte]), state, edges)
-            if after < len(_PENDING):  # not a state of our own yet
-                own = len(pending)
-                pending.append(pending[after])
-                edges[own] = list(edges[after])
-                edges[state].insert(0, (byte, byte, own))
-                after = own
-            state = after
+            before, state = state, _run_automaton(bytes([byte]), state, edges)
+            if state < len(_PENDING):  # other characters pass it too: this one gets a copy
+                pending.append(pending[state])
+                edges[len(edges)] = list(edges[state])
+                state = len(edges) - 1
+                edges[before].insert(0, (byte, byte, state))
         edges[state].insert(0, (last, last, -1))
     return edges, pending
 
 
-def _end_ids(
-    data: tuple[bytes | None, ...], tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat
-) -> list[int]:
-    """Tokens that end a latent: the end tag, or all that hold the end marker."""
+def _end_ids(data: _Bytes, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> list[int]:
+    """Lists the tokens that end a latent: the end tag, or all that hold the end marker."""
     if action_format.tags:
         return [require_tags(tokenizer, action_format)[action_format.end]]
     end = action_format.end.encode()
-    found = [i for i, b in enumerate(data) if b is not None and end in b]
-    if not found:
+    ids = [i for i, b in enumerate(data) if b is not None and end in b]
+    if not ids:
         marker = "a newline" if end == b"\n" else repr(action_format.end)
         raise ValueError(
             f"`processing_class` ({type(tokenizer).__name__}) has no token that holds {marker}, so a latent of the "
             f"format {action_format.name!r} can neither be ended nor be told from text; use a tokenizer that keeps it."
         )
-    return found
+    return ids
 
 
 def require_tags(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> dict[str, int]:
-    """Ids of the tags of a format.
-
-    Raises:
-        `ValueError`: if the tokenizer lacks one as special token.
-    """
+    """Maps the tags of a format to their ids; refuses a tokenizer that lacks one as special token."""
     special = special_ids(tokenizer)
     missing = [tag for tag in action_format.tags if tag not in special]
     if missing:
@@ -183,17 +164,11 @@ def build_token_table(
     eos_token_ids: tuple[int, ...] = (),
     action_format: ActionFormat = PYTHON,
 ) -> TokenTable:
-    """Everything the sampler must know of the vocabulary.
+    """Collects what the sampler must know of the vocabulary.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A fast tokenizer.
-        vocab_size (`int`):
-            Width of the model's logits; ids beyond the tokenizer are forbidden.
-        eos_token_ids (`tuple[int, ...]`, *optional*):
-            Further end-of-text ids (the generation config's), part of the stop symbol, as is what ends a middle.
-        action_format ([`ActionFormat`], *optional*, defaults to `PYTHON`):
-            What ends a latent and what it must not hold.
+    `vocab_size` is the width of the model's logits; ids beyond the tokenizer are forbidden. `eos_token_ids` are other
+    end-of-text ids (the generation config's): part of the stop symbol, as is what ends a middle. The format says what
+    ends a latent and what it must not hold.
 
     Raises:
         `ValueError`: if the tokenizer has no EOS token, no token that holds the end marker (or not the tags), or none
@@ -230,7 +205,7 @@ def build_token_table(
 
 
 def encode_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int] | None:
-    """Token ids of `text` as they come out behind `anchor`; `None` where the tokenizer merges the two."""
+    """Encodes `text` as it comes out behind `anchor`; `None` where the tokenizer merges the two."""
 
     def ids(of: str) -> list[int]:
         return tokenizer(of, add_special_tokens=False)["input_ids"] if of else []
@@ -240,7 +215,7 @@ def encode_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) ->
 
 
 class FragmentEncoder:
-    """Tokens of a short text as they come out in the middle of a document.
+    """Encodes short texts as they come out in the middle of a document.
 
     A SentencePiece tokenizer puts a dummy space before a text, a BPE one may merge it with what stands before; so the
     fragment is encoded behind an anchor that it does not merge with, and the bytes of the result are checked. A
@@ -262,6 +237,6 @@ class FragmentEncoder:
         for anchor in ("\n", "a", ""):
             ids = encode_behind(self.tokenizer, anchor, text)
             data = [self._bytes[i] for i in ids or ()]
-            if ids is not None and None not in data and b"".join(data) == text.encode():
+            if ids is not None and None not in data and b"".join(filter(None, data)) == text.encode():
                 return tuple(ids)
         return None
