@@ -25,7 +25,8 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("report",),
     ("trainer",),
     ("experimental",),
-    ("cli", "examples", "benchmarks"),
+    ("cli", "examples"),
+    ("benchmarks",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PRIVATE = ("trl.trainer", "trl.models", "trl.experimental")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..models import end_ids
+from ..rollout import evaluating
 from .processor import ThinkLogitsProcessor, check_knob
 from .wrapper import AutoModelForCausalLMWithAbstractionHead
 
@@ -129,7 +130,7 @@ def draw_completions(
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
     stops = [_Stops(tokenizer, settings.stop, width)] if settings.stop else []
     device = language_model.device
-    with steering as processor, _evaluating(language_model):
+    with steering as processor, _generating(language_model):
         rows = language_model.generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), tokenizer=tokenizer,
             generation_config=_generation_config(settings, ends, padding),
@@ -196,16 +197,15 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Without dropout, without activation checkpointing, which drops the cache, and without the checkpoint's
     generation config, from which transformers would take what ours leaves out."""
-    was, config = model.training, model.generation_config
-    model.eval()
+    config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(was)
         model.generation_config = config
 
 

@@ -3,7 +3,7 @@
 from .annotate import MARKUP, annotate, measured_gain
 from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
-from .policy import Policy, chunk_length, evaluating
+from .policy import Policy, chunk_length
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
 from .text import token_text
 
@@ -22,7 +22,6 @@ __all__ = [
     "choose_by_promise",
     "chunk_length",
     "evaluate_documents",
-    "evaluating",
     "finish_metrics",
     "measured_gain",
     "token_text",

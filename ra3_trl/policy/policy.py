@@ -27,7 +27,7 @@ from ..models import (
     state_width,
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
-from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine
+from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine, evaluating
 from ..segmentation import Segmenter, build_token_table, find_format, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
@@ -319,15 +319,3 @@ def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
             "leave no room for text; raise `max_length`."
         )
     return args.max_length - room
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model is in evaluation mode inside, and each of its modules as it was outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
