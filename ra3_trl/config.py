@@ -186,7 +186,7 @@ class RA3Config(TrainingArguments):
     max_sites: InitVar[int | None] = None
     eval_max_sites: InitVar[int | None] = None
 
-    def __post_init__(self, max_sites: int | None = None, eval_max_sites: int | None = None):
+    def __post_init__(self, max_sites: int | None = None, eval_max_sites: int | None = None) -> None:
         for old, value in (("max_sites", max_sites), ("eval_max_sites", eval_max_sites)):
             if value is not None:
                 warnings.warn(f"`{old}` is now `{_RENAMED[old]}`; the old name goes in 0.3.", FutureWarning)
@@ -253,10 +253,10 @@ class RA3Config(TrainingArguments):
                 _check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
                 if value == math.inf and "infinite" not in bounds:
                     raise ValueError(f"`{name}` is {value}; it must be finite.")
-        weights = self.reward_weights
+        weights: Any = self.reward_weights  # whatever the annotation says
         if weights is not None:
-            numbers = isinstance(weights, (list, tuple)) and all(isinstance(w, (int, float)) for w in weights)
-            if not numbers or not all(math.isfinite(w) for w in weights):
+            numbers = isinstance(weights, (list, tuple))
+            if not numbers or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
                 raise ValueError(f"`reward_weights` is {weights!r}; give a list of finite numbers.")
 
     def _check_schedulers(self) -> None:

@@ -51,7 +51,7 @@ class RewardPlugIns:
 
     def __init__(
         self,
-        funcs: Sequence[RewardFunc],
+        funcs: Sequence[Any],
         weights: Sequence[float] | None,
         likelihood_weight: float,
         tokenizer: PreTrainedTokenizerBase,

@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .loop import EMLoop
 
@@ -35,7 +37,9 @@ class LoopCallback(TrainerCallback):
         self.loop = loop
         self.resumed_from: Path | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Here, and not in `Trainer.train`: with `auto_find_batch_size` a run begins anew after each attempt.
         self.loop.begin_anew()
         if self.resumed_from is not None:
@@ -43,10 +47,14 @@ class LoopCallback(TrainerCallback):
             if args.ignore_data_skip:
                 self.loop.state.pass_updates = 0
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.loop.state.begin_pass()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.loop.state.pass_updates += 1
 
 
@@ -57,7 +65,7 @@ class PreemptionCallback(TrainerCallback):
     changes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
         self._signalled = False
 
@@ -77,11 +85,13 @@ class PreemptionCallback(TrainerCallback):
             for name, value in changed.items():
                 setattr(args, name, value)
 
-    def _on_signal(self, number, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if any(gather_object([self._signalled])):
             self.asked = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it would take time, and may decide whether to save

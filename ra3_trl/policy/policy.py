@@ -134,7 +134,7 @@ class Policy:
             head = load_head(name, state_width(loaded), **place)
         check_vocabulary(loaded, tokenizer)
         if not loaded.config.to_dict().get("quantization_config"):
-            loaded.to(args.device)
+            loaded.to(args.device)  # type: ignore[arg-type]  # its decorator hides the signature
         loaded.eval()
         if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
             head = None  # it knows nothing of such boundaries
