@@ -1,21 +1,21 @@
-"""Files that travel beside a checkpoint: found in a folder or on the Hub, written whole or not at all."""
+"""Files: found in a folder or on the Hub, read with their version, and written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
+_ASIDE = "_incomplete-"  # what begins with `_` is never pushed
 # What an older checkpoint may have left, by the weights of the new one.
 _BESIDE = ("adapter_*", "abstraction_*", "training_args.bin")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -42,8 +42,9 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
     try:
         return Path(hf_hub_download(name, filename, **place))
     except LocalEntryNotFoundError as error:
-        known = {key: place[key] for key in ("cache_dir", "revision") if place.get(key)}
-        if try_to_load_from_cache(name, filename, **known) is _CACHED_NO_EXIST:
+        # Offline, a file that the repository lacks looks like one that nobody asked for; the cache tells them apart.
+        cache = {key: place[key] for key in ("cache_dir", "revision") if place.get(key)}
+        if try_to_load_from_cache(name, filename, **cache) is _CACHED_NO_EXIST:
             return None
         raise OSError(
             f"{filename} of {name!r} is not in the cache, and the Hub can't be reached; go online once, so that it is "
@@ -67,11 +68,11 @@ def fingerprint(name: str | Path, **place: Any) -> str:
         `ValueError`: if there are no weights.
     """
     if Path(name).is_dir():
-        weights = sorted(p for pattern in _WEIGHTS for p in Path(name).glob(pattern))
-        found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]
-        if not found:
+        paths = sorted(path for pattern in _WEIGHTS for path in Path(name).glob(pattern))
+        if not paths:
             raise ValueError(f"{str(name)!r} is a folder without weights ({', '.join(_WEIGHTS)}).")
-        return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     for filename in ("config.json", "adapter_config.json"):
         if path := find_file(str(name), filename, **place):
             return path.parent.name  # snapshots/COMMIT
@@ -98,12 +99,33 @@ def read_versioned(path: Path, name: str, newest: int, cure: str) -> Iterator[di
 
 
 @contextmanager
+def renamed_into_place(path: str | Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; it is renamed to `path` when the block ends without an error.
+
+    So `path` is the whole of it or what it was before. A file that is there is replaced, a folder with anything in it
+    never (`OSError`).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=_ASIDE, dir=path.parent, ignore_cleanup_errors=True) as aside:
+        yield Path(aside, path.name)
+        os.replace(Path(aside, path.name), path)
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes a file by [`renamed_into_place`]."""
+    with renamed_into_place(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A new folder to write a checkpoint into; its files go to `folder` when all of them are there.
 
-    What fails while they are written leaves `folder` as it was; then they are renamed one after the other. Weights,
-    heads and pickles (`training_args.bin` holds a token) in `folder` that the new checkpoint does not have are
-    removed, other files stay, and so does a card. The weights beside an adapter may be its base's: they stay too.
+    Unlike [`renamed_into_place`] it adds to a folder: what fails while files are written leaves `folder` as it was;
+    then they are renamed one after the other. Weights, heads and pickles (`training_args.bin` holds a token) in
+    `folder` that the new checkpoint does not have are removed, other files stay, and so does a card. The weights
+    beside an adapter may be its base's: they stay too.
 
     Raises:
         `ValueError`: if `folder` is a file.
@@ -113,20 +135,18 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
         raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; give a folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     near = folder if folder.is_mount() else folder.parent
-    aside = Path(tempfile.mkdtemp(prefix="_incomplete-", dir=near))  # what begins with `_` is never pushed
-    try:
+    with TemporaryDirectory(prefix=_ASIDE, dir=near, ignore_cleanup_errors=True) as name:
+        aside = Path(name)
         yield aside
         folder.mkdir(exist_ok=True)
         new = {path.relative_to(aside) for path in aside.rglob("*") if path.is_file()}
         if (folder / "README.md").exists():
             new.discard(Path("README.md"))
-        has = [kind for kind in _STALE if any(path.name.startswith(kind) for path in new)]
-        stale = {path for kind in has for pattern in _STALE[kind] for path in folder.glob(pattern) if path.is_file()}
-        stale -= {folder / path for path in new}
+        kinds = [kind for kind in _STALE if any(path.name.startswith(kind) for path in new)]
+        stale = {path for kind in kinds for pattern in _STALE[kind] for path in folder.glob(pattern) if path.is_file()}
+        # New files before old ones go: a kill in between leaves too much, not too little.
         for path in sorted(new):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / path, folder / path)
-        for path in stale:
+        for path in stale - {folder / path for path in new}:
             path.unlink()
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ from ra3_trl import RA3Config
 from ra3_trl.hub import ModelCardFacts, all_evaluations, card_facts, render_model_card
 from ra3_trl.hub.card import best_latents, count_licenses, evaluated_sets, evaluation_rows, hub_ids, public_name
 from ra3_trl.hub.licenses import HUB_LICENSES, hub_license, license_metadata, row_license
-from ra3_trl.hub.markdown import cell, code_cell
+from ra3_trl.markdown import cell, code_cell
 from ra3_trl.report import LatentLog
 
 

@@ -13,7 +13,7 @@ import ra3_trl
 PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
-    ("records", "files", "config_file", "config"),
+    ("records", "files", "markdown", "config_file", "config"),
     ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis"),
     ("em", "hub", "report", "generation", "evaluation"),
     ("trainer",),

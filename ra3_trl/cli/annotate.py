@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import tempfile
 from pathlib import Path
 
-from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from ..config_file import read_settings
+from ..files import renamed_into_place
 from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
 from ..models import load_tokenizer
 from ..segmentation import find_format, require_tags
@@ -58,14 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add_settings(parser, "annotation", _SETTINGS, _OF_THE_CHECKPOINT)
     return parser
-
-
-def save_aside(dataset: Dataset, output: Path) -> None:
-    """Saves to a folder beside `output` and renames it: the dataset is whole or not there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.incomplete-{os.getpid()}")
-    dataset.save_to_disk(str(aside))
-    aside.rename(output)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -123,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     placed, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
     print(f"{len(annotated):,} documents, {placed:,} latents at {boundaries:,} boundaries.")
     if options.output:
-        save_aside(annotated, Path(options.output))
+        with renamed_into_place(options.output) as aside:
+            annotated.save_to_disk(str(aside))
         print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")
     if push:
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))

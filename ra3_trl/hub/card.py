@@ -20,9 +20,9 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
+from ..markdown import cell, code_cell
 from ..segmentation import find_format
 from .licenses import license_metadata, row_license
-from .markdown import cell, code_cell
 from .secrets import find_secrets
 
 

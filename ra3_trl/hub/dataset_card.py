@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..markdown import cell, code_cell
 from ..segmentation import find_format
 from .card import PAPER, count_licenses, hub_ids, public_name
 from .licenses import license_metadata
-from .markdown import cell, code_cell
 
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.jinja"

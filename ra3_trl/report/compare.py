@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..hub.markdown import cell
+from ..markdown import cell
 
 
 _KINDS = (("pass@k", ""), ("plus_pass@k", " (EvalPlus)"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..hub.markdown import cell
+from ..markdown import cell
 from .charts import Chart, draw_chart, draw_overview, experiment_charts, number, replication_charts, training_charts
 from .page import render, write_whole
 from .runs import MIDTRAINING, RLVR, AnnotatedCorpus, Experiment, Replication, Run, TrainingRun
