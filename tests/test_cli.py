@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DefaultFlowCallback
 
 from ra3_trl import RA3Config, RA3MidTrainer
-from ra3_trl.cli import estimate, launch, main, train
+from ra3_trl.cli import launch, main, train
 from ra3_trl.cli.data import hold_out, load_splits
+from ra3_trl.cli.estimate import estimate
 from ra3_trl.segmentation import load_code_directory
 
 
@@ -276,7 +277,7 @@ def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
                      gradient_accumulation_steps=2)  # fmt: skip
     trainer = RA3MidTrainer(model, args, load_code_directory(code))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    found = estimate.estimate(trainer)
+    found = estimate(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert args.max_boundaries == 0

@@ -41,7 +41,7 @@ from .evaluate import open_judge
 from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .rewards import load_reward_funcs
-from .train import named, quantization, resume_point, run_until_stopped
+from .run import named, quantization, resume_point, run_until_stopped
 
 
 _EXECUTED = {"code_execution": code_execution_reward, "fraction_passed": fraction_passed_reward}

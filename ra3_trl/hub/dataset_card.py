@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..markdown import cell, code_cell
+from ..policy import Policy
 from ..segmentation import find_format
 from .card import PAPER, count_licenses, hub_ids, public_name
 from .licenses import license_metadata
@@ -51,36 +52,39 @@ def preview_rows(annotated: Dataset, action_format: str, limit: int = _PREVIEWED
 
 
 def render_dataset_card(
-    trainer,
+    policy: Policy,
     annotated: Dataset,
     repo_id: str,
     checkpoint: str | None = None,
     dataset_name: str | None = None,
     dataset_license: str | None = None,
     revision: str | None = None,
+    updates: int = 0,
 ) -> DatasetCard:
     """The card of an annotated corpus, with metadata that the Hub takes.
 
     Args:
-        trainer ([`RA3MidTrainer`]):
+        policy ([`~ra3_trl.policy.Policy`]):
             What annotated it.
         annotated (`datasets.Dataset`):
             From [`annotate_dataset`], with a column `license` where licences are known.
         repo_id (`str`):
             Its full name on the Hub.
         checkpoint (`str`, *optional*):
-            Name of the weights; the default is the trainer's own model after its updates.
+            Name of the weights; the default is the policy's model after its `updates`.
         dataset_name (`str`, *optional*), dataset_license (`str`, *optional*):
             The source in words; the licence of all rows, where they have no column for it.
         revision (`str`, *optional*):
             The branch that it is on; `None` is `main`.
+        updates (`int`, *optional*, defaults to `0`):
+            How many updates of RA3 the weights have seen, where they have no name.
     """
-    base = trainer.policy.backbone.causal_lm.config._name_or_path
+    base = policy.backbone.causal_lm.config._name_or_path
     licenses: Mapping[str, int] = count_licenses(annotated)
     if not licenses:
         licenses = {dataset_license or "unknown": len(annotated)}
     if checkpoint is None:
-        checkpoint = f"{Path(base).name or 'a model'} after {trainer.state.global_step} updates of RA3"
+        checkpoint = f"{Path(base).name or 'a model'} after {updates} updates of RA3"
     data = DatasetCardData(
         **license_metadata(licenses),
         annotations_creators="machine-generated",
@@ -104,9 +108,9 @@ def render_dataset_card(
         boundaries=sum(annotated["num_boundaries"]),
         licenses=list(licenses.items()),
         columns=annotated.column_names,
-        preview=preview_rows(annotated, trainer.args.action_format),
-        think=find_format(trainer.args.action_format).think,
-        settings={name: vars(trainer.args)[name] for name in _SHOWN},
+        preview=preview_rows(annotated, policy.args.action_format),
+        think=find_format(policy.args.action_format).think,
+        settings={name: vars(policy.args)[name] for name in _SHOWN},
         version=metadata.version("ra3-trl"),
         paper=PAPER,
         cell=cell,

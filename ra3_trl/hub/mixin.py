@@ -141,7 +141,10 @@ class HubMixin:
             return None
 
         def card(full_name: str) -> DatasetCard:
-            return render_dataset_card(self, annotated, full_name, None, dataset_name, args.dataset_license, revision)
+            return render_dataset_card(
+                self.policy, annotated, full_name, None, dataset_name, args.dataset_license, revision,
+                self.state.global_step,
+            )  # fmt: skip
 
         return push.upload(annotated, card)
 

@@ -3,7 +3,7 @@
 from .annotate import MARKUP, annotate, measured_gain
 from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
-from .policy import Policy, chunk_length, evaluating
+from .policy import THINKING, Policy, chunk_length, evaluating, open_settings
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
 
 
@@ -11,6 +11,7 @@ __all__ = [
     "EVAL_NOISE",
     "MARKUP",
     "OWN_LATENTS",
+    "THINKING",
     "HeadDecisions",
     "LatentSource",
     "OwnLatents",
@@ -24,4 +25,5 @@ __all__ = [
     "evaluating",
     "finish_metrics",
     "measured_gain",
+    "open_settings",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..models import (
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine
-from ..segmentation import Segmenter, build_token_table, find_format, require_tags
+from ..segmentation import Segmenter, build_token_table, find_format, readable_bytes, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
@@ -35,7 +36,7 @@ from .propose import OWN_LATENTS, Proposer
 
 
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
-_THINKING = (
+THINKING = (
     "action_format", "existing_comments", "max_length", "dataset_text_field", "num_latents", "max_latent_length",
     "temperature", "top_k", "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon",
     "discount", "line_reduction", "annotation", "prior_alpha",
@@ -135,15 +136,19 @@ class Policy:
         loaded.eval()
         if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
             head = None  # it knows nothing of such boundaries
-        if head is None and "head" in (args.gate, args.boundary_selection):
-            field = "gate" if args.gate == "head" else "boundary_selection"
-            if field in changes:
-                raise ValueError(
-                    f"`{field}` is 'head', but {name!r} has no trained abstraction head for {args.action_format!r}; "
-                    f"set `{field}` to {'token' if field == 'gate' else 'random'!r}."
-                )
-            args.gate, args.boundary_selection = "token", "random"
-        return cls.of_model(loaded, tokenizer, args, head and HeadDecisions(head.to(args.device), args))
+        if head is None or not args.abstraction_head:
+            for field, other in (("gate", "token"), ("boundary_selection", "random")):
+                if changes.get(field) == "head":
+                    raise ValueError(
+                        f"`{field}` is 'head', but {name!r} has no trained abstraction head for "
+                        f"{args.action_format!r}; set `{field}` to {other!r}."
+                    )
+                setattr(args, field, other)
+            head = None
+        policy = cls.of_model(loaded, tokenizer, args, head and HeadDecisions(head.to(args.device), args))
+        if args.bf16 or args.fp16:  # nothing wraps this model's forward, as accelerate does a trainer's
+            policy.autocast = partial(torch.autocast, args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+        return policy
 
     @classmethod
     def of_model(
@@ -233,7 +238,7 @@ class Policy:
             [`~ra3_trl.records.RolloutGroup`], log-probs in nats; `losses.compute_returns` turns them into gains.
         """
         where = document.boundaries if boundaries is None else boundaries
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             group = self.engine.rollout(
                 document, where, num_latents or self.args.num_latents, self.args.horizon, noise or self._noise
             )
@@ -243,7 +248,7 @@ class Policy:
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]]
     ) -> RolloutGroup:
         """Scores the next `args.horizon` lines under given latents, as many at each boundary."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
 
     def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
@@ -273,8 +278,10 @@ class Policy:
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def text(self, source: Document | AnnotatedExample) -> str:
-        """The text of a document or an annotated one, without special tokens."""
-        return self.tokenizer.decode(list(source.input_ids), skip_special_tokens=True)
+        """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
+        readable = readable_bytes(self.tokenizer, self._segmenter.format)
+        ids = [i for i in source.input_ids if readable[i] is not None]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     @property
     def _noise(self) -> NoiseKey:
@@ -287,7 +294,7 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
     Raises:
         `ValueError`: for a field that there is none of, or a bad value.
     """
-    settings = {name: saved[name] for name in _THINKING if name in saved} | changes
+    settings = {name: saved[name] for name in THINKING if name in saved} | changes
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
     if unknown:
         raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")

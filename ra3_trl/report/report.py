@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_whole
 from ..markdown import cell
 from .charts import Chart, draw_chart, draw_overview, experiment_charts, number, replication_charts, training_charts
-from .page import render, write_whole
+from .page import render
 from .runs import MIDTRAINING, RLVR, AnnotatedCorpus, Experiment, Replication, Run, TrainingRun
 from .show import Runs, highlight
 

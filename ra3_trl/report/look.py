@@ -1,0 +1,121 @@
+"""Looks at a text with a policy: P(think) at each boundary, the latents it would write there, what they bring."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ..losses import compute_returns
+from ..policy import Policy
+from ..records import Document, RolloutGroup
+from ..segmentation import ActionFormat, readable_bytes
+from .show import ShownBoundary, ShownLatent
+
+
+def look(
+    policy: Policy,
+    text: str,
+    lines: range | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[ShownBoundary, ...]:
+    """Draws latents at the boundaries of a text and measures what they bring.
+
+    Args:
+        policy ([`~ra3_trl.policy.Policy`]):
+            The checkpoint; `num_latents`, `horizon`, `discount`, `line_reduction` and `seed` are its settings'.
+        text (`str`):
+            The text.
+        lines (`range`, *optional*):
+            Line numbers whose boundaries are wanted; all by default.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Told after each chunk how many boundaries are done, and of how many.
+
+    Raises:
+        `ValueError`: if the tokenizer does not give the text back.
+    """
+    args, documents, action_format = policy.args, policy.segment(text), policy.segmenter.format
+    if not documents or documents[0].status == "lossy":
+        raise ValueError("the tokenizer of this checkpoint does not give the text back; take another checkpoint.")
+    data = readable_bytes(policy.tokenizer, action_format)
+    places = _Places(text, documents, data)
+    wanted = []
+    for chunk, document in enumerate(documents):
+        wanted.append([s for s in document.boundaries if lines is None or places.locate(chunk, s)[0] in lines])
+    total, shown = sum(map(len, wanted)), list[ShownBoundary]()
+    progress(0, total)
+    for chunk, (document, boundaries) in enumerate(zip(documents, wanted, strict=True)):
+        if not boundaries:
+            continue
+        with policy.inference():
+            group = policy.rollout(document, boundaries)
+        gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
+        by_head = {} if policy.head is None else _predictions(policy, group)
+        for t, boundary in enumerate(boundaries):
+            line, column, carry = places.locate(chunk, boundary)
+            mark = _decode(document.actions[boundary].boundary.think, data)
+            indent = "" if carry is None else carry + mark[: len(mark) - len(mark.lstrip())]
+            prob = float(group.gate_logps_A[boundary].exp())
+            other, predicted = by_head.get(boundary, (None, None))
+            if group.head_logps_A is not None:  # the head decides
+                prob, other = other, prob
+            latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
+            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
+        progress(len(shown), total)
+    return tuple(shown)
+
+
+def _predictions(policy: Policy, group: RolloutGroup) -> dict[int, tuple[float, float]]:
+    """P(think) and gain that the head predicts, by boundary of the document."""
+    log_think, gain, _ = policy.head.predict(group.states_SD)
+    values = zip(log_think.exp().tolist(), gain.tolist(), strict=True)
+    return dict(zip(group.document.boundaries, values, strict=True))
+
+
+def _latents(
+    group: RolloutGroup, t: int, gains: list[float], data: Sequence[bytes | None], action_format: ActionFormat
+) -> tuple[ShownLatent, ...]:
+    """The different latents of a boundary with their counts, the most often drawn and likeliest first."""
+    end = "" if action_format.end == "\n" else action_format.end
+    counts = Counter((z.token_ids, z.stopped) for z in group.latents[t])
+    latents = {}
+    for latent, gain in zip(group.latents[t], gains, strict=True):
+        key = (latent.token_ids, latent.stopped)
+        text = action_format.think + _decode(latent.token_ids, data) + end
+        latents[key] = ShownLatent(text, counts[key], latent.stopped, sum(latent.logps), gain)
+    return tuple(sorted(latents.values(), key=lambda z: (-z.count, -z.logp)))
+
+
+def _decode(ids: Sequence[int], data: Sequence[bytes | None]) -> str:
+    return b"".join(data[i] or b"" for i in ids).decode()
+
+
+class _Places:
+    """Where in a text the actions of its documents begin.
+
+    Counted in bytes from the end, which needs neither BOS nor the dummy space that SentencePiece puts in front.
+    """
+
+    def __init__(self, text: str, documents: Sequence[Document], data: Sequence[bytes | None]):
+        self.content = text.encode()
+        self.rows = [0, *(i + 1 for i, byte in enumerate(self.content) if byte == 0x0A)]
+        self.starts: list[list[int]] = []
+        at = len(self.content)
+        for document in reversed(documents):
+            starts = []
+            for action in reversed(document.actions):
+                at -= sum(len(data[i] or b"") for i in document.input_ids[action.start : action.end])
+                starts.append(max(at, 0))
+            self.starts.insert(0, starts[::-1])
+
+    def locate(self, chunk: int, boundary: int) -> tuple[int, int, str | None]:
+        """Finds line and column of an action's first character that is not white space, and the white space of that
+        line which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
+        start = at = self.starts[chunk][boundary]
+        while self.content[at : at + 1].isspace():
+            at += 1
+        row = bisect_right(self.rows, at) - 1
+        before = self.content[self.rows[row] : at].decode()
+        column = len(before) if before.strip() else 0
+        carry = None if column or start < self.rows[row] else self.content[self.rows[row] : start].decode()
+        return row + 1, column, carry
