@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import SchedulerType, TrainingArguments
 
-from .config_file import RA3_CONFIG, read_settings, settings_of, write_settings
+from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 
 
 _UNSUPPORTED = {
@@ -302,6 +302,8 @@ class RA3Config(TrainingArguments):
             raise ValueError(
                 f"{name!r} has no {RA3_CONFIG}; it was not trained by RA3MidTrainer. Make an `RA3Config()`."
             )
+        if cls is not RA3Config:
+            settings |= read_experimental(name, **place)
         return cls.from_settings(settings, **options)
 
     @classmethod

@@ -12,18 +12,28 @@ import torch
 from datasets import Dataset
 from slow_path import plain_forward
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import Policy, RA3Config
 from ra3_trl.cli.annotate import main
-from ra3_trl.em import CAUSAL, Proposal, Proposals, annotate, latent_alarms, make_proposals, propose, roll_out
-from ra3_trl.em.estep import estep_backward, is_foreign, rollout_sums
-from ra3_trl.em.monitor import MetricSums
-from ra3_trl.em.proposals import latent_logps, own_logps, prior_logps, share_out
+from ra3_trl.config_file import read_experimental
+from ra3_trl.em import EStep, Gradients, MetricSums, rollout_sums
+from ra3_trl.em.monitor import is_foreign, latent_alarms
+from ra3_trl.experimental.hindsight import (
+    HindsightConfig,
+    HindsightTrainer,
+    Proposal,
+    Proposals,
+    attach,
+    make_proposals,
+)
+from ra3_trl.experimental.hindsight.prompts import chat_template, fim_template, parse_template
+from ra3_trl.experimental.hindsight.proposals import drawn_logps, prior_logps, share_out
 from ra3_trl.losses import advantages, code_bounds, compute_returns, log1mexp, renormalise
 from ra3_trl.models import FrozenWeights
+from ra3_trl.policy import annotate
 from ra3_trl.records import Document, Latent
 from ra3_trl.report import latent_rows
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
-from ra3_trl.segmentation import build_token_table, chat_template, fim_template, parse_template, token_bytes
+from ra3_trl.segmentation import build_token_table, token_bytes
 
 
 NOISE = NoiseKey(seed=1, phase=0, step=0)
@@ -73,7 +83,23 @@ def world(fim_tokenizer, tiny_model, segmenter):
 def fim(tokenizer, *shares: float) -> Proposals:
     """Causal and fill-in-the-middle, or the latter alone."""
     causal = [Proposal("causal", shares[0])] if len(shares) > 1 else []
-    return Proposals((*causal, Proposal("fim", shares[-1], fim_template(tokenizer))), lines=2)
+    return Proposals((*causal, Proposal("fim", shares[-1], fim_template(tokenizer), lines=2)))
+
+
+def priced(proposals: Proposals, kl_coef: float) -> Proposals:
+    """The same with another weight of their log-ratio."""
+    return Proposals(proposals.members, kl_coef)
+
+
+def roll_out(engine, document: Document, args: RA3Config, proposals: Proposals, **weights):
+    """The rollouts of one document, one for each proposal."""
+    return EStep(Policy(engine, args, proposer=proposals), args, **weights).roll_out([document], NOISE)
+
+
+def backward(engine, rollout, args: RA3Config, num_boundaries: int) -> dict[str, float]:
+    """Gradients of a rollout's loss; the loss's parts."""
+    gradients = Gradients(lambda loss: loss.backward())
+    return EStep(Policy(engine, args), args).backward([rollout], num_boundaries, False, gradients)[1]
 
 
 def fim_prompt(tokenizer, document: Document, boundary: int, lines: int) -> list[int]:
@@ -110,9 +136,9 @@ def logp_by_hand(engine, prompt: list[int], latent: Latent) -> float:
 def test_log_q_is_what_was_drawn_from(world, fim_tokenizer, engine, params):
     engine, document = world(engine, **params)
     boundaries = document.boundaries
-    group = propose(engine, document, boundaries, 2, 2, NOISE, fim(fim_tokenizer, 1.0))
-    own = own_logps(group.latents)
-    found = latent_logps(engine, document, boundaries, group.latents, fim(fim_tokenizer, 1.0).parts[0], 2)
+    group = fim(fim_tokenizer, 1.0).propose(engine, document, boundaries, 2, 2, NOISE)
+    own = drawn_logps(group.latents)
+    found = fim(fim_tokenizer, 1.0).members[0].logps(engine, document, boundaries, group.latents)
     torch.testing.assert_close(found, own, atol=1e-3, rtol=0)
     whole = engine.__class__(engine.backbone, engine.table, replace(engine.params, top_k=0))
     for t, boundary in enumerate(boundaries):
@@ -129,11 +155,9 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     """Truncated, a latent of one proposal is often impossible under another; the prior is never truncated."""
     engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
-    group = propose(engine, document, document.boundaries, 4, 1, NOISE, proposals)
+    group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
     assert proposals.counts(4) == (1, 3)
-    causal, known = (
-        latent_logps(engine, document, document.boundaries, group.latents, part, 2) for part in proposals.parts
-    )
+    causal, known = (m.logps(engine, document, document.boundaries, group.latents) for m in proposals.members)
     assert (causal.isinf() | known.isinf()).any() == bool(top_k)
     prior = prior_logps(engine, document, document.boundaries, group.latents)
     assert group.log_ratio_TG.isfinite().all()
@@ -149,32 +173,31 @@ def test_what_was_drawn_was_possible(world, fim_tokenizer, monkeypatch):
     drawn, so that q is then the own proposal's share of its probability: 1/4 and 3/4."""
     engine, document = world(top_k=5)
 
-    def found_anew(engine, document, boundaries, latents, *_):
+    def found_anew(self, engine, document, boundaries, latents):
         return torch.full((len(latents), 4), -torch.inf)
 
-    monkeypatch.setattr("ra3_trl.em.proposals.latent_logps", found_anew)
-    monkeypatch.setattr("ra3_trl.em.proposals.prior_logps", lambda *_: torch.zeros(()))
-    group = propose(engine, document, document.boundaries, 4, 1, NOISE, fim(fim_tokenizer, 1.0, 3.0))
-    own = own_logps(group.latents) + torch.tensor([1 / 4, 3 / 4, 3 / 4, 3 / 4]).log()
+    monkeypatch.setattr(Proposal, "logps", found_anew)
+    monkeypatch.setattr("ra3_trl.experimental.hindsight.proposals.prior_logps", lambda *_: torch.zeros(()))
+    group = fim(fim_tokenizer, 1.0, 3.0).propose(engine, document, document.boundaries, 4, 1, NOISE)
+    own = drawn_logps(group.latents) + torch.tensor([1 / 4, 3 / 4, 3 / 4, 3 / 4]).log()
     torch.testing.assert_close(group.log_ratio_TG, -own)
 
 
 def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
     """Twice the same proposal: with one noise for both, the second half would repeat the first."""
     engine, document = world()
-    (part,) = fim(fim_tokenizer, 1.0).parts
-    twice = Proposals((part, part), 2)
-    group = propose(engine, document, document.boundaries, 4, 1, NOISE, twice)
+    twice = Proposals(fim(fim_tokenizer, 1.0).members * 2)
+    group = twice.propose(engine, document, document.boundaries, 4, 1, NOISE)
     assert all([z.token_ids for z in row[:2]] != [z.token_ids for z in row[2:]] for row in group.latents)
-    args = RA3Config("x", proposal="fim", num_latents=4, horizon=1, use_cpu=True)
-    first, second = roll_out(engine, [document], args, NOISE, None, proposals=twice)
+    args = HindsightConfig("x", proposal="fim", num_latents=4, horizon=1, use_cpu=True)
+    first, second = roll_out(engine, document, args, twice)
     for row, other in zip(first.group.latents, second.group.latents, strict=True):
         assert [z.token_ids for z in row] != [z.token_ids for z in other]
 
 
 def test_the_policys_own_latents_are_a_plain_rollout(world):
     engine, document = world()
-    group = propose(engine, document, document.boundaries, 2, 2, NOISE, CAUSAL)
+    group = Proposals().propose(engine, document, document.boundaries, 2, 2, NOISE)
     plain = engine.rollout(document, document.boundaries, 2, 2, NOISE)
     assert group.latents == plain.latents and group.log_ratio_TG is None
     assert torch.equal(group.latent_line_logps_TGH, plain.latent_line_logps_TGH)
@@ -202,7 +225,7 @@ def test_bounds_against_all_latents(world, fim_tokenizer):
     gates[boundary] = math.log(0.5)  # of a random model it is nearly 0, and all bounds the same
     scored = replace(scored, gate_logps_A=gates)
     logp = prior_logps(engine, document, (boundary,), [latents])[0].double()
-    logq = latent_logps(engine, document, (boundary,), [latents], proposals.parts[1], 2)[0].double()
+    logq = proposals.members[1].logps(engine, document, (boundary,), [latents])[0].double()
     assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-4)
     assert float(logq.exp().sum()) == pytest.approx(1, abs=1e-4)
     assert float((logp - logq).abs().max()) > 0.5  # hindsight is another distribution
@@ -256,9 +279,9 @@ def test_templates_of_ones_own(world, fim_tokenizer, text):
     engine, document = world()
     template = parse_template(text, fim_tokenizer)
     assert template.shares_prefix == text.startswith("<")
-    part, boundaries = Proposal("template", 1.0, template), document.boundaries
+    boundaries = document.boundaries
     assert len(template.views(document, boundaries, 2)) == (1 if template.shares_prefix else len(boundaries))
-    group = propose(engine, document, boundaries, 2, 1, NOISE, Proposals((part,), 2))
+    group = Proposals([Proposal("template", 1.0, template, 2)]).propose(engine, document, boundaries, 2, 1, NOISE)
     for t, boundary in enumerate(boundaries):
         ids, action = document.input_ids, document.actions[boundary]
         bos = [ids[0]] if ids[0] == fim_tokenizer.bos_token_id else []
@@ -283,9 +306,11 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         seen.append((prefix, suffix))
         return f"comment on{suffix}\n#"
 
-    args = RA3Config("x", proposal="function", e_steps=0, annotation_think_prob=0.5, use_cpu=True, max_length=64)
+    args = HindsightConfig(
+        "x", proposal="function", e_steps=0, annotation="resample", prior_alpha=0.5, use_cpu=True, max_length=64
+    )
     proposals = make_proposals(args, fim_tokenizer, 2048, prompt)
-    group = propose(engine, document, document.boundaries, 2, 1, NOISE, proposals)
+    group = proposals.propose(engine, document, document.boundaries, 2, 1, NOISE)
     assert seen[0][0].startswith("def area(r):") and "pi" not in seen[0][0]
     assert "pi = 3" in seen[0][1] and "return pi * r * r" in seen[0][1]
     bos = [fim_tokenizer.bos_token_id] if document.input_ids[0] == fim_tokenizer.bos_token_id else []
@@ -293,20 +318,13 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
     for latent in group.latents[0]:
         assert sum(latent.logps) == pytest.approx(logp_by_hand(engine, ids, latent), abs=1e-3)
     with pytest.raises(ValueError, match="`proposal_func` returned ''"):
-        propose(
-            engine,
-            document,
-            document.boundaries,
-            2,
-            1,
-            NOISE,
-            make_proposals(args, fim_tokenizer, 2048, lambda a, b: ""),
-        )
+        empty = make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
+        empty.propose(engine, document, document.boundaries, 2, 1, NOISE)
     first = document.actions[document.boundaries[0]]
     room = 100 - args.max_latent_length - (first.end - first.start) - len(first.boundary.close)
     with pytest.raises(ValueError, match=f"prompt of .* tokens, but the model's context leaves room for {room};"):
         long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
-        propose(engine, document, document.boundaries, 2, 1, NOISE, long)
+        long.propose(engine, document, document.boundaries, 2, 1, NOISE)
 
 
 def replace_args(args: RA3Config, **changes) -> RA3Config:
@@ -320,14 +338,16 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     """Effective sizes against weights that are worked out from the group."""
     engine, document = world()
     proposals = fim(fim_tokenizer, 1.0, 1.0)
-    args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
-    group = propose(engine, document, document.boundaries, 4, 1, NOISE, proposals)
+    args = HindsightConfig(
+        "x", horizon=1, num_latents=4, annotation="resample", prior_alpha=0.5, proposal="causal+fim", use_cpu=True
+    )
+    group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
     returns = compute_returns(group, 1, 0.9)
     # <act>: log 1/2 + its line; a latent: log(1/2 / 4) + its line + log-ratio, which the returns hold already.
     logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
     weights = logits.double().softmax(-1)
-    found = annotate(engine, document, args, NOISE, proposals=proposals)
-    annealed = annotate(engine, document, replace_args(args, proposal_kl_coef=0.0), NOISE, proposals=proposals)
+    found = annotate(Policy(engine, args, proposer=proposals), document, NOISE)
+    annealed = annotate(Policy(engine, args, proposer=priced(proposals, 0.0)), document, NOISE)
     bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
     free = torch.cat([bare.act_T[:, None] + math.log(0.5), bare.latent_TG + math.log(0.5 / 4)], 1).double().softmax(-1)
     for boundary, size in annealed.sizes.items():
@@ -342,15 +362,17 @@ def test_annotation_draws_each_candidate_as_often_as_it_weighs(world, fim_tokeni
     """<act> and four latents, 40 draws at each boundary; counts within four standard deviations of sums of weights."""
     engine, document = world()
     proposals = fim(fim_tokenizer, 1.0, 1.0)
-    args = RA3Config("x", horizon=1, num_latents=4, annotation_think_prob=0.5, proposal="causal+fim", use_cpu=True)
+    args = HindsightConfig(
+        "x", horizon=1, num_latents=4, annotation="resample", prior_alpha=0.5, proposal="causal+fim", use_cpu=True
+    )
     wanted, spread, found = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for step in range(40):
         noise = replace(NOISE, step=step)
-        group = propose(engine, document, document.boundaries, 4, 1, noise, proposals)
+        group = proposals.propose(engine, document, document.boundaries, 4, 1, noise)
         returns = compute_returns(group, 1, 0.9)
         logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
         weights = logits.double().softmax(-1)
-        placed = annotate(engine, document, args, noise, proposals=proposals).placed
+        placed = annotate(Policy(engine, args, proposer=proposals), document, noise).placed
         for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
             if len({z.token_ids for z in row}) == 4:  # else it can't be told which one was placed
                 wanted += weights[t]
@@ -364,14 +386,15 @@ def test_a_row_that_is_full_takes_no_more_latents(world, fim_tokenizer, segmente
     """A document of n tokens, latents of at most 3 and their markup: each placed adds up to 11."""
     engine, _ = world()
     (document,) = segmenter(fim_tokenizer)(0, CODE * 3)
-    args = RA3Config(
-        "x", horizon=2, num_latents=4, annotation_think_prob=1 - 1e-9, max_latent_length=3, proposal="causal+fim",
-        use_cpu=True,
+    args = HindsightConfig(
+        "x", horizon=2, num_latents=4, annotation="resample", prior_alpha=1e-9, max_latent_length=3,
+        proposal="causal+fim", use_cpu=True,
     )  # fmt: skip
     proposals, n = fim(fim_tokenizer, 1.0, 1.0), len(document.input_ids)
     placed = {}
     for room in (11, 22, 1000):
-        example = annotate(engine, document, replace_args(args, max_length=n + room), NOISE, proposals=proposals)
+        changed = replace_args(args, max_length=n + room)
+        example = annotate(Policy(engine, changed, proposer=proposals), document, NOISE)
         assert len(example.input_ids) <= n + room
         placed[room] = list(example.placed)
     assert len(placed[11]) == 1 and placed[22] == placed[1000][: len(placed[22])]
@@ -384,19 +407,19 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
     tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
-    args = RA3Config(
+    args = HindsightConfig(
         "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, baseline=baseline, penalty=0.3, gate_hold="never",
         proposal_kl_coef=weight, use_cpu=True,
     )  # fmt: skip
-    (rollout,) = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer, 1.0))
+    (rollout,) = roll_out(engine, document, args, priced(fim(tokenizer, 1.0), weight))
     group, boundaries = rollout.group, rollout.group.boundaries
     returns = rollout.returns
     prior = prior_logps(engine, document, boundaries, group.latents)
-    torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
+    torch.testing.assert_close(group.log_ratio_TG, prior - drawn_logps(group.latents))
     bare = compute_returns(replace(group, log_ratio_TG=None), 1, 0.9)
     torch.testing.assert_close(returns.latent_TG, bare.latent_TG + weight * group.log_ratio_TG)
     model.zero_grad()
-    estep_backward(engine, [rollout], args, len(boundaries), False, lambda loss: loss.backward())
+    backward(engine, rollout, args, len(boundaries))
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model.zero_grad()
@@ -426,34 +449,32 @@ def test_the_reference_of_a_proposal_is_its_own_at_the_start(tokenizer_of, tiny_
     tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
-    args = RA3Config("x", proposal="fim", num_latents=2, horizon=1, kl_coef=0.1, use_cpu=True)
-    start = FrozenWeights(model)
-    (rollout,) = roll_out(engine, [document], args, NOISE, None, start=start, proposals=fim(tokenizer, 1.0))
+    args = HindsightConfig("x", proposal="fim", num_latents=2, horizon=1, kl_coef=0.1, use_cpu=True)
+    (rollout,) = roll_out(engine, document, args, fim(tokenizer, 1.0), start=FrozenWeights(model))
     own = torch.cat([torch.tensor(z.logps) for row in rollout.group.latents for z in row])
     torch.testing.assert_close(
-        torch.cat([part.token_n for part in rollout.references]).sort().values, own.sort().values, atol=1e-4, rtol=0
+        torch.cat([c.reference.token_n for c in rollout.chunks]).sort().values, own.sort().values, atol=1e-4, rtol=0
     )
-    _, parts = estep_backward(engine, [rollout], args, 1, False, lambda loss: loss.backward())
-    assert parts["kl"] == pytest.approx(0, abs=1e-6)
+    assert backward(engine, rollout, args, 1)["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_frozen_rewards_prior_is_frozen_too(tokenizer_of, tiny_model, segmenter):
     tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
-    args = RA3Config("x", proposal="fim", num_latents=2, horizon=1, reward_model="frozen", use_cpu=True)
+    args = HindsightConfig("x", proposal="fim", num_latents=2, horizon=1, reward_model="frozen", use_cpu=True)
     frozen = FrozenWeights(model)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    (rollout,) = roll_out(engine, [document], args, NOISE, frozen, proposals=fim(tokenizer, 1.0))
+    (rollout,) = roll_out(engine, document, args, fim(tokenizer, 1.0), reward=frozen)
     group = rollout.group
     live = prior_logps(engine, document, group.boundaries, group.latents)
     with frozen.applied():
         prior = prior_logps(engine, document, group.boundaries, group.latents)
     assert (prior - live).abs().min() > 1e-3
-    torch.testing.assert_close(group.log_ratio_TG, prior - own_logps(group.latents))
+    torch.testing.assert_close(group.log_ratio_TG, prior - drawn_logps(group.latents))
 
 
 CORPUS = [CODE, "x = 1\ny = x + 1\nprint(y)\n", "for i in range(3):\n    print(i)\n", "import os\nprint(os.sep)\n"]
@@ -468,8 +489,8 @@ def hindsight_trainer(tmp_path, tokenizer_of, tiny_model):
             "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
         }  # fmt: skip
         data = Dataset.from_dict({"text": CORPUS})
-        return RA3MidTrainer(
-            tiny_model("llama", tokenizer_of), RA3Config(**defaults | settings), data, data, tokenizer_of,
+        return HindsightTrainer(
+            tiny_model("llama", tokenizer_of), HindsightConfig(**defaults | settings), data, data, tokenizer_of,
             proposal_func=proposal_func,
         )  # fmt: skip
 
@@ -483,7 +504,7 @@ def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
     template = "<|user|>{prefix}<|bot|>{suffix}{think}" if "template" in proposal else None
     trainer = hindsight_trainer(proposal=proposal, proposal_template=template, reward_model=reward_model)
     alarms = []
-    trainer._alarm = alarms.append
+    trainer.loop.watch.alarm = lambda averages, state, step: alarms.append(averages)
     before = trainer.evaluate()
     assert {"eval_elbo_hindsight", "eval_bound_hindsight", "eval_gain_hindsight"} <= set(before)
     assert (
@@ -526,8 +547,9 @@ def test_a_resumed_run_ends_the_same(hindsight_trainer):
 
 def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
     trainer = hindsight_trainer(
-        lambda prefix, suffix: f"# {suffix}\n#", proposal="causal+function", e_steps=0, annotation_think_prob=0.5
-    )
+        lambda prefix, suffix: f"# {suffix}\n#", proposal="causal+function", e_steps=0, annotation="resample",
+        prior_alpha=0.5,
+    )  # fmt: skip
     trainer.train()
     assert any("mstep/effective_size" in entry for entry in trainer.state.log_history)
 
@@ -549,7 +571,6 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
         ({"proposal": "causal+fim", "eval_num_latents": 1}, "`eval_num_latents` is 1, but `proposal`"),
         ({"proposal": "fim", "gate": "head"}, "give 'causal' a share"),
         ({"proposal": "fim", "gate_hold": "always"}, "`gate_hold` is 'always', but without"),
-        ({"proposal": "fim", "gate_kl_coef": 0.1}, "`gate_kl_coef` is 0.1, but without"),
         ({"proposal": "fim", "line_reduction": "mean", "e_steps": 0}, "set `line_reduction='sum'`"),
         ({"proposal_kl_coef": 0.2}, "leave it at 1 or set `proposal`"),
         ({"proposal": "fim", "proposal_kl_coef": math.inf}, "`proposal_kl_coef` is inf; it must be .* at most 1"),
@@ -559,7 +580,7 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
 )
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
-        RA3Config("x", use_cpu=True, **settings)
+        HindsightConfig("x", use_cpu=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -645,13 +666,13 @@ def test_trainers_refuse_before_any_sampling(hindsight_trainer):
         hindsight_trainer(proposal="fim", max_length=2048, max_latent_length=8, e_steps=0)
     with pytest.raises(ValueError, match="an E-phase can't train it.*nothing but fixed text stand before {prefix}"):
         hindsight_trainer(proposal="template", proposal_template="{suffix}<|user|>{prefix}{think}")
-    with pytest.raises(ValueError, match="an E-phase can't train it.*`annotation_think_prob`.$"):
+    with pytest.raises(ValueError, match="an E-phase can't train it.*`annotation='resample'`.$"):
         hindsight_trainer(lambda prefix, suffix: "#", proposal="function")
     with pytest.raises(ValueError, match="give the function to the trainer"):
         hindsight_trainer(lambda prefix, suffix: "#")
     with pytest.raises(ValueError, match="give the function to the trainer"):
         hindsight_trainer(proposal="function")
-    annotates = {"e_steps": 0, "annotation_think_prob": 0.5}
+    annotates = {"e_steps": 0, "annotation": "resample", "prior_alpha": 0.5}
     with pytest.raises(ValueError, match="`proposal_func` is 'x'; give a function of two texts"):
         hindsight_trainer("x", proposal="function", **annotates)
     with pytest.raises(ValueError, match="`proposal_func` does not take what it is given .*too many positional"):
@@ -670,7 +691,8 @@ def test_another_function_does_not_resume(hindsight_trainer, tmp_path):
         return prefix + "#"
 
     settings = {
-        "proposal": "function", "e_steps": 0, "annotation_think_prob": 0.5, "save_strategy": "steps", "save_steps": 1,
+        "proposal": "function", "e_steps": 0, "annotation": "resample", "prior_alpha": 0.5, "save_strategy": "steps",
+        "save_steps": 1,
     }  # fmt: skip
     hindsight_trainer(first, **settings).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
@@ -708,7 +730,7 @@ def test_chat_templates_of_others(tokenizers):
 
 
 def test_bounds_in_hindsight_are_lower_where_better():
-    args = RA3Config("x", use_cpu=True, metric_for_best_model="eval_bound_hindsight", proposal="fim")
+    args = HindsightConfig("x", use_cpu=True, metric_for_best_model="eval_bound_hindsight", proposal="fim")
     assert args.greater_is_better is False
 
 
@@ -719,8 +741,8 @@ def test_a_document_without_boundaries_is_counted_where_it_belongs(tokenizer_of,
         SamplingParams(2),
     )
     (document,) = segmenter(tokenizer_of)(0, "x = 1\n")
-    args = RA3Config("x", proposal="causal+fim", use_cpu=True)
-    rollouts = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
+    args = HindsightConfig("x", proposal="causal+fim", use_cpu=True)
+    rollouts = roll_out(engine, document, args, fim(tokenizer_of, 1.0, 1.0))
     sums = rollout_sums(rollouts, tokenizer_of.decode)
     assert not document.boundaries and sums["elbo"] == sums["hindsight/elbo"]
 
@@ -734,7 +756,9 @@ def test_annotating_with_a_checkpoints_proposals(tmp_path, tokenizer_of, tiny_mo
     last_first = {"proposal": "template", "proposal_template": "{suffix}<|bot|>{prefix}{think}"}
 
     def annotated(settings: dict, *words: str) -> int:
-        config = RA3Config("x", use_cpu=True, e_steps=0, annotation_think_prob=0.9, max_length=64, **settings)
+        config = HindsightConfig(
+            "x", use_cpu=True, e_steps=0, annotation="resample", prior_alpha=0.1, max_length=64, **settings
+        )
         config.save_pretrained(str(tmp_path / "model"))
         output = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
         return main(
@@ -749,6 +773,53 @@ def test_annotating_with_a_checkpoints_proposals(tmp_path, tokenizer_of, tiny_mo
     assert annotated({"proposal": "function"}, "--proposal", "fim") == 0
 
 
+def test_proposals_of_a_policy_at_hand(tmp_path, tokenizer_of, tiny_model):
+    """What the checkpoint was trained with, changed; proposal, template and price go together."""
+    tiny_model("llama", tokenizer_of).save_pretrained(tmp_path)
+    tokenizer_of.save_pretrained(tmp_path)
+    template = {"proposal": "template", "proposal_template": "{prefix}{think}{suffix}", "proposal_kl_coef": 0.2}
+    args = HindsightConfig("x", use_cpu=True, max_length=64, horizon=1, proposal_lines=2, **template)
+    args.save_pretrained(str(tmp_path))
+    trained = read_experimental(str(tmp_path))
+    assert trained == {**template, "proposal_lines": 2}
+    again = HindsightConfig.from_pretrained(str(tmp_path), use_cpu=True, proposal_lines=3)
+    assert (again.proposal_template, again.proposal_lines, again.horizon) == (template["proposal_template"], 3, 1)
+
+    def proposer(policy, *fields, **changes):
+        found = attach(policy, *fields, **changes).proposer
+        return [member.name for member in found.members], found.lines, found.kl_coef
+
+    policy = Policy.open(str(tmp_path), use_cpu=True)
+    assert proposer(policy, trained) == (["template"], 2, 0.2)
+    assert proposer(policy, trained, proposal="causal+fim", proposal_lines=None) == (["causal", "fim"], 2, 0.2)
+    assert proposer(policy, trained, proposal="causal") == (["causal"], 1, 1.0)
+    assert proposer(policy) == (["causal"], 1, 1.0) and policy.proposer.causal
+    assert proposer(policy, proposal="function", function=lambda prefix, suffix: "#") == (["function"], 4, 1.0)
+    by_itself = Policy.open(str(tmp_path), use_cpu=True, annotation="policy")
+    assert proposer(by_itself, trained) == (["causal"], 1, 1.0)
+    with pytest.raises(ValueError, match="but `annotation` is 'policy'"):
+        attach(by_itself, trained, proposal="fim")
+    with pytest.raises(ValueError, match="`proposal_kl_coef` is 0.5, but all latents are the policy's own"):
+        attach(policy, trained, proposal="causal", proposal_kl_coef=0.5)
+    with pytest.raises(ValueError, match="its function is not at hand; give another `--proposal`"):
+        attach(policy, {"proposal": "causal+function"})
+    with pytest.raises(ValueError, match="no command takes one"):
+        attach(policy, proposal="function")
+    document = policy.segment(CODE)[0]
+    group = attach(policy, trained).propose(document, document.boundaries, 2, NOISE)
+    assert group.log_ratio_TG.isfinite().all()
+
+
+def test_its_trainer_takes_its_own_settings(tmp_path, tokenizer_of, tiny_model):
+    args = RA3Config(str(tmp_path), use_cpu=True, report_to="none", max_length=64)
+    with pytest.raises(ValueError, match="`args` is of type RA3Config; give a `HindsightConfig`"):
+        HindsightTrainer(tiny_model("llama", tokenizer_of), args, processing_class=tokenizer_of)
+    secret = "not-a-real-token"
+    assert secret not in repr(HindsightConfig("x", use_cpu=True, hub_token=secret))
+    with pytest.raises(ValueError, match="fields that no `RA3Config` has"):
+        HindsightConfig.from_settings({"proposals": "fim"})
+
+
 def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_model, segmenter):
     """A latent that says the second of two known lines, `return pi * r * r`; of its six words one, `pi`, is in the
     first, `pi = 3`. One latent alone is not the same as another."""
@@ -758,10 +829,10 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
         SamplingParams(2),
     )
     (document,) = segmenter(tokenizer_of)(0, CODE)
-    args = RA3Config(
+    args = HindsightConfig(
         "x", proposal="causal+fim", num_latents=2, horizon=1, baseline="no_think", max_boundaries=1, use_cpu=True
     )
-    causal, known = roll_out(engine, [document], args, NOISE, None, proposals=fim(tokenizer_of, 1.0, 1.0))
+    causal, known = roll_out(engine, document, args, fim(tokenizer_of, 1.0, 1.0))
     boundary = known.group.boundaries[0]
     line = document.actions[boundary + 1]
     said = replace(known.group.latents[0][0], token_ids=document.input_ids[line.start : line.end])

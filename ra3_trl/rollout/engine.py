@@ -12,6 +12,7 @@ from torch import nn
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .backbone import Backbone
 from .noise import NoiseKey
+from .sampler import SamplingParams
 
 
 Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
@@ -22,6 +23,7 @@ class RolloutEngine(Protocol):
 
     name: str
     backbone: Backbone
+    params: SamplingParams
     score_seconds: float  # spent on scoring so far, for the log
 
     def trunk(self, document: Document) -> RolloutGroup:
