@@ -9,8 +9,6 @@ Where we deviate from the paper, or it is silent, docs/design.md says so.
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,7 +38,9 @@ from transformers.trainer_utils import (
 
 from .config import RA3Config
 from .em import (
+    ASIDE,
     Batch,
+    Cutter,
     EMLoop,
     Gradients,
     MetricSums,
@@ -48,12 +48,14 @@ from .em import (
     RewardPlugIns,
     Watch,
     check_resumable,
+    collate,
     make_learner,
-    own_share,
     phase_scheduler,
     plan_phases,
+    put_in_place,
     read_state,
     run_settings,
+    saving_aside,
     stream_loader,
 )
 from .em.preempt import PreemptionCallback
@@ -62,39 +64,20 @@ from .generation import AutoModelForCausalLMWithAbstractionHead
 from .hub import HubMixin
 from .models import (
     HEAD_WEIGHTS,
-    BaseWeights,
-    add_tags,
     check_trainable,
-    check_vocabulary,
-    context_length,
-    disable_dropout,
     load_head,
-    load_model,
     load_tokenizer,
     place_of,
+    prepare_model,
     save_head,
     state_width,
 )
-from .policy import OWN_LATENTS, Policy, Proposer, chunk_length, evaluate_documents, finish_metrics
-from .records import Document
+from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
 from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
-from .segmentation import (
-    FEATURES,
-    ActionFormat,
-    Segmenter,
-    count_documents,
-    find_format,
-    row_to_document,
-    segment_dataset,
-)
+from .segmentation import FEATURES, find_format
 
 
 logger = get_logger(__name__)  # of the main process
-_ASIDE = "_incomplete"
-
-
-def _collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
-    return {"documents": [row_to_document(row) for row in rows]}
 
 
 class _LoopCallback(TrainerCallback):
@@ -191,7 +174,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
         if isinstance(model, str) and args.abstraction_head:
             head = load_head(name, **place_of(args.model_init_kwargs))
-        model = self._load(model, tokenizer, args, peft_config, find_format(args.action_format))
+        model = prepare_model(model, tokenizer, args, peft_config, find_format(args.action_format).tags)
         if train_dataset is not None:
             check_trainable(model)
         self.policy = Policy.of_model(model, tokenizer, args, room_for_latents=args.uses_latents)
@@ -199,14 +182,9 @@ class RA3MidTrainer(HubMixin, Trainer):
         learner = make_learner(args, head, state_width(self.policy.backbone.causal_lm))
         self.policy.head = learner
         plug_ins = RewardPlugIns.of(args, tokenizer, reward_funcs)
-        self.counts: dict[str, dict[str, int]] = {}
-        self.formatting_func = formatting_func
+        self.cut = Cutter(self.policy, formatting_func)
         self.source_dataset = train_dataset  # as it was given: its licences, and what is annotated for the Hub
-        train_dataset = self._segment(train_dataset, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {key: self._segment(value, key) for key, value in eval_dataset.items()}
-        else:
-            eval_dataset = self._segment(eval_dataset, "eval")
+        train_dataset, eval_dataset = self.cut(train_dataset, "train"), self.cut(eval_dataset, "eval")
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
@@ -215,7 +193,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_collate,
+            data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -252,56 +230,6 @@ class RA3MidTrainer(HubMixin, Trainer):
                 Whether there is training data.
         """
         return OWN_LATENTS
-
-    @staticmethod
-    def _load(model, tokenizer, args: RA3Config, peft_config: PeftConfig | None, action_format: ActionFormat):
-        """The model with the format's tags, wrapped in its adapter and checked; the tokenizer gets the tags too."""
-        if action_format.tags:
-            model = load_model(model, args.model_init_kwargs, None)
-            add_tags(model, tokenizer, action_format.tags)
-            if peft_config is not None:
-                model = load_model(model, None, peft_config)
-                add_tags(model, tokenizer, action_format.tags)  # refuses an adapter that does not train them
-        else:
-            model = load_model(model, args.model_init_kwargs, peft_config)
-        check_vocabulary(model, tokenizer)
-        if args.reward_model == "base":
-            BaseWeights(model)  # refuses a model without adapter
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if args.disable_dropout:
-            disable_dropout(model)
-        return model
-
-    def _segment(self, dataset: Dataset | IterableDataset | None, split: str) -> Dataset | IterableDataset | None:
-        """Cuts a data set into chunks; counts where its texts went."""
-        if dataset is None:
-            return None
-        args, segmenter = self.policy.args, self.policy.segmenter
-        if isinstance(dataset, IterableDataset):
-            dataset = own_share(dataset, args.process_index, args.world_size)
-        if split != "train" and not args.uses_latents:
-            # Evaluation always draws latents, so its chunks are the same for next-token prediction: longer ones alone
-            # lower its cross-entropy.
-            longest = chunk_length(args, context_length(self.policy.backbone.causal_lm), True)
-            segmenter = Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments)
-        segmented = segment_dataset(
-            dataset, segmenter, args.dataset_text_field, self.formatting_func, args.dataset_num_proc
-        )
-        if isinstance(segmented, Dataset):
-            name = split if split == "train" or split.startswith("eval") else f"eval_{split}"
-            self.counts[name] = counts = count_documents(dataset, segmented)
-            logger.info("%s: %s", name, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
-            if not len(segmented):
-                raise ValueError(
-                    f"`{name}_dataset` has {len(dataset)} rows and all are empty texts; give it some code."
-                )
-            if split == "train" and args.e_steps and not counts["boundaries"]:
-                raise ValueError(
-                    f"`train_dataset` has no place where a latent may stand ({counts}); check `action_format`, or set "
-                    "`e_steps=0` for next-token prediction."
-                )
-        return segmented
 
     # ---- training, in running order ----
 
@@ -413,7 +341,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         """As `Trainer`'s, with the metrics of all processes since the last line."""
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
-                logs |= {f"data/{name}": float(value) for name, value in self.counts.get("train", {}).items()}
+                logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
             together = MetricSums()
             for sums in gather_object([self.loop.state.metrics.sums]):
                 together.add_sums(sums)
@@ -448,7 +376,7 @@ class RA3MidTrainer(HubMixin, Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)) and set(eval_dataset.features or ()) != set(FEATURES):
-            eval_dataset = self._segment(eval_dataset, metric_key_prefix)
+            eval_dataset = self.cut(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -493,29 +421,18 @@ class RA3MidTrainer(HubMixin, Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
         args, run = self.args, Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, final = run / _ASIDE / name, run / name
-        before = args.output_dir, args.save_total_limit, args.push_to_hub
-        args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir, _ASIDE), None, False
-        try:
+        push, limit = args.push_to_hub, args.save_total_limit
+        with saving_aside(args):
             super()._save_checkpoint(model, trial)
-        finally:
-            args.output_dir, args.save_total_limit, args.push_to_hub = before
-        limit, push = before[1:]
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside, final = run / ASIDE / name, run / name
         if not args.save_only_model:
             phase = self.schedule.phase_at(self.state.global_step - 1)
             facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
             of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand again
             self.loop.state.save(aside, facts, args.should_save, keep_probe=of_stream)
         if args.should_save:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if self.state.best_global_step and (best == final or best.exists()):
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(aside / "trainer_state.json"))
-            if final.exists():
-                shutil.rmtree(final)
-            aside.rename(final)
-            shutil.rmtree(run / _ASIDE, ignore_errors=True)
+            put_in_place(aside, final, self.state)
         self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(final))
@@ -524,7 +441,7 @@ class RA3MidTrainer(HubMixin, Trainer):
 
     def _run_settings(self) -> dict[str, Any]:
         """What a resumed run must share with this one."""
-        facts: dict[str, Any] = {"train_dataset": self.counts.get("train")}
+        facts: dict[str, Any] = {"train_dataset": self.cut.counts.get("train")}
         if isinstance(self.train_dataset, IterableDataset):  # whose rows workers share out
             facts["dataloader_num_workers"] = self.args.dataloader_num_workers
         facts["reward_funcs"] = sorted(self.loop.plug_ins.funcs) if self.loop.plug_ins is not None else []

@@ -298,7 +298,7 @@ def test_a_formatting_func_makes_the_text(make_trainer, tiny_model, tokenizers):
         tokenizer,
         formatting_func=lambda row: "def" + row["body"],
     )
-    annotated = annotate_dataset(trainer.policy, rows, trainer.formatting_func)
+    annotated = annotate_dataset(trainer.policy, rows, trainer.cut.formatting_func)
     assert annotated["annotated_text"][:] == annotate_dataset(usual.policy, usual.source_dataset)["annotated_text"][:]
 
 

@@ -47,10 +47,12 @@ def card_of(
     """The card on disk of a trainer that is not there."""
     config = SimpleNamespace(_name_or_path=base)
     trainer = SimpleNamespace(
-        args=RA3Config(output_dir=str(tmp_path), use_cpu=True), evaluations=list(evaluations), counts=COUNTS,
-        state=SimpleNamespace(log_history=[], global_step=4, num_input_tokens_seen=1234), learner=None,
+        args=RA3Config(output_dir=str(tmp_path), use_cpu=True), evaluations=list(evaluations),
+        cut=SimpleNamespace(counts=COUNTS),
+        state=SimpleNamespace(log_history=[], global_step=4, num_input_tokens_seen=1234),
+        loop=SimpleNamespace(learner=None),
         source_dataset=source, hub_model_id=None, latent_log=SimpleNamespace(latest=lambda step: list(latents)),
-        backbone=SimpleNamespace(model=None, causal_lm=SimpleNamespace(config=config)),
+        policy=SimpleNamespace(backbone=SimpleNamespace(model=None, causal_lm=SimpleNamespace(config=config))),
     )  # fmt: skip
     render_model_card(card_facts(trainer, dataset_name=dataset_name, **extra)).save(tmp_path / "README.md")
     return valid(ModelCard.load(tmp_path / "README.md"))

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ra3_trl import RA3Config
-from ra3_trl.cli import main, train
+from ra3_trl.cli import main, run, train
 from ra3_trl.cli.data import load_mixture
 from ra3_trl.cli.estimate import estimate
 from ra3_trl.cli.rewards import load_reward_funcs
@@ -211,7 +211,7 @@ def test_values_reach_the_dataclasses(parser):
     ids=lambda value: "-".join(value).strip("-").split("{")[0][:40],
 )  # fmt: skip
 def test_bad_options_are_refused(model, tmp_path, capsys, monkeypatch, options, words):
-    monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(run, "is_bitsandbytes_available", lambda: False)
     output = tmp_path / "out"
     assert main.main(["train", "--model_name_or_path", model, "--output_dir", str(output), "--use_cpu", *options]) == 2
     said = capsys.readouterr().err

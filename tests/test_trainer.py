@@ -401,7 +401,7 @@ def test_settings_given_are_left_as_they_are(make, tokenizer, tiny_model, tmp_pa
 def test_odd_documents_are_counted_and_trained(make):
     odd = [*TEXTS[:2], "", "x = 1\n", "def f(:\n  '''", "s = 'é漢字😀'\r\nt = s\r\n", "\ta = (\n1)", "x = 1\n" * 120]
     trainer = make(texts=odd, m_steps=-1, e_steps=1, num_train_epochs=1)
-    counts = trainer.counts["train"]
+    counts = trainer.cut.counts["train"]
     assert (
         counts["documents"] == 8 == sum(counts[k] for k in ("with_actions", "no_boundary", "plain", "lossy", "empty"))
     )

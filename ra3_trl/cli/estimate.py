@@ -48,8 +48,8 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     on_gpu = args.device.type == "cuda"
     return Estimate(
-        counts=counts if streams else trainer.counts["train"],
-        held_out=sum(split["documents"] for name, split in trainer.counts.items() if name != "train"),
+        counts=counts if streams else trainer.cut.counts["train"],
+        held_out=sum(split["documents"] for name, split in trainer.cut.counts.items() if name != "train"),
         updates=f"{schedule.iterations} x ({schedule.e_steps} E + {schedule.m_steps} M), {per_update} chunks each",
         workload=work,
         memory=count_memory(trainer.policy.backbone, args, schedule, anchored),

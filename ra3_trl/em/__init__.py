@@ -1,6 +1,7 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
-from .checkpoint import check_resumable, run_settings
+from .checkpoint import ASIDE, check_resumable, put_in_place, run_settings, saving_aside
+from .data import Cutter, collate
 from .estep import Chunk, EStep, Gradients, Rollout
 from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
@@ -9,13 +10,15 @@ from .mstep import Rows, mstep_loss, pack, split_example
 from .rewards import RewardFunc, RewardPlugIns
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
-from .stream import own_share, stream_loader
+from .stream import stream_loader
 from .watch import Watch
 
 
 __all__ = [
+    "ASIDE",
     "Batch",
     "Chunk",
+    "Cutter",
     "EMLoop",
     "EMState",
     "EStep",
@@ -32,17 +35,19 @@ __all__ = [
     "Watch",
     "Window",
     "check_resumable",
+    "collate",
     "latent_alarms",
     "make_learner",
     "mstep_loss",
-    "own_share",
     "pack",
     "phase_scheduler",
     "plan_phases",
     "plan_schedule",
+    "put_in_place",
     "read_state",
     "rollout_sums",
     "run_settings",
+    "saving_aside",
     "split_example",
     "stream_loader",
 ]

@@ -1,12 +1,17 @@
-"""Whether a run can go on from a checkpoint exactly: settings, processes, phase, files."""
+"""Checkpoints that are whole or not there, and whether a run can go on from one exactly."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import RA3Config, own_fields
 from .schedule import Schedule
@@ -17,8 +22,34 @@ from .state import FROZEN, HEAD, read_state
 # `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
 _FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_boundaries", "em_iterations", "m_steps"}
-_SHARED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim")
-_SHARED += ("lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy")
+_SHARED: tuple[str, ...] = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim",
+    "lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+ASIDE = "_incomplete"  # what begins with `_` is never pushed
+
+
+@contextmanager
+def saving_aside(args: RA3Config) -> Iterator[None]:
+    """`Trainer` writes checkpoints into a folder aside inside, and neither pushes nor deletes any."""
+    before = args.output_dir, args.save_total_limit, args.push_to_hub
+    args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir or "", ASIDE), None, False
+    try:
+        yield
+    finally:
+        args.output_dir, args.save_total_limit, args.push_to_hub = before
+
+
+def put_in_place(aside: Path, final: Path, state: TrainerState) -> None:
+    """Gives a checkpoint that is whole its name, and its trainer state the best checkpoint's path by that name."""
+    best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+    if state.best_global_step and (best == final or best.exists()):
+        state.best_model_checkpoint = str(best)
+        state.save_to_json(str(aside / "trainer_state.json"))
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def run_settings(args: RA3Config, facts: dict[str, Any]) -> dict[str, Any]:

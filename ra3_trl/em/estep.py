@@ -115,7 +115,7 @@ class EStep:
 
         def choose(trunk: RolloutGroup) -> tuple[int, ...]:
             # Asked by the engine once the document has run, since the head reads its states.
-            if self.args.boundary_selection == "head" and self.policy.head is not None:
+            if self.args.boundary_selection == "head" and self.policy.head is not None and trunk.states_SD is not None:
                 promise_S = self.policy.head.promise(trunk.states_SD)
                 boundaries, weight_T = choose_by_promise(trunk.document, promise_S, self.args, noise)
             else:

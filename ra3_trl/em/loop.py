@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
-from ..policy import Policy, annotate
+from ..policy import Policy, annotate, token_text
 from ..records import AnnotatedExample, Document
 from ..rollout import NoiseKey
 from ..segmentation import splice
@@ -315,7 +315,7 @@ class EMLoop:
                 self.state.metrics.add_total(name, *sums)
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.policy.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return token_text(self.policy.tokenizer, ids)
 
 
 def _split(flat: Sequence[Any], like: Sequence[Sequence[Any]]) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..config import RA3Config
 from ..losses import Returns
+from ..policy import token_text
 from ..records import RolloutGroup
 from ..rollout import horizon_lines
 
@@ -64,12 +65,13 @@ class RewardPlugIns:
                 f"`reward_funcs` has the names {[_name(f) for f in funcs]}; each function needs a name of its own, "
                 f"other than {LIKELIHOOD!r}: set `__name__`."
             )
-        if odd := next((name for name, func in self.funcs.items() if inspect.iscoroutinefunction(func)), None):
-            raise ValueError(f"`reward_funcs`: {odd} is a coroutine function; pass a plain one.")
-        if odd := next((name for name, func in self.funcs.items() if not _takes_anything(func)), None):
-            raise ValueError(
-                f"`reward_funcs`: {odd} takes no `**kwargs`; let it, since more may be given than it names."
-            )
+        for name, func in self.funcs.items():
+            if inspect.iscoroutinefunction(func):
+                raise ValueError(f"`reward_funcs`: {name} is a coroutine function; pass a plain one.")
+            if not _takes_anything(func):
+                raise ValueError(
+                    f"`reward_funcs`: {name} takes no `**kwargs`; let it, since more may be given than it names."
+                )
         if not funcs and not likelihood_weight:
             raise ValueError("`likelihood_weight` is 0 and there are no `reward_funcs`: nothing would be rewarded.")
         if weights is not None and len(weights) != len(funcs):
@@ -87,10 +89,10 @@ class RewardPlugIns:
         cls, args: RA3Config, tokenizer: PreTrainedTokenizerBase, funcs: RewardFunc | Sequence[RewardFunc] | None
     ) -> RewardPlugIns | None:
         """The reward that a trainer's arguments describe; `None` where it is the likelihood alone."""
-        funcs = [] if funcs is None else list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-        if not funcs and args.likelihood_weight == 1 and args.reward_weights is None:
+        several: list[Any] = list(funcs) if isinstance(funcs, (list, tuple)) else [] if funcs is None else [funcs]
+        if not several and args.likelihood_weight == 1 and args.reward_weights is None:
             return None
-        return cls(funcs, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
+        return cls(several, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
     def __call__(self, group: RolloutGroup, returns: Returns) -> tuple[Returns, dict[str, torch.Tensor]]:
         """Returns under the whole reward, and its terms `[T, G]`, not weighted."""
@@ -108,17 +110,15 @@ class RewardPlugIns:
         given: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", "expert_lines")}
         for boundary, row in zip(group.boundaries, group.latents, strict=True):
             action = actions[boundary]
+            assert action.boundary is not None
             end = actions[boundary + horizon_lines(group.document, boundary, self.horizon) - 1].end
-            given["prompts"] += [self._text([*ids[: action.start], *action.boundary.think])] * len(row)
-            given["expert_lines"] += [self._text(ids[action.start : end])] * len(row)
-            given["completions"] += [self._text(z.token_ids) for z in row]
+            given["prompts"] += [token_text(self.tokenizer, [*ids[: action.start], *action.boundary.think])] * len(row)
+            given["expert_lines"] += [token_text(self.tokenizer, ids[action.start : end])] * len(row)
+            given["completions"] += [token_text(self.tokenizer, z.token_ids) for z in row]
             given["completion_ids"] += [list(z.token_ids) for z in row]
         given["log_likelihood"] = returns.latent_TG.flatten().tolist()
         given["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
         return given | {"trainer_state": self.state}
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def _call(self, name: str, given: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
         found = self.funcs[name](**given)

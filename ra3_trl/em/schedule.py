@@ -106,10 +106,13 @@ def plan_phases(args: RA3Config, train_dataset: Dataset | IterableDataset | None
 def phase_scheduler(args: RA3Config, schedule: Schedule, optimizer: torch.optim.Optimizer) -> LambdaLR:
     """Gives each phase its own learning rate and schedule, by transformers' own functions of the step."""
 
+    kwargs = args.lr_scheduler_kwargs
+    assert not isinstance(kwargs, str)  # `TrainingArguments` has read the JSON
+
     def factor_of(kind: str, length: int, rate: float) -> Callable[[int], float]:
         dummy = torch.optim.SGD([torch.zeros(1)], lr=rate or 1.0)  # `min_lr` and `lr_end` are relative to it
         warmup = args.get_warmup_steps(length)
-        return get_scheduler(kind, dummy, warmup, max(length, 1), args.lr_scheduler_kwargs).lr_lambdas[0]
+        return get_scheduler(kind, dummy, warmup, max(length, 1), kwargs).lr_lambdas[0]
 
     e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps, args.e_learning_rate)
     m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps, args.learning_rate)

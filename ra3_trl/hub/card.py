@@ -227,7 +227,7 @@ def card_facts(
         dataset_ids=hub_ids([dataset_name, *named]),
         dataset_license=args.dataset_license,
         row_licenses=count_licenses(trainer.source_dataset),
-        counts=trainer.counts,
+        counts=trainer.cut.counts,
         tokens_seen=int(trainer.state.num_input_tokens_seen),
         settings={name: vars(args)[name] for name in _SHOWN},
         versions={name: metadata.version(name) for name in packages},

@@ -27,8 +27,7 @@ _NOT_PUSHED += ("ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safe
 
 
 class HubMixin:
-    """Mixed into a `Trainer` with `policy`, `source_dataset`, `formatting_func`, `latent_log`, `evaluations` and
-    `counts`."""
+    """Mixed into a `Trainer` with `policy`, `source_dataset`, `cut`, `latent_log` and `evaluations`."""
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
@@ -134,7 +133,7 @@ class HubMixin:
             allow_missing_licenses,
             allow_secrets,
         )
-        annotated = annotate_dataset(self.policy, push.check(self._to_annotate(dataset)), self.formatting_func)
+        annotated = annotate_dataset(self.policy, push.check(self._to_annotate(dataset)), self.cut.formatting_func)
         require_boundaries(annotated, args.action_format)
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))  # the rest is as it was
         if not self.is_world_process_zero():

@@ -20,6 +20,7 @@ from .load import (
     load_model,
     load_tokenizer,
 )
+from .prepare import prepare_model
 from .tags import add_tags
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_head",
     "load_model",
     "load_tokenizer",
+    "prepare_model",
     "place_of",
     "save_head",
     "state_width",

@@ -5,6 +5,7 @@ from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
 from .policy import THINKING, Policy, chunk_length, evaluating, open_settings
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
+from .text import token_text
 
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "finish_metrics",
     "measured_gain",
     "open_settings",
+    "token_text",
 ]

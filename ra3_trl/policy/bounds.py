@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 EVAL_NOISE = NoiseKey(seed=0x5EED, phase=-1, step=0)  # every evaluation tries the same boundaries with the same noise
-_SUMS = ("log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain")
-_SUMS += ("latents", "latent_tokens", "policy_latents")
+_SUMS = (
+    "log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain", "latents",
+    "latent_tokens", "policy_latents",
+)  # fmt: skip
 _HINDSIGHT = ("hindsight_elbo", "hindsight_multi", "hindsight_gain")
 
 

@@ -53,6 +53,7 @@ class HeadDecisions:
         """Puts the head's gate into the group, where that is the one in use."""
         if self.args.gate != "head":
             return group
+        assert group.states_SD is not None  # engines give them with every trunk
         logps = torch.full_like(group.gate_logps_A, -torch.inf)
         logps[list(group.document.boundaries)] = self.predict(group.states_SD)[0]
         return replace(group, head_logps_A=logps)

@@ -17,6 +17,7 @@ from ..config import RA3Config, own_fields
 from ..config_file import read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..models import (
+    AbstractionHead,
     check_vocabulary,
     context_length,
     end_ids,
@@ -33,6 +34,7 @@ from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
 from .propose import OWN_LATENTS, Proposer
+from .text import token_text
 
 
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
@@ -83,7 +85,7 @@ class Policy:
     ):
         self.engine = engine
         self.args = args
-        self.segmenter = segmenter
+        self._segmenter = segmenter
         self.head = head
         self.proposer = proposer
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the trainer's mixed precision
@@ -115,7 +117,9 @@ class Policy:
             `ValueError`: for a checkpoint or settings that can't work together, with the cure.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
-        head, saved, place = None, {}, place_of(model_init_kwargs)
+        head: AbstractionHead | None = None
+        saved: dict[str, Any] = {}
+        place = place_of(model_init_kwargs)
         if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
             tokenizer, head, saved = tokenizer or model.tokenizer, model.abstraction_head, model.settings or {}
             model = model.pretrained_model
@@ -145,7 +149,8 @@ class Policy:
                     )
                 setattr(args, field, other)
             head = None
-        policy = cls.of_model(loaded, tokenizer, args, head and HeadDecisions(head.to(args.device), args))
+        decisions = None if head is None else HeadDecisions(head.to(args.device), args)
+        policy = cls.of_model(loaded, tokenizer, args, decisions)
         if args.bf16 or args.fp16:  # nothing wraps this model's forward, as accelerate does a trainer's
             policy.autocast = partial(torch.autocast, args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
         return policy
@@ -189,16 +194,16 @@ class Policy:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._segmenter.tokenizer
+        return self.segmenter.tokenizer
 
     @property
-    def _segmenter(self) -> Segmenter:
-        if self.segmenter is None:
+    def segmenter(self) -> Segmenter:
+        if self._segmenter is None:
             raise ValueError("`segmenter` is missing; make the policy by `Policy.open` or give it one.")
-        return self.segmenter
+        return self._segmenter
 
     def changed(self, **parts: Any) -> Policy:
-        """A copy with other `args`, `head`, `proposer` or `segmenter`; model and engine are shared."""
+        """A copy with other `args`, `head` or `proposer`; model and engine are shared."""
         other = copy(self)
         for name, value in parts.items():
             setattr(other, name, value)
@@ -219,7 +224,7 @@ class Policy:
     def segment(self, text: str, doc_id: int = 0, prompt_chars: int = 0) -> list[Document]:
         """Cuts a text into chunks with their boundaries; the first `prompt_chars` characters get none. `doc_id` keys
         the noise of its latents."""
-        return self._segmenter(doc_id, text, prompt_chars)
+        return self.segmenter(doc_id, text, prompt_chars)
 
     def decide(self, group: RolloutGroup) -> RolloutGroup:
         """The group with the gate in use: the head's where `args.gate` says so, else the tokens'."""
@@ -275,13 +280,15 @@ class Policy:
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
         output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     def text(self, source: Document | AnnotatedExample) -> str:
         """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
-        readable = readable_bytes(self.tokenizer, self._segmenter.format)
-        ids = [i for i in source.input_ids if readable[i] is not None]
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self._decode(source.input_ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        readable = readable_bytes(self.tokenizer, self.segmenter.format)
+        return token_text(self.tokenizer, [i for i in ids if readable[i] is not None])
 
     @property
     def _noise(self) -> NoiseKey:
@@ -301,7 +308,8 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
     if settings.get("annotation") is None:
         settings["annotation"] = "resample"
     # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
-    return RA3Config(**{"baseline": "no_think", "report_to": "none", "disable_tqdm": True} | settings)
+    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none", "disable_tqdm": True}
+    return RA3Config(**fixed | settings)
 
 
 def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
