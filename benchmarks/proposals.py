@@ -13,17 +13,18 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from ra3_trl import RA3Config, RA3MidTrainer, load_code_directory
+from ra3_trl import Policy, load_code_directory
 from ra3_trl.analysis import Estimate
-from ra3_trl.em import propose
-from ra3_trl.em.proposals import prior_logps
+from ra3_trl.experimental.hindsight import attach
+from ra3_trl.experimental.hindsight.proposals import prior_logps
 from ra3_trl.losses import compute_returns, log1mexp
 from ra3_trl.records import Document, RolloutGroup
 from ra3_trl.rollout import NoiseKey
-from ra3_trl.segmentation import row_to_document
+from ra3_trl.segmentation import row_to_document, segment_dataset
 
-from .common import default_model, no_warnings, say, scratch
+from .common import default_model, no_warnings, say
 
 
 NOISE = NoiseKey(seed=0, phase=0, step=0)
@@ -32,7 +33,7 @@ PAYS = 0.5  # nats
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--proposals", nargs="+", default=["causal", "chat", "causal+chat"], help="as in RA3Config")
+    parser.add_argument("--proposals", nargs="+", default=["causal", "chat", "causal+chat"], help="as in its config")
     parser.add_argument("--functions", type=int, default=24, help="functions, one boundary each")
     parser.add_argument("--latents", type=int, default=6, help="latents at each boundary, of each proposal")
     parser.add_argument("--lines", type=int, default=4, help="next lines that a proposal in hindsight knows")
@@ -71,11 +72,10 @@ def of_group(group: RolloutGroup, log_prior: float) -> dict[str, float]:
     }
 
 
-def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
+def choose(policy: Policy, data: Dataset, count: int) -> list[Document]:
     """Whole functions of at least four boundaries, as the data's order has them."""
-    found = (row_to_document(row) for row in trainer.train_dataset)
     seen: dict[int, list[Document]] = {}
-    for document in found:
+    for document in map(row_to_document, segment_dataset(data, policy.segmenter, policy.args.dataset_text_field)):
         seen.setdefault(document.doc_id, []).append(document)
     whole = [chunks[0] for chunks in seen.values() if len(chunks) == 1 and len(chunks[0].boundaries) >= 4]
     return whole[:count]
@@ -84,40 +84,26 @@ def choose(trainer: RA3MidTrainer, count: int) -> list[Document]:
 @no_warnings()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One row a measure, over proposals, with intervals over functions; texts of the latents."""
-    model = args.model or default_model()
+    policy = Policy.open(
+        args.model or default_model(), num_latents=args.latents, eval_num_latents=args.latents, horizon=1,
+        max_length=args.max_length, max_latent_length=12, existing_comments="strip", use_cpu=True,
+    )  # fmt: skip
     data = load_code_directory().shuffle(seed=args.seed)
     data = data.select(range(min(20 * args.functions, len(data))))
+    documents = choose(policy, data, args.functions)
     rows: dict[str, dict[str, list[float]]] = {}
-    texts: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = [{} for _ in documents]
     seconds: dict[str, float] = {}
     for name in args.proposals:
-        with scratch() as folder:
-            config = RA3Config(
-                output_dir=str(folder), proposal=name, num_latents=args.latents, proposal_lines=args.lines,
-                max_length=args.max_length, max_latent_length=12, existing_comments="strip", e_steps=0,
-                prior_alpha=0.5, abstraction_head=False, use_cpu=True, report_to="none",
-                eval_num_latents=args.latents,
-            )  # fmt: skip
-            trainer = RA3MidTrainer(str(model), config, data)
-        documents = choose(trainer, args.functions)
-        texts = texts or [{} for _ in documents]
+        proposing = attach(policy, proposal=name, proposal_lines=args.lines)
         for i, document in enumerate(documents):
             begin = time.process_time()
-            with torch.no_grad():
-                group = propose(
-                    trainer.policy.engine,
-                    document,
-                    one_boundary(document),
-                    args.latents,
-                    1,
-                    NOISE,
-                    trainer.policy.proposer,
-                )
+            group = proposing.propose(document, one_boundary(document), args.latents, NOISE)
             seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / len(documents)
-            log_prior = float(prior_logps(trainer.policy.engine, document, group.boundaries, group.latents).mean())
+            log_prior = float(prior_logps(policy.engine, document, group.boundaries, group.latents).mean())
             for key, value in of_group(group, log_prior).items():
                 rows.setdefault(key, {}).setdefault(name, []).append(value)
-            texts[i] |= told(trainer, group, name)
+            texts[i] |= as_texts(policy, group, name)
         say(f"{name}: " + ", ".join(f"{key} {sum(row[name]) / len(row[name]):.3g}" for key, row in rows.items()))
     return {"functions": len(texts), "seconds": seconds, **estimates(rows), "texts": texts}
 
@@ -133,9 +119,9 @@ def estimates(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, di
     return found
 
 
-def told(trainer: RA3MidTrainer, group: RolloutGroup, name: str) -> dict[str, Any]:
+def as_texts(policy: Policy, group: RolloutGroup, name: str) -> dict[str, Any]:
     """The line, and each latent with its gain and what is left of it."""
-    decode = trainer.processing_class.decode
+    decode = policy.tokenizer.decode
     action = group.document.actions[group.boundaries[0]]
     weighed = compute_returns(group, 1, 1.0).gain_TG[0].tolist()
     gain = compute_returns(replace(group, log_ratio_TG=None), 1, 1.0).gain_TG[0].tolist()

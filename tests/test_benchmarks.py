@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from ra3_trl.segmentation.hindsight import FIM_TOKENS
+from ra3_trl.segmentation.tokens import FIM_TOKENS
 
 
 SMALL = [

@@ -17,6 +17,7 @@ LEVELS = (
     ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis"),
     ("em", "hub", "report", "generation", "evaluation"),
     ("trainer",),
+    ("experimental",),
     ("cli", "examples", "benchmarks"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -98,6 +99,7 @@ def test_every_room_has_a_level():
         ("ra3_trl/em/planted.py", "def f():\n    import ra3_trl.trainer"),
         ("ra3_trl/em/planted.py", "from ra3_trl.cli.main import main"),
         ("ra3_trl/trainer.py", "import benchmarks.rollout"),
+        ("ra3_trl/trainer.py", "from .experimental.hindsight import HindsightConfig"),
         ("ra3_trl/trainer.py", "from trl.trainer.utils import pad"),
         ("ra3_trl/cli/planted.py", "import trl.experimental"),
         ("ra3_trl/cli/planted.py", "from trl.models import utils"),

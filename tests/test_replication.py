@@ -36,7 +36,8 @@ from benchmarks.replication.rlvr import reinforce
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.table import ArmResult, Form, rows, samples, starts
 from ra3_trl.analysis import Estimate, t_quantile
-from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, fim_template
+from ra3_trl.experimental.hindsight.prompts import fim_template
+from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table
 
 
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
 
 
@@ -58,7 +59,8 @@ def make(folder: Path, data, name: str, batch: int = 4, model=None, peft_config=
     if isinstance(data, list):
         data = Dataset.from_dict({"text": data})
     torch.manual_seed(0)  # an adapter begins at random
-    return RA3MidTrainer(model, RA3Config(**defaults | settings), data, None, tokenizer, peft_config=peft_config)
+    kinds = (HindsightTrainer, HindsightConfig) if "proposal" in settings else (RA3MidTrainer, RA3Config)
+    return kinds[0](model, kinds[1](**defaults | settings), data, None, tokenizer, peft_config=peft_config)
 
 
 def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or Hub id (default: the demo's SmolLM2-135M)")
     parser.add_argument("--code_dir", help="folder of .py files (default: the standard library)")
     parser.add_argument("--mbpp", help="mbpp.jsonl, in place of the Hub's")
-    parser.add_argument("--proposal", help="of the arm `hindsight`, as in RA3Config (default: the preset's)")
+    parser.add_argument("--proposal", help="of the arm `hindsight`, as in HindsightConfig (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print what is there as one JSON object")
     args = parser.parse_args(argv)
     preset = fitted(PRESETS[args.preset], args.model or default_model(), args.code_dir, args.mbpp, args.proposal)

@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ra3_trl import RA3Config
-from ra3_trl.em import make_proposals
+from ra3_trl.experimental.hindsight import HindsightConfig, make_proposals
 
 
 ARMS = ("base", "ntp", "ntp_compute", "ra3", "ra3_compute", "hindsight")
@@ -226,7 +225,7 @@ def check_proposals(preset: Preset) -> None:
     """
     settings = {"e_steps": preset.e_steps, "num_latents": preset.train["num_latents"], **preset.hindsight}
     tokenizer = AutoTokenizer.from_pretrained(preset.model)
-    make_proposals(RA3Config("unused", report_to="none", use_cpu=True, **settings), tokenizer, None)
+    make_proposals(HindsightConfig("unused", report_to="none", use_cpu=True, **settings), tokenizer, None)
 
 
 def fitted(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
 
 from .base import QUIET, pretrain, resume
 from .records import BaseRecipe, MidRecipe
@@ -42,15 +42,17 @@ def model_folder(store: Store, recipe: BaseRecipe | MidRecipe) -> Path:
     return store.folder(recipe) / "model"
 
 
-def config(recipe: MidRecipe, folder: Path, **settings) -> RA3Config:
+def config(recipe: MidRecipe, folder: Path, **settings) -> HindsightConfig:
     """The settings of a run."""
-    return RA3Config(
+    think = recipe.annotation_think_prob
+    annotation = {} if think is None else {"annotation": "resample", "prior_alpha": None if think == -1 else 1 - think}
+    return HindsightConfig(
         output_dir=str(folder), seed=recipe.seed, e_steps=recipe.e_steps, m_steps=recipe.m_steps,
         e_learning_rate=recipe.e_learning_rate, learning_rate=recipe.learning_rate,
         per_device_train_batch_size=recipe.batch_size, num_latents=recipe.num_latents, max_latent_length=MAX_LATENT,
-        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef,
-        annotation_think_prob=recipe.annotation_think_prob, packing=False, max_length=384, log_latents_steps=0,
-        code_loss_tolerance=10.0, **QUIET | {"abstraction_head": False} | dict(recipe.settings) | settings,
+        horizon=recipe.horizon, penalty=recipe.penalty, kl_coef=recipe.kl_coef, packing=False, max_length=384,
+        log_latents_steps=0, code_loss_tolerance=10.0,
+        **QUIET | {"abstraction_head": False} | annotation | dict(recipe.settings) | settings,
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def midtrain(store: Store, recipe: MidRecipe, save_steps: int = 20) -> dict[str,
     def work(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(model_folder(store, recipe.base))
         args = config(recipe, folder / "run", save_steps=save_steps, logging_steps=1)
-        trainer = RA3MidTrainer(
+        trainer = HindsightTrainer(
             model, args, programs(recipe.corpus, MID_DATA + recipe.seed, recipe.programs), None, tokenizer
         )
         seconds = resume(trainer, folder / "run")

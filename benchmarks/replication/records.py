@@ -90,8 +90,9 @@ class MidRecipe:
     """Mid-training of a base on the expert's programs; without E-steps it is next-token prediction.
 
     The E-phase is short: it has converged after 15 updates, and at twice the rate, after 20, code suffers. RA3's
-    annotation has the gate as its prior (`annotation_think_prob=-1`), which here is trained. `settings` are further
-    fields of [`RA3Config`] with their values. `base` may be mid-trained itself.
+    annotation has the gate as its prior, which here is trained. `annotation_think_prob`: prior P(think) of annotation,
+    -1 for the gate (`None`: the default; without E-steps no annotation). `settings`: further fields of
+    [`HindsightConfig`] with their values. `base` may be mid-trained itself.
     """
 
     base: BaseRecipe | MidRecipe

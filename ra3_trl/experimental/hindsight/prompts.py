@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -79,9 +80,9 @@ class PromptTemplate:
         return sum(len(piece) for piece in self.pieces if not isinstance(piece, str))
 
     @property
-    def settings(self) -> list[list[int] | str]:
-        """What a resumed run must share, as JSON."""
-        return [piece if isinstance(piece, str) else list(piece) for piece in self.pieces]
+    def settings(self) -> Any:
+        """What a resumed run must share."""
+        return self.pieces
 
     def views(self, document: Document, boundaries: Sequence[int], lines: int) -> list[View]:
         """Documents with the prompts of `boundaries`, in order: one for all where they share their prefix, else one
@@ -125,7 +126,7 @@ class PromptFunction:
 
     @property
     def settings(self) -> str:
-        """The function's name; more of it can't be compared."""
+        """What a resumed run must share: the function's name, since more of it can't be compared."""
         named = inspect.isroutine(self.function) or inspect.isclass(self.function)
         return (self.function if named else type(self.function)).__qualname__
 
@@ -195,13 +196,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
             "`proposal` has 'chat', but the tokenizer's chat template does not leave the instruction as it is; use a "
             "`proposal_template`, or 'causal'."
         )
-    text = text.replace("{", "{{").replace("}", "}}")
-    text = text.replace("{{prefix}}", "{prefix}").replace("{{suffix}}", "{suffix}")
-    return parse_template(text + "{think}", tokenizer, "chat")
+    before, _, rest = text.partition("{prefix}")
+    between, _, behind = rest.partition("{suffix}")
+    return _template([before, "prefix", between, "suffix", behind, "think"], tokenizer)
 
 
-def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "proposal_template") -> PromptTemplate:
-    """A template of text with `{prefix}`, `{suffix}` and, if wanted, `{think}`; braces are doubled.
+def parse_template(text: str, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """A `proposal_template`: text with `{prefix}`, `{suffix}` and, if wanted, `{think}`; other braces are doubled.
 
     Raises:
         `ValueError`: for placeholders that are missing, unknown or there twice, nothing behind `{prefix}`, or what
@@ -215,8 +216,8 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
             words += [word[1:-1], ""]
         elif word.startswith(("{", "}")):
             raise ValueError(
-                f"`{name}` has {word!r}; its placeholders are {{prefix}}, {{think}} and {{suffix}}, other braces are "
-                "doubled."
+                f"`proposal_template` has {word!r}; its placeholders are {{prefix}}, {{think}} and {{suffix}}, other "
+                "braces are doubled."
             )
         else:
             words[-1] += word
@@ -224,19 +225,23 @@ def parse_template(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "p
         count = words[1::2].count(placeholder)
         if not least <= count <= 1:
             times = "once" if least else "at most once"
-            raise ValueError(f"`{name}` has {{{placeholder}}} {count} times; it must be there {times}.")
-    # A chat template's markers are its own affair: some families write theirs as plain text.
-    for marker in [] if name == "chat" else _MARKER.findall("".join(words[::2])):
+            raise ValueError(f"`proposal_template` has {{{placeholder}}} {count} times; it must be there {times}.")
+    for marker in _MARKER.findall("".join(words[::2])):
         if len(split := _encode(tokenizer, marker)) != 1:
             raise ValueError(
-                f"`{name}` has {marker!r}, which the tokenizer splits into {len(split)} tokens; use its own special "
-                "tokens, or write it otherwise if it is meant as text."
+                f"`proposal_template` has {marker!r}, which the tokenizer splits into {len(split)} tokens; use its "
+                "own special tokens, or write it otherwise if it is meant as text."
             )
+    template = _template(words, tokenizer)
+    if template.pieces[-1] == "prefix":
+        raise ValueError("`proposal_template` ends with {prefix}; put {think} or other text behind it.")
+    return template
+
+
+def _template(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """A template of literal text and placeholders in turn."""
     encoded = (word if i % 2 else _encode(tokenizer, word, inside=i > 0) for i, word in enumerate(words))
-    pieces = tuple(piece for piece in encoded if piece)
-    if pieces[-1] == "prefix":
-        raise ValueError(f"`{name}` ends with {{prefix}}; put {{think}} or other text behind it.")
-    return PromptTemplate(pieces, tokenizer.bos_token_id)
+    return PromptTemplate(tuple(piece for piece in encoded if piece), tokenizer.bos_token_id)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, inside: bool = False) -> tuple[int, ...]:

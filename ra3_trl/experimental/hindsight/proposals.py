@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import RA3Config, own_fields
 from ...models import context_length
-from ...policy import LatentSource, Policy
+from ...policy import OWN_LATENTS, LatentSource, Policy
 from ...records import Document, Latent, RolloutGroup
 from ...rollout import Boundaries, NoiseKey, RolloutEngine
 from .config import HindsightConfig
@@ -92,7 +92,7 @@ def share_out(total: int, shares: Sequence[float], least: int = 1) -> tuple[int,
 
 @dataclass(frozen=True)
 class _Source:
-    """A proposal in an E-phase, with its number of latents: it learns by its own q."""
+    """A proposal in hindsight in an E-phase, with its number of latents: it learns by its own q."""
 
     proposal: Proposal
     num_latents: int
@@ -101,8 +101,6 @@ class _Source:
     def draw(
         self, engine: RolloutEngine, document: Document, boundaries: Boundaries, noise: NoiseKey, score: bool
     ) -> RolloutGroup:
-        if self.proposal.prompt is None:
-            return engine.rollout(document, boundaries, self.num_latents, self.horizon, noise, score=score)
         trunk = engine.trunk(document)
         chosen = tuple(boundaries(trunk) if callable(boundaries) else boundaries)
         latents = tuple(self.proposal.sample(engine, document, chosen, self.num_latents, noise))
@@ -115,7 +113,7 @@ class _Source:
                        latent_line_logps_TGH=lines, latent_gate_logps_TGH=lines - torch.inf)  # fmt: skip
 
     def weigh(self, engine: RolloutEngine, group: RolloutGroup) -> RolloutGroup:
-        if group.view is None or not group.boundaries:
+        if not group.boundaries:
             return group
         prior_TG = prior_logps(engine, group.document, group.boundaries, group.latents)
         return replace(group, log_ratio_TG=prior_TG - drawn_logps(group.latents))
@@ -137,8 +135,10 @@ class Proposals:
         return share_out(num_latents, [member.share for member in self.members], least)
 
     def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
-        counts = self.counts(num_latents, least)
-        return [_Source(member, count, horizon) for member, count in zip(self.members, counts, strict=True)]
+        return [
+            _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon, least)[0]
+            for member, count in zip(self.members, self.counts(num_latents, least), strict=True)
+        ]
 
     def propose(
         self,
