@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import RA3Config, own_fields
+from ..config import RA3Config, beside_trainers, own_fields
 from ..config_file import read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..models import (
@@ -309,7 +309,8 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         settings["annotation"] = "resample"
     # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
     fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none", "disable_tqdm": True}
-    return RA3Config(**fixed | settings)
+    with beside_trainers():
+        return RA3Config(**fixed | settings)
 
 
 def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:

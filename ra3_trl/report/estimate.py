@@ -94,7 +94,7 @@ def count_work(sizes: np.ndarray, args: RA3Config, schedule: Schedule, whole: bo
         e_tokens=e_branches * args.max_latent_length,
         m_chunks=m_chunks,
         annotated_boundaries=annotated,
-        annotation_branches=annotated * (args.num_latents if args.annotation == "resample" else 1),
+        annotation_branches=annotated * (1 if args.annotation == "policy" else args.num_latents),
         m_tokens=round(m_chunks * tokens),
     )
 
