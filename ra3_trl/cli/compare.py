@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -19,6 +18,7 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
+from ..config import RA3Config
 from ..config_file import read_settings
 from ..evaluation import Benchmark, check_k, read_results
 from ..evaluation.compare import Problems, check_same_problems, common_ks, compare_runs, sampling_notes
@@ -26,12 +26,12 @@ from ..evaluation.results import RESULTS
 from ..files import find_file, fingerprint
 from ..hub.card import public_name
 from ..models import load_tokenizer
+from ..policy import THINKING, Policy
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
 from ..sandbox import Judge, Limits
-from ..segmentation import find_format, require_tags, row_to_document, token_bytes
-from ..trainer import RA3MidTrainer
+from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
 from . import evaluate
-from .checkpoint import add_settings, make_config
+from .checkpoint import add_settings, flag_settings
 from .data import hold_out, limit, load_splits
 
 
@@ -230,17 +230,17 @@ class CrossEntropy:
         options, own = self.options, self.own[one.name]
         head = own.get("gate") == "head" and own.get("action_format") == self.format
         head = head and find_file(one.weights, "abstraction_head.safetensors", revision=options.model_revision)
-        saved = self.shared | {"gate": "head" if head else "token"}
-        with tempfile.TemporaryDirectory() as aside:  # the trainer makes its output folder; nothing is written there
-            args = make_config(
-                options, saved, _FLAGS, (*_SHARED, "gate"), aside, abstraction_head=bool(head),
-                per_device_eval_batch_size=1,
-            )  # fmt: skip
-            trainer = RA3MidTrainer(one.weights, args, eval_dataset=texts)
-            found = trainer.evaluate()
-        measured = {key: found[f"eval_{key}"] for key in _MEASURED}
-        table, size, seen = token_bytes(trainer.processing_class), 0, hashlib.sha256()
-        for document in map(row_to_document, trainer.eval_dataset):
+        # Every setting is named: those that one checkpoint has of its own would not be shared.
+        neutral = {name: getattr(RA3Config, name) for name in THINKING} | {"boundary_selection": "random"}
+        settings = neutral | self.shared | {"gate": "head" if head else "token"} | flag_settings(options, _FLAGS)
+        place = {"dtype": options.dtype, "revision": options.model_revision}
+        policy = Policy.open(one.weights, model_init_kwargs=place, **settings)
+        rows = segment_dataset(texts, policy.segmenter, policy.args.dataset_text_field)
+        documents = [row_to_document(row) for row in rows]
+        found = policy.evaluate(documents)
+        measured = {key: found[key] for key in _MEASURED}
+        table, size, seen = token_bytes(policy.tokenizer), 0, hashlib.sha256()
+        for document in documents:
             seen.update(repr(document.input_ids).encode())
             spans = [(max(a.start, 1), a.end) for a in document.actions if not a.comment]
             size += sum(len(table[i] or b"") for start, end in spans for i in document.input_ids[start:end])
