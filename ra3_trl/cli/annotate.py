@@ -12,7 +12,7 @@ from ..config_file import read_experimental
 from ..experimental.hindsight import HindsightConfig, attach
 from ..files import renamed_into_place
 from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
-from ..policy import THINKING, Policy
+from ..policy import THINKING
 from .checkpoint import add_model_options, add_settings, flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 
@@ -57,50 +57,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> DatasetPush | None:
+    """Refuses what can't work, and says where to push to."""
     if not options.output and not options.push_to_hub:
         raise ValueError("neither `output` nor `push_to_hub` is set; say where the annotated dataset goes.")
     if options.output and Path(options.output).exists():
         raise ValueError(f"`output` is {options.output!r}, which is there already; remove it or name another folder.")
     if options.max_documents is not None and options.max_documents < 1:
         raise ValueError(f"`max_documents` is {options.max_documents}; it must be at least 1.")
-
-
-def _push(options: argparse.Namespace) -> DatasetPush | None:
     if not options.push_to_hub:
         return None
-    return DatasetPush(
-        options.push_to_hub,
-        options.license_column,
-        options.dataset_license,
-        private=options.private or None,
-        allow_missing_licenses=options.allow_missing_licenses,
-        allow_secrets=options.allow_secrets,
-    )
-
-
-def _open(options: argparse.Namespace) -> Policy:
-    """The checkpoint with its own proposals, or those of the flags."""
-    saved, flags = saved_settings(options), flag_settings(options, _SETTINGS)
-    # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
-    policy = open_policy(options, {"gate": saved.get("gate", "token")} | flags)
-    trained = read_experimental(options.checkpoint, revision=options.model_revision)
-    return attach(policy, trained, **flag_settings(options, _PROPOSALS))
+    names = ("license_column", "dataset_license", "allow_missing_licenses", "allow_secrets")
+    how = {name: vars(options)[name] for name in names}
+    return DatasetPush(options.push_to_hub, private=options.private or None, **how)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 annotate`; see `ra3 annotate --help`. Returns the exit code."""
     options = _parser().parse_args(argv)
-    _check(options)
-    push = _push(options)
+    push = _check(options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    saved_settings(options)  # says best that there is no such checkpoint
+    saved = saved_settings(options)  # first, since it says best that there is no such checkpoint
     splits = load_splits(options.dataset_name, options.code_dir, options.dataset_split, options.dataset_config)
     dataset = splits[options.dataset_split]
     if options.max_documents:
         dataset = dataset.select(range(min(options.max_documents, len(dataset))))
     dataset = push.check(dataset) if push else dataset  # before the work
-    policy = _open(options)
+    # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
+    policy = open_policy(options, {"gate": saved.get("gate", "token")} | flag_settings(options, _SETTINGS))
+    trained = read_experimental(options.checkpoint, revision=options.model_revision)
+    policy = attach(policy, trained, **flag_settings(options, _PROPOSALS))
     annotated = annotate_dataset(policy, dataset)
     require_boundaries(annotated, policy.args.action_format)
     placed, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])

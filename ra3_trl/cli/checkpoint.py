@@ -33,7 +33,7 @@ def add_settings(
     title: str,
     names: Sequence[str],
     of_the_checkpoint: Collection[str] = THINKING,
-    config: type[RA3Config] = RA3Config,
+    config: type = RA3Config,
 ) -> None:
     """Adds a flag for each field of `config` in `names`; left out, those `of_the_checkpoint` are the checkpoint's."""
     group = parser.add_argument_group(title)

@@ -28,6 +28,7 @@ from .data import limit, load_splits
 
 
 VERSION = 1
+_MEASURES = tuple(field.name for field in fields(DiagnosisSettings))
 _SETTINGS = (
     "num_latents", "seed", "action_format", "existing_comments", "max_length", "max_latent_length", "horizon",
     "discount", "line_reduction", "temperature", "top_k", "top_p", "dataset_text_field", "engine", "max_branch_tokens",
@@ -50,18 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--dataset_config", help="configuration of the dataset")
     corpus.add_argument("--dataset_split", default="train", help="its split (default: %(default)s)")
     corpus.add_argument("--documents", type=int, default=32, help="the first so many (default: %(default)s)")
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--boundaries", type=int, default=32, help="where it is measured (default: %(default)s)")
-    pruning.add_argument("--lines", type=int, default=16, help="next lines drawn at each (default: %(default)s)")
-    pruning.add_argument("--line_tokens", type=int, default=48, help="longest of these (default: %(default)s)")
-    pruning.add_argument(
-        "--factor", type=float, default=10.0, help="how much less likely is ruled out (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--gamma", type=float, default=0.98, help="discount of a line in the RL to come (default: %(default)s)"
-    )
     parser.add_argument("--output", metavar="FILE", help="write all numbers there as JSON")
     add_model_options(parser)
+    add_settings(parser, "measures", _MEASURES, config=DiagnosisSettings)
     add_settings(parser, "settings", _SETTINGS)
     return parser
 
@@ -71,7 +63,7 @@ def _read_settings(options: argparse.Namespace) -> DiagnosisSettings:
         raise ValueError(f"`documents` is {options.documents}; it must be at least 1.")
     if options.output and (Path(options.output).is_dir() or not Path(options.output).resolve().parent.is_dir()):
         raise ValueError(f"`output` is {options.output!r}; name a file in a folder that is there.")
-    return DiagnosisSettings(**{field.name: vars(options)[field.name] for field in fields(DiagnosisSettings)})
+    return DiagnosisSettings(**flag_settings(options, _MEASURES))
 
 
 def _holds_code(path: Path) -> bool:

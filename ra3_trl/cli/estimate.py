@@ -20,7 +20,7 @@ from ..em import EStep, Gradients, mstep_loss, pack
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy
 from ..records import AnnotatedExample, Document
-from ..report.estimate import Estimate, Timing, count_memory, count_work
+from ..report.estimate import Estimate, Workload, count_memory, count_work
 from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
@@ -44,18 +44,23 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
     sizes = np.array([(sum(map(bool, r["think"])), len(r["input_ids"]) - max(r["context"], 1)) for r in rows])
     counts = {"chunks": len(sizes)} | dict(zip(("boundaries", "tokens"), sizes.sum(0).tolist(), strict=True))
     work = count_work(sizes, args, schedule, not streams)
-    timing = time_updates(trainer, _average_documents(rows if streams else data, sizes, args.uses_latents), anchored)
+    documents = _average_documents(rows if streams else data, sizes, args.uses_latents)
+    hours = {phase: seconds / 3600 for phase, seconds in time_updates(trainer, documents, work, anchored).items()}
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    on_gpu = args.device.type == "cuda"
+    if args.device.type == "cuda":
+        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    else:
+        machine = f"{args.device.type}, {torch.get_num_threads()} threads"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Estimate(
         counts=counts if streams else trainer.cut.counts["train"],
         held_out=sum(split["documents"] for name, split in trainer.cut.counts.items() if name != "train"),
         updates=f"{schedule.iterations} x ({schedule.e_steps} E + {schedule.m_steps} M), {per_update} chunks each",
         workload=work,
         memory=count_memory(trainer.policy.backbone, args, schedule, anchored),
-        timing=timing,
-        hours=timing.hours(work),
-        machine=torch.cuda.get_device_name() if on_gpu else f"{args.device.type}, {torch.get_num_threads()} threads",
+        peak=peak,
+        hours=hours,
+        machine=machine,
         streams=streams,
     )
 
@@ -67,25 +72,26 @@ def _average_documents(rows: Dataset | list[dict], sizes: np.ndarray, with_bound
     return [row_to_document(rows[int(i)]) for i in wanted[distance.argsort(kind="stable")[:2]]]
 
 
-def time_updates(trainer: RA3MidTrainer, documents: list[Document], anchored: bool) -> Timing:
-    """Times one E-update and one M-update, forwards and backwards."""
+def time_updates(
+    trainer: RA3MidTrainer, documents: list[Document], work: Workload, anchored: bool
+) -> dict[str, float]:
+    """Times one E-update and one M-update, forwards and backwards: seconds of the whole run, by phase."""
     args, policy = trainer.args, trainer.policy
     if args.activation_checkpointing:
         policy.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
     _time_mstep(policy, [splice(documents[0], {})])  # what happens the first time only stays out of the timing
-    e_step = _time_estep(trainer, documents, anchored) if args.e_steps else (0.0, 0.0)
-    annotate_per_boundary, examples = 0.0, [splice(document, {}) for document in documents]
+    seconds, examples = {"E-phase": 0.0, "annotation": 0.0}, [splice(document, {}) for document in documents]
+    if args.e_steps:
+        per_chunk, per_branch = _time_estep(trainer, documents, anchored)
+        seconds["E-phase"] = work.e_chunks * per_chunk + work.e_branches * per_branch
     if args.uses_latents:
         begin = time.perf_counter()
         examples[0] = policy.annotate(documents[0])
-        annotate_per_boundary = _elapsed(begin, args.device) / len(documents[0].boundaries)
-    m_per_token = _time_mstep(policy, examples)
+        per_boundary = _elapsed(begin, args.device) / len(documents[0].boundaries)
+        seconds["annotation"] = work.annotated_boundaries * per_boundary
+    seconds["M-phase"] = work.m_tokens * _time_mstep(policy, examples)
     policy.model.zero_grad(set_to_none=True)
-    if args.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Timing(*e_step, annotate_per_boundary, m_per_token, peak)
+    return seconds
 
 
 def _time_estep(trainer: RA3MidTrainer, documents: list[Document], anchored: bool) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ from .evaluate import open_judge
 from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .rewards import load_reward_funcs
-from .run import named, quantization, resume_point, run_until_stopped
+from .run import model_options, named, resume_point, run_until_stopped
 
 
 _EXECUTED = {"code_execution": code_execution_reward, "fraction_passed": fraction_passed_reward}
@@ -324,13 +323,7 @@ def build_trainer(
     name, rewards = model_args.model_name_or_path, load_rewards(script, args)
     train, held_out, stop = load_data(script, args.eval_strategy != "no")
     rollout = make_rollout(script, settings, stop)
-    options = {
-        "revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype, "quantization_config": quantization(model_args),
-    }  # fmt: skip
-    if options["quantization_config"] is not None:
-        options["device_map"] = {"": PartialState().local_process_index}
-    options = {k: v for k, v in options.items() if v is not None} | (args.model_init_kwargs or {})
+    options = model_options(model_args) | (args.model_init_kwargs or {})
     model = load_policy(name, options)
     args.model_init_kwargs = options if isinstance(model, str) else None
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
@@ -35,28 +35,23 @@ def named(model_args: ModelConfig, args: TrainingArguments, suffix: str) -> str:
 
 
 def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """Makes the arguments of `from_pretrained` that the flags ask for."""
-    options = {
-        "revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype, "quantization_config": quantization(model_args),
-    }  # fmt: skip
-    if options["quantization_config"] is not None:
-        options["device_map"] = {"": PartialState().local_process_index}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def quantization(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """Reads the quantization that the flags ask for.
+    """Makes the arguments of `from_pretrained` that the flags ask for.
 
     Raises:
-        `ValueError`: if bitsandbytes is not installed.
+        `ValueError`: for a quantization if bitsandbytes is not installed.
     """
     flag = next((name for name in ("load_in_4bit", "load_in_8bit") if vars(model_args)[name]), None)
     if flag and not is_bitsandbytes_available():
         raise ValueError(
             f"`{flag}` is true, but bitsandbytes is not installed: `pip install bitsandbytes`, or leave it out."
         )
-    return get_quantization_config(model_args)
+    options = {
+        "revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype, "quantization_config": get_quantization_config(model_args),
+    }  # fmt: skip
+    if options["quantization_config"] is not None:
+        options["device_map"] = {"": PartialState().local_process_index}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def resume_point(args: TrainingArguments) -> bool | str | None:
@@ -83,8 +78,7 @@ def resume_point(args: TrainingArguments) -> bool | str | None:
 
 
 def resume_command(typed: str) -> str:
-    """Makes the command that goes on of the user's: `--resume_from_checkpoint true` in the place of any other, and no
-    token."""
+    """Puts `--resume_from_checkpoint true` into a command, in the place of any other, and takes tokens out."""
     words, kept = iter(shlex.split(typed)), []
     for word in words:
         if word in _NOT_REPEATED:

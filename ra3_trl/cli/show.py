@@ -49,12 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_source(path: str) -> str:
-    """Reads the text of a file, as it is.
-
-    Raises:
-        `ValueError`: if it is empty, binary or not in UTF-8.
-        `OSError`: if it can't be read.
-    """
+    """Reads the text of a file, as it is; refuses what is empty, binary or not in UTF-8."""
     content = Path(path).read_bytes()
     if b"\0" in content:
         raise ValueError(f"`file` {path!r} is binary (it holds a NUL byte); give a text file.")
@@ -70,12 +65,9 @@ def read_source(path: str) -> str:
 
 
 def read_lines(value: str | None, count: int) -> range:
-    """Reads `"A:B"` of a file of `count` lines as a range of line numbers; either may be left out.
+    """Reads `"A:B"`, of which either may be left out, as a range of the lines 1 to `count`.
 
     Example: `read_lines("3:", 5) == range(3, 6)`.
-
-    Raises:
-        `ValueError`: if it is not of this form, or no line of the file is in it.
     """
     match = re.fullmatch(r"(\d*):(\d*)|(\d+)", value or ":", re.ASCII)
     if match is None:
@@ -97,11 +89,7 @@ def _check_html(html: str, file: str) -> None:
 
 
 def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
-    """Loads the checkpoint and looks at the text with it.
-
-    Raises:
-        `ValueError`: for a text that is not of the action format, or that the tokenizer does not give back.
-    """
+    """Loads the checkpoint and looks at the text with it."""
     changes = flag_settings(options, _SETTINGS) | {"existing_comments": "keep"}
     # Asked before the weights are loaded, which may take minutes.
     action_format = open_settings(saved_settings(options), changes).action_format

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -24,31 +24,23 @@ _PHASE = 2  # of the noise: neither training's nor that of `evaluate()`
 _BY_LINE = ("python", "slashes")  # formats whose actions end with a line
 
 
+def _setting(text: str, default: float) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class DiagnosisSettings:
     """How the measures are taken.
-
-    Args:
-        boundaries (`int`, *optional*, defaults to `32`):
-            Boundaries, drawn from all, at which pruning is measured.
-        lines (`int`, *optional*, defaults to `16`):
-            Next lines drawn at each.
-        line_tokens (`int`, *optional*, defaults to `48`):
-            Longest of these; longer ones are left out and counted.
-        factor (`float`, *optional*, defaults to `10.0`):
-            How much less likely a line must become to count as ruled out, see [`~analysis.Pruning`].
-        gamma (`float`, *optional*, defaults to `0.98`):
-            Discount of a line in the RL to come; it need not be the E-step's.
 
     Raises:
         `ValueError`: for a number out of range.
     """
 
-    boundaries: int = 32
-    lines: int = 16
-    line_tokens: int = 48
-    factor: float = 10.0
-    gamma: float = 0.98
+    boundaries: int = _setting("Boundaries, drawn from all, at which pruning is measured.", 32)
+    lines: int = _setting("Next lines drawn at each.", 16)
+    line_tokens: int = _setting("Longest of these in tokens; longer ones are left out and counted.", 48)
+    factor: float = _setting("How much less likely a line must become to be ruled out.", 10.0)
+    gamma: float = _setting("Discount of a line in the RL to come; it need not be the E-step's.", 0.98)
 
     def __post_init__(self):
         for name in ("boundaries", "lines", "line_tokens"):
@@ -66,11 +58,11 @@ def diagnose(
     settings: DiagnosisSettings | None = None,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> dict[str, Any]:
-    """Measures a checkpoint.
+    """Measures a checkpoint on a corpus.
 
     Args:
         policy ([`~ra3_trl.policy.Policy`]):
-            The checkpoint; `num_latents`, `horizon`, `discount`, `seed` and the format are its settings'.
+            The checkpoint, and its settings for latents.
         documents (`Sequence[Document]`):
             The corpus, cut.
         settings ([`DiagnosisSettings`], *optional*):
@@ -146,28 +138,28 @@ def _compactness(groups: Sequence[RolloutGroup], seed: int) -> dict[str, Any]:
 
 def _economics(groups: Sequence[RolloutGroup], args: RA3Config) -> dict[str, float]:
     """Sums up what latents bring and cost, wherever they may stand and where the gate would have them."""
-    gains, lengths, prices, weights, thinking = [], [], [], [], []
+    thinking, columns = [], []
     for group in groups:
         gain_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        probs = group.decision_logps_A[list(group.boundaries)].exp().tolist()
-        thinking += probs
-        for t, row in enumerate(group.latents):
-            gains += gain_TG[t].tolist()
-            lengths += [len(latent.token_ids) for latent in row]
-            prices += [-sum(latent.logps) for latent in row]
-            # A boundary counts by its P(think), however many latents were drawn there.
-            weights += [probs[t] / len(row)] * len(row)
-    total, gain, length = (float(np.dot(weights, values)) for values in (np.ones(len(gains)), gains, lengths))
+        think_T = group.decision_logps_A[list(group.boundaries)].exp()
+        length_TG = torch.tensor([[float(len(z.token_ids)) for z in row] for row in group.latents])
+        price_TG = torch.tensor([[-sum(z.logps) for z in row] for row in group.latents])
+        # A boundary counts by its P(think), however many latents were drawn there.
+        weight_TG = (think_T / group.num_latents)[:, None].expand_as(gain_TG)
+        thinking.append(think_T)
+        columns.append(torch.stack([gain_TG, length_TG, price_TG, weight_TG]).double().flatten(1))
+    gain, length, price, weight = torch.cat(columns, 1)
+    tiny = torch.finfo(weight.dtype).tiny  # of a gate that is shut everywhere the quotients are 0
     return {
-        "think_rate": fmean(thinking),
-        "gain": fmean(gains),
-        "helps": fmean(gain > 0 for gain in gains),
-        "latent_tokens": fmean(lengths),
-        "gain_per_token": sum(gains) / max(sum(lengths), 1),
-        "gain_where_it_thinks": gain / total if total else 0.0,
-        "gain_per_token_where_it_thinks": gain / length if length else 0.0,
-        "price": fmean(prices),
-        "latents": len(gains),
+        "think_rate": float(torch.cat(thinking).double().mean()),
+        "gain": float(gain.mean()),
+        "helps": float((gain > 0).double().mean()),
+        "latent_tokens": float(length.mean()),
+        "gain_per_token": float(gain.sum() / length.sum().clamp(min=1)),
+        "gain_where_it_thinks": float(weight @ gain / weight.sum().clamp(min=tiny)),
+        "gain_per_token_where_it_thinks": float(weight @ gain / (weight @ length).clamp(min=tiny)),
+        "price": float(price.mean()),
+        "latents": len(gain),
     }
 
 
@@ -225,12 +217,17 @@ def _alternatives(
         actions = (*document.actions[:boundary], Action(action.index, start, end, action.boundary))
         other = replace(document, input_ids=(*document.input_ids[:start], *line), actions=actions)
         scored = policy.engine.score(other, (boundary,), (latents,), 1)  # the line alone, whatever the horizon
-        act_K.append(renormalise(scored.line_logps_A, scored.gate_logps_A)[boundary])
-        latent_KG.append(renormalise(scored.latent_line_logps_TGH, scored.latent_gate_logps_TGH)[0, :, 0])
+        act, latent_G = _line_logps(scored, boundary, 0)
+        act_K.append(act)
+        latent_KG.append(latent_G)
     if not act_K:
         return None
-    expert = renormalise(group.line_logps_A, group.gate_logps_A)[boundary]
-    expert_G = renormalise(group.latent_line_logps_TGH, group.latent_gate_logps_TGH)[t, :, 0]
-    under_GK = torch.stack(latent_KG, 1)
-    here = group.num_latents
+    expert, expert_G = _line_logps(group, boundary, t)
+    under_GK, here = torch.stack(latent_KG, 1), group.num_latents
     return Alternatives(torch.stack(act_K), under_GK[:here], under_GK[here:], float(expert), expert_G)
+
+
+def _line_logps(group: RolloutGroup, boundary: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the line at a boundary: without a latent, and under each of those in row `t` `[G]`."""
+    act_A = renormalise(group.line_logps_A, group.gate_logps_A)
+    return act_A[boundary], renormalise(group.latent_line_logps_TGH, group.latent_gate_logps_TGH)[t, :, 0]

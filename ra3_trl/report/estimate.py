@@ -33,36 +33,16 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds measured on this machine: per document and per branch more (E-update), per boundary (annotation), per
-    token (M-update)."""
-
-    e_per_chunk: float
-    e_per_branch: float
-    annotate_per_boundary: float
-    m_per_token: float
-    peak_bytes: int
-
-    def hours(self, work: Workload) -> dict[str, float]:
-        """Hours of a run in one process, by phase."""
-        return {
-            "E-phase": (work.e_chunks * self.e_per_chunk + work.e_branches * self.e_per_branch) / 3600,
-            "annotation": work.annotated_boundaries * self.annotate_per_boundary / 3600,
-            "M-phase": work.m_tokens * self.m_per_token / 3600,
-        }
-
-
-@dataclass(frozen=True)
 class Estimate:
     """All that `--dry_run` prints. `counts` are of the training data, of a stream of its first chunks, which stand for
-    the rest; `memory` is in bytes; `hours` are by phase."""
+    the rest; `memory` is in bytes, as is `peak`, what the timing took; `hours` are by phase, in one process."""
 
     counts: dict[str, int]
     held_out: int
     updates: str
     workload: Workload
     memory: dict[str, int]
-    timing: Timing
+    peak: int
     hours: dict[str, float]
     machine: str
     streams: bool
@@ -151,7 +131,7 @@ def render(estimate: Estimate) -> str:
         "Tokens": f"{c['tokens']:,} in {over}; M-phase {w.m_tokens:,} of the expert's; E-phase {w.e_tokens:,} of "
         "latents at most",
         "Memory": f"about {_bytes(sum(estimate.memory.values()))}: {memory}",
-        "": f"({_bytes(estimate.timing.peak_bytes)} at most in the timing, without optimizer)",
+        "": f"({_bytes(estimate.peak)} at most in the timing, without optimizer)",
         "Time": f"about {_duration(sum(hours.values()))} in one process: {by_phase}",
         " ": f"({estimate.machine}; evaluation and saving not counted)",
     }

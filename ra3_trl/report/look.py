@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -23,7 +22,7 @@ def look(
 
     Args:
         policy ([`~ra3_trl.policy.Policy`]):
-            The checkpoint; `num_latents`, `horizon`, `discount`, `line_reduction` and `seed` are its settings'.
+            The checkpoint; its settings say how many latents, and over how many lines.
         text (`str`):
             The text.
         lines (`range`, *optional*):
@@ -38,21 +37,24 @@ def look(
     if not documents or documents[0].status == "lossy":
         raise ValueError("the tokenizer of this checkpoint does not give the text back; take another checkpoint.")
     data = readable_bytes(policy.tokenizer, action_format)
-    places = _Places(text, documents, data)
-    wanted = []
-    for chunk, document in enumerate(documents):
-        wanted.append([s for s in document.boundaries if lines is None or places.locate(chunk, s)[0] in lines])
+    content, wanted = text.encode(), []
+    for document, starts in zip(documents, _action_starts(content, documents, data), strict=True):
+        places = {boundary: _locate(content, starts[boundary]) for boundary in document.boundaries}
+        wanted.append({b: place for b, place in places.items() if lines is None or place[0] in lines})
     total, shown = sum(map(len, wanted)), list[ShownBoundary]()
     progress(0, total)
-    for chunk, (document, boundaries) in enumerate(zip(documents, wanted, strict=True)):
-        if not boundaries:
+    for document, places in zip(documents, wanted, strict=True):
+        if not places:
             continue
         with policy.inference():
-            group = policy.rollout(document, boundaries)
+            group = policy.rollout(document, tuple(places))
         gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        by_head = {} if policy.head is None else _predictions(policy, group)
-        for t, boundary in enumerate(boundaries):
-            line, column, carry = places.locate(chunk, boundary)
+        by_head = {}
+        if policy.head is not None:
+            log_think, gain, _ = policy.head.predict(group.states_SD)
+            values = zip(log_think.exp().tolist(), gain.tolist(), strict=True)
+            by_head = dict(zip(document.boundaries, values, strict=True))
+        for t, (boundary, (line, column, carry)) in enumerate(places.items()):
             mark = _decode(document.actions[boundary].boundary.think, data)
             indent = "" if carry is None else carry + mark[: len(mark) - len(mark.lstrip())]
             prob = float(group.gate_logps_A[boundary].exp())
@@ -63,13 +65,6 @@ def look(
             shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
         progress(len(shown), total)
     return tuple(shown)
-
-
-def _predictions(policy: Policy, group: RolloutGroup) -> dict[int, tuple[float, float]]:
-    """P(think) and gain that the head predicts, by boundary of the document."""
-    log_think, gain, _ = policy.head.predict(group.states_SD)
-    values = zip(log_think.exp().tolist(), gain.tolist(), strict=True)
-    return dict(zip(group.document.boundaries, values, strict=True))
 
 
 def _latents(
@@ -90,32 +85,25 @@ def _decode(ids: Sequence[int], data: Sequence[bytes | None]) -> str:
     return b"".join(data[i] or b"" for i in ids).decode()
 
 
-class _Places:
-    """Where in a text the actions of its documents begin.
+def _action_starts(content: bytes, documents: Sequence[Document], data: Sequence[bytes | None]) -> list[list[int]]:
+    """Finds the byte at which each action of each document begins."""
+    # Counted from the end, which needs neither BOS nor the dummy space that SentencePiece puts in front.
+    at, starts = len(content), list[list[int]]()
+    for document in reversed(documents):
+        of_document = []
+        for action in reversed(document.actions):
+            at -= sum(len(data[i] or b"") for i in document.input_ids[action.start : action.end])
+            of_document.append(max(at, 0))
+        starts.append(of_document[::-1])
+    return starts[::-1]
 
-    Counted in bytes from the end, which needs neither BOS nor the dummy space that SentencePiece puts in front.
-    """
 
-    def __init__(self, text: str, documents: Sequence[Document], data: Sequence[bytes | None]):
-        self.content = text.encode()
-        self.rows = [0, *(i + 1 for i, byte in enumerate(self.content) if byte == 0x0A)]
-        self.starts: list[list[int]] = []
-        at = len(self.content)
-        for document in reversed(documents):
-            starts = []
-            for action in reversed(document.actions):
-                at -= sum(len(data[i] or b"") for i in document.input_ids[action.start : action.end])
-                starts.append(max(at, 0))
-            self.starts.insert(0, starts[::-1])
-
-    def locate(self, chunk: int, boundary: int) -> tuple[int, int, str | None]:
-        """Finds line and column of an action's first character that is not white space, and the white space of that
-        line which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
-        start = at = self.starts[chunk][boundary]
-        while self.content[at : at + 1].isspace():
-            at += 1
-        row = bisect_right(self.rows, at) - 1
-        before = self.content[self.rows[row] : at].decode()
-        column = len(before) if before.strip() else 0
-        carry = None if column or start < self.rows[row] else self.content[self.rows[row] : start].decode()
-        return row + 1, column, carry
+def _locate(content: bytes, start: int) -> tuple[int, int, str | None]:
+    """Finds line and column of an action's first character that is not white space, and the white space of that line
+    which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
+    at = len(content) - len(content[start:].lstrip())
+    begin = content.rfind(b"\n", 0, at) + 1
+    before = content[begin:at].decode()
+    column = len(before) if before.strip() else 0
+    carry = None if column or start < begin else content[begin:start].decode()
+    return content.count(b"\n", 0, at) + 1, column, carry

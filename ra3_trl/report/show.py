@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 
 from pygments.lexers import get_lexer_for_filename
@@ -148,18 +150,14 @@ def highlight(name: str, text: str) -> list[Runs]:
     tokens = [(token, value) for _, token, value in lexer.get_tokens_unprocessed(text)]
     if "".join(value for _, value in tokens) != text:  # a lexer that leaves something out
         tokens = [(Token, text)]
-    rows: list[Runs] = [[]]
+    kinds, rows, at = list[str](), list[Runs](), 0  # kinds by character
     for token, value in tokens:
-        kind = next((kind for parent, kind in _KINDS if token in parent), "")
-        for i, piece in enumerate(value.split("\n")):
-            if i:
-                rows.append([])
-            if piece and rows[-1] and rows[-1][-1][0] == kind:
-                piece = rows[-1].pop()[1] + piece
-            if piece:
-                rows[-1].append((kind, piece))
-    lines = physical_lines(text)
-    return [_cut(runs, 0, len(line)) for runs, line in zip(rows, lines, strict=False)]
+        kinds += [next((kind for parent, kind in _KINDS if token in parent), "")] * len(value)
+    for line in physical_lines(text):
+        runs = groupby(zip(line, kinds[at : at + len(line)], strict=True), key=itemgetter(1))
+        rows.append([(kind, "".join(character for character, _ in run)) for kind, run in runs])
+        at = text.find("\n", at) + 1
+    return rows
 
 
 def _cut(runs: Runs, begin: int, end: int | None) -> Runs:
