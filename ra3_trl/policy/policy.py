@@ -308,7 +308,7 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
     if settings.get("annotation") is None:
         settings["annotation"] = "resample"
     # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
-    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none", "disable_tqdm": True}
+    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none"}
     with beside_trainers():
         return RA3Config(**fixed | settings)
 
