@@ -6,7 +6,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install chromium bubblewrap test test-slow lint demo replication clean
+.PHONY: install chromium bubblewrap test test-slow lint matrix demo replication clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# make matrix ARGS="5.23.0 1.15.0": other versions of transformers and trl; without ARGS the table of docs/versions.md.
+matrix: install
+	.ci/matrix $(ARGS)
+
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 	$(BIN)/ra3 demo $(ARGS)
@@ -54,7 +58,7 @@ demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 replication: install
 	mkdir -p runs/replication
 	$(BIN)/python -m benchmarks replication --json --seeds 5 --bases 2 --full $(ARGS) > runs/replication/table.json
-	$(BIN)/ra3 report runs/replication/table.json --output_dir runs/replication --title "RA3 on a testbed"
+	$(BIN)/python -m benchmarks picture runs/replication/table.json --output_dir runs/replication
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from . import head, phases, proposals, replication, rollout, sandbox
+from . import head, phases, picture, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "proposals": proposals,
     "sandbox": sandbox,
     "replication": replication,
+    "picture": picture,
 }
 
 

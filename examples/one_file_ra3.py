@@ -1,147 +1,147 @@
-"""RA3 in one file, on a toy, in plain torch: `python examples/one_file_ra3.py` (seconds, on one core).
+"""RA3 in one file, on a toy, in plain torch: `python examples/one_file_ra3.py` (ten seconds, on one core).
 Paper: Learning to Reason as Action Abstractions with Scalable Mid-Training RL, https://huggingface.co/papers/2509.25810
 
 The expert writes blocks of two lines, given a state (kind, u, v). An easy block copies u. A hard one depends on u + v
-mod K, which the policy cannot compute while it writes a line (additive in u and v), but can if it thinks first: a
-latent z is drawn from a table over (u, v), and the lines see z. That is rigged on purpose: it is the situation that
-RA3 is for, and says nothing about how common it is in real code.
-
-The base has read code with comments and knows what follows one, but its own are random. In a language model the gate
-is the probability of "#", and lines are divided by that of not thinking; here the gate is a head of its own.
+mod K, which the policy can't compute while it writes a line (additive in u and v), but can if it thinks first: it may
+begin a block with "#" and a latent z, which the lines see. That is rigged on purpose: it is the situation that RA3 is
+for, and says nothing about how common it is in real code. The base has read comments, and that lines obey them, but
+its own are random. Defaults are those of `RA3Config` but for rates and sizes; docs/design.md has the reasons.
 """
 
+import math
 from copy import deepcopy
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
-K, LINES, G = 8, 2, 4  # symbols; lines that a latent serves (the horizon H); latents sampled at each boundary
-PENALTY, DISCOUNT, BATCH, E_STEPS, M_STEPS = 0.2, 0.9, 256, 400, 200
-EASY, HARD, NO_LATENT = 0, 1, K
+K, LINES, G = 8, 2, 4  # symbols of a line; lines that a latent serves (the horizon); latents tried at each boundary
+PENALTY, DISCOUNT, KL, PRIOR = 0.2, 0.9, 0.05, 0.3  # PRIOR: probability of a latent when text is annotated
+E_STEPS, M_STEPS = 400, 200
+EASY, HARD, THINK, NO_LATENT = 0, 1, K, K  # THINK is the symbol "#"
 
 
 class Policy(nn.Module):
-    """Gate P(think | s), latents pi(z | s), lines pi(a | s, z). Shapes: B blocks, G latents, H lines, K symbols."""
+    """Writes blocks, `[# z] line line`. Shapes: B blocks, G latents, H lines, K latents or symbols, V = K and "#"."""
 
     def __init__(self):
         super().__init__()
-        self.gate = nn.Embedding(2, 1)  # by kind; a log-odds
-        self.latent = nn.Embedding(2 * K * K, K)  # by kind, u, v
-        self.of_u, self.of_v = nn.Embedding(2 * K, LINES * K), nn.Embedding(2 * K, LINES * K)
-        self.of_z = nn.Embedding(2 * (K + 1), LINES * K)
-        for table in self.children():
-            nn.init.zeros_(table.weight)
+        self.state = nn.Embedding(2 * K * K, 16)  # by kind, u and v: what to think, and whether
+        self.latent, self.think = nn.Linear(16, K, bias=False), nn.Linear(16, 1)
+        self.of_u, self.of_v, self.of_z = (nn.Embedding(n, LINES * (K + 1)) for n in (2 * K, 2 * K, K + 1))
+        for layer in (self.latent, self.of_u, self.of_v, self.of_z):
+            nn.init.zeros_(layer.weight)
 
-    def latent_logps(self, s):
+    def forward(self, s, z, lines_BH):
+        """log pi(line | s, z) of the lines `[B, H]`, of "#" in the place of each `[B, H]`, log pi(z | s) `[B, K]`."""
         kind, u, v = s
-        return self.latent((kind * K + u) * K + v).log_softmax(-1)
-
-    def line_logps(self, s, lines_BH, z):
-        """log pi of each expert line `[B, H]` under latents `z` `[B]`; the latent persists over the lines."""
-        kind, u, v = s
-        logits = self.of_u(kind * K + u) + self.of_v(kind * K + v) + self.of_z(kind * (K + 1) + z)
-        return logits.view(-1, LINES, K).log_softmax(-1).gather(-1, lines_BH[..., None])[..., 0]
+        state = self.state((kind * K + u) * K + v)
+        logits_BHV = (self.of_u(kind * K + u) + self.of_v(kind * K + v) + self.of_z(z)).view(-1, LINES, K + 1)
+        logps_BHV = (logits_BHV + nn.functional.pad(self.think(state), (K, 0))[:, None]).log_softmax(-1)
+        of_lines_BH = logps_BHV.gather(-1, lines_BH[..., None])[..., 0]
+        return of_lines_BH, logps_BHV[..., THINK], self.latent(state).log_softmax(-1)
 
 
-def expert(noise, count=BATCH):
-    """Blocks of expert text: states and lines `[B, H]`, and the comment that would help."""
+def expert(noise, count=256, comments=(0.0, 0.0)):
+    """Blocks of text: states, lines `[B, H]`, comments at a rate for each kind (with which a block is hard)."""
     kind, u, v = (torch.randint(n, (count,), generator=noise) for n in (2, K, K))
-    topic = (u + v) % K
+    commented, topic = torch.rand(count, generator=noise) < torch.tensor(comments)[kind], (u + v) % K
     hard = torch.stack([(3 * topic + 1) % K, (5 * topic + 2) % K], 1)
-    return (kind, u, v), torch.where(kind[:, None] == HARD, hard, u[:, None]), topic
+    lines = torch.where((commented | (kind == HARD))[:, None], hard, u[:, None])
+    return (kind, u, v), lines, torch.where(commented, topic, NO_LATENT)
 
 
-def next_token_loss(policy, s, lines_BH, z, trains_latents=True):
-    """Cross-entropy of text: think or not, the latent if there is one, the lines."""
-    thinks = z != NO_LATENT
-    loss = F.binary_cross_entropy_with_logits(policy.gate(s[0])[:, 0], thinks.float(), reduction="sum")
-    if trains_latents:
-        loss = loss - policy.latent_logps(s).gather(1, z.clamp(max=K - 1)[:, None])[thinks].sum()
-    return (loss - policy.line_logps(s, lines_BH, z).sum()) / lines_BH.numel()
-
-
-def base_model(noise):
-    """Has read text with a right comment before 3 blocks in 10; its own comments stay random."""
-    policy = Policy()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
-    for _ in range(300):
-        s, lines, topic = expert(noise)
-        z = torch.where(torch.rand(BATCH, generator=noise) < 0.3, topic, NO_LATENT)
-        optimizer.zero_grad()
-        next_token_loss(policy, s, lines, z, trains_latents=False).backward()
-        optimizer.step()
-    return policy
+@torch.no_grad()
+def roll_out(policy, s, lines, none, noise):
+    """Latents `[B, G]`; returns of the lines under each `[B, G]`, and without a latent `[B]`."""
+    z_BG = torch.multinomial(policy(s, none, lines)[2].exp(), G, replacement=True, generator=noise)
+    outputs = [policy(s, z, lines) for z in (*z_BG.T, none)]
+    # R = l - log(1 - p): a line's probability holds that of not thinking (again) before it. Left in, it would make any
+    # comment look like a gain, since one hardly thinks twice.
+    rewards = [line_BH - torch.log1p(-gate_BH.exp().clamp(max=1 - 1e-6)) for line_BH, gate_BH, _ in outputs]
+    *latent, act_B = (reward_BH @ DISCOUNT ** torch.arange(LINES) for reward_BH in rewards)
+    return z_BG, torch.stack(latent, 1), act_B
 
 
 def e_phase(policy, noise):
     """Self-supervised RL: latents that make the expert's next lines likelier than they cost."""
-    optimizer = torch.optim.Adam([*policy.gate.parameters(), *policy.latent.parameters()], lr=0.02)
-    weight_H = DISCOUNT ** torch.arange(LINES)
-    average, hold = None, True
-    for _ in range(E_STEPS):
-        s, lines, _ = expert(noise)
-        with torch.no_grad():  # rollouts and rewards: returns over H lines, with each latent and without
-            z_BG = torch.multinomial(policy.latent_logps(s).exp(), G, replacement=True, generator=noise)
-            returns_BG = torch.stack([policy.line_logps(s, lines, z) @ weight_H for z in z_BG.T], 1)
-            act_B = policy.line_logps(s, lines, torch.full((BATCH,), NO_LATENT)) @ weight_H
-            gain_B = returns_BG.mean(1) - act_B
-            # Against the mean of the others (leave one out); the penalty cancels.
-            advantage_BG = returns_BG - (returns_BG.sum(1, keepdim=True) - returns_BG) / (G - 1)
-        p_B = policy.gate(s[0])[:, 0].sigmoid()
-        # J = (1 - p) G_act + p (mean_g G_g - c) goes through p alone, analytically. While latents are mostly wrong it
-        # would push p to 0 and nothing would be learned from thinking: until they pay, p may only go up.
-        gains = float((p_B * gain_B).sum().detach() / p_B.sum().detach())
-        average = gains if average is None else 0.8 * average + 0.2 * gains
-        hold = hold and average <= PENALTY
-        gate = (p_B * ((gain_B - PENALTY).clamp(min=0) if hold else gain_B - PENALTY)).mean()
-        policy_gradient = (advantage_BG * policy.latent_logps(s).gather(1, z_BG)).mean()
+    start, average, held = deepcopy(policy).requires_grad_(False), None, True
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.005)
+    for step in range(E_STEPS):
+        s, lines, none = expert(noise)
+        z_BG, returns_BG, act_B = roll_out(policy, s, lines, none, noise)
+        outputs = (model(s, none, lines) for model in (policy, start))
+        (gate_B, logps_BG), (start_gate_B, start_logps_BG) = ((g[:, 0], z.gather(1, z_BG)) for _, g, z in outputs)
+        # The held gate: comments mostly harm at first, and J would forbid them before they can improve (not held,
+        # P(think) before hard lines is 0.05 after 150 updates). Until the gain, where the policy thinks and averaged
+        # over updates, pays the penalty, the gate has no slope of its own, and a KL to the start anchors it: it shares
+        # weights with the latents, with which it could drift.
+        p_B, gain_B = gate_B.exp(), returns_BG.mean(1) - act_B
+        gain = float((p_B * gain_B).sum().detach() / p_B.sum().detach())
+        average = gain if average is None else 0.8 * average + 0.2 * gain
+        held = held and average <= PENALTY
+        anchor = nn.functional.binary_cross_entropy(p_B, start_gate_B.exp())  # the KL and a constant
+        gate_loss = anchor if held else -(p_B * (gain_B - PENALTY)).mean()  # J = (1 - p) G_act + p (mean_g G_g - c)
+        # Latents learn against the mean of the others (leave one out), in which the penalty cancels; KL to the start.
+        advantage_BG = returns_BG - (returns_BG.sum(1, keepdim=True) - returns_BG) / (G - 1)
+        log_ratio_BG = start_logps_BG - logps_BG
+        latent_loss_BG = -advantage_BG * logps_BG + KL * (log_ratio_BG.exp() - 1 - log_ratio_BG)
         optimizer.zero_grad()
-        (-gate - policy_gradient).backward()
+        (gate_loss + latent_loss_BG.mean()).backward()
         optimizer.step()
+        if step % 50 == 0:
+            think = f"P(think) hard {p_B[s[0] == HARD].mean():.2f}, {'held' if held else 'free'}"
+            print(f"  E-update {step:3}: gain where it thinks {gain:+.2f} nats, {think}")
 
 
-def m_phase(policy, noise, steps, annotated=True):
-    """Next-token prediction on the text with the policy's own latents spliced in, or on the plain text."""
-    frozen = deepcopy(policy)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+def annotate(policy, noise):
+    """Expert text with latents, resampled: one or none, in proportion to prior times likelihood of the lines."""
+    s, lines, none = expert(noise)
+    z_BG, returns_BG, act_B = roll_out(policy, s, lines, none, noise)
+    logits = torch.cat([math.log(1 - PRIOR) + act_B[:, None], math.log(PRIOR / G) + returns_BG], 1)
+    chosen = torch.multinomial(logits.softmax(-1), 1, generator=noise)
+    return s, lines, torch.cat([none[:, None], z_BG], 1).gather(1, chosen)[:, 0]
+
+
+def next_token_phase(policy, parameters, steps, text):
+    """The M-step: next-token prediction on what `text()` gives, `#` and latent where there is one, then the lines."""
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
     for _ in range(steps):
-        s, lines, _ = expert(noise)
-        z = torch.full((BATCH,), NO_LATENT)
-        if annotated:
-            with torch.no_grad():
-                thinks = torch.rand(BATCH, generator=noise) < frozen.gate(s[0])[:, 0].sigmoid()
-                drawn = torch.multinomial(frozen.latent_logps(s).exp(), 1, generator=noise)[:, 0]
-            z = torch.where(thinks, drawn, z)
+        s, lines, z = text()
+        _, gate_BH, logps_BK = policy(s, torch.full_like(z, NO_LATENT), lines)
+        latent_B = gate_BH[:, 0] + logps_BK.gather(1, z.clamp(max=K - 1)[:, None])[:, 0]
+        loss = -(policy(s, z, lines)[0].sum() + latent_B[z != NO_LATENT].sum()) / lines.numel()
         optimizer.zero_grad()
-        next_token_loss(policy, s, lines, z).backward()
+        loss.backward()
         optimizer.step()
 
 
 @torch.no_grad()
 def report(name, policy):
     """P(think), and the exact held-out log-likelihood of a line: latents are few enough to be summed over."""
-    s, lines, _ = expert(torch.Generator().manual_seed(1), 4096)
-    logit, logps = policy.gate(s[0])[:, 0], policy.latent_logps(s)
-    gate = {NO_LATENT: F.logsigmoid(-logit)} | {z: F.logsigmoid(logit) + logps[:, z] for z in range(K)}
-    rows = [log_prior + policy.line_logps(s, lines, torch.full((4096,), z)).sum(1) for z, log_prior in gate.items()]
-    likelihood = float(torch.stack(rows).logsumexp(0).mean()) / LINES
-    think = [float(logit[s[0] == kind].sigmoid().mean()) for kind in (EASY, HARD)]
-    print(f"{name:34} P(think) easy {think[0]:.3f}  hard {think[1]:.3f}   nats per expert line {likelihood:+.3f}")
+    s, lines, none = expert(torch.Generator().manual_seed(1), 4096)
+    plain_BH, gate_BH, logps_BK = policy(s, none, lines)
+    under_BK = torch.stack([policy(s, torch.full_like(none, z), lines)[0].sum(1) for z in range(K)], 1)
+    thought_B = (gate_BH[:, :1] + logps_BK + under_BK).logsumexp(1)
+    likelihood = float(torch.logaddexp(plain_BH.sum(1), thought_B).mean()) / LINES
+    easy, hard = (float(gate_BH[s[0] == kind, 0].exp().mean()) for kind in (EASY, HARD))
+    print(f"{name:24} P(think) easy {easy:.3f}  hard {hard:.3f}   nats per expert line {likelihood:+.3f}")
     return likelihood
 
 
 def main():
-    noise = torch.Generator().manual_seed(0)
-    policy = base_model(noise)
+    torch.manual_seed(0)
+    noise, policy = torch.Generator().manual_seed(0), Policy()
+    all_but_latents = [p for name, p in policy.named_parameters() if name != "latent.weight"]
+    next_token_phase(policy, all_but_latents, 600, lambda: expert(noise, comments=(0.1, 0.4)))
     report("base", policy)
     plain = deepcopy(policy)
-    m_phase(plain, noise, E_STEPS + M_STEPS, annotated=False)
+    next_token_phase(plain, plain.parameters(), E_STEPS + M_STEPS, lambda: expert(noise))
     ntp = report("next-token prediction", plain)
     e_phase(policy, noise)
     report("RA3, after the E-phase", policy)
-    m_phase(policy, noise, M_STEPS)
+    frozen = deepcopy(policy)
+    next_token_phase(policy, policy.parameters(), M_STEPS, lambda: annotate(frozen, noise))
     ra3 = report("RA3, after the M-phase", policy)
     print(f"RA3 is {ra3 - ntp:+.3f} nats per expert line above next-token prediction of as many updates.")
 

@@ -29,8 +29,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from ra3_trl.evaluation import stop_strings
-from ra3_trl.generation import CompletionRollout, until_stop
-from ra3_trl.rewards import code_execution_reward, get_think_cost_reward
+from ra3_trl.rlvr import CompletionRollout, code_execution_reward, get_think_cost_reward, until_stop
 
 
 @dataclass

@@ -24,7 +24,7 @@ _UNSUPPORTED = {
     "torch_compile_mode": "it switches `torch_compile` on",
     "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
     "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
-    "enable_jit_checkpoint": "a SIGTERM saves after the update in any case, and says how to go on",
+    "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
 }
 _RENAMED = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}
 
@@ -357,7 +357,7 @@ class RA3Config(TrainingArguments):
         the machine's."""
         core = own_fields(RA3Config)
         experimental = [name for name in own_fields(type(self)) if name not in core]
-        write_settings(settings_of(self, core) | changes, {name: getattr(self, name) for name in experimental}, folder)
+        write_settings(settings_of(self, core) | changes, folder, {name: getattr(self, name) for name in experimental})
 
     def __repr__(self) -> str:
         """As a data class's, with tokens hidden."""

@@ -36,7 +36,7 @@ def settings_of(args: Any, own: Iterable[str]) -> dict[str, Any]:
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
 
 
-def write_settings(settings: dict[str, Any], experimental: dict[str, Any], folder: str | Path) -> None:
+def write_settings(settings: dict[str, Any], folder: str | Path, experimental: dict[str, Any] | None = None) -> None:
     """Writes `ra3_config.json` into `folder`; `experimental` are the fields of an experimental configuration."""
     content = {"version": VERSION, "ra3_trl": metadata.version("ra3-trl"), "settings": settings}
     content |= {"experimental": experimental} if experimental else {}

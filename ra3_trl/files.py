@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +24,10 @@ _STALE = {"model": ("model*.safetensors*", "pytorch_model*.bin*", *_BESIDE), "ad
 
 
 def find_file(name: str, filename: str, **place: Any) -> Path | None:
-    """A file of a folder or of a Hub repository, `None` where it has none.
+    """Finds a file of the folder or Hub repository `name`; `None` where it has none.
 
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        filename (`str`):
-            The file.
-        **place:
-            `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`, as `from_pretrained` takes them.
+    `place` may have `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`, as `from_pretrained` takes
+    them.
 
     Raises:
         `OSError`: if the repository can't be reached and nothing of the revision is in the cache.
@@ -55,14 +51,7 @@ def find_file(name: str, filename: str, **place: Any) -> Path | None:
 
 
 def fingerprint(name: str | Path, **place: Any) -> str:
-    """Tells a checkpoint's weights from others without reading them: a folder's by their files' names, sizes and
-    times, those of the Hub by their commit.
-
-    Args:
-        name (`str` or `Path`):
-            Folder or Hub id.
-        **place:
-            As for [`find_file`].
+    """Tells the weights of a folder or Hub repository from others, without reading them; `place` as for [`find_file`].
 
     Raises:
         `ValueError`: if there are no weights.
@@ -71,12 +60,30 @@ def fingerprint(name: str | Path, **place: Any) -> str:
         paths = sorted(path for pattern in _WEIGHTS for path in Path(name).glob(pattern))
         if not paths:
             raise ValueError(f"{str(name)!r} is a folder without weights ({', '.join(_WEIGHTS)}).")
+        # A folder's weights have no name of their own, unlike a commit of the Hub: files' names, sizes and times do.
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     for filename in ("config.json", "adapter_config.json"):
         if path := find_file(str(name), filename, **place):
             return path.parent.name  # snapshots/COMMIT
     raise ValueError(f"{name!r} has neither config.json nor adapter_config.json on the Hub.")
+
+
+def public_name(name: str) -> str:
+    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
+
+    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
+    """
+    parts = [name] if os.path.exists(name) else name.split(",")
+    return ", ".join(_last_part(part.strip()) for part in parts)
+
+
+def _last_part(name: str) -> str:
+    # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
+    if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
+        return name
+    last = re.split(r"[/\\]", name.removeprefix("file:").rstrip("/\\"))[-1]
+    return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
 @contextmanager

@@ -18,15 +18,12 @@ def cell(text: str, width: int = 80) -> str:
 
     Example: `cell("a|b") == "a&#124;b"`.
     """
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in _one_line(text))
+    line = re.sub(r"[ \t\r\n]+", " ", text).strip()
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     text = text if len(text) <= width else text[: width - 1] + "…"
-    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};" if found[0].isascii() else found[0], text)
+    return _MARKUP.sub(lambda mark: f"&#{ord(mark[0])};" if mark[0].isascii() else mark[0], text)
 
 
 def code_cell(text: str, width: int = 80) -> str:
     """As [`cell`], set as code."""
     return f"<code>{cell(text, width)}</code>"
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"[ \t\r\n]+", " ", text).strip()

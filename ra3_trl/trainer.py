@@ -12,15 +12,13 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
@@ -43,13 +41,14 @@ from .em import (
     Cutter,
     EMLoop,
     Gradients,
+    LoopCallback,
     MetricSums,
-    RewardFunc,
-    RewardPlugIns,
+    PreemptionCallback,
     Watch,
     check_resumable,
     collate,
     make_learner,
+    not_evened_out,
     phase_scheduler,
     plan_phases,
     put_in_place,
@@ -58,7 +57,6 @@ from .em import (
     saving_aside,
     stream_loader,
 )
-from .em.preempt import PreemptionCallback
 from .files import written_aside
 from .generation import AutoModelForCausalLMWithAbstractionHead
 from .hub import HubMixin
@@ -73,33 +71,13 @@ from .models import (
     state_width,
 )
 from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
-from .report import LatentLog, PhaseProgressCallback, check_best_metric, check_trackers, evaluated_batch
+from .report import LatentLog, PhaseProgressCallback, evaluated_batch
+from .rewards import RewardFunc, RewardPlugIns
 from .segmentation import FEATURES, find_format
+from .trackers import check_best_metric, check_trackers
 
 
 logger = get_logger(__name__)  # of the main process
-
-
-class _LoopCallback(TrainerCallback):
-    """Tells the EM loop where `Trainer` is: a run that begins or goes on, passes over the data, updates done."""
-
-    def __init__(self, trainer: RA3MidTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Here, and not in `train`: with `auto_find_batch_size` a run begins anew after each attempt.
-        loop, folder = self.trainer.loop, self.trainer.resumed_from
-        loop.begin_anew()
-        if folder is not None:
-            loop.state.load(folder, args.process_index, self.trainer.policy.model)
-            if args.ignore_data_skip:
-                loop.state.pass_updates = 0
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.loop.state.begin_pass()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.loop.state.pass_updates += 1
 
 
 class RA3MidTrainer(HubMixin, Trainer):
@@ -142,8 +120,8 @@ class RA3MidTrainer(HubMixin, Trainer):
             Makes the text of an example.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
-            [`~ra3_trl.em.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose weight
-            is `args.likelihood_weight`.
+            [`~ra3_trl.rewards.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose
+            weight is `args.likelihood_weight`.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
@@ -212,10 +190,9 @@ class RA3MidTrainer(HubMixin, Trainer):
         )
         if self.is_world_process_zero():
             self.loop.on_rollouts = self.latent_log.add
-        self.resumed_from: Path | None = None
         self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
-        self.preemption = PreemptionCallback()
-        self.add_callback(_LoopCallback(self))
+        self.following, self.preemption = LoopCallback(self.loop), PreemptionCallback()
+        self.add_callback(self.following)
         self.add_callback(self.preemption)
         self.add_callback(PhaseProgressCallback(self.schedule, self.callback_handler))
 
@@ -240,10 +217,10 @@ class RA3MidTrainer(HubMixin, Trainer):
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self.resumed_from = Path(last) if last else None
-        if self.resumed_from is not None:  # of `True` without any, `Trainer.train` says so
+        self.following.resumed_from = folder = Path(last) if last else None
+        if folder is not None:  # of `True` without any, `Trainer.train` says so
             apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
-            check_resumable(self.resumed_from, self._run_settings(), self.schedule, with_optimizer=apart)
+            check_resumable(folder, self._run_settings(), self.schedule, with_optimizer=apart)
         with self.preemption.listening(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.preemption.asked:
@@ -304,30 +281,10 @@ class RA3MidTrainer(HubMixin, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch=None) -> torch.Tensor:
         """Loss and gradients of one micro-batch."""
         model.train()
-        scale = self.accelerator.num_processes  # processes average their gradients, the count is over all of them
-        options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-        gradients = Gradients(
-            lambda loss: self.accelerator.backward(loss * scale, **options),
-            partial(self._syncing, model),
-            model if model is not self.policy.model else None,
-        )
+        gradients = Gradients.of(self.accelerator, model, self.policy.model)
         with self.compute_loss_context_manager():
             loss = self.loop.backward(inputs["batch"], float(num_items_in_batch), gradients)
-        return torch.tensor(loss * scale, device=self.args.device)
-
-    @contextmanager
-    def _syncing(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients of several backward passes add up; processes exchange them in the last one."""
-        if last:
-            yield
-            return
-        before = self.accelerator.sync_gradients
-        self.accelerator.sync_gradients = False  # DeepSpeed would step after each backward pass
-        try:
-            with self.accelerator.no_sync(model):
-                yield
-        finally:
-            self.accelerator.sync_gradients = before
+        return torch.tensor(loss * self.accelerator.num_processes, device=self.args.device)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Mixed precision for the engines, which call decoder and head apart; accelerate wraps `model.forward`."""
@@ -356,22 +313,17 @@ class RA3MidTrainer(HubMixin, Trainer):
         """As `Trainer`'s; no row counts twice."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        return self._held_out_loader(data, super().get_eval_dataloader, eval_dataset)
+        if isinstance(data, IterableDataset):
+            return stream_loader(data, self.args, self.args.eval_batch_size, self.data_collator, train=False)
+        with not_evened_out(self.accelerator):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
         """As `Trainer`'s; no row counts twice."""
-        return self._held_out_loader(test_dataset, super().get_test_dataloader, test_dataset)
-
-    def _held_out_loader(self, data: Any, make: Callable[[Any], DataLoader], given: Any) -> DataLoader:
-        if isinstance(data, IterableDataset):
-            return stream_loader(data, self.args, self.args.eval_batch_size, self.data_collator, train=False)
-        # accelerate repeats rows to even processes out, which would count twice; they need not do as many forwards.
-        config = self.accelerator.dataloader_config
-        before, config.even_batches = config.even_batches, False
-        try:
-            return make(given)
-        finally:
-            config.even_batches = before
+        if isinstance(test_dataset, IterableDataset):
+            return stream_loader(test_dataset, self.args, self.args.eval_batch_size, self.data_collator, train=False)
+        with not_evened_out(self.accelerator):
+            return super().get_test_dataloader(test_dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""

@@ -25,7 +25,8 @@ from trl import RichProgressCallback
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.em import Schedule
-from ra3_trl.report import PhaseProgressCallback, check_trackers, evaluated_batch
+from ra3_trl.report import PhaseProgressCallback, evaluated_batch
+from ra3_trl.trackers import check_trackers
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(6)]
@@ -223,7 +224,7 @@ def test_other_trackers_get_the_grouped_metrics(make, monkeypatch, name):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    from ra3_trl.report import trackers
+    from ra3_trl import trackers
 
     monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["tensorboard"])
     for fine in (None, "none", "all", [], ["none"], "tensorboard", ["tensorboard"]):

@@ -51,8 +51,8 @@ def g{i}(items):
 '''
 SMALL = [
     "--use_cpu", "--max_length", "256", "--max_latent_length", "5", "--num_latents", "2", "--e_steps", "1",
-    "--m_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_sites", "3",
-    "--eval_documents", "1", "--eval_max_sites", "2", "--log_latents_steps", "0", "--disable_tqdm", "true",
+    "--m_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_boundaries", "3",
+    "--eval_documents", "1", "--eval_max_boundaries", "2", "--log_latents_steps", "0", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
@@ -444,14 +444,25 @@ def test_env_names_versions_and_no_secrets(capsys, monkeypatch):
 
 
 def test_one_file_example():
-    """Its claims: P(think) ends high where a latent can help and low where not, and expert lines are likelier."""
+    """Its claims: the gate stands still while it is held, though latents get better; P(think) ends high where a latent
+    can help and low where not, and expert lines get likelier with each phase."""
     file = ROOT / "examples" / "one_file_ra3.py"
     assert file.read_text("utf-8").count("\n") <= 150
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60, check=True)
-    *_, trained, claim = done.stdout.strip().split("\n")
-    easy, hard, _ = (float(number) for number in re.findall(r"[+-]?\d\.\d+", trained))
+    base, ntp, *updates, e_phase, trained, claim = done.stdout.strip().split("\n")
+
+    def numbers(line: str) -> list[float]:
+        return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", line)]
+
+    held, free = ([numbers(line) for line in updates if line.endswith(state)] for state in ("held", "free"))
+    assert len(held) >= 2 and len(free) >= 2 and updates[0].endswith("held") and updates[-1].endswith("free")
+    assert all(abs(think - held[0][1]) <= 0.02 for _, think in held)
+    assert held[0][0] < -5 < held[-1][0] < 0.2 < free[-1][0]  # nats where it thinks, against the penalty
+    easy, hard, _ = numbers(trained)
     assert easy < 0.1 < 0.9 < hard
-    assert float(re.search(r"[+-]\d\.\d+", claim).group()) > 0.5
+    nats = [numbers(line)[2] for line in (ntp, base, e_phase, trained)]
+    assert nats == sorted(nats) and nats[-1] > -0.05
+    assert numbers(claim)[0] == pytest.approx(nats[-1] - nats[0], abs=2e-3) and numbers(claim)[0] > 0.9
 
 
 def test_midtrain_example(model, code, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import NoneType
 from typing import get_type_hints
 
 import datasets
@@ -18,22 +19,22 @@ from ra3_trl import RA3Config
 from ra3_trl.cli import main, run, train
 from ra3_trl.cli.data import load_mixture
 from ra3_trl.cli.estimate import estimate
+from ra3_trl.cli.parser import may_be
 from ra3_trl.cli.rewards import load_reward_funcs
-from ra3_trl.cli.values import is_list, is_mapping, takes_none
 from ra3_trl.report.estimate import render
 
 
 TYPES = (train.RA3ScriptArguments, RA3Config, ModelConfig, DatasetMixtureConfig)
 FIELDS = {f.name: t for t in (*TYPES, TrainingArguments) for f in dataclasses.fields(t) if f.init}
 HINTS = {name: get_type_hints(owner)[name] for name, owner in FIELDS.items()}
-MAPPINGS = [name for name, hint in HINTS.items() if is_mapping(hint)]
-LISTS = [name for name, hint in HINTS.items() if is_list(hint)]
-NONES = [name for name, hint in HINTS.items() if takes_none(hint)]
+MAPPINGS = [name for name, hint in HINTS.items() if may_be(hint, dict)]
+LISTS = [name for name, hint in HINTS.items() if may_be(hint, list)]
+NONES = [name for name, hint in HINTS.items() if may_be(hint, NoneType)]
 TEXT = "def f{i}(x):\n    y = x + {i}\n    if y > 3:\n        return y\n    return x\n"
 SMALL = [
     "--use_cpu", "--max_length", "128", "--max_latent_length", "3", "--num_latents", "2", "--e_steps", "1",
-    "--m_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_sites", "2",
-    "--eval_max_sites", "1", "--log_latents_steps", "0", "--disable_tqdm", "true", "--save_strategy", "no",
+    "--m_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "2", "--max_boundaries", "2",
+    "--eval_max_boundaries", "1", "--log_latents_steps", "0", "--disable_tqdm", "true", "--save_strategy", "no",
 ]  # fmt: skip
 
 

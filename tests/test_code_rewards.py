@@ -11,20 +11,19 @@ from conftest import needs_bwrap
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from ra3_trl.rewards import (
+from ra3_trl.rlvr import (
     code_execution_reward,
-    count_code_lines,
     extract_program,
-    find_latents,
     format_reward,
     fraction_passed_reward,
-    functions,
     get_think_cost_reward,
     problem_columns,
+    rewards,
     think_cost_reward,
     use_judge,
 )
 from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
+from ra3_trl.segmentation import count_code_lines, own_line_comments
 
 
 DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
@@ -190,7 +189,7 @@ def test_format_reward():
 def test_think_cost_reward():
     # Two own-line comments; one behind code; two in a text that is cut; none in a string.
     texts = ["# a\nx = 1\n    # b\n", "x = 1  # c\n", "# d\nx = (\n    # e", "'''\n# f\n'''\n"]
-    assert [len(find_latents(text)) for text in texts] == [2, 0, 2, 0]
+    assert [len(own_line_comments(text)) for text in texts] == [2, 0, 2, 0]
     assert think_cost_reward(texts, prompts=None) == [-0.02, 0.0, -0.02, 0.0]
     assert get_think_cost_reward(0.5)([texts[0]]) == [-1.0]
     assert get_think_cost_reward().__name__ == "think_cost_reward"
@@ -200,8 +199,8 @@ def test_think_cost_reward():
 
 def test_latents_and_lines_of_code():
     text = '# a\nx = 1  # b\n\n    #c\ny = """\n# d\n"""\n'
-    assert find_latents(text) == [" a", "c"]
-    assert count_code_lines(text) == 3  # a row of a string that begins with # is not told from a comment
+    assert [comment.text for comment in own_line_comments(text)] == [" a", "c"]
+    assert count_code_lines(text) == 4  # x, y and two rows of a string, of which one begins with #
 
 
 PROMPT = 'def f(x):\n    # given\n    """Doc.\n'
@@ -268,13 +267,13 @@ def test_a_problem_as_columns_is_the_same_problem(problem):
 
 
 def test_a_judge_of_ones_own_can_be_given_up(judge):
-    before = dict(functions._judges)
+    before = dict(rewards._judges)
     try:
         use_judge(None)
-        assert functions._judges == {}
+        assert rewards._judges == {}
         use_judge(None)
     finally:
-        functions._judges.update(before)
+        rewards._judges.update(before)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,20 @@ from conftest import needs_bwrap
 from datasets import Dataset
 from PIL import Image
 
-from ra3_trl.cli import compare, evaluate
+from ra3_trl.cli import compare, cross_entropy
 from ra3_trl.cli.data import hold_out
 from ra3_trl.cli.main import guarded
 from ra3_trl.config_file import write_settings
 from ra3_trl.evaluation import bootstrap_interval, draw, paired_interval
-from ra3_trl.evaluation.compare import Problems, check_same_problems, common_ks, compare_runs, sampling_notes
+from ra3_trl.evaluation import evaluate as door
+from ra3_trl.evaluation.compare import (
+    Entrant,
+    choose_ks,
+    compare_runs,
+    match_problems,
+    read_entrants,
+    sampling_notes,
+)
 from ra3_trl.report.compare import comparison_markdown, comparison_rows, plot_comparison
 
 
@@ -124,7 +132,8 @@ def test_plus_is_left_out_unless_all_have_it():
 
 def test_which_k():
     runs = {"a": results([1], k=(1, 2, 4)), "b": results([1], k=(4, 1))}
-    assert common_ks(runs) == [1, 4] and common_ks(runs, [3, 2]) == [2, 3]
+    assert choose_ks(runs) == [1, 4] and choose_ks(runs, [3, 2]) == [2, 3]
+    assert choose_ks(runs, num_samples=2) == [1] and choose_ks({}, num_samples=2) == [1]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +169,7 @@ def test_other_limits_are_named():
 
 def test_a_task_by_another_name_is_the_same():
     a, b = results([1], tasks="f"), results([1], task="copy", tasks="f")
-    check_same_problems({"a": Problems.of_run(a), "b": Problems.of_run(b)})
+    match_problems([Entrant("a", "a", a, None), Entrant("b", "b", b, None)])
 
 
 DAMAGES = {
@@ -210,7 +219,7 @@ def test_table_and_files(capsys, monkeypatch):
 
 
 def test_names_are_the_folders():
-    found = compare.read_entrants([write("results/base-toy", results([1])), write("run2", results([1]))], None)
+    found = read_entrants([write("results/base-toy", results([1])), write("run2", results([1]))], None)
     assert [one.name for one in found] == ["base", "run2"]
 
 
@@ -258,7 +267,7 @@ def test_the_picture_holds_many_models_with_odd_names(monkeypatch):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    for module, name in ((evaluate, "load_checkpoint"), (compare, "Policy"), (compare, "load_tokenizer")):
+    for module, name in ((door, "load_checkpoint"), (cross_entropy, "Policy"), (compare, "load_tokenizer")):
         monkeypatch.setattr(module, name, pytest.fail)
 
 
@@ -321,22 +330,24 @@ def checkpoint(tiny_model, tokenizers):
         tiny_model("llama", tokenizers[kind], seed).save_pretrained(name)
         tokenizers[kind].save_pretrained(name)
         if settings:
-            write_settings(settings, {}, name)
+            write_settings(settings, name)
         return name
 
     return make
 
 
-def measure(places: list[str], *words: str) -> tuple[compare.CrossEntropy, dict[str, dict]]:
+def measure(places: list[str], *words: str) -> tuple[dict[str, dict], dict, list[str]]:
+    """Numbers of each, the settings that they share, and notes."""
     options = compare._parser().parse_args([*places, "--dtype", "float32", "--max_length", "256", *words])
-    entrants = [compare.Entrant(place, place, None, place) for place in places]
-    entropy = compare.CrossEntropy(options, entrants)
-    return entropy, {one.name: entropy(one, Dataset.from_dict({"text": [TEXT]})) for one in entrants}
+    checkpoints = {place: place for place in places}
+    shared, notes = cross_entropy.shared_settings(options, checkpoints)
+    numbers, more = cross_entropy.measure(options, shared, checkpoints, Dataset.from_dict({"text": [TEXT]}))
+    return numbers, shared, notes + more
 
 
 def test_cross_entropy_is_the_models(checkpoint, tiny_model, tokenizers):
     """By one plain forward: the text's tokens but the first, before which nothing stands; bits per byte likewise."""
-    _, found = measure([checkpoint("base")])
+    found, _, _ = measure([checkpoint("base")])
     tokenizer = tokenizers["newline_indent"]
     ids = torch.tensor([tokenizer(TEXT).input_ids])
     with torch.no_grad():
@@ -352,15 +363,14 @@ def test_all_are_measured_with_the_same_settings(checkpoint):
     """base has none of its own; those of the first that was trained count, but for flags."""
     places = [checkpoint("base"), checkpoint("a", 1, horizon=2, max_latent_length=5, gate="head")]
     places.append(checkpoint("b", 2, horizon=3, max_latent_length=6, max_length=77))
-    entropy, _ = measure(places, "--max_latent_length", "4")
-    assert entropy.shared == {"horizon": 2, "max_latent_length": 5}
-    assert entropy.notes == ["All were measured with a's settings; b has another `horizon`."]
-    assert entropy.tokenizer_note() == []
+    _, shared, notes = measure(places, "--max_latent_length", "4")
+    assert shared == {"horizon": 2, "max_latent_length": 5}
+    assert notes == ["All were measured with a's settings; b has another `horizon`."]
 
 
 def test_other_tokenizers_are_named(checkpoint):
-    entropy, _ = measure([checkpoint("base"), checkpoint("other", kind="newline_alone")])
-    assert "bits per byte can" in entropy.tokenizer_note()[0]
+    _, _, notes = measure([checkpoint("base"), checkpoint("other", kind="newline_alone")])
+    assert len(notes) == 1 and "bits per byte can" in notes[0]
 
 
 def test_a_tokenizer_without_the_tags_is_named(checkpoint):
@@ -375,12 +385,12 @@ def test_held_out_rows_are_those_of_training(tmp_path):
     for i in range(40):
         Path("code", f"m{i}.py").write_text(f"def f{i}(x):\n    y = x + {i}\n    y = y * y\n    return y\n")
     options = compare._parser().parse_args(["a", "b", "--code_dir", "code"])
-    found, source = compare.held_out(options, None)
-    whole = compare.load_splits(None, "code", "train")["train"]
+    found, source = cross_entropy.held_out_texts(options, None)
+    whole = cross_entropy.load_splits(None, "code", "train")["train"]
     assert found["text"][:] == hold_out(whole, None, None, 42)[1]["text"][:] and len(found) == 2
     assert source == "of code, those that `ra3 train` holds out with seed 42"
     options = compare._parser().parse_args(["a", "b", "--code_dir", "code", "--dataset_split", "train"])
-    assert len(compare.held_out(options, None)[0]) == 40
+    assert len(cross_entropy.held_out_texts(options, None)[0]) == 40
 
 
 @needs_bwrap

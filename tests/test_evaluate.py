@@ -14,9 +14,19 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ra3_trl.cli import evaluate
 from ra3_trl.cli.main import guarded
-from ra3_trl.evaluation import draw, load_benchmark, plan_batches, read_results
+from ra3_trl.evaluation import (
+    EvaluationSettings,
+    draw,
+    evaluate_passk,
+    evaluate_samples,
+    load_benchmark,
+    read_results,
+)
+from ra3_trl.evaluation import evaluate as door
+from ra3_trl.evaluation.draw import plan_batches
 from ra3_trl.files import fingerprint
 from ra3_trl.generation import Completion
+from ra3_trl.sandbox import Judge, Sandbox
 
 
 ROWS = [
@@ -115,6 +125,56 @@ def test_numbers_by_hand(tasks, plain_checkpoint, writes, capsys):
     assert (found["tokens_per_sample"], found["finished"], found["num_samples"]) == (5, 1.0, 4)
     said = capsys.readouterr().out
     assert "pass@1: 0.417 [" in said and "verdicts: 5 passed, 4 failed, 2 error, 1 timeout" in said
+
+
+@needs_bwrap
+def test_the_function_gives_what_the_command_gives(tasks, plain_checkpoint, tmp_path):
+    """The same samples, bit for bit, and the same results; of a name, of a model in memory, and without a folder."""
+    words = ("--num_samples", "3", "--batch_size", "2", "--max_new_tokens", "8", "--k", "1,3", "--no_card")
+    assert run(plain_checkpoint, "--task", tasks, *words, "--output_dir", "command") == 0
+    settings = EvaluationSettings(num_samples=3, batch_size=2, max_new_tokens=8)
+    expected, samples = read_results("command"), Path("command/samples.jsonl").read_bytes()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with Judge(Sandbox(slots=1)) as judge:
+        model = door.load_checkpoint(plain_checkpoint)
+        for source, folder in ((plain_checkpoint, "name"), (model, "model"), (plain_checkpoint, None)):
+            found = evaluate_passk(source, tasks, settings, (1, 3), folder, judge)
+            assert folder is None or Path(folder, "samples.jsonl").read_bytes() == samples
+            assert folder is None or read_results(folder) == found
+            same = {key: value for key, value in found.items() if key not in ("seconds", "run")}
+            assert same == {key: value for key, value in expected.items() if key not in ("seconds", "run")}
+            differ = {key for key in expected["run"] if expected["run"][key] != found["run"][key]}
+            assert differ == ({"revision", "dtype", "weights"} if folder == "model" else set())
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "name", "model"])
+        given = evaluate_samples("command/samples.jsonl", load_benchmark(tasks), (1, 3), None, judge)
+    assert given["pass@k"] == expected["pass@k"] and given["verdicts"] == expected["verdicts"]
+
+
+@needs_bwrap
+def test_a_model_whose_weights_changed_is_another_run(tasks, plain_checkpoint):
+    model, settings = door.load_checkpoint(plain_checkpoint), EvaluationSettings(max_new_tokens=4)
+    with Judge(Sandbox(slots=1)) as judge:
+        evaluate_passk(model, tasks, settings, output_dir="out", judge=judge)
+        evaluate_passk(model, tasks, settings, output_dir="out", judge=judge)
+        next(model.pretrained_model.parameters()).data[0] += 1
+        with pytest.raises(ValueError, match="of which `weights` was"):
+            evaluate_passk(model, tasks, settings, output_dir="out", judge=judge)
+        with pytest.raises(ValueError, match="`model` has no tokenizer"):
+            evaluate_passk(type(model)(model.pretrained_model), tasks, settings, judge=judge)
+
+
+@needs_bwrap
+def test_few_shot_prompts_can_be_asked_for(plain_checkpoint, writes):
+    rows = [
+        {"task_id": n, "text": f"Add {n}.", "code": f"def add{n}(x):\n    return x + {n}",
+         "test_list": [f"assert add{n}(1) == {n + 1}"]} for n in (2, 3, 4)
+    ]  # fmt: skip
+    Path("mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--prompt_form", "few_shot", "--output_dir", "out", "--no_card")
+    writes({f"Mbpp/{n}": [f"def add{n}(x):\n    return x + {n}\n[DONE] and more"] for n in (2, 3, 4)})
+    assert run(plain_checkpoint, "--task", "mbpp", "--task_file", "mbpp.jsonl", *words) == 0
+    assert read_results("out")["verdicts"] == {"passed": 3}
+    assert read_results("out")["run"]["settings"]["stop"] == ["[DONE]", "\n```"]
 
 
 @needs_bwrap
@@ -230,17 +290,17 @@ def test_weights_are_told_apart_wherever_they_are(tmp_path, monkeypatch):
 
 def test_latents_that_are_no_comments_are_refused():
     """They would stand in the programs."""
-    evaluate._check_format(None)
-    evaluate._check_format({"action_format": "python"})
+    door._check_format(None)
+    door._check_format({"action_format": "python"})
     with pytest.raises(ValueError, match="`action_format` 'python_tags', whose latents are no comments"):
-        evaluate._check_format({"action_format": "python_tags"})
+        door._check_format({"action_format": "python_tags"})
 
 
 @needs_bwrap
 def test_too_few_samples_from_elsewhere_are_refused_before_any_runs(tasks, tmp_path, capsys, monkeypatch):
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps({"task_id": name, "completion": text}) + "\n" for name, text in RIGHT.items()))
-    monkeypatch.setattr("ra3_trl.evaluation.Scorer.add", None)
+    monkeypatch.setattr("ra3_trl.evaluation.evaluate.submit", None)
     assert run("--samples", str(path), "--task", tasks, "--k", "2") == 2
     assert "`k` is 2 and `num_samples` 1" in capsys.readouterr().err
 
@@ -392,7 +452,7 @@ def test_evalplus_tests_count_apart(tmp_path, plain_checkpoint, writes):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(tasks, monkeypatch, capsys, words, says):
-    monkeypatch.setattr(evaluate, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(door, "load_checkpoint", pytest.fail)
     assert run(*(tasks if word == "TASKS" else word for word in words)) == 2
     assert says in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["toy.jsonl"]
@@ -409,16 +469,21 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_drawn(tasks, p
 def test_without_a_sandbox_it_says_so(tasks, monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    monkeypatch.setattr(evaluate, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(door, "load_checkpoint", pytest.fail)
     assert run("model", "--task", tasks) == 2
     assert "bubblewrap is missing" in capsys.readouterr().err
 
 
 @needs_bwrap
-def test_the_guides_python(capsys, monkeypatch):
-    """Of the two programs one passes."""
+def test_the_guides_python(tasks, plain_checkpoint, capsys, monkeypatch):
+    """A random model solves nothing; of the metric's two programs one passes."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path(tasks).rename("my_problems.jsonl")
+    Path("qwen-ra3").symlink_to(plain_checkpoint)
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(block, {})
+    evaluated, metric = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(evaluated, {})
+    assert "{'value': 0.0, 'low': 0.0, 'high': 0.0}" in capsys.readouterr().out
+    assert Path("results/qwen-ra3/results.json").is_file()
+    exec(metric, {})
     assert "'pass@1': 0.5" in capsys.readouterr().out

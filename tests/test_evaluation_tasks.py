@@ -344,7 +344,7 @@ def test_mbpps_arguments_get_the_types_that_json_has_not(number, given, made):
 
 # --- prompts ---
 
-FUNCTION = Task("HumanEval/0", SQUARE["prompt"], Problem.from_row(SQUARE), entry_point="square")
+FUNCTION = Task("HumanEval/0", SQUARE["prompt"], Problem.from_row(SQUARE))
 SCRIPT = Task("1", ECHO["prompt"], Problem.from_row(ECHO))
 
 
@@ -489,8 +489,6 @@ def test_bad_samples_are_refused(written, pair, rows, message):
         read_samples(written(rows, "samples.jsonl"), pair)
 
 
-def test_some_tasks_may_lack_samples_if_said_so(written, pair):
-    path = written([row("HumanEval/0", "x")], "samples.jsonl")
-    assert list(read_samples(path, pair, allow_missing=True)) == ["HumanEval/0"]
+def test_a_missing_file_of_samples_is_named(pair):
     with pytest.raises(ValueError, match="nowhere.jsonl is no file"):
         read_samples("nowhere.jsonl", pair)

@@ -138,7 +138,9 @@ def test_auto_leaves_the_decision_to_the_model(tokenizer, models, chosen):
 
 def test_never_writes_no_comment_however_much_the_model_wants_one(tokenizer, models):
     doc = document(tokenizer)
-    markers = [i for i, b in enumerate(ThinkLogitsProcessor(tokenizer)._words.table.token_bytes) if b and b"#" in b]
+    markers = [
+        i for i, b in enumerate(ThinkLogitsProcessor(tokenizer)._vocabulary.table.token_bytes) if b and b"#" in b
+    ]
     assert markers
     texts = Texts(tokenizer, {doc.input_ids: 1.0}, likes=dict.fromkeys(markers, 30.0))
     prompt = doc.input_ids[: doc.actions[1].start]
@@ -167,7 +169,7 @@ class AtLineStart(LogitsProcessor):
 
 def test_never_bans_the_marker_behind_spaces_of_any_number(tokenizer, models):
     """A model that writes nothing but spaces, newlines and `#` gets no `#` at the start of a line."""
-    data = ThinkLogitsProcessor(tokenizer)._words.table.token_bytes
+    data = ThinkLogitsProcessor(tokenizer)._vocabulary.table.token_bytes
     likes = {i: 12.0 for i, b in enumerate(data) if b and not b.strip(b" \n#")}
     assert any(b"#" in data[i] for i in likes) and any(b"\n" in data[i] for i in likes)
     texts = Texts(tokenizer, {}, likes=likes)
@@ -284,7 +286,7 @@ def test_the_chance_of_a_prefix_is_the_product_of_its_tokens(tokenizers):
     """0.5 for the spaces, 0.8 for the marker behind them: 0.4."""
     tokenizer = tokenizers["newline_alone"]
     row = tokenizer("if x:\n")["input_ids"]
-    spaces, marker = ThinkLogitsProcessor(tokenizer)._words.fragment("    #")
+    spaces, marker = ThinkLogitsProcessor(tokenizer)._vocabulary.fragment("    #")
     first, second = (torch.full((1, len(tokenizer)), -math.inf) for _ in range(2))
     first[0, [spaces, 7]] = torch.tensor([0.5, 0.5]).log()
     second[0, [marker, 7]] = torch.tensor([0.8, 0.2]).log()
@@ -352,7 +354,7 @@ def test_a_latent_is_drawn_as_it_was_trained(tokenizer, models):
     action = doc.actions[boundaries_behind_first_line(doc)[0]]
     boundary = action.boundary
     ids = [*doc.input_ids[: action.start], *boundary.think]
-    table = processor._words.table
+    table = processor._vocabulary.table
     torch.manual_seed(0)
     scores = torch.randn(1, len(tokenizer))
     first = processor(torch.tensor([ids]), scores)[0].exp()
@@ -377,9 +379,9 @@ def test_a_closure_of_several_tokens_is_written_out(tokenizers, monkeypatch):
     tokenizer = tokenizers["newline_indent"]
     newline, spaces, carry = tokenizer.convert_tokens_to_ids(["Ċ", "ĠĠĠ", "ĊĠĠĠ"])
     processor = ThinkLogitsProcessor(tokenizer)
-    fragment = processor._words.fragment
+    fragment = processor._vocabulary.fragment
     monkeypatch.setattr(
-        processor._words, "fragment", lambda text: (newline, spaces) if text == "\n   " else fragment(text)
+        processor._vocabulary, "fragment", lambda text: (newline, spaces) if text == "\n   " else fragment(text)
     )
     start = tokenizer("if x:")["input_ids"]
     row = [*start, carry, *fragment(" #"), *latent_for(tokenizer, " why").token_ids]
@@ -406,7 +408,7 @@ def test_latents_have_their_longest_length(tokenizer, models):
     doc = document(tokenizer)
     for longest in (1, 3):
         processor = ThinkLogitsProcessor(tokenizer, "always", max_latent_length=longest)
-        no_stop = Texts(tokenizer, {}, likes=dict.fromkeys(processor._words.table.stop_ids.tolist(), -30.0))
+        no_stop = Texts(tokenizer, {}, likes=dict.fromkeys(processor._vocabulary.table.stop_ids.tolist(), -30.0))
         prompt = doc.input_ids[: doc.actions[1].start]
         boundary = doc.actions[1].boundary
         latent = len(boundary.think) + longest + len(boundary.close)
@@ -425,7 +427,7 @@ def test_a_batch_is_its_rows(tokenizer, models, mode):
     prompts = ["def f(x):\n", "if x:\n  y = (\n", "class A:\n    def g(self, x):\n        return 1\n", "x"]
     ids = [tokenizer(p)["input_ids"] for p in prompts]
     # A tiny model writes few newlines by itself.
-    data = ThinkLogitsProcessor(tokenizer)._words.table.token_bytes
+    data = ThinkLogitsProcessor(tokenizer)._vocabulary.table.token_bytes
     likes = Likes({i: 6.0 for i, b in enumerate(data) if b and b"\n" in b})
     settings = {"max_new_tokens": 24, "max_latent_length": 5} | mode
     length = settings.pop("max_new_tokens")
@@ -573,7 +575,7 @@ def test_slashes(tokenizer, models):
     assert tuple(got[0][: len(wanted)]) == wanted
     text = tokenizer.decode(got[0][: len(wanted)], skip_special_tokens=True)
     assert text.count("// why") == len(boundaries) == 6 and strip_latents(text, "slashes") == JAVA
-    data = ThinkLogitsProcessor(tokenizer)._words.table.token_bytes
+    data = ThinkLogitsProcessor(tokenizer)._vocabulary.table.token_bytes
     likes = {i: 12.0 for i, b in enumerate(data) if b and not b.strip(b" \n/")}
     never = ThinkLogitsProcessor(tokenizer, "never", action_format="slashes")
     for free in (False, True):
@@ -608,7 +610,7 @@ def test_tags(tagged):
     assert "<think> why</think>" in body
     assert body.count("<think>") == body.count("</think>")
     never = ThinkLogitsProcessor(tokenizer, "never", action_format="python_tags")
-    wants = Texts(tokenizer, {doc.input_ids: 1.0}, likes=dict.fromkeys(always._words.tags.values(), 30.0))
+    wants = Texts(tokenizer, {doc.input_ids: 1.0}, likes=dict.fromkeys(always._vocabulary.tags.values(), 30.0))
     assert tuple(run(model, [wants, never], prompt)[0]) == doc.input_ids
     auto = ThinkLogitsProcessor(tokenizer, action_format="python_tags")
     assert tuple(run(model, [Texts(tokenizer, {wanted: 1.0}), auto], prompt)[0]) == wanted
@@ -617,7 +619,7 @@ def test_tags(tagged):
 def test_no_second_tagged_latent_before_a_line(tagged):
     tokenizer, model = tagged
     always = ThinkLogitsProcessor(tokenizer, "always", action_format="python_tags")
-    think, end = always._words.tags.values()
+    think, end = always._vocabulary.tags.values()
     ids = tokenizer("x = 1\n", add_special_tokens=False)["input_ids"]
     newline = ids[-1]
     scores = torch.zeros(1, len(tokenizer))

@@ -14,8 +14,9 @@ PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (
     ("records", "files", "markdown", "config_file", "config"),
-    ("segmentation", "rollout", "losses", "models", "sandbox", "rewards", "analysis"),
+    ("segmentation", "rollout", "losses", "models", "sandbox", "analysis", "trackers"),
     ("em", "hub", "report", "generation", "evaluation"),
+    ("rlvr",),
     ("trainer",),
     ("experimental",),
     ("cli", "examples", "benchmarks"),
@@ -95,7 +96,7 @@ def test_every_room_has_a_level():
         ("ra3_trl/records.py", "from .segmentation import Segmenter"),
         ("ra3_trl/rollout/planted.py", "from .. import trainer"),
         ("ra3_trl/rollout/planted.py", "from ..segmentation.documents import splice"),
-        ("ra3_trl/rewards/planted.py", "from ..evaluation import pass_at_k"),
+        ("ra3_trl/sandbox/planted.py", "from ..evaluation import pass_at_k"),
         ("ra3_trl/em/planted.py", "def f():\n    import ra3_trl.trainer"),
         ("ra3_trl/em/planted.py", "from ra3_trl.cli.main import main"),
         ("ra3_trl/trainer.py", "import benchmarks.rollout"),

@@ -12,11 +12,10 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from ra3_trl.cli import report as command
 from ra3_trl.cli.main import main
-from ra3_trl.report.charts import Chart, Series, curve_over, draw_overview, replication_charts, training_charts
+from ra3_trl.report.charts import Chart, Series, curve_over, draw, plot_run, training_charts
 from ra3_trl.report.report import make_sections, write_report
-from ra3_trl.report.runs import AnnotatedCorpus, Experiment, Replication, TrainingRun, read_run
+from ra3_trl.report.runs import AnnotatedCorpus, TrainingRun, read_run, read_runs
 
 
 TEXTS = ["def f(x):\n    y = x\n    return y\n"] * 4
@@ -28,27 +27,6 @@ ANNOTATED = [
     {"annotated_text": "x = 1\n", "latents": []},
     {"annotated_text": "# a\nz = 3\n", "latents": [{"line": 1, "text": " a", "gain": None}]},
 ]
-
-
-def estimate(*values):
-    """By hand, for two seeds: t(1) = 12.706 times the standard deviation |a - b| / sqrt(2), over sqrt(2)."""
-    seen = [value for value in values if value is not None]
-    mean = sum(seen) / len(seen) if seen else None
-    half = 12.706 * abs(seen[0] - seen[1]) / 2 if len(seen) > 1 else None
-    band = (None, None) if half is None else (mean - half, mean + half)
-    return {"mean": mean, "low": band[0], "high": band[1], "n": len(seen), "values": values}
-
-
-def replication():
-    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi")
-    measures += ("accuracy", "accuracy_forced", "accuracy_never", "rlvr_last")
-    table = {name: {"base": estimate(0.25, 0.35), "ra3": estimate(0.90, 0.92)} for name in measures}
-    table["rlvr_steps_to_80"] = {"base": estimate(None, None), "ra3": estimate(None, 2)}
-    log = [{"estep/gate_weighted_gain": 0.5, "estep/think_rate": 0.2},
-           {"estep/gate_weighted_gain": 1.5, "estep/think_rate": 0.3}]  # fmt: skip
-    arms = {"base": {"curve": [0.2, 0.4], "log": []}, "ra3": {"curve": [0.9, 0.95], "log": log}}
-    bases = [{"seed": 0, "passed": False, "comment_right": 0.1}, {"seed": 1, "passed": True, "comment_right": 0.7}]
-    return {"seeds": 2, "bases": bases, "form": {}, **table, "runs": [arms, arms]}
 
 
 @pytest.fixture
@@ -94,9 +72,7 @@ def test_a_run_is_known_by_what_it_holds(training, tmp_path):
     write(rlvr / "trainer_state.json", {"log_history": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0}]})
     found = read_run(str(rlvr.parent), "mine")
     assert (found.label, found.kind, found.points("reward")) == ("mine", "RLVR", {1: 0.5, 2: 1.0})
-    assert read_run(write(tmp_path / "a.b.json", replication())) == Replication("a.b", json.loads(
-        json.dumps(replication())
-    ))  # fmt: skip
+    assert read_run(write(tmp_path / "a.b.json", ANNOTATED)) == AnnotatedCorpus("a.b", ANNOTATED)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANNOTATED))
     assert read_run(str(tmp_path / "rows.jsonl")) == AnnotatedCorpus("rows", ANNOTATED)
     Dataset.from_list(ANNOTATED).save_to_disk(str(tmp_path / "saved"))
@@ -138,12 +114,12 @@ def test_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "r.json", replication())
-    write(tmp_path / "x=y.json", replication())  # a file of that name is no label
-    found = command.read_runs(["a/r.json", "two=b/r.json", "two=a/r.json", "x=y.json"])
+        write(tmp_path / folder / "r.json", ANNOTATED)
+    write(tmp_path / "x=y.json", ANNOTATED)  # a file of that name is no label
+    found = read_runs(["a/r.json", "two=b/r.json", "two=a/r.json", "x=y.json"])
     assert [run.label for run in found] == ["r", "two", "two", "x=y"]
     with pytest.raises(ValueError, match="are both called 'r'; write LABEL=RUN"):
-        command.read_runs(["a/r.json", "b/r.json"])
+        read_runs(["a/r.json", "b/r.json"])
 
 
 # ---- numbers ----
@@ -176,57 +152,10 @@ def test_runs_without_a_number_are_not_in_its_chart():
     assert charts[0].note.endswith("over 2 seeds.")
 
 
-def test_the_table_of_the_replication():
-    """Base 0.25 and 0.35: 0.3 with 12.706 * 0.05 = 0.635 either way; ra3 0.91 with 0.127."""
-    (section,) = make_sections([Replication("x", replication())])
-    arms, rows = section.table
-    rows = dict(rows)
-    assert list(arms) == ["base", "ra3"]
-    assert rows["hard lines right"] == [("0.300", "[\u22120.335, 0.935]"), ("0.910", "[0.783, 1.037]")]
-    assert rows["GRPO updates to 80 %"] == [("\u2013", "(2 never)"), ("2.0", "(1 never)")]
-    assert (
-        "GRPO updates to 50 %" not in rows and "Bases tried: 2;" in section.about and "right: 0.70." in section.about
-    )
-    titles = {chart.title: chart for chart in section.charts}
-    assert set(titles) == {
-        "E-phase: gain where it thinks", "E-phase: P(think)", "Thinks where it pays", "Held-out expert code",
-        "Hard lines right", "RLVR: tasks solved",
-    }  # fmt: skip
-    (gain,) = titles["E-phase: gain where it thinks"].series
-    assert (gain.label, gain.x, gain.y) == ("ra3", [1, 2], [0.5, 1.5])
-    ours = titles["RLVR: tasks solved"].series[1]
-    assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
-    assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3
-
-
-def experiment():
-    arms = ("base", "c=0", "c=inf")
-    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy")
-    table = {name: {arm: estimate(0.25 + i, 0.35 + i) for i, arm in enumerate(arms)} for name in measures}
-    table["gain"] = {"base": estimate(None, None), "c=0": estimate(1.0, 1.0), "c=inf": estimate(None, None)}
-    bases = [{"seed": 0, "passed": True, "comment_right": 0.7}]
-    return {"experiment": "penalty", "seeds": 2, "bases": bases, **table, "runs": [{}, {}]}
-
-
-def test_an_experiment_is_drawn_over_its_arms(tmp_path):
-    """Means 0.3, 1.3 and 2.3, each with 0.635 either way; arms without an E-phase have no gain."""
-    run = read_run(write(tmp_path / "sweep.json", experiment()))
-    assert run == Experiment("sweep", json.loads(json.dumps(experiment())))
-    (section,) = make_sections([run])
-    assert section.title == "Experiment penalty: sweep"
-    assert dict(section.table[1])["nats of a latent at the E-phase's end"] == [
-        ("\u2013", ""), ("1.000", "[1.000, 1.000]"), ("\u2013", ""),
-    ]  # fmt: skip
-    think, code, gain = section.charts
-    assert think.name == "sweep_thinks_and_is_right" and think.ticks == ("base", "c=0", "c=inf")
-    assert [one.label for one in think.series][::3] == ["P(think), hard lines", "hard lines right"]
-    assert think.series[0].y == pytest.approx([0.3, 1.3, 2.3])
-    assert think.series[0].band[1] == pytest.approx((1.3 - 0.6353, 1.3 + 0.6353))
-    assert len(code.series) == 3 and gain.series[0].y == [None, 1.0, None]
-    assert [path.name for path in write_report([section], tmp_path / "out", "t")] == [
-        "report.html", "tables.md", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
-        "sweep_gain_of_a_latent_at_the_e_phase_s_end.png", "overview.png",
-    ]  # fmt: skip
+def test_the_length_of_a_latent_is_in_tokens():
+    """As `think_cost_reward` logs it: tests/test_code_rewards.py."""
+    (_, length) = training_charts([TrainingRun("a", "RLVR", [{"step": 1, "reward": 1.0, "latent_length": 3.0}])])
+    assert (length.title, length.y_label, length.series[0].y) == ("RLVR: length of a latent", "tokens", [3.0])
 
 
 # ---- pictures and page ----
@@ -237,7 +166,7 @@ def test_labels_keep_their_color():
 
     def colors(*labels):
         curves = [Series(label, [0, 1], [i, 1 + i], [None, None]) for i, label in enumerate(labels)]
-        image = Image.open(io.BytesIO(draw_overview([Chart("a", "a", "", "", curves)]))).convert("RGB")
+        image = Image.open(io.BytesIO(draw([Chart("a", "a", "", "", curves)]))).convert("RGB")
         return {color for _, color in image.getcolors(maxcolors=1 << 24)}
 
     blue, red = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
@@ -245,21 +174,24 @@ def test_labels_keep_their_color():
     assert found == [{blue}, {red}, {blue, red}, {blue}]
 
 
+def test_the_picture_of_a_demo(tmp_path):
+    """Two runs, of which one has no E-phase, and three models: four charts in a row."""
+    logs = {"ra3": [{"step": 1, "estep/gain": -0.5, "estep/think_rate": 0.1}, {"step": 2, "mstep/code_loss": 2.0}]}
+    logs["ntp"] = [{"step": 1, "mstep/code_loss": 2.5}, {"step": 2, "mstep/code_loss": 2.0}]
+    held_out = {"cross-entropy": {"base": 3.0, "ntp": 2.0, "ra3": 2.5}}
+    plot_run(logs, held_out, tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width == pytest.approx(4 * 4.6 * 130, abs=4) and height == pytest.approx(3.1 * 130, abs=4)
+
+
 def test_page_and_pictures(tmp_path, training, monkeypatch, capsys):
     """Everything in one page that loads nothing; what comes from files is escaped."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "table.json", replication())
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANNOTATED))
-    words = [str(training[0]), "table.json", "a<script>=rows.jsonl", "--output_dir", "out", "--title", "<i>$x$"]
+    words = [str(training[0]), "a<script>=rows.jsonl", "--output_dir", "out", "--title", "<i>$x$"]
     assert main(["report", *words]) == 0
     html = (tmp_path / "out" / "report.html").read_text()
     page = Read(html)
-    table = (tmp_path / "out" / "tables.md").read_text()
-    assert (
-        "## Replication: table" in table
-        and "| | base | ra3 |\n|---|---|---|\n| P(think) before hard lines | " in table
-    )
-    assert "| hard lines right | 0.300 [\u22120.335, 0.935] | 0.910 [0.783, 1.037] |" in table
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
     overview = files.pop("overview.png")
     assert len(page.pictures) == len(files) and set(page.pictures) == set(files.values())
@@ -289,7 +221,7 @@ def test_many_labels_with_odd_names_are_drawn(tmp_path):
 
 def test_bad_options(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "t.json", replication())
+    write(tmp_path / "t.json", ANNOTATED)
     (tmp_path / "file").write_text("mine")
     for words, says in ((["--output_dir", "file"], "a file; name a folder"), (["--programs", "-1"], "use 0 or more")):
         assert main(["report", "t.json", *words]) == 2 and says in capsys.readouterr().err
@@ -299,10 +231,5 @@ def test_bad_options(tmp_path, monkeypatch, capsys):
 def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install \"ra3-trl\[plots\]\""):
-        write_report(make_sections([Replication("x", replication())]), tmp_path / "out", "t")
+        write_report(make_sections([TrainingRun("x", "RLVR", [{"step": 1, "reward": 1.0}])]), tmp_path / "out", "t")
     assert not (tmp_path / "out").exists()
-
-
-def test_charts_of_one_replication_have_names_of_their_own():
-    names = [chart.name for label in ("a", "b c") for chart in replication_charts(Replication(label, replication()))]
-    assert len(set(names)) == len(names) == 12 and "b_c_rlvr_tasks_solved" in names

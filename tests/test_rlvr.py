@@ -25,8 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 from ra3_trl.cli import rlvr
 from ra3_trl.cli.main import guarded
 from ra3_trl.config_file import write_settings
-from ra3_trl.evaluation import render_prompt
-from ra3_trl.generation import CompletionRollout, until_stop
+from ra3_trl.evaluation import load_benchmark, render_prompt
+from ra3_trl.rlvr import CompletionRollout, RLVRData, build_grpo_trainer, load_tasks, until_stop
+from ra3_trl.rlvr.data import is_test_task
 from ra3_trl.sandbox import Problem
 
 
@@ -395,19 +396,19 @@ def test_an_ra3_checkpoints_settings_are_kept_and_its_head_is_not(folder, reward
     assert all(row["latent_length"] <= 4 for row in history(out))  # 2 tokens, a few bytes more by themselves
 
 
-def test_mbpp_is_its_training_split(folder, tmp_path, monkeypatch):
+def test_mbpp_is_its_training_split(tmp_path, monkeypatch):
     """Of tasks 11 (test), 511 (validation) and 601, 974 (training) the last two are trained on."""
     path = write(tmp_path / "mbpp.jsonl", mbpp(11, 511, 601, 974))
 
-    def load(*options: str, evaluates: bool = False):
+    def load(*options: str):
         script, *_ = rlvr.make_parser().parse_args_and_config(["--use_cpu", "--task", "mbpp", *options])
-        train, held_out, stop = rlvr.load_data(script, evaluates)
-        assert "\nassert" in stop
-        return train["task_id"][:], held_out and held_out["task_id"][:]
+        found = rlvr.load_data(script)
+        assert "\nassert" in found.stop
+        return found.train["task_id"][:], found.evaluation and found.evaluation["task_id"][:]
 
-    assert load("--task_file", path) == (["Mbpp/601", "Mbpp/974"], None)
-    assert load("--task_file", path, evaluates=True) == (["Mbpp/601", "Mbpp/974"], ["Mbpp/511"])
+    assert load("--task_file", path) == (["Mbpp/601", "Mbpp/974"], ["Mbpp/511"])
     assert load("--task_file", path, "--allow_test_tasks")[0] == ["Mbpp/601", "Mbpp/974", "Mbpp/11"]
+    assert load("--task_file", write(tmp_path / "train.jsonl", mbpp(601))) == (["Mbpp/601"], None)
     with pytest.raises(ValueError, match="none of MBPP's training tasks"):
         load("--task_file", write(tmp_path / "test.jsonl", mbpp(11)))
     asked = []
@@ -416,9 +417,28 @@ def test_mbpp_is_its_training_split(folder, tmp_path, monkeypatch):
         asked.append((*args, kwargs))
         return Dataset.from_list(mbpp(511, 601))
 
-    monkeypatch.setattr(rlvr, "load_dataset", load_dataset)
-    assert load() == (["Mbpp/601"], None)
+    monkeypatch.setattr("ra3_trl.rlvr.data.load_dataset", load_dataset)
+    assert load() == (["Mbpp/601"], ["Mbpp/511"])
     assert asked == [("google-research-datasets/mbpp", "full", {"split": "train+validation"})]
+
+
+def test_a_trainer_by_plain_arguments(folder, tmp_path):
+    """It evaluates where `eval_strategy` says so, and on the rows that are for it; the arguments stay as they were."""
+    rows = [Dataset.from_list([{"prompt": HEAD, "task_id": name}] * 4) for name in ("own/0", "HumanEval/0")]
+    args = GRPOConfig(
+        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_completion_length=8,
+        per_device_train_batch_size=4, num_generations=4, reward_weights=[2.0],
+    )  # fmt: skip
+    built = build_grpo_trainer(str(folder / "model"), args, RLVRData(*rows, stop=("\n",)), [odd_reward], think="never")
+    assert built.train_dataset["task_id"][:] == ["own/0"] * 4 and built.eval_dataset is None
+    assert built.reward_func_names == ["odd_reward", "think_cost_reward"]
+    assert built.reward_weights.tolist() == [2.0, 1.0] and args.reward_weights == [2.0]
+    assert (built.rollout_func.stop, built.rollout_func.think) == (("\n",), "never")
+    args.eval_strategy, args.eval_steps = "steps", 1
+    built = build_grpo_trainer(str(folder / "model"), args, RLVRData(*rows), [odd_reward])
+    assert built.eval_dataset["task_id"][:] == ["HumanEval/0"] * 4
+    with pytest.raises(ValueError, match="row 0 of the data is the task 'HumanEval/0'"):
+        build_grpo_trainer(str(folder / "model"), args, RLVRData(rows[1], rows[0]), [odd_reward])
 
 
 def test_the_rows_of_tasks_have_their_problems(tmp_path):
@@ -431,9 +451,8 @@ def test_the_rows_of_tasks_have_their_problems(tmp_path):
     }
     for name, rows in files.items():
         path = write(tmp_path / f"{name}.jsonl", rows)
-        script, *_ = rlvr.make_parser().parse_args_and_config(["--use_cpu", "--task", path])
-        (row,) = rlvr.load_data(script, False)[0]
-        (task,) = rlvr.load_benchmark(path).tasks
+        (row,) = load_tasks(path).train
+        (task,) = load_benchmark(path).tasks
         assert Problem.from_row(row) == task.problem
         assert row["prompt"] == render_prompt(task, task.kind, "complete")
 
@@ -463,7 +482,7 @@ def no_model(monkeypatch):
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(rlvr, "GRPOTrainer", loaded)
+    monkeypatch.setattr("ra3_trl.rlvr.trainer.GRPOTrainer", loaded)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -506,17 +525,16 @@ def test_bad_data_ends_before_the_model_loads(folder, tmp_path, no_model, capsys
 
 
 def test_ids_alone_do_not_make_a_test_task():
-    assert not rlvr._is_test_task({"task_id": 11})  # no MBPP
-    assert not rlvr._is_test_task({"task_id": "Mbpp/601"})
-    assert not rlvr._is_test_task({"task_id": "own/11", "test_list": []})
-    assert not rlvr._is_test_task({"prompt": "x"})
-    assert rlvr._is_test_task({"task_id": "Mbpp/510"})
+    assert not is_test_task({"task_id": 11})  # no MBPP
+    assert not is_test_task({"task_id": "Mbpp/601"})
+    assert not is_test_task({"task_id": "own/11", "test_list": []})
+    assert not is_test_task({"prompt": "x"})
+    assert is_test_task({"task_id": "Mbpp/510"})
 
 
 def test_latents_that_are_no_comments_are_refused():
     def make(think, **settings):
-        script, *_ = rlvr.make_parser().parse_args_and_config(["--use_cpu", "--task", "mbpp", "--think", think])
-        return rlvr.make_rollout(script, settings or None, ())
+        return CompletionRollout.for_checkpoint(settings or None, think=think)
 
     assert make("auto").think is None
     assert make("always", action_format="python", max_latent_length=5).latents["max_latent_length"] == 5

@@ -6,6 +6,7 @@ import ast
 import logging
 import random
 import textwrap
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,13 @@ from ra3_trl.segmentation import (
     standard_library,
 )
 from ra3_trl.segmentation.datasets import content_id
-from ra3_trl.segmentation.python import segment_python, strip_python_comments
+from ra3_trl.segmentation.python import (
+    count_code_lines,
+    own_line_comments,
+    segment_python,
+    statements_end,
+    strip_python_comments,
+)
 
 
 def tree(text: str) -> str:
@@ -364,6 +371,71 @@ def test_stripping_keeps_the_program_in_the_standard_library():
         assert tree(stripped) == tree(text)
         removed += text.count("\n") - stripped.count("\n")
     assert removed > 100
+
+
+COMMENTS = {
+    # text: its own-line comments (row, what follows the `#`), rows of code
+    "# a\nx = 1  # b\n\n    #c\n": ([(0, " a"), (3, "c")], 1),
+    'x = """\n# no\n\n"""\n# a\n': ([(4, " a")], 3),
+    "x = [\n    # a\n    1]\n": ([(1, " a")], 2),
+    "x = 1 \\\n# behind code\ny = 2\n": ([], 3),
+    "# a \\\n# b\r\nx = 1 # c \\\n# d\n": ([(0, " a \\"), (1, " b"), (3, " d")], 1),
+    "\ufeff# a\nx = 1": ([(0, " a")], 1),
+    "# a\nx = (\n    # b": ([(0, " a"), (2, " b")], 1),  # cut
+    '# a\nx = """\n# no': ([(0, " a")], 2),  # cut in a string
+    "# a\nif x:\n    y\n  z\n# b\n": ([(0, " a")], 4),  # no Python from the dedent on
+    "# a\nx = '\0'\n# b\n": ([(0, " a")], 2),  # nor what holds NUL or a bare carriage return
+    "# a\nx = 1\ré\n# b\n": ([(0, " a")], 2),
+    "": ([], 0),
+}
+
+
+@pytest.mark.parametrize("text", list(COMMENTS), ids=range(len(COMMENTS)))
+def test_own_line_comments_and_lines_of_code(text):
+    comments, code = COMMENTS[text]
+    found = own_line_comments(text)
+    assert [(comment.row, comment.text) for comment in found] == comments
+    assert all(text[comment.start :].startswith("#" + comment.text) for comment in found)
+    assert count_code_lines(text) == code
+
+
+def test_own_line_comments_from_a_character_on():
+    """What stands before it decides what a row is, and is not counted itself."""
+    text = '"""\n# no\n# begun\n"""\n# a\nx = 1\n'
+    at = text.index("# begun") + 3
+    assert [comment.text for comment in own_line_comments(text, at)] == [" a"]
+    assert count_code_lines(text, at) == 3  # the rest of a row, the quotes, x
+    assert own_line_comments("# a", 1) == [] and count_code_lines("# a", 1) == 0
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_segments_and_strips_by_the_same_comments(name):
+    rows = ODD[name].removeprefix("\ufeff").split("\n")
+    comments = {comment.row for comment in own_line_comments(ODD[name])}
+    lines = segment_python(ODD[name])
+    assert {ODD[name][: line.start].count("\n") for line in lines if line.comment} <= comments
+    kept = strip_python_comments(ODD[name]).removeprefix("\ufeff").split("\n")
+    assert kept == [row for i, row in enumerate(rows) if i not in comments]
+
+
+@pytest.mark.parametrize("error", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, ""), SystemError("tokenizer")])
+def test_what_python_3_12_raises_is_text_that_does_not_tokenize(monkeypatch, error):
+    """Its `tokenize` does so on odd characters; here behind the first two lines."""
+    text = "# a\nx = 1\n# b\ny = 2\n"
+    tokens = tokenize.generate_tokens
+
+    def generate(readline):
+        for token in tokens(readline):
+            if token.start[0] > 2:
+                raise error
+            yield token
+
+    monkeypatch.setattr(tokenize, "generate_tokens", generate)
+    assert segment_python(text) is None
+    assert strip_python_comments(text) == text
+    assert [comment.text for comment in own_line_comments(text)] == [" a"]
+    assert count_code_lines(text) == 3
+    assert statements_end(text) == len("# a\nx = 1\n")
 
 
 def test_stripping_leaves_the_prompt_alone():

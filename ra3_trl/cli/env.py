@@ -30,24 +30,21 @@ def _commit() -> str:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "not a checkout"
-    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
+    return commit + (" with local changes" if changes else "")
 
 
-def _devices() -> str:
-    if torch.cuda.is_available():
-        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return "MPS" if torch.backends.mps.is_available() else "none (CPU)"
-
-
-def environment() -> dict[str, str]:
-    """Names and values, in the order they are printed."""
-    return {
+def main(argv: list[str] | None = None) -> int:
+    """Prints the environment; see `ra3 env --help`."""
+    argparse.ArgumentParser(prog="ra3 env", description="Versions and devices, for bug reports.").parse_args(argv)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
         "platform": platform.platform(),
         "python": platform.python_version(),
         "ra3-trl commit": _commit(),
@@ -55,15 +52,9 @@ def environment() -> dict[str, str]:
         "CPU count": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "CUDA of torch": torch.version.cuda or "none",
-        "accelerators": _devices(),
+        "accelerators": ", ".join(gpus) or ("MPS" if torch.backends.mps.is_available() else "none (CPU)"),
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints the environment; see `ra3 env --help`."""
-    parser = argparse.ArgumentParser(prog="ra3 env", description="Versions and devices, for bug reports.")
-    parser.parse_args(argv)
     print("Please put this into your bug report:\n")
-    for name, value in environment().items():
+    for name, value in facts.items():
         print(f"- {name}: {value}")
     return 0

@@ -18,24 +18,10 @@ COMMANDS = {
     "rlvr": "RL post-training on programs and their tests, with TRL's GRPOTrainer",
     "compare": "checkpoints side by side: pass@k, cross-entropy, latents and tokens, as a table and a picture",
     "diagnose": "the theory's measures of a checkpoint: how long latents last, how many there are, what they rule out",
-    "report": "what runs did, as one page and pictures: phases, RLVR, the replication, annotated programs",
+    "report": "what runs did, as one page and pictures: phases, RLVR, annotated programs",
     "demo": "the main job on a small model and the standard library, in a few minutes",
     "env": "versions and devices, for bug reports",
 }
-_EPILOG = "`ra3 COMMAND --help` has the options of a command. With RA3_TRACEBACK=1 errors come with their traceback."
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ra3",
-        description="RA3 (Reasoning as Action Abstractions): mid-training as an EM loop, in the manner of TRL.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("--version", action="version", version=f"ra3-trl {metadata.version('ra3-trl')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
-    return parser
 
 
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -55,8 +41,17 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 COMMAND ...`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in COMMANDS:
-        _parser().parse_args(argv or ["--help"])
+    if not argv or argv[0] not in COMMANDS:  # for help, version and errors only: each command parses its own options
+        parser = argparse.ArgumentParser(
+            prog="ra3",
+            description="RA3 (Reasoning as Action Abstractions): mid-training as an EM loop, in the manner of TRL.",
+            epilog="`ra3 COMMAND --help` has its options. With RA3_TRACEBACK=1 errors come with their traceback.",
+        )
+        parser.add_argument("--version", action="version", version=f"ra3-trl {metadata.version('ra3-trl')}")
+        commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        for name, text in COMMANDS.items():
+            commands.add_parser(name, help=text, add_help=False)
+        parser.parse_args(argv or ["--help"])
     command = importlib.import_module(f".{argv[0]}", __package__).main
     return guarded(command, argv[1:])
 

@@ -1,19 +1,21 @@
-"""The parser of `ra3 train` and `ra3 rlvr`: TRL's, with short errors, help in sections, and unknown options refused by
-name."""
+"""The parser of `ra3 train` and `ra3 rlvr`: TRL's, with short errors, help in sections and unknown options refused by
+name. Lists, mappings and `None` are read alike from a flag and from YAML: `--model_init_kwargs '{"subfolder": "x"}'`,
+`--lora_target_modules q_proj v_proj` (or `'["q_proj", "v_proj"]'`), `--eval_documents none`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import fields
+import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
-
-from .values import is_list, is_mapping, read_value, takes_none
 
 
 _FILES = """--config FILE is a YAML file of the options below (`max_steps: 8`), which options on the command line
@@ -22,25 +24,30 @@ a list as several words or JSON, and `none` is None. --accelerate_config FILE_OR
 `accelerate launch` with a YAML file of `accelerate config` (there are some in examples/accelerate_configs), or one
 that trl brings along: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3; further options of `accelerate launch`
 (--num_processes 2) go there."""
+_FILE_OPTIONS = ("--config", "--accelerate_config")
+_NONE = ("none", "null")
+_FILE_OR_MAPPING = ("accelerator_config", "deepspeed", "fsdp_config")
+_NONE_IS_A_WORD = "report_to"  # `none` is no tracker there, and `None` all that are installed
 
 
 class TrainParser(TrlParser):
-    """[`~trl.TrlParser`] whose errors do not repeat two hundred options, and which reads lists and mappings as JSON
-    or YAML, see `values.py`. Of the types the first is the script's, the second the trainer's configuration."""
+    """[`~trl.TrlParser`] of types of which the first is the script's, the second the trainer's configuration."""
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, **kwargs)
         hints = {name: hint for dtype in self.dataclass_types for name, hint in get_type_hints(dtype).items()}
         self._hints = {name: hints[name] for name in self.option_names()}
+        # TRL reads lists of words only, no mappings, and `none` for numbers only: the rest is let through as text.
         for action in self._actions:
             hint = self._hints.get(action.dest)
-            if is_list(hint):
+            if may_be(hint, list):
                 action.type, action.nargs = str, "+"
-            elif is_mapping(hint):
+            elif may_be(hint, dict):
                 action.type = str
-            elif takes_none(hint) and action.type is not None:
-                action.type = _or_none(action.type)
-                action.choices = [*action.choices, "none"] if action.choices else None
+            elif may_be(hint, NoneType) and action.choices:
+                action.choices = [*action.choices, "none"]
+            elif hint == bool | None and action.type is not None:  # `--no_x` reads nothing
+                action.type = _read_bool
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -68,70 +75,115 @@ class TrainParser(TrlParser):
 
     def format_help(self) -> str:
         """The options of script and trainer before the many of `TrainingArguments`."""
-        inherited = {field.name for field in fields(TrainingArguments)} - {
-            "learning_rate",
-            "logging_steps",
-            "output_dir",
+        script, config, *others = ({field.name for field in fields(dtype)} for dtype in self.dataclass_types)
+        looked_for = {"learning_rate", "logging_steps", "output_dir"}  # among the trainer's own
+        inherited = {field.name for field in fields(TrainingArguments)} - looked_for
+        sections = {
+            "Script": script | {"help"},
+            self.dataclass_types[1].__name__: config - inherited,
+            "Model and data mixture": set().union(*others),
+            "transformers.TrainingArguments": inherited,
         }
-        config = self.dataclass_types[1]
-        own = {field.name for field in fields(config)} - inherited
-        script = {field.name for field in fields(self.dataclass_types[0])}
-        sections: dict[str, list] = {
-            "Script": [], config.__name__: [], "Model and data mixture": [], "transformers.TrainingArguments": [],
-        }  # fmt: skip
-        for action in self._actions:
-            if action.dest in script or action.dest == "help":
-                sections["Script"].append(action)
-            elif action.dest in own:
-                sections[config.__name__].append(action)
-            elif action.dest in inherited:
-                sections["transformers.TrainingArguments"].append(action)
-            else:
-                sections["Model and data mixture"].append(action)
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         formatter.add_text(_FILES)
-        for title, actions in sections.items():
+        for title, names in sections.items():
             formatter.start_section(title)
-            formatter.add_arguments(actions)
+            formatter.add_arguments([action for action in self._actions if action.dest in names])
             formatter.end_section()
         return formatter.format_help()
 
 
-def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`convert`, but `none` and `null` pass, to be read by `read_value`."""
+def _union(hint: Any) -> tuple[Any, ...]:
+    """Members of a type hint: `list[int] | None` -> `(list[int], NoneType)`; `list[int]` -> `(list[int],)`."""
+    return (hint,) if get_origin(hint) in (list, dict) or not get_args(hint) else get_args(hint)
 
-    def read(text: str) -> Any:
-        return text if text.lower() in ("none", "null") else convert(text)
 
-    read.__name__ = convert.__name__  # argparse's messages name the type
-    return read
+def may_be(hint: Any, kind: type) -> bool:
+    """Whether a field of this type hint may hold a `list`, a `dict`, `NoneType`, ..."""
+    return any(kind in (member, get_origin(member)) for member in _union(hint))
+
+
+def read_value(name: str, hint: Any, value: Any) -> Any:
+    """Converts what a flag or YAML gave for the field `name`; fields other than lists and mappings pass."""
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if may_be(hint, NoneType) and name != _NONE_IS_A_WORD and isinstance(word, str) and word.lower() in _NONE:
+        return None
+    if may_be(hint, list):
+        return _read_list(name, hint, value)
+    if may_be(hint, dict):
+        return _read_mapping(name, value)
+    if Literal[False] in _union(hint) and str(value).lower() == "false":
+        return False
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"`{name}` is {value!r}; it takes a single value.")
+    return value
+
+
+def _read_mapping(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, dict):
+        return value
+    text = str(value)
+    if name in _FILE_OR_MAPPING and not text.lstrip().startswith("{"):
+        return text
+    mapping = _read_json(name, text)
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`{name}` is {text!r}; it takes a mapping, as JSON: '{{\"key\": value}}'.")
+    return mapping
+
+
+def _read_list(name: str, hint: Any, value: Any) -> Any:
+    if value is None:
+        return "none" if name == _NONE_IS_A_WORD else None
+    words = value if isinstance(value, list) else [value]
+    if len(words) == 1 and isinstance(words[0], str):
+        if words[0].lstrip().startswith("["):
+            words = _read_json(name, words[0])
+        elif may_be(hint, str):
+            return words[0]
+    (kind,) = get_args(next(member for member in _union(hint) if get_origin(member) is list))
+    return [_read_element(name, kind, word) for word in words]
+
+
+def _read_element(name: str, kind: Any, element: Any) -> Any:
+    if is_dataclass(kind):  # the configuration makes it of the mapping
+        element = _read_json(name, element) if isinstance(element, str) else element
+        keys = [field.name for field in fields(kind)]
+        if not isinstance(element, dict) or not set(element) <= set(keys) or keys[0] not in element:
+            raise ValueError(f"`{name}` holds {element!r}; each element is a mapping of {', '.join(keys)}.")
+        return element
+    try:
+        return kind(element)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` holds {element!r}, which is no {kind.__name__}.") from error
+
+
+def _read_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` is {text!r}, which is not JSON: {error}.") from error
+
+
+def _read_bool(text: str) -> bool | str:
+    """As TRL reads it, but `none` and `null` pass, for `read_value`."""
+    return text if text.lower() in _NONE else string_to_bool(text)
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """`--config=x` and `--accelerate_config=x` as two arguments each, the form that TRL looks for.
-
-    Raises:
-        `ValueError`: if one of the two stands without a value.
-    """
-    out: list[str] = []
+    """Splits `--config=x` and `--accelerate_config=x` in two words, as TRL wants them; refuses them without `x`."""
+    words: list[str] = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        two = equals and name in ("--config", "--accelerate_config")
-        out += [name, value] if two else [argument]
-    for name in ("--config", "--accelerate_config"):
-        if name in out and out.index(name) + 1 == len(out):
-            raise ValueError(f"`{name}` stands without a value; name a YAML file.")
-    return out
+        words += [name, value] if equals and name in _FILE_OPTIONS else [argument]
+    if words and words[-1] in _FILE_OPTIONS:
+        raise ValueError(f"`{words[-1]}` stands without a value; name a YAML file.")
+    return words
 
 
 def read_config(argv: list[str]) -> dict[str, Any]:
-    """The mapping in the file that `--config` names, `{}` without one.
-
-    Raises:
-        `ValueError`: if the file is no YAML mapping.
-    """
+    """Reads the mapping in the file that `--config` names, `{}` without one."""
     if "--config" not in argv:
         return {}
     path = Path(argv[argv.index("--config") + 1])
@@ -144,12 +196,11 @@ def read_config(argv: list[str]) -> dict[str, Any]:
     return config
 
 
-def refuse_unknown(unknown: list[str], parser: TrainParser) -> None:
-    """Raises a `ValueError` that names the first unknown option and the one that was perhaps meant."""
-    if not unknown:
+def refuse_unknown(words: list[str], parser: TrainParser) -> None:
+    """Names the first unknown option, if there is one, and what was perhaps meant."""
+    if not words:
         return
-    option = next((word for word in unknown if word.startswith("-")), unknown[0])
-    name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, parser.option_names(), 1)
+    option = next((word for word in words if word.startswith("-")), words[0])
+    near = difflib.get_close_matches(option.lstrip("-").split("=")[0].replace("-", "_"), parser.option_names(), 1)
     hint = f"did you mean `--{near[0]}`?" if near else f"see `{parser.prog} --help`."
     raise ValueError(f"`{option}` is no option of `{parser.prog}`; {hint}")

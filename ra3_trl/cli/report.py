@@ -7,13 +7,12 @@ import logging
 from pathlib import Path
 
 from ..report.report import make_sections, write_report
-from ..report.runs import Run, read_run
+from ..report.runs import read_runs
 
 
-_EPILOG = """Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, the JSON file of `python -m benchmarks
-replication --json` (with --experiment or without), or a corpus of `ra3 annotate`. LABEL=RUN calls it LABEL; runs of
-the same label are seeds of one another and become one curve with a band. OUTPUT_DIR gets report.html, which holds
-everything and loads nothing, a PNG for each chart, overview.png with all of them, and tables.md."""
+_EPILOG = """Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, or a corpus of `ra3 annotate`. LABEL=RUN
+calls it LABEL; runs of the same label are seeds of one another and become one curve with a band. OUTPUT_DIR gets
+report.html, which holds everything and loads nothing, a PNG for each chart, and overview.png with all of them."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,28 +24,6 @@ def _parser() -> argparse.ArgumentParser:
         "--programs", type=int, default=6, help="programs shown of each annotated corpus (default: %(default)s)"
     )
     return parser
-
-
-def read_runs(names: list[str]) -> list[Run]:
-    """All runs, with their labels.
-
-    Raises:
-        `ValueError`: if one can't be read, or two different ones would be called the same without having been told to.
-    """
-    found, given = [], {}
-    for name in names:
-        label, equals, path = name.partition("=")
-        if not equals or Path(name).exists():
-            label, path = None, name
-        run = read_run(path, label or None)
-        if label is None and run.label in given:
-            raise ValueError(
-                f"`runs`: {path!r} and {given[run.label]!r} are both called {run.label!r}; write LABEL=RUN, with the "
-                "same LABEL for seeds of one another."
-            )
-        given.setdefault(run.label, path)
-        found.append(run)
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:

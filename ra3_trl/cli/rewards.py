@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 
 
 def load_reward_funcs(paths: Sequence[str] | None) -> list[Callable] | None:
-    """The functions that `paths` name, `None` for none. Modules of the current folder are found too.
-
-    Args:
-        paths (`list[str]`, *optional*):
-            Import paths such as `"my_lib.rewards.short"`.
+    """Loads the functions that `paths` name, such as `"my_lib.rewards.short"`; `None` for none. Modules of the current
+    folder are found too.
 
     Raises:
         `ValueError`: if there is no such module or attribute, or it can't be called.
@@ -30,17 +27,17 @@ def _load(path: str) -> Callable:
     if not module_name:
         raise ValueError(f"`reward_funcs` holds {path!r}, which is no import path; write `module.function`.")
     try:
-        module = importlib.import_module(module_name)
+        names = vars(importlib.import_module(module_name))
     except ImportError as error:
         raise ValueError(
             f"`reward_funcs` holds {path!r}, but `import {module_name}` fails ({error}); run where the module is, or "
             "install it."
         ) from error
-    if name not in vars(module):
-        near = [found for found, value in vars(module).items() if callable(value) and not found.startswith("_")]
-        has = f"it has {', '.join(near)}" if near else "it has no function"
-        raise ValueError(f"`reward_funcs` holds {path!r}, but `{module_name}` has no `{name}`; {has}.")
-    func = vars(module)[name]
-    if not callable(func):
-        raise ValueError(f"`reward_funcs` holds {path!r}, which is {func!r} and not a function.")
-    return func
+    if name not in names:
+        near = ", ".join(other for other, value in names.items() if callable(value) and not other.startswith("_"))
+        raise ValueError(
+            f"`reward_funcs` holds {path!r}, but `{module_name}` has no `{name}`; it has {near or 'no function'}."
+        )
+    if not callable(names[name]):
+        raise ValueError(f"`reward_funcs` holds {path!r}, which is {names[name]!r} and not a function.")
+    return names[name]

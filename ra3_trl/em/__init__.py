@@ -1,16 +1,17 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
+from .callbacks import LoopCallback, PreemptionCallback
 from .checkpoint import ASIDE, check_resumable, put_in_place, run_settings, saving_aside
 from .data import Cutter, collate
-from .estep import Chunk, EStep, Gradients, Rollout
+from .estep import Chunk, EStep, Rollout
+from .gradients import Gradients
 from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
-from .rewards import RewardFunc, RewardPlugIns
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
-from .stream import stream_loader
+from .stream import not_evened_out, stream_loader
 from .watch import Watch
 
 
@@ -25,10 +26,10 @@ __all__ = [
     "GateHold",
     "Gradients",
     "HeadLearner",
+    "LoopCallback",
     "MetricSums",
     "Phase",
-    "RewardFunc",
-    "RewardPlugIns",
+    "PreemptionCallback",
     "Rollout",
     "Rows",
     "Schedule",
@@ -39,6 +40,7 @@ __all__ = [
     "latent_alarms",
     "make_learner",
     "mstep_loss",
+    "not_evened_out",
     "pack",
     "phase_scheduler",
     "plan_phases",

@@ -7,8 +7,7 @@ ratio), live or frozen reward model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,8 +18,9 @@ from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_los
 from ..models import BaseWeights, FrozenWeights
 from ..policy import LatentSource, Policy, choose_boundaries, choose_by_promise
 from ..records import Document, PolicyLogProbs, RolloutGroup
+from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey, check_finite
-from .rewards import RewardPlugIns
+from .gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,6 @@ class Rollout:
     chunks: tuple[Chunk, ...]
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     scored_live: bool = True
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """How a process makes gradients: `backward` takes a loss; `syncing` is the context of a forward and its backward
-    pass, told whether it is the batch's last; `through` is the wrapped model whose forward must run."""
-
-    backward: Callable[[torch.Tensor], None]
-    syncing: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext()
-    through: nn.Module | None = None
 
 
 class EStep:

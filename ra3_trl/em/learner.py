@@ -119,10 +119,10 @@ class HeadLearner(HeadDecisions):
             Totals and weights of `head/gain_error`, the mean absolute error in nats before the steps, and of
             `head/gain_spread`, the same of a head that knows the mean only.
         """
-        new = [part for part in seen if len(part)]
-        if not new:
+        seen = [observations for observations in seen if len(observations)]
+        if not seen:
             return {}
-        fresh = Observations.joined(new).in_order()
+        fresh = Observations.joined(seen).in_order()
         measured = fresh.gain_n[fresh.gain_n.isfinite()]
         error = (self.predict(fresh.states_nD)[1] - fresh.gain_n)[fresh.gain_n.isfinite()].abs()
         draw = torch.Generator().manual_seed((noise.seed * 1_000_003 + noise.step) % 2**63)
@@ -147,30 +147,30 @@ class HeadLearner(HeadDecisions):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a resumed run needs, by name."""
-        found = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        found |= {f"annotator.{name}": value for name, value in self.annotator.head.state_dict().items()}
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        tensors |= {f"annotator.{name}": value for name, value in self.annotator.head.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
         if self.kept is not None:
-            found |= {f"kept.{name}": value for name, value in vars(self.kept).items()}
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+            tensors |= {f"kept.{name}": value for name, value in vars(self.kept).items()}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     def load(self, tensors: dict[str, torch.Tensor], trained_on: int) -> None:
         """Takes what `tensors` gave, and how many boundaries the head had learned from."""
 
-        def part(prefix: str) -> dict[str, torch.Tensor]:
+        def under(prefix: str) -> dict[str, torch.Tensor]:
             return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
 
         self.head.trained_on(trained_on - self.head.config.trained_on)
-        self.head.load_state_dict(part("head."))
+        self.head.load_state_dict(under("head."))
         self.annotator = HeadDecisions(copy.deepcopy(self.head), self.args)
-        self.annotator.head.load_state_dict(part("annotator."))
+        self.annotator.head.load_state_dict(under("annotator."))
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in part("optimizer.").items():
+        for name, value in under("optimizer.").items():
             i, _, key = name.partition(".")
             state.setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        kept = part("kept.")
+        kept = under("kept.")
         self.kept = Observations(**kept) if kept else None
 
 
@@ -216,6 +216,6 @@ def head_loss(head: AbstractionHead, seen: Observations) -> torch.Tensor:
     stake = torch.where(in_e, seen.slope_n.abs(), torch.ones(())).to(device)
     loss = stake * nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="none")
     for value, target in zip(regressed, (seen.gain_n.to(device), seen.spread_n.to(device)), strict=True):
-        known = target.isfinite()
-        loss = loss + known * nn.functional.huber_loss(value, torch.where(known, target, 0.0), reduction="none")
+        measured = target.isfinite()
+        loss = loss + measured * nn.functional.huber_loss(value, torch.where(measured, target, 0.0), reduction="none")
     return (seen.weight_n.to(device) * loss).sum() / len(seen)

@@ -20,13 +20,14 @@ from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy, annotate, token_text
 from ..records import AnnotatedExample, Document
+from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey
 from ..segmentation import splice
-from .estep import EStep, Gradients, Rollout
+from .estep import EStep, Rollout
+from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
 from .monitor import MetricSums, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
-from .rewards import RewardPlugIns
 from .schedule import Phase, Schedule
 from .state import EMState
 from .watch import Watch
@@ -214,7 +215,7 @@ class EMLoop:
         scored = engine.score_seconds - scored
         metrics.add("seconds/score", scored)
         metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
-        prepared = [Batch(tuple(part), in_e_phase=True) for part in _split(rollouts, batches)]
+        prepared = [Batch(tuple(of_batch), in_e_phase=True) for of_batch in _split(rollouts, batches)]
         # The head learns from the policy's own latents, whose gate it is.
         own = [r for r in rollouts if self.learner is not None and r.group.boundaries and r.group.view is None]
         ordered = [r for batch in prepared for r in batch.rollouts]
@@ -270,7 +271,7 @@ class EMLoop:
         else:
             examples = [splice(document, {}) for document in flat]
         args = self.args
-        rows = [pack(part, args.max_length, args.packing) if part else None for part in _split(examples, batches)]
+        rows = [pack(own, args.max_length, args.packing) if own else None for own in _split(examples, batches)]
         tokens = sum(r.num_tokens for r in rows if r is not None)
         return [Batch(rows=r) for r in rows], Share([1] * len(rows), float(tokens), tokens)
 

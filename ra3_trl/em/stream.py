@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -16,6 +18,18 @@ def own_share(dataset: IterableDataset, rank: int, processes: int) -> IterableDa
     """The rows of this process: whole shards if they divide evenly, else every n-th row. Workers of a data loader
     share out its shards again."""
     return split_dataset_by_node(dataset, rank, processes) if processes > 1 else dataset
+
+
+@contextmanager
+def not_evened_out(accelerator: Accelerator) -> Iterator[None]:
+    """Loaders that are made inside repeat no row to even processes out: it would count twice where rows are measured,
+    and processes need not do as many forwards there."""
+    config = accelerator.dataloader_config
+    before, config.even_batches = config.even_batches, False
+    try:
+        yield
+    finally:
+        config.even_batches = before
 
 
 def stream_loader(

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from .card import add_to_card, card_results, push_results
-from .draw import draw_samples, plan_batches
+from .card import add_to_card, push_results
+from .draw import EvaluationSettings
+from .evaluate import evaluate_passk, evaluate_samples
 from .passk import bootstrap_interval, estimate, paired_interval, pass_at_k
 from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
-from .results import Scorer, check_k, read_results, summarise, write_results
+from .results import check_k, read_results
 from .samples import Sample, read_samples
 from .tasks import Benchmark, Task, load_benchmark
 
@@ -17,25 +18,22 @@ __all__ = [
     "PASS_AT_K",
     "PROMPT_FORMS",
     "Benchmark",
+    "EvaluationSettings",
     "Sample",
-    "Scorer",
     "Task",
     "add_to_card",
     "bootstrap_interval",
-    "card_results",
     "check_k",
-    "draw_samples",
     "estimate",
+    "evaluate_passk",
+    "evaluate_samples",
     "load_benchmark",
     "paired_interval",
     "pass_at_k",
-    "plan_batches",
     "push_results",
     "read_results",
     "read_samples",
     "render_prompt",
     "sample_of",
     "stop_strings",
-    "summarise",
-    "write_results",
 ]

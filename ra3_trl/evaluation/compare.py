@@ -1,153 +1,166 @@
-"""Runs of `ra3 evaluate` side by side: what each reached, and how far each is from the first, problem by problem."""
+"""Checkpoints side by side: what each reached, and how far each is from the first, problem by problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .passk import bootstrap_interval, paired_interval, pass_at_k
-from .tasks import Benchmark
+from ..files import fingerprint
+from .passk import bootstrap_interval, paired_interval
+from .results import RESULTS, check_k, problem_values, read_results, with_interval
+from .tasks import HUB, Benchmark
 
 
 _COPIED = ("num_samples", "verdicts", "forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished")
 _OF_THINKING = ("think", "threshold", "num_samples")  # what is compared may think otherwise or be drawn more often
+_WEIGHTS = ("config.json", "adapter_config.json")
+
+
+# ---- what is compared ----
 
 
 @dataclass(frozen=True)
-class Problems:
-    """Which problems a run is of.
+class Entrant:
+    """One of those compared: `results` of a folder that was given, or else a checkpoint at `place`."""
 
-    Args:
-        task (`str`):
-            What they are called together.
-        ids (`frozenset[str]`):
-            Their ids.
-        fingerprint (`str`, *optional*):
-            [`Benchmark`]'s, of prompts and tests; `None` where the run does not say it.
-    """
-
-    task: str
-    ids: frozenset[str]
-    fingerprint: str | None
-
-    @classmethod
-    def of_run(cls, run: Mapping[str, Any]) -> Problems:
-        """Those of what `ra3 evaluate` wrote."""
-        return cls(run["task"], frozenset(run["problems"]), run["run"].get("tasks"))
-
-    @classmethod
-    def of_benchmark(cls, benchmark: Benchmark) -> Problems:
-        """Those of a benchmark."""
-        return cls(benchmark.name, frozenset(task.task_id for task in benchmark.tasks), benchmark.fingerprint)
+    name: str
+    place: str
+    results: dict[str, Any] | None
+    weights: str | None  # the checkpoint's folder or id; `None` where what was evaluated is not at hand
 
 
-def check_same_problems(runs: Mapping[str, Problems]) -> None:
-    """Refuses runs that can't be compared.
-
-    Args:
-        runs (`Mapping[str, Problems]`):
-            The problems of each.
+def read_entrants(places: Sequence[str], names: Sequence[str] | None = None) -> list[Entrant]:
+    """Finds out what stands at each place, a checkpoint or a folder that `ra3 evaluate` wrote; nothing big is loaded.
 
     Raises:
-        `ValueError`: for runs of different tasks or problems, or other prompts or tests of them, naming them.
+        `ValueError`: for fewer than two, names that do not fit, and folders that hold neither weights nor results.
     """
-    first = next(iter(runs))
-    wanted = runs[first]
-    for name, has in runs.items():
-        known = wanted.fingerprint is not None and has.fingerprint is not None
-        if has.task != wanted.task and not (known and has.fingerprint == wanted.fingerprint):
+    if len(places) < 2:
+        raise ValueError(f"{places[0]!r} is all there is to compare; give two or more.")
+    if names is not None and len(names) != len(places):
+        raise ValueError(f"`names` has {len(names)} names for {len(places)} checkpoints; give each one.")
+    entrants: dict[str, Entrant] = {}
+    for i, place in enumerate(places):
+        entrant = _entrant(place, names[i] if names else None)
+        if entrant.name in ("", ".", "..") or set(entrant.name) & set("/\\\0"):  # it becomes a folder's
             raise ValueError(
-                f"{first!r} is of the task {wanted.task!r} and {name!r} of {has.task!r}; compare one task."
+                f"`names` has {entrant.name!r}, which is no folder's name; use letters, digits and dashes."
             )
-        for here, there, missing in ((name, first, wanted.ids - has.ids), (first, name, has.ids - wanted.ids)):
-            if missing:
-                raise ValueError(
-                    f"{here!r} has no results for {_some(missing)}, which {there!r} has; evaluate both on the same "
-                    "problems (`max_tasks`)."
-                )
-        if known and has.fingerprint != wanted.fingerprint:
-            raise ValueError(
-                f"{first!r} and {name!r} are of problems of the same ids with other prompts or tests; evaluate both "
-                "on the same `task_file`."
-            )
+        if entrant.name in entrants:
+            raise ValueError(f"two are called {entrant.name!r}; tell them apart by `--names`.")
+        entrants[entrant.name] = entrant
+    return list(entrants.values())
 
 
-def _some(ids: frozenset[str]) -> str:
-    shown = ", ".join(map(repr, sorted(ids)[:3]))
-    return f"{len(ids)} of the problems ({shown}{', ...' if len(ids) > 3 else ''})"
+def _entrant(place: str, name: str | None) -> Entrant:
+    folder = Path(place)
+    if folder.is_file():
+        raise ValueError(f"{place!r} is a file; give a checkpoint, or a folder that `ra3 evaluate` wrote.")
+    base = folder.resolve().name if folder.is_dir() else place.rstrip("/").split("/")[-1]
+    if not folder.is_dir() or any((folder / filename).is_file() for filename in _WEIGHTS):
+        return Entrant(name or base, place, None, place)
+    if not (folder / RESULTS).is_file():
+        raise ValueError(
+            f"{place!r} is a folder with neither config.json (a checkpoint) nor {RESULTS} (of `ra3 evaluate`)."
+        )
+    results = read_results(folder)
+    checkpoint = results["run"].get("checkpoint")  # of a path its last part: it may be another one of that name
+    here = isinstance(checkpoint, str) and _holds(Path(checkpoint), results["run"].get("weights"))
+    name = name or base.removesuffix(f"-{results['task']}")
+    return Entrant(name, place, results, checkpoint if here else None)
 
 
-def common_ks(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int] | None = None) -> list[int]:
-    """Those `k` for which pass@k can be told for all runs.
+def _holds(folder: Path, weights: str | None) -> bool:
+    """Whether a folder has the weights of this fingerprint."""
+    try:
+        return folder.is_dir() and fingerprint(folder) == weights
+    except ValueError:  # it has none
+        return False
 
-    Args:
-        runs (`Mapping[str, Mapping]`):
-            What `ra3 evaluate` wrote for each.
-        ks (`Sequence[int]`, *optional*):
-            Those that are wanted; `None` takes those that all runs have.
+
+def task_of(entrants: Sequence[Entrant], task: str | None) -> str | None:
+    """The task to load: the one asked for, else that of the results, else `"humaneval"`; `None` where a file would be
+    needed and nothing is to be evaluated (`ValueError` if something is)."""
+    if task is not None:
+        return task
+    of_results = next((entrant.results["task"] for entrant in entrants if entrant.results is not None), "humaneval")
+    if of_results in HUB:
+        return of_results
+    if any(entrant.results is None for entrant in entrants):
+        raise ValueError(f"`task` is missing; the results are of {of_results!r}, so give the file of its problems.")
+    return None
+
+
+def choose_ks(
+    runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int] | None = None, num_samples: int | None = None
+) -> list[int]:
+    """The k of pass@k that can be estimated for all: those asked for, else those that all results have, else 1.
+
+    `num_samples` are those of each task that checkpoints will have, `None` where none is to be evaluated.
 
     Raises:
-        `ValueError`: if a run has too few samples for one that is wanted, or the runs have none in common.
+        `ValueError`: if one of them has too few samples, or the results have no k in common.
     """
-    if ks is None:
-        found = set.intersection(*({int(k) for k in run["pass@k"]} for run in runs.values()))
-        if not found:
+    if ks is None and runs:
+        common = sorted(set.intersection(*({int(k) for k in run["pass@k"]} for run in runs.values())))
+        if not common:
             have = ", ".join(f"{name!r} {'/'.join(run['pass@k'])}" for name, run in runs.items())
             raise ValueError(f"no k of pass@k is common to all ({have}); say which by `k`.")
-        return sorted(found)
+        ks = [k for k in common if num_samples is None or k <= num_samples] or common
+    ks = [1] if ks is None else sorted(set(ks))
+    check_k(ks, max(ks) if num_samples is None else num_samples)
     for name, run in runs.items():
         few = min(len(problem["verdict"]) for problem in run["problems"].values())
         if max(ks) > few:
             raise ValueError(f"`k` is {max(ks)}, but {name!r} has {few} samples of a problem; lower `k`.")
-    return sorted(set(ks))
+    return ks
 
 
-def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What, besides thinking and the number of samples, makes a run's samples or verdicts others than the first's; a
-    sentence each."""
-    notes = []
-    first, *others = ((name, _sampling(run)) for name, run in runs.items())
-    for name, settings in (first, *others):
-        if settings is None:
-            notes.append(f"{name} was judged from a file of samples; how they were drawn is not known.")
-    for name, settings in others:
-        if first[1] is None or settings is None:
-            continue
-        names = sorted(key for key in {*first[1], *settings} if first[1].get(key) != settings.get(key))
-        differ = [f"`{key}` is {first[1].get(key)!r} for {first[0]} and {settings.get(key)!r}" for key in names]
-        if differ:
-            notes.append(f"{name} was sampled with other settings: {', '.join(differ)} for {name}.")
-    limits = {name: run["run"].get("limits") for name, run in runs.items()}
-    for name, _ in others:
-        if limits[name] != limits[first[0]]:
-            here, there = (_told(limits[one]) for one in (first[0], name))
-            notes.append(f"Programs of {first[0]} ran under {here}, those of {name} under {there}.")
-    return notes
+def match_problems(entrants: Sequence[Entrant], benchmark: Benchmark | None = None) -> Benchmark | None:
+    """Refuses entrants that can't be compared; returns the benchmark, of the problems that are compared.
+
+    Raises:
+        `ValueError`: for different tasks or problems, or other prompts or tests of them, naming them.
+    """
+    problems = {
+        entrant.name: (run["task"], frozenset(run["problems"]), run["run"].get("tasks"))
+        for entrant in entrants
+        if (run := entrant.results) is not None
+    }
+    if benchmark is not None:
+        drawn = [entrant.name for entrant in entrants if entrant.results is None]
+        if not drawn:  # it is loaded for its solutions alone, and may have more problems than were evaluated
+            benchmark = benchmark.only(next(iter(problems.values()))[1])
+        to_draw = benchmark.name, frozenset(task.task_id for task in benchmark.tasks), benchmark.fingerprint
+        problems |= dict.fromkeys(drawn or [f"`task` {benchmark.name}"], to_draw)
+    (first, (task, ids, tests)), *others = problems.items()
+    for name, (other_task, other_ids, other_tests) in others:
+        comparable = None not in (tests, other_tests)  # results of before do not say it
+        same = comparable and tests == other_tests
+        if task != other_task and not same:  # the same file may have had another name
+            raise ValueError(f"{first!r} is of the task {task!r} and {name!r} of {other_task!r}; compare one task.")
+        for here, there, missing in ((name, first, ids - other_ids), (first, name, other_ids - ids)):
+            if missing:
+                shown = ", ".join(map(repr, sorted(missing)[:3])) + (", ..." if len(missing) > 3 else "")
+                raise ValueError(
+                    f"{here!r} has no results for {len(missing)} of the problems ({shown}), which {there!r} has; "
+                    "evaluate both on the same problems (`max_tasks`)."
+                )
+        if comparable and not same:
+            raise ValueError(
+                f"{first!r} and {name!r} are of problems of the same ids with other prompts or tests; evaluate both "
+                "on the same `task_file`."
+            )
+    return benchmark
 
 
-def _told(limits: Mapping[str, Any] | None) -> str:
-    return "unknown limits" if limits is None else f"{limits['seconds']:g} s and {limits['memory_mb']} MiB"
-
-
-def _sampling(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    about = run["run"]
-    if "settings" not in about:
-        return None
-    drawn = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
-    return drawn | {key: about.get(key) for key in ("form", "dtype")}
+# ---- numbers ----
 
 
 def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Numbers of each run, and their distance from the first's.
-
-    Args:
-        runs (`Mapping[str, Mapping]`):
-            What `ra3 evaluate` wrote for each, of the same problems; the others are compared with the first.
-        ks (`Sequence[int]`):
-            For which pass@k is estimated.
+    """Measures each run, and its distance from the first, which is of the same problems.
 
     Returns:
         `dict[str, dict[str, Any]]`: for each run `pass@k` by k with `value`, `low` and `high` (95 % bootstrap interval
@@ -155,29 +168,47 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> di
         same drawn problems); `plus_pass@k` likewise if all have it; `think`, counts of verdicts, and means.
     """
     first = next(iter(runs))
-    found: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    models: dict[str, dict[str, Any]] = {name: {} for name in runs}
     for kind in ("verdict", "plus_verdict"):
         if not all(kind in problem for run in runs.values() for problem in run["problems"].values()):
             continue
         for k in ks:
-            values = {name: _of_problems(run, kind, k, runs[first]["problems"]) for name, run in runs.items()}
+            # By the first's order of problems: pairs must be of one problem.
+            order = runs[first]["problems"]
+            values = {name: problem_values(run["problems"], kind, k, order) for name, run in runs.items()}
             for name, row in values.items():
-                number = _with_interval(row.mean(), bootstrap_interval(row))
+                number: dict[str, Any] = with_interval(row.mean(), bootstrap_interval(row))
                 if name != first:
                     paired = paired_interval(values[first], row)
-                    number["difference"] = _with_interval(row.mean() - values[first].mean(), paired)
-                found[name].setdefault(f"{kind.removesuffix('verdict')}pass@k", {})[str(k)] = number
+                    number["difference"] = with_interval(row.mean() - values[first].mean(), paired)
+                models[name].setdefault(f"{kind.removesuffix('verdict')}pass@k", {})[str(k)] = number
     for name, run in runs.items():
-        found[name]["think"] = run["run"].get("settings", {}).get("think")
-        found[name] |= {key: run[key] for key in _COPIED if key in run}
-    return found
+        models[name]["think"] = run["run"].get("settings", {}).get("think")
+        models[name] |= {key: run[key] for key in _COPIED if key in run}
+    return models
 
 
-def _of_problems(run: Mapping[str, Any], kind: str, k: int, order: Iterable[str]) -> np.ndarray:
-    """pass@k of each problem, `[problems]`."""
-    verdicts = [run["problems"][task_id][kind] for task_id in order]
-    return np.array([pass_at_k(len(of_task), of_task.count("passed"), k) for of_task in verdicts])
-
-
-def _with_interval(value: float, interval: tuple[float, float]) -> dict[str, float]:
-    return {"value": float(value), "low": interval[0], "high": interval[1]}
+def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Says what, besides thinking and the number of samples, makes a run's samples or verdicts others than the
+    first's; a sentence each."""
+    sampled, notes = {}, []
+    for name, run in runs.items():
+        about = run["run"]
+        if "settings" in about:
+            settings = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
+            sampled[name] = settings | {key: about.get(key) for key in ("form", "dtype")}
+        else:
+            notes.append(f"{name} was judged from a file of samples; how they were drawn is not known.")
+    first, *others = runs
+    for name in others:
+        if first in sampled and name in sampled:
+            here, there = sampled[first], sampled[name]
+            keys = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
+            differ = [f"`{key}` is {here.get(key)!r} for {first} and {there.get(key)!r}" for key in keys]
+            notes += [f"{name} was sampled with other settings: {', '.join(differ)} for {name}."] if differ else []
+    for name in others:
+        limits = [runs[run]["run"].get("limits") for run in (first, name)]
+        if limits[0] != limits[1]:
+            words = [f"{of['seconds']:g} s and {of['memory_mb']} MiB" if of else "unknown limits" for of in limits]
+            notes.append(f"Programs of {first} ran under {words[0]}, those of {name} under {words[1]}.")
+    return notes

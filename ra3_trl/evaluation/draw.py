@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,60 @@ from transformers import set_seed
 
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..models import context_length
-from .prompts import render_prompt, sample_of
+from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .samples import Sample
 from .tasks import Benchmark, Task
 
 
 SAMPLES, RUN = "samples.jsonl", "run.json"
-_FACTS = {"tokens", "finished"}
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field whose help is written once, here; `ra3 evaluate` and `ra3 compare` have a flag for each."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How samples of a benchmark are drawn; docs/evaluation.md says more of prompts and thinking.
+
+    Raises:
+        `ValueError`: for a number out of its range, or an unknown `think` or `prompt_form`.
+    """
+
+    num_samples: int = _option(1, "samples of each task")
+    temperature: float | None = _option(None, "0 takes the likeliest token (default: 0 for one sample, else 0.8)")
+    top_p: float = _option(0.95, "at a temperature above 0")
+    max_new_tokens: int = _option(512, "of a completion, latents counted")
+    think: str = _option(
+        "auto", "latents where the checkpoint wants them (one that RA3 did not train writes what it likes), at every "
+        "boundary, or nowhere, which bans all own-line comments", ("auto", "always", "never"),
+    )  # fmt: skip
+    threshold: float | None = _option(None, "with `auto`: think where P(think) is at least this")
+    prompt_form: str = _option("complete", "how tasks are put", PROMPT_FORMS)
+    batch_size: int = _option(32, "completions at a time")
+    seed: int = _option(42, "of the draws")
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}; use at least 1.")
+        self.completions("mbpp")  # checks the others; all forms are for MBPP
+
+    def completions(self, kind: str, trained: bool = True) -> CompletionSettings:
+        """The settings of completions for tasks of a kind, by a model that RA3 `trained` or not.
+
+        Raises:
+            `ValueError`: for a `prompt_form` that is not for tasks of this kind.
+        """
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.num_samples == 1 else 0.8
+        return CompletionSettings(
+            self.num_samples, temperature, top_p=self.top_p if temperature else 1.0,
+            max_new_tokens=self.max_new_tokens, stop=stop_strings(kind, self.prompt_form),
+            think=self.think if trained or self.think != "auto" or self.threshold is not None else None,
+            threshold=self.threshold, prompt_is_code=self.prompt_form == "complete",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +85,7 @@ class Batch:
 
 
 def plan_batches(benchmark: Benchmark, num_samples: int, batch_size: int) -> list[Batch]:
-    """Batches of at most `batch_size` completions that cover `num_samples` of every task; tasks of like length stand
+    """Cuts `num_samples` of every task into batches of at most `batch_size` completions; tasks of like length stand
     together, the longest first, so that what does not fit into memory shows at once."""
     tasks = sorted(benchmark.tasks, key=lambda task: (-len(task.prompt), task.task_id))
     batches = []
@@ -53,104 +99,73 @@ def plan_batches(benchmark: Benchmark, num_samples: int, batch_size: int) -> lis
 def draw_samples(
     model: AutoModelForCausalLMWithAbstractionHead,
     benchmark: Benchmark,
-    form: str,
-    settings: CompletionSettings,
-    *,
+    settings: EvaluationSettings,
+    completions: CompletionSettings,
     folder: Path,
-    batch_size: int,
-    seed: int,
-    about: dict[str, Any],
-    on_rows: Callable[[list[dict[str, Any]]], None],
-) -> None:
-    """Draws what is missing of `folder/samples.jsonl`.
+    about: Mapping[str, Any],
+) -> Generator[list[dict[str, Any]], None, None]:
+    """Draws what is missing of `folder/samples.jsonl`, and yields the rows of each batch, those of a former run first.
 
-    Args:
-        model ([`~ra3_trl.AutoModelForCausalLMWithAbstractionHead`]):
-            The model, with its tokenizer.
-        benchmark ([`Benchmark`]):
-            The tasks.
-        form (`str`):
-            One of `PROMPT_FORMS`.
-        settings ([`CompletionSettings`]):
-            How completions are drawn.
-        folder (`Path`):
-            Gets the samples, and `run.json` with what they depend on.
-        batch_size (`int`):
-            Completions at a time.
-        seed (`int`):
-            Of the draws.
-        about (`dict[str, Any]`):
-            What else the samples depend on: the checkpoint, its type.
-        on_rows (`Callable`):
-            Called with the rows of each batch, those of a former run too: those of [`Sample`] with the number
-            `sample`, `tokens` and `finished`.
+    A row is that of [`Sample`] with the number `sample`, `tokens` and `finished`. `completions` are those of
+    `settings` for this model; `about` is what else samples depend on, and `run.json` gets all of it.
 
     Raises:
         `ValueError`: if the folder holds samples of another run, or another process draws into it, or a prompt and
             its completion exceed the context.
     """
-    tokens = _prompt_tokens(model, benchmark, form, settings)
-    run = {**about, "settings": asdict(settings), "form": form, "batch_size": batch_size, "seed": seed}
-    run |= {"num_tasks": len(benchmark.tasks), "prompts": _fingerprint(tokens)}
-    batches = plan_batches(benchmark, settings.num_samples, batch_size)
+    tokens = _prompt_tokens(model, benchmark, settings.prompt_form, completions)
+    run = {**about, "settings": asdict(completions), "form": settings.prompt_form}
+    run |= {"batch_size": settings.batch_size, "seed": settings.seed, "num_tasks": len(benchmark.tasks)}
+    run["prompts"] = hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
+    batches = plan_batches(benchmark, settings.num_samples, settings.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        done = _resume(folder, json.loads(json.dumps(run)), batches)
-        for rows in done:
-            on_rows(rows)
-        with open(folder / SAMPLES, "a", encoding="utf-8") as file:
-            for number, batch in enumerate(batches[len(done) :], len(done)):
-                set_seed(int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4]))
-                rows = list(_draw(model, benchmark, form, settings, batch, tokens))
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
-                on_rows(rows)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from drawing into a folder; a killed one lets go of it."""
+    lock = FileLock(folder / ".lock", timeout=0)  # a killed process lets go of it
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"another process draws samples into {str(folder)!r}; wait for it, or give another `output_dir`."
         ) from error
+    try:
+        done = _resume(folder, json.loads(json.dumps(run)), batches)
+        yield from done
+        with open(folder / SAMPLES, "a", encoding="utf-8") as file:
+            for number, batch in enumerate(batches[len(done) :], len(done)):
+                # By the batch's number, not by what was drawn before it: a resumed run has not drawn that.
+                set_seed(int.from_bytes(hashlib.sha256(f"{settings.seed} {number}".encode()).digest()[:4]))
+                drawn = replace(completions, num_samples=batch.count)
+                texts = draw_completions(model, [tokens[task.task_id] for task in batch.tasks], drawn)
+                rows = [
+                    {**sample_of(task, settings.prompt_form, completion.text).row(task.task_id), "sample": sample,
+                     "tokens": len(completion.token_ids), "finished": completion.finished}
+                    for task, of_task in zip(batch.tasks, texts, strict=True)
+                    for sample, completion in enumerate(of_task, batch.first)
+                ]  # fmt: skip
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+                yield rows
+    finally:
+        lock.release()
 
 
-def _draw(model, benchmark, form, settings, batch, tokens) -> Iterator[dict[str, Any]]:
-    settings = CompletionSettings(**{**vars(settings), "num_samples": batch.count})
-    found = draw_completions(model, [tokens[task.task_id] for task in batch.tasks], settings)
-    for task, completions in zip(batch.tasks, found, strict=True):
-        for sample, completion in enumerate(completions, batch.first):
-            yield {
-                **sample_of(task, form, completion.text).row(task.task_id),
-                "sample": sample,
-                "tokens": len(completion.token_ids),
-                "finished": completion.finished,
-            }
-
-
-def _prompt_tokens(model, benchmark: Benchmark, form: str, settings: CompletionSettings) -> dict[str, list[int]]:
+def _prompt_tokens(
+    model: AutoModelForCausalLMWithAbstractionHead, benchmark: Benchmark, form: str, settings: CompletionSettings
+) -> dict[str, list[int]]:
     """Tokens of each task's prompt; all are made before anything is drawn."""
     tokenizer, most = model.tokenizer, context_length(model.pretrained_model)
-    found = {}
+    if tokenizer is None:
+        raise ValueError("`model` has no tokenizer, by which prompts are read; make it with `tokenizer`.")
+    tokens = {}
     for task in benchmark.tasks:
         text = render_prompt(task, benchmark.kind, form, tokenizer, benchmark.shots)
-        ids = tokenizer(text, add_special_tokens=form != "chat").input_ids
+        ids = tokens[task.task_id] = tokenizer(text, add_special_tokens=form != "chat").input_ids
         if most is not None and len(ids) + settings.max_new_tokens > most:
             raise ValueError(
                 f"`max_new_tokens` is {settings.max_new_tokens} and the prompt of {task.task_id!r} has {len(ids)} "
                 f"tokens, more than the model's context of {most} together; lower `max_new_tokens`."
             )
-        found[task.task_id] = ids
-    return found
-
-
-def _fingerprint(tokens: dict[str, list[int]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
+    return tokens
 
 
 def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list[list[dict[str, Any]]]:
@@ -161,44 +176,44 @@ def _resume(folder: Path, run: dict[str, Any], batches: Sequence[Batch]) -> list
             raise ValueError(f"{samples} exists, but no {RUN} that says what it is of; give another `output_dir`.")
         about.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         return []
-    _check_same(folder, _parsed(about.read_bytes(), about), run)
+    _check_same(folder, _parse(about.read_bytes(), about), run)
     lines = samples.read_bytes().splitlines(keepends=True) if samples.exists() else []
     done, end = [], 0
     for batch in batches:
-        size = len(batch.tasks) * batch.count
-        found = lines[end : end + size]
-        if len(found) < size or not found[-1].endswith(b"\n"):
-            break
-        rows = [_parsed(line, samples) for line in found]
         planned = [(task.task_id, batch.first + i) for task in batch.tasks for i in range(batch.count)]
-        whole = all(_FACTS.issubset(row) and Sample.of_row(row) for row in rows)
+        of_batch = lines[end : end + len(planned)]
+        # A kill may leave a part of a batch, or of a line; the batch is drawn anew, by its own seed.
+        if len(of_batch) < len(planned) or not of_batch[-1].endswith(b"\n"):
+            break
+        rows = [_parse(line, samples) for line in of_batch]
+        whole = all({"tokens", "finished"} <= set(row) and Sample.of_row(row) for row in rows)
         if [(row.get("task_id"), row.get("sample")) for row in rows] != planned or not whole:
             raise ValueError(
                 f"{samples} is damaged (line {end + 1} and on are not the samples of {planned[0][0]!r} that were to "
                 "stand there); give another `output_dir`, or delete this one."
             )
         done.append(rows)
-        end += size
+        end += len(planned)
     if lines[end:]:
         os.truncate(samples, sum(map(len, lines[:end])))
     return done
 
 
-def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-        if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
+        content = json.loads(text)
+        if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
             raise ValueError("not the mapping that it was")
-        return found
+        return content
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); give another `output_dir`, or delete this one.") from error
 
 
-def _check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    flat = [{**run, **run.get("settings", {})} for run in (was, now)]
-    for name in flat[1]:
-        if name != "settings" and flat[0].get(name) != flat[1][name]:
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    was = {**before, **before.get("settings", {})}
+    for name, value in {**now, **now["settings"]}.items():
+        if name != "settings" and was.get(name) != value:
             raise ValueError(
-                f"{str(folder)!r} holds samples of another run, of which `{name}` was {flat[0].get(name)!r} and not "
-                f"{flat[1][name]!r}; give another `output_dir`, or delete this one."
+                f"{str(folder)!r} holds samples of another run, of which `{name}` was {was.get(name)!r} and not "
+                f"{value!r}; give another `output_dir`, or delete this one."
             )

@@ -29,6 +29,7 @@ from ..sandbox import Problem
 
 
 MBPP = "Mbpp/"  # begins the ids of its tasks
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SETUP = """\
 from __future__ import annotations
 from base64 import b64decode as _decode
@@ -48,7 +49,7 @@ for _given in _inputs:
 
 
 def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Problem]:
-    """The two problems of a row: HumanEval's or MBPP's own inputs, and these with EvalPlus's.
+    """Makes the two problems of a row: HumanEval's or MBPP's own inputs, and these with EvalPlus's.
 
     Args:
         row (`Mapping`):
@@ -65,30 +66,24 @@ def evalplus_problems(row: Mapping[str, Any], task_id: str) -> tuple[Problem, Pr
         raise ValueError("it has a `base_input` and no `entry_point`; name the function that it checks.")
     if not isinstance(atol, (int, float)) or not 0 <= atol < float("inf"):
         raise ValueError(f"`atol` is {atol!r}; give a number that is not negative.")
-    solution = _solution(row, entry_point)
+    solution = _solution_of(row, entry_point)
     base, plus = (_inputs(row, name, task_id) for name in ("base_input", "plus_input"))
     if not base:
         raise ValueError("`base_input` is empty; nothing would be tested.")
     rule = _RULES.get((task_id.startswith(MBPP), entry_point), _alike)
     test = _TEST.format(rule=rule.__name__, entry_point=entry_point, atol=atol)
-    return tuple(
-        Problem((test,), _setup(solution, entry_point, rule, inputs), entry_point) for inputs in (base, base + plus)
-    )
-
-
-def _setup(solution: str, entry_point: str, rule: Callable, inputs: list) -> str:
     functions = "\n".join(_source(function) for function in dict.fromkeys((_near, _alike, rule)))
-    # A pickle since a literal of some MB takes a second and a lot of memory to read; the values are from JSON.
-    packed = base64.b64encode(pickle.dumps(inputs, protocol=5)).decode()
-    return _SETUP.format(functions=functions, solution=solution, entry_point=entry_point, inputs=packed)
+
+    def problem(inputs: list) -> Problem:
+        # A pickle since a literal of some MB takes a second and a lot of memory to read; the values are from JSON.
+        packed = base64.b64encode(pickle.dumps(inputs, protocol=5)).decode()
+        setup = _SETUP.format(functions=functions, solution=solution, entry_point=entry_point, inputs=packed)
+        return Problem((test,), setup, entry_point)
+
+    return problem(base), problem(base + plus)
 
 
-@cache
-def _source(function: Callable) -> str:
-    return inspect.getsource(function)
-
-
-def _solution(row: Mapping[str, Any], entry_point: str) -> str:
+def _solution_of(row: Mapping[str, Any], entry_point: str) -> str:
     rest = row.get("canonical_solution")
     if not isinstance(rest, str):
         raise ValueError("it has no `canonical_solution`, which tells what is expected; give it.")
@@ -96,21 +91,21 @@ def _solution(row: Mapping[str, Any], entry_point: str) -> str:
         body = ast.parse(row["prompt"] + rest).body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"`prompt` and `canonical_solution` are no Python: {error}; correct them.") from error
-    if entry_point not in {getattr(node, "name", None) for node in body}:
+    if entry_point not in {node.name for node in body if isinstance(node, _DEFINITIONS)}:
         raise ValueError(f"`canonical_solution` does not define `{entry_point}`, the `entry_point`.")
     return row["prompt"] + rest
 
 
 def _inputs(row: Mapping[str, Any], name: str, task_id: str) -> list[list]:
     """Argument lists, with the types that JSON has not."""
-    found = row.get(name) or []
-    if not isinstance(found, list) or not all(isinstance(arguments, list) for arguments in found):
+    rows = row.get(name) or []
+    if not isinstance(rows, list) or not all(isinstance(arguments, list) for arguments in rows):
         raise ValueError(f"`{name}` is no list of argument lists; give one, perhaps empty.")
     number = task_id.removeprefix(MBPP)
     if number == task_id or not number.isdecimal():
-        return found
+        return rows
     makers = _MAKERS.get(int(number), ())
-    pairs = [zip(chain(makers, repeat(_same)), arguments, strict=False) for arguments in found]
+    pairs = [zip(chain(makers, repeat(_same)), arguments, strict=False) for arguments in rows]
     return [[make(value) for make, value in row] for row in pairs]
 
 
@@ -120,10 +115,6 @@ def _same(value: Any) -> Any:
 
 def _tuples(value: list) -> list:
     return [tuple(item) for item in value]
-
-
-def _tuple_of_tuples(value: list) -> tuple:
-    return tuple(tuple(item) for item in value)
 
 
 def _tuple_or_item(value: list) -> tuple:
@@ -149,7 +140,7 @@ _MAKERS: dict[int, tuple[Callable, ...]] = {
         ((tuple,) * 9, (2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726,
                         740, 744, 809)),
         ((_tuples,) * 9, (63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780)),
-        ((_tuple_of_tuples,) * 9, (259, 401, 445)),
+        ((_tuple_or_item,) * 9, (259, 401, 445)),
         ((_deep,) * 9, (580, 615, 791)),
         ((_tuples,), (75, 413, 444, 753)),
         ((tuple,), (250, 307, 405, 446, 617, 720, 763, 808)),
@@ -164,7 +155,9 @@ _MAKERS: dict[int, tuple[Callable, ...]] = {
 }  # fmt: skip
 
 
-# What follows runs on the tests' side, by its source: no names but builtins, and no annotations but these.
+# What follows runs on the tests' side, by its source: no names but builtins, and no annotations but these. As the
+# texts above it is part of a benchmark's fingerprint: to change a letter makes results of before incomparable.
+_source = cache(inspect.getsource)
 
 
 def _near(found: object, expected: object, atol: float) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that of `k` samples, drawn without putting back from `n` of which `c` passed, at least one passed.
+    """Estimates the chance that of `k` samples, drawn without replacement from `n`, at least one is correct.
 
     This is `1 - C(n - c, k) / C(n, k)` (equation 1), as a product that can't overflow.
 
@@ -40,13 +40,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def estimate(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """Mean of [`pass_at_k`] over problems.
-
-    Args:
-        counts (`Sequence[tuple[int, int]]`):
-            Samples, and those that passed, of each problem.
-        k (`int`):
-            Samples drawn of each.
+    """Averages [`pass_at_k`] over problems, of each of which `counts` has the samples and those that passed.
 
     Raises:
         `ValueError`: for no problems, or one with fewer than `k` samples.
@@ -59,18 +53,17 @@ def estimate(counts: Sequence[tuple[int, int]], k: int) -> float:
 def bootstrap_interval(
     values: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean, from problems drawn with putting back.
+    """Computes the percentile bootstrap interval of the mean: how far it might be from that over other problems.
 
-    It says how far the mean might be from that over other problems of the same kind. Noise of the samples is in it,
-    since each problem's value carries its own.
+    Noise of the samples is in it, since each problem's value carries its own.
 
     Args:
         values (`np.ndarray`):
             A value for each problem, shape `[problems]`.
         seed (`int`, *optional*, defaults to `0`):
-            Of the draws.
+            Of the resampling.
         resamples (`int`, *optional*, defaults to `10000`):
-            Draws of as many problems as there are.
+            Draws, with replacement, of as many problems as there are.
         level (`float`, *optional*, defaults to `0.95`):
             Share of the draws inside.
 
@@ -85,6 +78,7 @@ def bootstrap_interval(
     if resamples < 1:
         raise ValueError(f"`resamples` is {resamples}; draw at least once.")
     draws = np.random.default_rng(seed)
+    # One draw at a time: all at once would be [resamples, problems], 40 MB for MBPP.
     means = [values[draws.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -93,17 +87,10 @@ def bootstrap_interval(
 def paired_interval(
     a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of `mean(b) - mean(a)`, both over the same drawn problems.
+    """Computes the interval of `mean(b) - mean(a)` as [`bootstrap_interval`], both over the same drawn problems.
 
-    What makes a problem hard for both cancels, so this is narrower than two intervals side by side.
-
-    Args:
-        a (`np.ndarray`):
-            A value for each problem, shape `[problems]`.
-        b (`np.ndarray`):
-            The other model's, of the same problems in the same order.
-        seed, resamples, level:
-            As in [`bootstrap_interval`].
+    What makes a problem hard for both cancels, so this is narrower than two intervals side by side. `a` and `b` have
+    a value for each problem, in the same order.
 
     Raises:
         `ValueError`: if the numbers of problems differ, and what [`bootstrap_interval`] raises.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Sample:
         return cls(text, whole) if isinstance(text, str) else None
 
 
-def read_samples(path: str | Path, benchmark: Benchmark, allow_missing: bool = False) -> dict[str, list[Sample]]:
-    """The samples of a file, by task.
+def read_samples(path: str | Path, benchmark: Benchmark) -> dict[str, list[Sample]]:
+    """Reads samples by task, in the benchmark's order; a task's samples are in the file's.
 
     Args:
         path (`str` or `Path`):
@@ -42,39 +42,34 @@ def read_samples(path: str | Path, benchmark: Benchmark, allow_missing: bool = F
             `solution`.
         benchmark ([`Benchmark`]):
             Whose tasks they are for.
-        allow_missing (`bool`, *optional*, defaults to `False`):
-            Take files that have no sample for some tasks, which are then left out.
-
-    Returns:
-        `dict[str, list[Sample]]`: by task id, in the benchmark's order; a task's samples in the file's.
 
     Raises:
         `ValueError`: for a file or line that can't be read, no samples, unknown tasks or tasks without samples.
     """
     path = Path(path).expanduser()
-    found: dict[str, list[Sample]] = {task.task_id: [] for task in benchmark.tasks}
+    samples: dict[str, list[Sample]] = {task.task_id: [] for task in benchmark.tasks}
     unknown: dict[str, str] = {}
     for where, row in read_rows(path):
         sample, task_id = Sample.of_row(row), row.get("task_id")
         if sample is None or not isinstance(task_id, str):
             raise ValueError(f"{where} has the columns {sorted(row)}; give the texts `task_id` and `completion`.")
-        if task_id in found:
-            found[task_id].append(sample)
+        if task_id in samples:
+            samples[task_id].append(sample)
         else:
             unknown.setdefault(task_id, where)
     if unknown:
-        first = next(iter(unknown))
         raise ValueError(
-            f"{unknown[first]}: {benchmark.name} has no task {first!r}{_more(unknown)}; give samples for its tasks, "
-            f"which are like {benchmark.tasks[0].task_id!r}."
+            f"{next(iter(unknown.values()))}: {benchmark.name} has no task {_first(unknown)}; give samples for its "
+            f"tasks, which are like {benchmark.tasks[0].task_id!r}."
         )
-    missing = [task_id for task_id, samples in found.items() if not samples]
-    if len(missing) == len(found):
+    missing = [task_id for task_id, of_task in samples.items() if not of_task]
+    if len(missing) == len(samples):
         raise ValueError(f"{path} has no samples; give it at least one row for each task.")
-    if missing and not allow_missing:
-        raise ValueError(f"{path} has no sample for task {missing[0]!r}{_more(missing)}; give samples for all tasks.")
-    return {task_id: samples for task_id, samples in found.items() if samples}
+    if missing:
+        raise ValueError(f"{path} has no sample for task {_first(missing)}; give samples for all tasks.")
+    return samples
 
 
-def _more(names: list[str] | dict[str, str]) -> str:
-    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+def _first(task_ids: Iterable[str]) -> str:
+    first, *others = task_ids
+    return f"{first!r} (and {len(others)} others)" if others else repr(first)

@@ -1,6 +1,5 @@
 """Generation with latents: where a model thinks, as a knob; text without its thoughts."""
 
-from .grpo import CompletionRollout, until_stop
 from .processor import ThinkLogitsProcessor
 from .sampling import Completion, CompletionSettings, cut_at_stop, draw_completions
 from .strip import strip_latents
@@ -11,11 +10,9 @@ __all__ = [
     "AutoModelForCausalLMWithAbstractionHead",
     "CausalLMOutputWithAbstraction",
     "Completion",
-    "CompletionRollout",
     "CompletionSettings",
     "ThinkLogitsProcessor",
     "cut_at_stop",
     "draw_completions",
     "strip_latents",
-    "until_stop",
 ]

@@ -42,73 +42,67 @@ class LineReader:
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt_is_code: bool):
-        self._words, self._format = vocabulary, vocabulary.format
+        self._vocabulary, self._format = vocabulary, vocabulary.format
         self._prompt_is_code = prompt_is_code
-        self._last: set[tuple[int, ...]] = set()
-        self._prompt, self._width = 0, -2
-        self._known: dict[tuple[int, ...], LineStart] = {}
+        self._prompt_width, self._width = 0, -2
+        self._rows: set[tuple[int, ...]] = set()  # of the last call
+        self._lines: dict[tuple[int, ...], LineStart] = {}  # those rows' last lines, by the tokens before the line
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[LineStart]:
         """The last line of each row; all rows are of one length, padded on the left."""
         self._follow(rows)
-        known, found = self._known, {}
-        lines = []
-        for row in rows:
-            key = tuple(row[: self._line_end(row)])
-            if key not in found:
-                found[key] = known.get(key) or self._with_closure(key)
-            lines.append(found[key])
-        self._known = found
-        return lines
+        keys = [tuple(row[: self._line_end(row)]) for row in rows]
+        lines: dict[tuple[int, ...], LineStart] = {}
+        for key in keys:
+            if key not in lines:
+                lines[key] = self._lines.get(key) or self._with_closure(key)
+        self._lines = lines
+        return [lines[key] for key in keys]
 
     def _follow(self, rows: Sequence[Sequence[int]]) -> None:
         """Notices a new call of `generate` and how long its prompts are (assisted decoding may step back)."""
         width, now = len(rows[0]), {tuple(row) for row in rows}
-        before = {row[: width - 1] for row in self._last}
+        before = {row[: width - 1] for row in self._rows}
         if width > self._width + 1 or not {row[: width - 1] for row in now} <= before:
-            self._prompt, self._known = width, {}
-        self._width, self._last = width, now
+            self._prompt_width, self._lines = width, {}
+        self._width, self._rows = width, now
 
     @property
     def _first(self) -> int:
-        return 0 if self._prompt_is_code else self._prompt
+        """The first token of a row that is read."""
+        return 0 if self._prompt_is_code else self._prompt_width
 
     def _line_end(self, row: Sequence[int]) -> int:
         """Number of tokens before the last line: up to the last newline or special token."""
         end = len(row)
-        while end > self._first and row[end - 1] in self._words.inside:
+        while end > self._first and row[end - 1] in self._vocabulary.inside:
             end -= 1
         return end
 
     def _with_closure(self, key: tuple[int, ...]) -> LineStart:
         line = self._read(key)
-        if self._words.tags or len(key) <= self._first:
+        if self._vocabulary.tags or len(key) <= self._first:
             return line
         before = key[: self._line_end(key[:-1])]
-        boundary = (self._known.get(before) or self._read(before)).boundary
+        boundary = (self._lines.get(before) or self._read(before)).boundary
         latent = key[len(before) : -1]
         if boundary and len(latent) > len(boundary.think) and latent[: len(boundary.think)] == boundary.think:
             line.closure = boundary.close[1:] if key[-1] == boundary.close[0] else ()
         return line
 
     def _read(self, key: tuple[int, ...]) -> LineStart:
-        last = self._words.text_of(key[-1:])
+        last = self._vocabulary.text_of(key[-1:])
         carry = last.rpartition(b"\n")[2] if b"\n" in last else b""
         code = self._code(key).removesuffix(carry)
         expected = self._expected(code)
         line = LineStart(len(key), carry, expected is not None, None)
-        begins = b"\n" in last and not carry.strip()
-        if not begins:  # at the start, as in training, if something predicts a first token without a dummy space
-            begins = (
-                not code
-                and len(key) <= self._prompt
-                and key[-1:] == (self._words.bos_id,)
-                and not self._words.dummy_space
-            )
+        # At the start too, as in training, if a token predicts the first one and no dummy space stands before it.
+        at_start = not code and len(key) <= self._prompt_width and key[-1:] == (self._vocabulary.bos_id,)
+        begins = (b"\n" in last and not carry.strip()) or (at_start and not self._vocabulary.dummy_space)
         if expected is None or not begins or expected[1] or self._behind_tagged(key):
             return line
-        think = self._words.fragment(self._format.think_text(expected[0], carry.decode()))
-        close = self._words.fragment(self._format.close_text(carry.decode()))
+        think = self._vocabulary.fragment(self._format.think_text(expected[0], carry.decode()))
+        close = self._vocabulary.fragment(self._format.close_text(carry.decode()))
         if think is not None and close is not None:
             line.boundary = Boundary(think, close)
         return line
@@ -126,28 +120,28 @@ class LineReader:
         start = len(key)
         while (
             start > self._first
-            and key[start - 1] < len(self._words.table.token_bytes)
-            and key[start - 1] not in self._words.textless
+            and key[start - 1] < len(self._vocabulary.table.token_bytes)
+            and key[start - 1] not in self._vocabulary.textless
         ):
             start -= 1
         ids = key[start:]
-        if self._words.tags:
-            think, end = (self._words.tags[tag] for tag in (self._format.think, self._format.end))
+        if self._vocabulary.tags:
+            think, end = (self._vocabulary.tags[tag] for tag in (self._format.think, self._format.end))
             kept, latent = [], False
             for i in ids:
                 latent = i == think or (latent and i != end)
                 if not latent:
                     kept.append(i)
             ids = kept
-        code = self._words.text_of(ids)
-        at_start = start == 0 or start > self._first or key[start - 1] in self._words.textless
-        return code.removeprefix(b" ") if self._words.dummy_space and at_start else code
+        code = self._vocabulary.text_of(ids)
+        at_start = start == 0 or start > self._first or key[start - 1] in self._vocabulary.textless
+        return code.removeprefix(b" ") if self._vocabulary.dummy_space and at_start else code
 
     def _behind_tagged(self, key: tuple[int, ...]) -> bool:
         """Nothing but white space since a tagged latent: it stands before the line to come, blank rows or not."""
-        for i in reversed(key if self._words.tags else ()):
-            if i in self._words.tags.values():
+        for i in reversed(key if self._vocabulary.tags else ()):
+            if i in self._vocabulary.tags.values():
                 return True
-            if i in self._words.textless or self._words.text_of((i,)).strip():
+            if i in self._vocabulary.textless or self._vocabulary.text_of((i,)).strip():
                 return False
         return False

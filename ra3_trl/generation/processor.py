@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -110,8 +111,8 @@ class ThinkLogitsProcessor(LogitsProcessor):
         self.gate = gate
         self.forced: list[tuple[bool, ...]] = []
         self._width = 0
-        self._words = read_vocabulary(tokenizer, find_format(action_format), eos_token_ids)
-        self._lines = LineReader(self._words, prompt_is_code)
+        self._vocabulary = read_vocabulary(tokenizer, find_format(action_format), eos_token_ids)
+        self._lines = LineReader(self._vocabulary, prompt_is_code)
         self._fitted: _Fitted | None = None
 
     @property
@@ -122,13 +123,15 @@ class ThinkLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[batch, V]` of the next token, `-inf` where it may not be."""
         fitted = self._fit(scores)
-        rows = input_ids.tolist()
-        out, changed, latents, chances = scores, {}, {}, _Chances(self.gate, scores)
-        forced = [False] * len(rows)
+        rows, width = input_ids.tolist(), input_ids.shape[1]
+        out, changed, latents = scores, {}, {}
+        ask_gate = cache(partial(self._ask_gate, len(rows)))  # at most once a step
+        # Where latents are decided on, tokens that would begin one past every decision may stand nowhere.
         if self._decides and fitted.anywhere is not None:
             out = scores.masked_fill(fitted.anywhere, -math.inf).log_softmax(-1)
+        forced = [False] * len(rows)
         for n, (row, line) in enumerate(zip(rows, self._lines(rows), strict=True)):
-            following = self._following(n, line, tuple(row[line.end :]), chances)
+            following = self._following(line, tuple(row[line.end :]), scores[n], lambda n=n: ask_gate()[n])
             if isinstance(following, _InLatent):
                 latents[n] = following
             elif isinstance(following, bytes):
@@ -139,19 +142,19 @@ class ThinkLogitsProcessor(LogitsProcessor):
         if latents:
             shaped = fitted.shape(scores[list(latents)], list(latents.values()))
             changed |= dict(zip(latents, shaped, strict=True))
-        if input_ids.shape[1] != self._width + 1:  # another generation
+        if width != self._width + 1:  # another generation
             self.forced = []
         self.forced.append(tuple(forced))
-        self._width = input_ids.shape[1]
+        self._width = width
         if changed:
-            out = out.clone() if out is scores else out
+            out = out.clone() if out is scores else out  # the caller's scores stay as they are
             out[list(changed)] = torch.stack(list(changed.values()))
         return out
 
     def _following(
-        self, n: int, line: LineStart, since: tuple[int, ...], chances: _Chances
+        self, line: LineStart, since: tuple[int, ...], scores_V: torch.Tensor, ask_gate: Callable[[], float]
     ) -> _Forced | bytes | _InLatent | None:
-        """What may follow `since`, the tokens of row `n` since `line` began.
+        """What may follow `since`, the tokens of a row since its `line` began.
 
         One token; the next symbol of a latent; all but what completes the marker, of which the bytes returned stand
         there already; `None` is anything.
@@ -166,14 +169,14 @@ class ThinkLogitsProcessor(LogitsProcessor):
         think = line.boundary.think
         if since[: len(think)] == think:
             return self._in_latent(since[len(think) :], line.boundary.close[0])
-        if since == think[:done] and self._thinks(n, line, done, chances):
+        if since == think[:done] and self._thinks(line, done, scores_V, ask_gate):
             return _Forced(think[done], may_end=done == 0)
         return self._begun(line, since) if self._decides else None
 
     def _begun(self, line: LineStart, since: tuple[int, ...]) -> bytes | None:
         """What stands of the marker while the line is blank but for it; `None` once the line is something else."""
-        body = (line.carry + self._words.text_of(since)).lstrip(BLANK)
-        return body if body in self._words.completing else None
+        body = (line.carry + self._vocabulary.text_of(since)).lstrip(BLANK)
+        return body if body in self._vocabulary.completing else None
 
     def _in_latent(self, tokens: tuple[int, ...], close: int) -> _Forced | _InLatent | None:
         state = 0
@@ -186,27 +189,36 @@ class ThinkLogitsProcessor(LogitsProcessor):
         # Without a bound all steps but the first are alike, and masks are kept for each.
         return _InLatent(state, len(tokens) if self.max_latent_length else min(len(tokens), 1), close)
 
-    def _thinks(self, n: int, line: LineStart, done: int, chances: _Chances) -> bool:
+    def _thinks(self, line: LineStart, done: int, scores_V: torch.Tensor, ask_gate: Callable[[], float]) -> bool:
         """Whether the think prefix of `line`, of which `done` tokens stand, goes on by force."""
         if self.think == "always":
             return True
         if self.threshold is None:
             return False
         if self.gate is not None:
-            if done == 0 or line.thinks is None:
-                line.thinks = chances.of_gate(n) >= self.threshold
+            if done == 0 or line.thinks is None:  # asked at the first token, and kept for the rest
+                line.thinks = ask_gate() >= self.threshold
             return line.thinks
         think = line.boundary.think
-        line.logps[done] = chances.log_prob(n, think[done])
+        line.logps[done] = float(scores_V.log_softmax(-1)[think[done]])
         total = sum(line.logps.get(k, 0.0) for k in range(done + 1))  # what the prompt wrote was certain
         return done == len(think) - 1 and math.exp(total) >= self.threshold
+
+    def _ask_gate(self, count: int) -> list[float]:
+        gate_B = self.gate()
+        if gate_B.shape != (count,):
+            raise ValueError(
+                f"`gate` returned a tensor of shape {tuple(gate_B.shape)}; return P(think) of each of the {count} "
+                "rows, beams counted."
+            )
+        return gate_B.tolist()
 
     def _fit(self, scores: torch.Tensor) -> _Fitted:
         """The vocabulary as wide as the model's, on its device."""
         width, device = scores.shape[-1], scores.device
         if self._fitted is None or (self._fitted.width, self._fitted.device) != (width, device):
             params = SamplingParams(self.max_latent_length or _UNBOUNDED)
-            self._fitted = _Fitted.of(self._words, params, width, device)
+            self._fitted = _Fitted.of(self._vocabulary, params, width, device)
         return self._fitted
 
 
@@ -223,28 +235,23 @@ class _Fitted:
     completing: dict[bytes, torch.Tensor]
 
     @classmethod
-    def of(cls, words: Vocabulary, params: SamplingParams, width: int, device: torch.device) -> _Fitted:
-        if max(words.tags.values(), default=0) >= width:
+    def of(cls, vocabulary: Vocabulary, params: SamplingParams, width: int, device: torch.device) -> _Fitted:
+        table, tags = vocabulary.table, vocabulary.tags
+        if max(tags.values(), default=0) >= width:
             raise ValueError(
-                f"the model has logits for {width} tokens, too few for the tags {list(words.tags)} of the tokenizer; "
+                f"the model has logits for {width} tokens, too few for the tags {list(tags)} of the tokenizer; "
                 "load the model that was trained with them, or call `ra3_trl.models.add_tags`."
             )
-        more = width - len(words.table.token_bytes)  # below 0 it is the tokenizer that has more
+        more = width - len(table.token_bytes)  # below 0 it is the tokenizer that has more
         table = replace(
-            words.table,
-            stop_ids=words.table.stop_ids[words.table.stop_ids < width],
-            blank_V=pad(words.table.blank_V, (0, more)),
-            next_state_SV=pad(words.table.next_state_SV, (0, more), value=-1),
-        )
-        return cls(
-            width,
-            device,
-            LatentDistribution(table.to(device), params),
-            table.next_state_SV.numpy(),
-            torch.tensor([i for i in words.end_ids if i < width], device=device),
-            pad(words.anywhere, (0, more)).to(device) if words.anywhere.any() else None,
-            {begun: pad(mask, (0, more)).to(device) for begun, mask in words.completing.items()},
-        )
+            table, stop_ids=table.stop_ids[table.stop_ids < width], blank_V=pad(table.blank_V, (0, more)),
+            next_state_SV=pad(table.next_state_SV, (0, more), value=-1),
+        )  # fmt: skip
+        anywhere = pad(vocabulary.anywhere, (0, more)).to(device) if vocabulary.anywhere.any() else None
+        completing = {begun: pad(mask, (0, more)).to(device) for begun, mask in vocabulary.completing.items()}
+        end_ids = torch.tensor([i for i in vocabulary.end_ids if i < width], device=device)
+        distribution = LatentDistribution(table.to(device), params)
+        return cls(width, device, distribution, table.next_state_SV.numpy(), end_ids, anywhere, completing)
 
     def force(self, scores_V: torch.Tensor, forced: _Forced) -> torch.Tensor:
         """Log-probs `[V]` of one token and, where it may, the end of the text."""
@@ -267,32 +274,10 @@ class _Fitted:
         return logps.scatter(-1, close_n[:, None], stop_n[:, None])
 
 
-class _Chances:
-    """Probabilities at one step, computed when they are asked for."""
-
-    def __init__(self, gate: Callable[[], torch.Tensor] | None, scores: torch.Tensor):
-        self._gate, self._scores = gate, scores
-        self._gate_B: list[float] | None = None
-
-    def of_gate(self, n: int) -> float:
-        if self._gate_B is None:
-            gate_B = self._gate()
-            if gate_B.shape != self._scores.shape[:1]:
-                raise ValueError(
-                    f"`gate` returned a tensor of shape {tuple(gate_B.shape)}; return P(think) of each of the "
-                    f"{len(self._scores)} rows, beams counted."
-                )
-            self._gate_B = gate_B.tolist()
-        return self._gate_B[n]
-
-    def log_prob(self, n: int, token: int) -> float:
-        return float(self._scores[n].log_softmax(-1)[token])
-
-
 def check_knob(
     think: str, threshold: float | None = None, max_latent_length: int | None = None, gate: Callable | None = None
 ) -> None:
-    """Refuses, with a `ValueError`, what [`ThinkLogitsProcessor`] does not take."""
+    """Refuses, by a `ValueError`, what [`ThinkLogitsProcessor`] does not take."""
     if think not in THINK:
         raise ValueError(f"`think` is {think!r}; choose one of {', '.join(map(repr, THINK))}.")
     if think != "auto" and (threshold is not None or gate is not None):

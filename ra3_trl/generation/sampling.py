@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..models import end_ids
-from .processor import check_knob
+from .processor import ThinkLogitsProcessor, check_knob
 from .wrapper import AutoModelForCausalLMWithAbstractionHead
 
 
@@ -29,11 +36,9 @@ class CompletionSettings:
             Most tokens of a completion, latents counted.
         stop (`tuple[str]`, *optional*):
             Texts that end a completion, of which they are no part.
-        think (`str`, *optional*):
-            `"auto"`, `"always"` or `"never"`, as in [`AutoModelForCausalLMWithAbstractionHead.generate`]; `None` lets
-            the language model write what it likes.
-        threshold (`float`, *optional*):
-            As there, for `"auto"`.
+        think (`str`, *optional*), threshold (`float`, *optional*):
+            As in [`AutoModelForCausalLMWithAbstractionHead.generate`]; `None` lets the language model write what it
+            likes.
         prompt_is_code (`bool`, *optional*, defaults to `True`):
             Whether prompt and completion are one program; `False` for chats.
 
@@ -53,8 +58,8 @@ class CompletionSettings:
 
     def __post_init__(self):
         for name, least in (("num_samples", 1), ("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; use at least {least}.")
+            if not vars(self)[name] >= least:  # so, since a NaN is neither below nor above
+                raise ValueError(f"`{name}` is {vars(self)[name]!r}; use at least {least}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p!r}; use a number above 0 and up to 1.")
         if self.num_samples > 1 and self.temperature == 0:
@@ -91,11 +96,11 @@ def draw_completions(
     settings: CompletionSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[Completion]]:
-    """Completions of several prompts, in one batch.
+    """Draws completions of several prompts, in one batch.
 
     Args:
         model ([`AutoModelForCausalLMWithAbstractionHead`]):
-            The model; a plain one is wrapped with a fresh head, which leaves decisions to the tokens.
+            The model; the fresh head of one without leaves decisions to the tokens.
         prompt_ids (`Sequence[Sequence[int]]`):
             Tokens of each prompt.
         settings ([`CompletionSettings`]):
@@ -109,34 +114,35 @@ def draw_completions(
     Raises:
         `ValueError`: for an empty prompt, a bad `think` or `threshold`, or when no tokenizer is found.
     """
-    tokenizer = tokenizer or model.tokenizer
+    tokenizer, language_model = tokenizer or model.tokenizer, model.pretrained_model
+    if tokenizer is None:
+        raise ValueError("`tokenizer` is missing; pass the model's, which reads the completions.")
     if not all(prompt_ids):
         raise ValueError("a prompt has no tokens; give at least one, such as the beginning-of-text token.")
-    if settings.think is None:
-        steering = nullcontext()
-    else:
+    steering: AbstractContextManager[ThinkLogitsProcessor | None] = nullcontext()
+    if settings.think is not None:
         steering = model.thinking(settings.think, settings.threshold, tokenizer, settings.prompt_is_code)
-    ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
+    ends = end_ids(language_model) or (tokenizer.eos_token_id,)
     padding = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompt_ids))
     input_ids = torch.tensor([[padding] * (width - len(ids)) + list(ids) for ids in prompt_ids])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    stops = _Stops(tokenizer, settings.stop, width)
-    device = model.pretrained_model.device
-    with steering as processor, _evaluating(model.pretrained_model):
-        rows = model.pretrained_model.generate(
+    stops = [_Stops(tokenizer, settings.stop, width)] if settings.stop else []
+    device = language_model.device
+    with steering as processor, _evaluating(language_model):
+        rows = language_model.generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), tokenizer=tokenizer,
             generation_config=_generation_config(settings, ends, padding),
-            logits_processor=[] if processor is None else [processor],
-            stopping_criteria=StoppingCriteriaList([stops] if settings.stop else []),
+            logits_processor=[] if processor is None else [processor], stopping_criteria=StoppingCriteriaList(stops),
         )[:, width:].tolist()  # fmt: skip
+    # The processor says it step by step, for all rows: [steps, rows] becomes [rows, steps].
     forced = processor.forced if processor is not None else ()
     forced = [*zip(*forced, strict=True)] if forced else [(False,) * len(rows[0])] * len(rows)
-    found = [
+    drawn = [
         _completion(tokenizer, prompt_ids[n // settings.num_samples], row, forced[n], ends, settings.stop)
         for n, row in enumerate(rows)
     ]
-    return [found[i : i + settings.num_samples] for i in range(0, len(found), settings.num_samples)]
+    return [drawn[i : i + settings.num_samples] for i in range(0, len(drawn), settings.num_samples)]
 
 
 def _generation_config(settings: CompletionSettings, ends: tuple[int, ...], padding: int) -> GenerationConfig:
@@ -164,40 +170,33 @@ def _completion(
     ids = row if end is None else row[: end + 1]
     text = _text_after(tokenizer, prompt, ids)
     cut = cut_at_stop(text, stop)
-    if len(cut) < len(text):  # what follows the token in which the stop ended is padding
-        ids = _until_stop(tokenizer, prompt, ids, stop)
+    if len(cut) < len(text):
+        # What follows the token in which the stop ended is padding: the fewest first tokens whose text holds a stop.
+        few, enough = 0, len(ids)
+        while few + 1 < enough:
+            middle = (few + enough) // 2
+            if any(one in _text_after(tokenizer, prompt, ids[:middle]) for one in stop):
+                enough = middle
+            else:
+                few = middle
+        ids = ids[:enough]
     return Completion(cut, tuple(ids), forced[: len(ids)], end is not None or len(cut) < len(text))
-
-
-def _until_stop(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int], stop: tuple[str, ...]
-) -> list[int]:
-    """The fewest first tokens whose text holds a stop."""
-    few, enough = 0, len(ids)
-    while few + 1 < enough:
-        middle = (few + enough) // 2
-        if any(text in _text_after(tokenizer, prompt, ids[:middle]) for text in stop):
-            enough = middle
-        else:
-            few = middle
-    return ids[:enough]
 
 
 def _text_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """Text of tokens behind a prompt; by themselves some tokenizers would drop its first space."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(list(prompt), **options)
-    whole = tokenizer.decode([*prompt, *ids], **options)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), **options)
+    before, whole, alone = tokenizer.batch_decode([list(prompt), [*prompt, *ids], list(ids)], **options)
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of the texts `stop`."""
-    return text[: min((at for at in (text.find(one) for one in stop) if at >= 0), default=len(text))]
+    """Cuts `text` before the first of the texts `stop`."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Without dropout, without activation checkpointing, which drops the cache, and without the checkpoint's
     generation config, from which transformers would take what ours leaves out."""
     was, config = model.training, model.generation_config

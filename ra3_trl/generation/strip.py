@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from ..segmentation import ActionFormat, find_format, statements_end
+from ..segmentation import find_format, statements_end
 
 
 def strip_latents(text: str, action_format: str = "python") -> str:
-    """`text` without latents; code that parses keeps its AST.
+    """Removes the latents of `text`; code that parses keeps its AST.
 
     **Every own-line comment goes**, ordinary ones and those of a prompt too: a latent is a comment, and nothing tells
     one from the other. Strings and comments behind code stay. Of a tagged format the tags go with what stands between
@@ -34,16 +34,11 @@ def strip_latents(text: str, action_format: str = "python") -> str:
     'def f(x):\\n    return 2 * x\\n'
     ```
     """
-    found = find_format(action_format)
-    if found.tags:
-        return re.sub(rf"{re.escape(found.think)}[^\n]*?(?:{re.escape(found.end)}|\Z)", "", text)
-    end = _readable(text, found)
-    return found.strip(text[:end], 0) + text[end:]
-
-
-def _readable(text: str, action_format: ActionFormat) -> int:
-    """Length of the longest beginning of `text` in whole rows that is of the format."""
-    end = statements_end(text) if action_format.name == "python" else len(text)  # else it would be tried row by row
-    while end and action_format.segment(text[:end]) is None:
+    format_ = find_format(action_format)
+    if format_.tags:
+        return re.sub(rf"{re.escape(format_.think)}[^\n]*?(?:{re.escape(format_.end)}|\Z)", "", text)
+    # By the rows from the end, a text that can't be read would be read as often as it has rows.
+    end = statements_end(text) if action_format == "python" else len(text)
+    while end and format_.segment(text[:end]) is None:
         end = text.rfind("\n", 0, end - 1) + 1
-    return end
+    return format_.strip(text[:end], 0) + text[end:]

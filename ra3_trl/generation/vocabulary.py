@@ -19,11 +19,7 @@ PROBE = "x"  # a line of code in each language; at column 0, where a block may a
 def read_vocabulary(
     tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat, eos_token_ids: Sequence[int] = ()
 ) -> Vocabulary:
-    """The [`Vocabulary`] of a tokenizer as it is now; the last few are kept, since a large one takes seconds.
-
-    Raises:
-        `ValueError`: for a tokenizer or a format that generation can't be told by.
-    """
+    """Reads the [`Vocabulary`] of a tokenizer as it is now; the last few are kept, since a large one takes seconds."""
     now = (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tuple(eos_token_ids))
     try:
         return _read(tokenizer, action_format.name, id(action_format), now)

@@ -68,9 +68,8 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     """
     A causal language model with an [`~ra3_trl.models.AbstractionHead`], in the manner of TRL's former value head.
 
-    What is not said here is the language model's own: `config`, `device`, `gradient_checkpointing_enable()`, ... The
-    head reads detached states, so its loss leaves the language model as it is. Prompt-lookup and assisted decoding
-    are refused by `generate`, since they run several tokens at once.
+    Other attributes are the language model's: `config`, `device`, `gradient_checkpointing_enable()`, ... The head
+    reads detached states, so its loss leaves the language model as it is.
 
     Example:
 
@@ -120,7 +119,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> AutoModelForCausalLMWithAbstractionHead:
-        """Model, head and settings of a checkpoint; a fresh head, with a warning, where it has none.
+        """Loads model, head and settings of a checkpoint; a fresh head, with a warning, where it has none.
 
         Args:
             pretrained_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -146,7 +145,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             logger.warning("%s has no abstraction head; a fresh one is used, which has learned nothing.", name)
             of_latents = {key: settings[key] for key in ("action_format", "max_latent_length") if key in settings}
             head = AbstractionHead(AbstractionConfig(width, **of_latents))
-        self = cls(model, head, tokenizer or _tokenizer_of(name, model, place))
+        self = cls(model, head, tokenizer or _tokenizer_of(name, model.config._name_or_path, place))
         self.settings = settings or None
         return self
 
@@ -167,7 +166,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
 
     @contextmanager
     def _states(self) -> Iterator[list[torch.Tensor]]:
-        """Holds what the language-model head read in the latest forward inside, `[batch, length, hidden_size]`; in
+        """Catches what the language-model head reads in the latest forward inside, `[batch, length, hidden_size]`; in
         generation the last state only."""
         caught: list[torch.Tensor] = []
 
@@ -208,7 +207,8 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             options = kwargs | {name: value for name, value in options.items() if value is not None}
             output = self.pretrained_model(input_ids=input_ids, **options | {"return_dict": True})
         think_logits, gain, _ = self.abstraction_head(states[0])
-        losses = [] if labels is None else [output.loss, 0.0 * (think_logits.sum() + gain.sum())]  # DDP wants all used
+        # The head's outputs times 0, since DDP waits for the gradient of every parameter.
+        losses = [] if labels is None else [output.loss, 0.0 * (think_logits.sum() + gain.sum())]
         if think_labels is not None:
             at = think_labels >= 0
             target = think_labels[at].to(think_logits)
@@ -253,13 +253,12 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
                 For the language model's `generate`.
 
         Raises:
-            `ValueError`: for a bad `think` or `threshold`, assisted decoding, or when no tokenizer is found.
+            `ValueError`: for a bad `think` or `threshold`, assisted decoding, or without a tokenizer.
         """
-        _refuse(kwargs)
-        tokenizer = self._known(tokenizer)
+        _refuse_several_tokens(kwargs)
         with self.thinking(think, threshold, tokenizer, prompt_is_code) as processor:
-            processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), processor])
-            return self.pretrained_model.generate(*args, logits_processor=processors, tokenizer=tokenizer, **kwargs)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
+            return self.pretrained_model.generate(*args, tokenizer=tokenizer or self.tokenizer, **kwargs)
 
     @contextmanager
     def thinking(
@@ -270,7 +269,9 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         prompt_is_code: bool = True,
     ) -> Iterator[ThinkLogitsProcessor]:
         """What `generate` steers by, for a `generate` of your own inside; takes and raises what it does."""
-        config = self.abstraction_head.config
+        config, tokenizer = self.abstraction_head.config, tokenizer or self.tokenizer
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
         with self._states() as states:
 
             def gate() -> torch.Tensor:
@@ -278,22 +279,17 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
 
             trained = think == "auto" and config.trained_on > 0
             yield ThinkLogitsProcessor(
-                self._known(tokenizer), think, threshold=threshold, action_format=config.action_format,
+                tokenizer, think, threshold=threshold, action_format=config.action_format,
                 max_latent_length=config.max_latent_length, gate=gate if trained else None,
                 prompt_is_code=prompt_is_code, eos_token_ids=end_ids(self.pretrained_model),
             )  # fmt: skip
-
-    def _known(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-        if tokenizer is None and self.tokenizer is None:
-            raise ValueError("`tokenizer` is missing; pass the model's, which reads where lines end.")
-        return tokenizer or self.tokenizer
 
     # ---- files ----
 
     def state_dict(self, *, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
         """The language model's, and the head's under `abstraction_head.`."""
-        found = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return self.abstraction_head.state_dict(destination=found, prefix=prefix + _HEAD, keep_vars=keep_vars)
+        values = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.abstraction_head.state_dict(destination=values, prefix=prefix + _HEAD, keep_vars=keep_vars)
 
     def save_pretrained(
         self,
@@ -318,20 +314,22 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             **kwargs:
                 For the language model's `save_pretrained`, and with `push_to_hub` for that method.
         """
-        if not is_main_process:  # there for the sake of weights that are gathered
+        if not is_main_process:
+            # It takes part in the gathering of sharded weights, and what it writes is dropped.
             with tempfile.TemporaryDirectory() as nowhere:
                 self.pretrained_model.save_pretrained(nowhere, is_main_process=False, **kwargs)
             return
         if push_to_hub:
-            names = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            names = ("private", "token", "revision", "commit_message", "create_pr")
             hub = {name: kwargs.pop(name) for name in names if name in kwargs}
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, state_dict=state_dict, **kwargs)
+            self.push_to_hub(repo_id, **hub, state_dict=state_dict, **kwargs)
         head = self.abstraction_head
         if state_dict is not None:
-            model, values = _parted(state_dict)
-            kwargs["state_dict"] = model
+            of_head = {name.removeprefix(_HEAD): value for name, value in state_dict.items() if name.startswith(_HEAD)}
+            kwargs["state_dict"] = {n: value for n, value in state_dict.items() if not n.startswith(_HEAD)}
             head = AbstractionHead(head.config)
-            head.load_state_dict(values)
+            head.load_state_dict(of_head)
         with written_aside(save_directory) as folder:
             self.pretrained_model.save_pretrained(folder, **kwargs)
             save_head(head, folder)
@@ -356,10 +354,9 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         Args:
             repo_id (`str`):
                 `org/name`, made if it is not there.
-            private, token, revision, commit_message, create_pr:
-                As in `PreTrainedModel.push_to_hub`. A `revision` that is not there is made as a branch.
-            **kwargs:
-                For `save_pretrained`.
+            private, token, revision, commit_message, create_pr, **kwargs:
+                As in `PreTrainedModel.push_to_hub` (a `revision` that is not there is made as a branch) and, the rest,
+                in `save_pretrained`.
         """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
@@ -373,23 +370,15 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             )  # fmt: skip
 
 
-def _parted(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The language model's part of a state dict, and the head's."""
-    head = {name.removeprefix(_HEAD): value for name, value in state_dict.items() if name.startswith(_HEAD)}
-    return {name: value for name, value in state_dict.items() if not name.startswith(_HEAD)}, head
-
-
 def _take_plain_names(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
-    """What `state_dict` gives comes back: the language model's names have no prefix of their own there."""
+    """Lets `load_state_dict` take what `state_dict` gives, where the language model's names have no prefix."""
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(prefix + _HEAD)]:
         state_dict[f"{prefix}pretrained_model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-def _tokenizer_of(
-    name: str, model: PreTrainedModel | PeftModel, place: dict[str, Any]
-) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(name: str, base: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer at its very revision, of an adapter without one its base's; `None` without either."""
-    for source, where in ((name, place), (model.config._name_or_path, {})):
+    for source, where in ((name, place), (base, {})):
         try:
             return AutoTokenizer.from_pretrained(source, **where)
         except (OSError, ValueError, TypeError, AttributeError):
@@ -397,11 +386,12 @@ def _tokenizer_of(
     return None
 
 
-def _refuse(options: dict[str, Any]) -> None:
+def _refuse_several_tokens(options: dict[str, Any]) -> None:
     """Refuses decoding in which the last hidden state is not that of the text: several tokens at once, two texts."""
     config = options.get("generation_config")
+    settings = {} if config is None else config.to_dict()
     for name in ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"):
-        value = options.get(name, getattr(config, name, None))
+        value = options.get(name, settings.get(name))
         if value is not None and value != 1:
             raise ValueError(
                 f"`{name}` runs more than the text's last token, for which there is no gate; leave it out."

@@ -7,7 +7,6 @@ that a card can be rendered anew from a JSON file (`model_cards/`).
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader
 from peft import PeftModel
 
+from ..files import public_name
 from ..markdown import cell, code_cell
 from ..segmentation import find_format
 from .licenses import license_metadata, row_license
@@ -27,7 +28,8 @@ from .secrets import find_secrets
 
 
 PAPER = "https://huggingface.co/papers/2509.25810"
-TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+_TEMPLATES = Environment(loader=PackageLoader(__package__, ""))
+_TEMPLATES.globals |= {"cell": cell, "code_cell": code_cell, "paper": PAPER}
 _SHOWN = (
     "em_iterations", "e_steps", "m_steps", "max_steps", "learning_rate", "e_learning_rate",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_latents",
@@ -43,10 +45,8 @@ _MEASURED = {
     "think_rate": "mean P(think) at a boundary",
     "gain": "gain of a latent (nats)",
 }
-_USED, _UNUSED = (
-    {"license", "language", "tags", "finetuned_from", "dataset"},
-    {"tasks", "dataset_tags", "dataset_args"},
-)
+_USED = {"license", "language", "tags", "finetuned_from", "dataset"}
+_UNUSED = {"tasks", "dataset_tags", "dataset_args"}  # arguments of `Trainer.create_model_card` that say nothing here
 _HELD_OUT = "held-out code"
 _PROMPTS = {"slashes": "int fibonacci(int n) {\n", "prose": "The first of these"}
 _LATENTS_SHOWN = 6
@@ -68,18 +68,12 @@ class ModelCardFacts:
             The format of the actions, what opens a latent there, and whether that is a special token.
         dataset_name (`str`, *optional*), dataset_ids (`Sequence[str]`), dataset_license (`str`, *optional*):
             The training data in words, those that are on the Hub, and their licence.
-        row_licenses (`Mapping[str, int]`):
-            Training documents by the licence that their row names.
-        counts (`Mapping[str, Mapping[str, int]]`):
-            Documents, boundaries and tokens of each split.
-        tokens_seen (`int`):
-            Tokens of the training data that the updates saw; 0 where nobody counted.
+        row_licenses (`Mapping[str, int]`), counts (`Mapping[str, Mapping[str, int]]`), tokens_seen (`int`):
+            Training documents by licence; documents, boundaries and tokens of each split; tokens that the updates saw.
         settings (`Mapping[str, Any]`), versions (`Mapping[str, str]`):
             Settings of the run; versions of the packages.
-        evaluations (`Sequence[Mapping[str, Any]]`):
-            Rows of [`evaluation_rows`].
-        latents (`Sequence[Mapping[str, Any]]`), latents_of (`int`):
-            Rows of [`best_latents`], and the boundaries that they are of.
+        evaluations (`Sequence[Mapping[str, Any]]`), latents (`Sequence[Mapping[str, Any]]`), latents_of (`int`):
+            Rows of [`evaluation_rows`]; of [`best_latents`], and the boundaries that these are of.
         license (`str`, *optional*), language (`str` or `list[str]`, *optional*), tags (`Sequence[str]`):
             The model's licence, its language and further tags.
     """
@@ -114,24 +108,18 @@ def evaluated_sets(metrics: Mapping[str, Any]) -> list[str]:
 
     Example: `evaluated_sets({"eval_a_ce": 2.1, "eval_a_elbo": 2.0, "loss": 3.0}) == ["eval_a"]`.
     """
-    found = [name.removesuffix("_elbo") for name in metrics if name.startswith("eval_") and name.endswith("_elbo")]
-    return [prefix for prefix in found if f"{prefix}_ce" in metrics]
+    prefixes = [name.removesuffix("_elbo") for name in metrics if re.fullmatch("eval_(.*_)?elbo", name)]
+    return [prefix for prefix in prefixes if f"{prefix}_ce" in metrics]
 
 
 def all_evaluations(
     log_history: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Evaluations in the order of their steps, each once: those of the log, where a resumed run has the ones before,
-    and those that the trainer noted, among them the ones before `train()`, which empties the log.
-
-    Args:
-        log_history (`list[dict]`):
-            `trainer.state.log_history`.
-        evaluations (`list[dict]`):
-            `trainer.evaluations`.
-    """
-    found = {(entry["step"], *evaluated_sets(entry)): entry for entry in [*log_history, *evaluations]}
-    return [found[key] for key in sorted(found) if key[1:]]
+    """Evaluations of a trainer's `log_history` and of its `evaluations` in the order of their steps, each once."""
+    # Neither has all: a resumed run finds those before it in the log alone, and `train()` empties the log of those
+    # that came before it.
+    by_step = {(entry["step"], *evaluated_sets(entry)): entry for entry in [*log_history, *evaluations]}
+    return [by_step[key] for key in sorted(by_step) if key[1:]]
 
 
 def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -149,47 +137,29 @@ def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     for entry in evaluations:
         for prefix in evaluated_sets(entry):
             values = {name: entry[f"{prefix}_{name}"] for name in _MEASURED}
-            by_set.setdefault(prefix, []).append({**values, "step": entry["step"]})
+            by_set.setdefault(prefix.removeprefix("eval").removeprefix("_"), []).append(
+                {**values, "step": entry["step"]}
+            )
     rows = []
-    for prefix, of_set in by_set.items():
-        name = "" if prefix == "eval" else prefix.removeprefix("eval_")
+    for name, of_set in by_set.items():
         of = f" of {name}" if name else ""
-        chosen = {"first": of_set[0], "last": of_set[-1]} if len(of_set) > 1 else {"last": of_set[-1]}
-        rows += [
-            {"label": f"{which} evaluation{of}", "set": name, "last": which == "last", **values}
-            for which, values in chosen.items()
-        ]
+        if len(of_set) > 1:
+            rows.append({"label": f"first evaluation{of}", "set": name, "last": False, **of_set[0]})
+        rows.append({"label": f"last evaluation{of}", "set": name, "last": True, **of_set[-1]})
     return rows
 
 
 def hub_ids(names: Sequence[str | None]) -> list[str]:
     """Those of `names` (each may be a list with commas) that can be repositories of the Hub: `org/name`, no path."""
-    single = [part.strip() for name in names if name for part in name.split(",")]
+    single = [name.strip() for listed in names if listed for name in listed.split(",")]
     form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
     return [name for name in dict.fromkeys(single) if re.fullmatch(form, name) and not Path(name).exists()]
-
-
-def public_name(name: str) -> str:
-    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
-
-    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
-    """
-    parts = [name] if os.path.exists(name) else name.split(",")
-    return ", ".join(_last_part(part.strip()) for part in parts)
-
-
-def _last_part(name: str) -> str:
-    # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
-    if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
-        return name
-    last = re.split(r"[/\\]", name.removeprefix("file:").rstrip("/\\"))[-1]
-    return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
 def card_facts(
     trainer, model_name: str | None = None, dataset_name: str | None = None, **extra: Any
 ) -> ModelCardFacts:
-    """What the card of `trainer`'s model says.
+    """Gathers what the card of `trainer`'s model says.
 
     Args:
         trainer ([`RA3MidTrainer`]):
@@ -241,23 +211,23 @@ def card_facts(
 
 
 def best_latents(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the latents at each boundary the one with the largest gain, largest gains first; none by what looks like a
-    secret of the training text."""
-    ordered = [
-        row for row in sorted(rows, key=lambda row: row["gain"]) if not find_secrets(f"{row['latent']}\n{row['line']}")
-    ]
+    """Of the latents at each boundary the one with the largest gain, largest gains first."""
+    # A card is public: none by what looks like a secret of the training text.
+    harmless = [row for row in rows if not find_secrets(f"{row['latent']}\n{row['line']}")]
+    ordered = sorted(harmless, key=lambda row: row["gain"])
     best = {(row["doc_id"], row["line_number"]): row for row in ordered}
     return sorted(best.values(), key=lambda row: -row["gain"])
 
 
-def count_licenses(dataset: Any, column: str = "license") -> dict[str, int]:
-    """Rows of a data set by licence, the most frequent first; empty for a stream or without such a column."""
-    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+def count_licenses(dataset: Any) -> dict[str, int]:
+    """Counts rows by their column `license`, the most frequent first; `{}` for a stream or without that column."""
+    if not isinstance(dataset, Dataset) or "license" not in dataset.column_names:
         return {}
-    return dict(Counter(row_license(value) or "unknown" for value in dataset.with_format(None)[column]).most_common())
+    cells = dataset.with_format(None)["license"]
+    return dict(Counter(row_license(value) or "unknown" for value in cells).most_common())
 
 
-def eval_results(facts: ModelCardFacts) -> list[EvalResult]:
+def _eval_results(facts: ModelCardFacts) -> list[EvalResult]:
     """The last evaluation of each held-out set, as the card's metadata have it; numbers that are finite only."""
     return [
         EvalResult(
@@ -277,31 +247,29 @@ def eval_results(facts: ModelCardFacts) -> list[EvalResult]:
 
 
 def render_model_card(facts: ModelCardFacts) -> ModelCard:
-    """The card, with metadata that the Hub takes.
-
-    `base_model` and `datasets` name what is on the Hub only, and `license` is one of the Hub's identifiers; what these
-    can't say stands in the text.
-    """
-    results = eval_results(facts)
-    base = {"base_model": facts.base_id, "base_model_relation": "adapter" if facts.adapter else "finetune"}
-    tags = {"ra3", "trl", "generated_from_trainer", *facts.tags}
+    """Lays out the card, with metadata that the Hub takes."""
+    # `base_model` and `datasets` may name what is on the Hub only, and `license` one of its identifiers; what these
+    # can't say stands in the text.
+    results = _eval_results(facts)
+    optional: dict[str, Any] = license_metadata([facts.license] if facts.license else [])
+    if facts.base_id:
+        relation = "adapter" if facts.adapter else "finetune"
+        optional |= {"base_model": facts.base_id, "base_model_relation": relation}
+    if results:
+        optional |= {"eval_results": results, "model_name": facts.model_name}
     data = ModelCardData(
-        **(base if facts.base_id else {}),
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
-        **license_metadata([facts.license] if facts.license else []),
         language=facts.language,
         datasets=list(facts.dataset_ids) or None,
-        tags=sorted({str(tag) for tag in tags}),
-        **({"eval_results": results, "model_name": facts.model_name} if results else {}),
+        tags=sorted({"ra3", "trl", "generated_from_trainer", *map(str, facts.tags)}),
+        **optional,
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        facts=facts,
-        paper=PAPER,
-        prompt=_PROMPTS.get(facts.action_format, "def fibonacci(n):\n"),
-        thinks=[(m["set"] or _HELD_OUT, m["think_rate"]) for m in facts.evaluations if m["last"]],
-        cell=cell,
-        code_cell=code_cell,
-    )
+    prompt = _PROMPTS.get(facts.action_format, "def fibonacci(n):\n")
+    thinks = [(row["set"] or _HELD_OUT, row["think_rate"]) for row in facts.evaluations if row["last"]]
+    return ModelCard(render("model_card.md.jinja", data, facts=facts, prompt=prompt, thinks=thinks))
+
+
+def render(template: str, data: CardData, **values: Any) -> str:
+    """A template of this folder with a card's metadata and values; its macros are in `shared.md.jinja`."""
+    return _TEMPLATES.get_template(template).render(card_data=data.to_yaml(), **values)

@@ -27,8 +27,8 @@ def row_license(value: str | Iterable[str] | None) -> str | None:
     Example: `row_license(["MIT", "Apache-2.0"]) == "MIT AND Apache-2.0"`, `row_license("unknown") is None`.
     """
     names = [value] if isinstance(value, str) else list(value or ())
-    found = [name.strip() for name in names if isinstance(name, str) and name.strip().lower() not in _MISSING]
-    return " AND ".join(found) or None
+    stripped = [name.strip() for name in names if isinstance(name, str)]
+    return " AND ".join(name for name in stripped if name.lower() not in _MISSING) or None
 
 
 def hub_license(name: str) -> str:
@@ -47,17 +47,11 @@ def hub_license(name: str) -> str:
 def license_metadata(names: Iterable[str]) -> dict[str, Any]:
     """`license`, and `license_name` for the only one that the Hub does not know, as a card's metadata has them.
 
-    Args:
-        names (`Iterable[str]`):
-            Licences as SPDX tags, expressions of them, or words.
-
-    Returns:
-        `dict`: empty without names.
+    `names` are SPDX tags, expressions of them, or words; without any there is nothing to say (`{}`).
     """
-    parts = [part for name in names for part in re.split(r"\s+(?:AND|OR|WITH)\s+", name.strip())]
-    found = {part: hub_license(part.lstrip("(")) for part in parts if part}
-    ids = sorted(set(found.values()))
-    if len(found) == 1 and ids == ["other"]:
-        slug = re.sub(r"[^a-z0-9.]+", "-", parts[0].lower()).strip("-.")[:64]
+    singles = [single for name in names for single in re.split(r"\s+(?:AND|OR|WITH)\s+", name.strip()) if single]
+    ids = sorted({hub_license(single.lstrip("(")) for single in singles})
+    if len(set(singles)) == 1 and ids == ["other"]:
+        slug = re.sub(r"[^a-z0-9.]+", "-", singles[0].lower()).strip("-.")[:64]
         return {"license": "other", "license_name": slug} if slug else {"license": "other"}
     return {"license": ids[0] if len(ids) == 1 else ids} if ids else {}

@@ -8,11 +8,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, DatasetCard, auth_check, upload_folder
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
+from ..config import RA3Config
 from ..files import written_aside
 from .annotated import ANNOTATION, annotate_dataset, require_boundaries
 from .card import card_facts, render_model_card
@@ -22,18 +24,29 @@ from .publish import DatasetPush
 
 logger = logging.get_logger(__name__)
 # Files of a checkpoint that are for resuming alone, or whose place the card takes.
-_NOT_PUSHED = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "*.bin", "trainer_state.json", "README.md")
-_NOT_PUSHED += ("ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors")
+_NOT_PUSHED = (
+    "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "*.bin", "trainer_state.json", "README.md",
+    "ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors",
+)  # fmt: skip
 
 
-class HubMixin:
-    """Mixed into a `Trainer` with `policy`, `source_dataset`, `cut`, `latent_log` and `evaluations`."""
+class HubMixin(Trainer):
+    """The Hub's part of [`RA3MidTrainer`], which has `policy`, `source_dataset`, `cut`, `latent_log` and
+    `evaluations`."""
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+    args: RA3Config
+    hub_model_id: str  # type: ignore[assignment]
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
+    source_dataset: Dataset | IterableDataset | None
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any
+    ) -> None:
         """Writes `README.md` into `output_dir`; extra arguments are those of `Trainer.create_model_card`."""
+        # The order of arguments is that of TRL's trainers.
         if self.is_world_process_zero():
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
-            card.save(Path(self.args.output_dir) / "README.md")
+            card.save(Path(str(self.args.output_dir), "README.md"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As `Trainer`'s; that the repository may be written to is seen now, not after the training."""
@@ -42,50 +55,47 @@ class HubMixin:
             auth_check(self.hub_model_id, token=self.args.hub_token if token is None else token, write=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As `Trainer`'s, with head, settings and card, and without the pickled arguments, which hold the token."""
-        args, strategy = self.args, HubStrategy(self.args.hub_strategy)
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not args.hub_always_push):
+        """Pushes a checkpoint as `Trainer` does, with head, settings and card, and without pickled arguments."""
+        # Overridden though private: `Trainer`'s copies a list of files of its own into `output_dir`, writes
+        # `training_args.bin` there, which holds the token, and uploads at once; no hook stands in between.
+        output_dir, strategy = str(self.args.output_dir), HubStrategy(self.args.hub_strategy)
+        before = self.push_in_progress
+        busy = before is not None and not before.is_done()
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        # Copied, since the checkpoint may be rotated away while it is uploaded.
-        with written_aside(args.output_dir) as folder:
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with written_aside(output_dir) as folder:  # copied, since rotation may remove the checkpoint during the upload
             for path in Path(checkpoint_folder).iterdir():
                 if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
                     shutil.copy(path, folder)
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         message = f"Training in progress, update {self.state.global_step}"
-        jobs = [self._upload(args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        jobs = [self._upload(output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=place))
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
+        if before is not None and busy:
+            before.jobs.extend(jobs)  # type: ignore[union-attr]
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]
 
-    def _upload(self, folder: str, message: str, **options) -> Future[CommitInfo]:
-        """In the background, one after the other: each `HfApi` has a queue of its own, so this is the shared one."""
-        job = upload_folder(
+    def _upload(
+        self, folder: str, message: str, path_in_repo: str | None = None, ignore_patterns: list[str] | None = None
+    ) -> Future[CommitInfo]:
+        """Uploads in the background; what failed is said, and training goes on."""
+        # One upload after the other: each `HfApi` has a queue of its own, so this is the shared one.
+        job: Future[CommitInfo] = upload_folder(
             repo_id=self.hub_model_id, folder_path=folder, commit_message=message, run_as_future=True,
-            revision=self.args.hub_revision, token=self.args.hub_token, **options,
+            revision=self.args.hub_revision, token=self.args.hub_token, path_in_repo=path_in_repo,
+            ignore_patterns=ignore_patterns,
         )  # fmt: skip
         job.add_done_callback(_say_if_failed)
         return job
 
     def push_annotated_dataset(
-        self,
-        repo_id: str,
-        dataset: Dataset | None = None,
-        *,
-        dataset_name: str | None = None,
-        license_column: str = "license",
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload annotated data set",
-        allow_missing_licenses: bool = False,
-        allow_secrets: bool = False,
+        self, repo_id: str, dataset: Dataset | None = None, *, dataset_name: str | None = None, **options: Any
     ) -> CommitInfo | None:
         """
         Annotates a corpus with the present weights and pushes it to the Hub with its card, in one commit.
@@ -99,20 +109,10 @@ class HubMixin:
                 Text as the trainer takes it; the default is the training data.
             dataset_name (`str`, *optional*):
                 The source in words, for the card.
-            license_column (`str`, *optional*, defaults to `"license"`):
-                Column that names each row's licence; of rows that name none it is `args.dataset_license`.
-            private (`bool`, *optional*):
-                Whether a new repository is private; the default is `args.hub_private_repo`.
-            token (`str`, *optional*):
-                Token with write permission; the default is `args.hub_token`, then the one you are logged in with.
-            revision (`str`, *optional*):
-                Branch to push to, made if it is not there.
-            commit_message (`str`, *optional*):
-                Message of the commit.
-            allow_missing_licenses (`bool`, *optional*, defaults to `False`):
-                Push rows without a licence too.
-            allow_secrets (`bool`, *optional*, defaults to `False`):
-                Push what looks like passwords and keys too.
+            **options:
+                Further fields of [`~ra3_trl.hub.DatasetPush`], such as `private`, `revision` or
+                `allow_missing_licenses`. `dataset_license`, `private` and `token` default to `args.dataset_license`,
+                `args.hub_private_repo` and `args.hub_token`.
 
         Returns:
             `CommitInfo` of the upload on the main process, `None` on others.
@@ -122,17 +122,8 @@ class HubMixin:
             is uploaded.
         """
         args = self.args
-        push = DatasetPush(
-            repo_id,
-            license_column,
-            args.dataset_license,
-            args.hub_private_repo if private is None else private,
-            args.hub_token if token is None else token,
-            revision,
-            commit_message,
-            allow_missing_licenses,
-            allow_secrets,
-        )
+        of_run = {"dataset_license": args.dataset_license, "private": args.hub_private_repo, "token": args.hub_token}
+        push = DatasetPush(repo_id, **of_run | {name: value for name, value in options.items() if value is not None})
         annotated = annotate_dataset(self.policy, push.check(self._to_annotate(dataset)), self.cut.formatting_func)
         require_boundaries(annotated, args.action_format)
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))  # the rest is as it was
@@ -141,13 +132,14 @@ class HubMixin:
 
         def card(full_name: str) -> DatasetCard:
             return render_dataset_card(
-                self.policy, annotated, full_name, None, dataset_name, args.dataset_license, revision,
+                self.policy, annotated, full_name, None, dataset_name, push.dataset_license, push.revision,
                 self.state.global_step,
             )  # fmt: skip
 
         return push.upload(annotated, card)
 
     def _to_annotate(self, dataset: Dataset | None) -> Dataset:
+        """The corpus to push, or the training data as they were given."""
         source = self.source_dataset if dataset is None else dataset
         if not isinstance(source, Dataset):
             raise ValueError(

@@ -28,22 +28,15 @@ class DatasetPush:
     Args:
         repo_id (`str`):
             Data set on the Hub, `"org/name"` or `"name"` under your own.
-        license_column (`str`, *optional*, defaults to `"license"`):
-            Column that names each row's licence, a text or a list of texts.
-        dataset_license (`str`, *optional*):
-            Licence of the rows that name none, or of all where there is no such column.
-        private (`bool`, *optional*):
-            Whether the repository is private if it is new; `None` is your organisation's default.
-        token (`str`, *optional*):
-            Token with write permission; `None` is the one you are logged in with.
-        revision (`str`, *optional*):
-            Branch, made if it is not there; `None` is `main`.
-        commit_message (`str`, *optional*):
-            Message of the commit.
-        allow_missing_licenses (`bool`, *optional*, defaults to `False`):
-            Publish rows whose licence nobody knows.
-        allow_secrets (`bool`, *optional*, defaults to `False`):
-            Publish what looks like passwords and keys.
+        license_column (`str`, *optional*, defaults to `"license"`), dataset_license (`str`, *optional*):
+            Column that names each row's licence, a text or a list of texts; licence of the rows that name none.
+        private (`bool`, *optional*), token (`str`, *optional*):
+            Whether the repository is private if it is new; a token with write permission. `None` is your
+            organisation's default, and the token that you are logged in with.
+        revision (`str`, *optional*), commit_message (`str`, *optional*):
+            Branch, made if it is not there (`None` is `main`); message of the commit.
+        allow_missing_licenses (`bool`, *optional*), allow_secrets (`bool`, *optional*):
+            Publish rows whose licence nobody knows; publish what looks like passwords and keys.
 
     Raises:
         `ValueError`: for a `repo_id` that the Hub can't have.
@@ -73,22 +66,23 @@ class DatasetPush:
         return dataset
 
     def check_secrets(self, dataset: Dataset) -> None:
-        """
+        """Refuses rows that seem to hold secrets, saying which rows and of what kind; no secret is shown.
+
         Raises:
-            `ValueError`: if rows seem to hold secrets, saying which rows and of what kind; no secret is shown.
+            `ValueError`: if there are any.
         """
-        found = [] if self.allow_secrets else scan_rows(dataset.with_format(None))
-        if not found:
-            return
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(s.kind for s in found).most_common())
-        raise ValueError(
-            f"{len({secret.row for secret in found})} rows seem to hold secrets ({kinds}): "
-            f"{_listed(found, '; ')}. Take them out, or pass `allow_secrets` if they are none. Nothing was uploaded."
-        )
+        secrets = [] if self.allow_secrets else scan_rows(dataset.with_format(None))
+        if secrets:
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(s.kind for s in secrets).most_common())
+            raise ValueError(
+                f"{len({secret.row for secret in secrets})} rows seem to hold secrets ({kinds}): "
+                f"{_listed(secrets, '; ')}. Take them out, or pass `allow_secrets` if they are none. Nothing was "
+                "uploaded."
+            )
 
     def _licensed(self, dataset: Dataset) -> Dataset:
-        column, columns, of_all = self.license_column, dataset.column_names, row_license(self.dataset_license)
-        if column not in columns and column != "license":
+        column, columns = self.license_column, dataset.column_names
+        if column != "license" and column not in columns:
             raise ValueError(
                 f"`license_column` is {column!r}, and the corpus has the columns {sorted(columns)}; name one of them."
             )
@@ -97,33 +91,26 @@ class DatasetPush:
                 f"`license_column` is {column!r}, and the corpus has a column `license` besides; drop or rename it."
             )
         cells = dataset.with_format(None)[column] if column in columns else [None] * len(dataset)
-        own = [row_license(value) for value in cells]
-        found = [name or of_all for name in own]
-        if missing := [number for number, name in enumerate(found) if name is None]:
-            names_none = f"column `{column}` names none"
-            self._refuse_rows(names_none if column in columns else "the corpus has no column of licences", missing)
-        if column == "license" and found == own:  # nothing was filled
+        of_rows = [row_license(value) for value in cells]
+        filled = [name or row_license(self.dataset_license) for name in of_rows]
+        missing = [number for number, name in enumerate(filled) if name is None]
+        if missing and not self.allow_missing_licenses:
+            reason = f"column `{column}` names none" if column in columns else "the corpus has no column of licences"
+            raise ValueError(
+                f"{len(missing)} rows have no licence ({reason}): {_listed(missing)}. Whoever gets a corpus must know "
+                "the terms: leave these rows out, name the column with `license_column`, set `dataset_license` to the "
+                "licence of all rows that name none, or pass `allow_missing_licenses`. Nothing was uploaded."
+            )
+        # Nothing to add where the column says it all already, or nobody knows anything.
+        if column == "license" and filled == of_rows:
             return dataset
         rest = dataset.remove_columns("license") if "license" in columns else dataset
-        return rest.add_column("license", found)
-
-    def _refuse_rows(self, reason: str, numbers: Sequence[int]) -> None:
-        if self.allow_missing_licenses:
-            return
-        raise ValueError(
-            f"{len(numbers)} rows have no licence ({reason}): {_listed(numbers)}. Whoever gets a corpus must know the "
-            "terms: leave these rows out, name the column with `license_column`, set `dataset_license` to the "
-            "licence of all rows that name none, or pass `allow_missing_licenses`. Nothing was uploaded."
-        )
+        return rest.add_column("license", filled)
 
     def upload(self, dataset: Dataset, card: DatasetCard | Callable[[str], DatasetCard]) -> CommitInfo:
-        """Uploads data and card in one commit, in the place of the data that the repository has.
+        """Uploads rows that were [`~DatasetPush.check`]ed and their card in one commit, in the place of older data.
 
-        Args:
-            dataset (`datasets.Dataset`):
-                From [`~DatasetPush.check`].
-            card (`huggingface_hub.DatasetCard` or `Callable[[str], DatasetCard]`):
-                Its card, or what makes it of the repository's full name, which is known when there is one.
+        `card` may be a function of the repository's full name, which is known when there is one.
         """
         api = HfApi(token=self.token)
         repo_id = api.create_repo(self.repo_id, private=self.private, repo_type="dataset", exist_ok=True).repo_id

@@ -62,18 +62,8 @@ _LEAST_BITS = 3.0  # a character; words and names have less than random letters 
 
 @dataclass(frozen=True)
 class Secret:
-    """Where a secret stands and what it looks like, without the secret itself.
-
-    Args:
-        row (`int`):
-            Row of the data set, from 0.
-        column (`str`):
-            Its column.
-        kind (`str`):
-            What it is, such as `"GitHub token"`.
-        shown (`str`):
-            The part that all of its kind share, and the number of characters that are kept back.
-    """
+    """Where a secret stands (`row` from 0) and what it looks like: `shown` is the part that all of its `kind` share,
+    and the number of characters that are kept back."""
 
     row: int
     column: str
@@ -89,14 +79,14 @@ def find_secrets(text: str) -> list[tuple[str, str, str]]:
 
     Example: a line `HF = "hf_<34 letters>"` gives `[("Hugging Face token", "hf_", "<34 letters>")]`.
     """
-    found = []
+    secrets: list[tuple[str, str, str]] = []
     for kind, pattern in _PATTERNS.items():
         for match in pattern.finditer(text):
             public, secret = match.groups()
-            known = any(secret in other or other in secret for _, _, other in found)
-            if not known and (_looks_random(secret) if kind in _ASSIGNED else "EXAMPLE" not in secret):
-                found.append((kind, public, secret))
-    return found
+            repeats = any(secret in other or other in secret for _, _, other in secrets)
+            if not repeats and (_looks_random(secret) if kind in _ASSIGNED else "EXAMPLE" not in secret):
+                secrets.append((kind, public, secret))
+    return secrets
 
 
 def _looks_random(value: str) -> bool:
@@ -109,17 +99,16 @@ def _looks_random(value: str) -> bool:
 
 def scan_rows(rows: Iterable[dict[str, Any]]) -> list[Secret]:
     """Secrets in all text of all columns, lists and records in them too; one that a row repeats counts once."""
-    found: list[Secret] = []
+    secrets: list[Secret] = []
     for number, row in enumerate(rows):
         seen: set[str] = set()
         for column, value in row.items():
-            for text in _texts(value):
-                for kind, public, secret in find_secrets(text):
-                    if secret not in seen:
-                        seen.add(secret)
-                        shown = f"{' '.join(public.split())}… ({len(secret)} characters)"
-                        found.append(Secret(number, column, kind, shown))
-    return found
+            for kind, public, secret in (hit for text in _texts(value) for hit in find_secrets(text)):
+                if secret not in seen:
+                    seen.add(secret)
+                    shown = f"{' '.join(public.split())}… ({len(secret)} characters)"
+                    secrets.append(Secret(number, column, kind, shown))
+    return secrets
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -127,9 +116,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, bytes):
         yield value.decode("utf-8", "replace")
-    elif isinstance(value, dict):
-        for inner in (*value, *value.values()):
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _texts(inner)

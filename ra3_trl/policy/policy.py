@@ -39,9 +39,9 @@ from .text import token_text
 
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
 THINKING = (
-    "action_format", "existing_comments", "max_length", "dataset_text_field", "num_latents", "max_latent_length",
-    "temperature", "top_k", "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon",
-    "discount", "line_reduction", "annotation", "prior_alpha",
+    "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
+    "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon", "discount",
+    "line_reduction", "annotation", "prior_alpha",
 )  # fmt: skip
 
 

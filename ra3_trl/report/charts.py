@@ -1,25 +1,27 @@
-"""Charts of runs: which numbers are drawn against what, with bands over seeds; and their pictures."""
+"""All pictures of runs: which numbers are drawn against what, with bands over seeds, and how they look."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..analysis import Estimate
-from .runs import MIDTRAINING, RLVR, Experiment, Replication, TrainingRun
+from .runs import MIDTRAINING, RLVR, TrainingRun
 
 
-# Okabe and Ito's colors, which the colour-blind can tell apart.
+# What arms are usually called: each has its color and marker in every picture. The colors are Okabe and Ito's, which
+# the colour-blind can tell apart.
 _ARMS = ("base", "ntp", "ntp_forced", "ra3", "resample", "ntp_tokens", "ntp_compute")
 _COLORS = ("#666666", "#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vP*X"
 _INK, _MUTED, _FAINT = "#222222", "#666666", "#bbbbbb"
-_COLUMNS, _PANEL = 3, (4.6, 3.1)  # of the overview, and inches of a chart
-_TRAINING = {
+_LONG_TICKS = 48  # characters of all ticks that still stand beside one another
+_TRAINING = {  # of each kind of run: what is logged, title, unit
     MIDTRAINING: (
         ("estep/reward", "E-phase: reward", "nats"),
         ("estep/gain", "E-phase: gain of a latent", "nats"),
@@ -35,31 +37,10 @@ _TRAINING = {
         ("reward", "RLVR: reward", ""),
         ("pass_rate", "RLVR: share that passes", ""),
         ("think_rate", "RLVR: latents for each line of code", ""),
-        ("latent_length", "RLVR: length of a latent", "characters"),
+        ("latent_length", "RLVR: length of a latent", "tokens"),
     ),
 }
-_ROWS = (
-    ("Thinks where it pays", "P(think), share", {
-        "think_hard": "before\nhard lines", "think_easy": "before\neasy lines", "comment_right": "comments\nright",
-    }),
-    ("Held-out expert code", "nats a token, lower is better", {
-        "ce": "cross-\nentropy", "elbo": "negative\nELBO", "bound_multi": "multi-sample\nbound",
-    }),
-    ("Hard lines right", "share", {
-        "accuracy": "as it likes", "accuracy_forced": "comment\nforced", "accuracy_never": "comment\nbanned",
-    }),
-)  # fmt: skip
-_OF_EXPERIMENTS = (
-    ("Thinks, and is right", "share", {
-        "think_hard": "P(think), hard lines", "think_easy": "P(think), easy lines", "comment_right": "comments right",
-        "accuracy": "hard lines right",
-    }),
-    ("Held-out expert code", "nats a token, lower is better", {
-        "ce": "cross-entropy", "elbo": "negative ELBO", "bound_multi": "multi-sample bound",
-    }),
-    ("Gain of a latent at the E-phase's end", "nats", {"gain": "gain"}),
-)  # fmt: skip
-_LONG_TICKS = 48  # characters of all of them that stand beside one another
+_DEMO = ("estep/gain", "estep/think_rate", "mstep/code_loss")
 
 
 @dataclass(frozen=True)
@@ -68,25 +49,27 @@ class Series:
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]
+    y: Sequence[float | None]
     band: Sequence[tuple[float, float] | None]
+
+    @classmethod
+    def of(cls, label: str, x: Sequence[float], estimates: Sequence[Estimate]) -> Series:
+        """Means with their intervals at the places `x`."""
+        bands = [None if e.low is None or e.high is None else (e.low, e.high) for e in estimates]
+        return cls(label, x, [e.mean for e in estimates], bands)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture.
+    """A picture: its file's stem, what is shown, and the series.
 
     Args:
-        name (`str`):
-            Stem of its file.
-        title, x_label, y_label (`str`):
-            What is shown.
-        series (`Sequence[Series]`):
-            What is drawn.
         ticks (`Sequence[str]`):
             Names of the places 0, 1, ... on the x axis, where points are drawn; `()` for curves.
         note (`str`):
             What bands and bars are.
+        values (`bool`):
+            Whether each point has its number beside it.
     """
 
     name: str
@@ -96,6 +79,7 @@ class Chart:
     series: Sequence[Series]
     ticks: Sequence[str] = ()
     note: str = ""
+    values: bool = False
 
     def places(self) -> list[str]:
         """What the columns of a table of its numbers are."""
@@ -104,9 +88,7 @@ class Chart:
     def cells(self, series: Series) -> list[str]:
         """A row of that table."""
         last = len(series.x) - 1
-        return [
-            number(series.y[i], series.band[i]) for i in (range(len(series.x)) if self.ticks else (0, last // 2, last))
-        ]
+        return [number(series.y[i], series.band[i]) for i in (range(last + 1) if self.ticks else (0, last // 2, last))]
 
 
 def number(value: float | None, band: tuple[float, float] | None, digits: int = 3) -> str:
@@ -117,159 +99,135 @@ def number(value: float | None, band: tuple[float, float] | None, digits: int = 
     return f"{value:.{digits}f}{interval}".replace("-", "\u2212")
 
 
-def curve_over(label: str, runs: Sequence[Mapping[int, float]]) -> Series:
-    """The mean of runs at the updates that all of them logged.
-
-    Args:
-        label (`str`):
-            What the runs are called.
-        runs (`Sequence[Mapping[int, float]]`):
-            The value by update of each run.
-    """
-    steps = sorted(set.intersection(*(set(run) for run in runs)))
-    found = [Estimate.of([run[step] for run in runs]) for step in steps]
-    return Series(label, steps, [one.mean for one in found], [_interval(one) for one in found])
-
-
-def _interval(one: Estimate) -> tuple[float, float] | None:
-    return None if one.low is None else (one.low, one.high)
-
-
-def training_charts(runs: Sequence[TrainingRun]) -> list[Chart]:
-    """Charts of training runs of one kind; those of the same label become one curve with a band."""
-    labels = list(dict.fromkeys(run.label for run in runs))
-    charts = []
-    for key, title, unit in _TRAINING[runs[0].kind]:
-        by_label = {label: [run.points(key) for run in runs if run.label == label] for label in labels}
-        series = [curve_over(label, points) for label, points in by_label.items() if all(points)]
-        if series := [one for one in series if one.x]:
-            charts.append(Chart(_stem(title), title, "update", unit, series, note=_note(map(len, by_label.values()))))
-    return charts
-
-
-def _note(seeds: Iterable[int]) -> str:
-    most = max(seeds)
-    return "" if most < 2 else f"Means and 95 % intervals (Student's t) over {most} seeds."
-
-
-def replication_charts(found: Replication) -> list[Chart]:
-    """What is in the table of the replication, and curves of its E-phase and its RLVR."""
-    table, runs = found.table, found.table["runs"]
-    arms, note = list(table["accuracy"]), _note([table["seeds"]])
-    charts = []
-
-    def named(title: str) -> str:
-        return _stem(f"{found.label} {title}")
-
-    for key, title, unit in _TRAINING[MIDTRAINING][2:4]:  # gain where it thinks, and P(think)
-        points = [dict(enumerate((one[key] for one in run["ra3"]["log"] if key in one), 1)) for run in runs]
-        if all(points):
-            charts.append(Chart(named(title), title, "update", unit, [curve_over("ra3", points)], note=note))
-    for title, unit, measures in _ROWS:
-        spread = 0.6 / max(len(arms) - 1, 1)
-        series = []
-        for i, arm in enumerate(arms):
-            values = [table[measure][arm] for measure in measures]
-            places = [place - 0.3 + spread * i for place in range(len(measures))]
-            band = [None if value["low"] is None else (value["low"], value["high"]) for value in values]
-            series.append(Series(arm, places, [value["mean"] for value in values], band))
-        charts.append(Chart(named(title), title, "", unit, series, tuple(measures.values()), note))
-    curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in runs]) for arm in arms]
-    title = "RLVR: tasks solved"
-    return [*charts, Chart(named(title), title, "update", "share", curves, note=note)]
-
-
-def experiment_charts(found: Experiment) -> list[Chart]:
-    """The measures of an experiment beside the table, over its arms, of which a sweep's are in their order."""
-    table = found.table
-    arms, note = tuple(table["accuracy"]), _note([table["seeds"]])
-    charts = []
-    for title, unit, measures in _OF_EXPERIMENTS:
-        known = {key: label for key, label in measures.items() if key in table}
-        spread = 0.3 / max(len(known) - 1, 1)
-        series = []
-        for i, (key, label) in enumerate(known.items()):
-            values = [table[key][arm] for arm in arms]
-            places = [place - 0.15 + spread * i for place in range(len(arms))]
-            band = [None if value["low"] is None else (value["low"], value["high"]) for value in values]
-            series.append(Series(label, places, [value["mean"] for value in values], band))
-        if series:
-            charts.append(Chart(_stem(f"{found.label} {title}"), title, "", unit, series, arms, note))
-    return charts
-
-
-def _stem(text: str) -> str:
+def stem(text: str) -> str:
     """A file's name from words: `"E-phase: reward"` becomes `"e_phase_reward"`."""
     return re.sub(r"\W+", "_", text.lower()).strip("_")
 
 
-def draw_chart(chart: Chart) -> bytes:
-    """A chart as PNG. Needs matplotlib (`pip install "ra3-trl[plots]"`)."""
-    return _png([chart], 1, (6.4, 4.0))
+def seeds_note(seeds: int) -> str:
+    """What the bands of so many seeds are; nothing for one."""
+    return "" if seeds < 2 else f"Means and 95 % intervals (Student's t) over {seeds} seeds."
 
 
-def draw_overview(charts: Sequence[Chart]) -> bytes:
-    """All charts in one PNG, three a row."""
-    return _png(charts, min(_COLUMNS, len(charts)), _PANEL)
+def curve_over(label: str, runs: Sequence[Mapping[int, float]]) -> Series:
+    """The mean of runs (the value by update of each) at the updates that all of them logged."""
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    return Series.of(label, steps, [Estimate.of([run[step] for run in runs]) for step in steps])
 
 
-def _png(charts: Sequence[Chart], columns: int, size: tuple[float, float]) -> bytes:
+def side_by_side(rows: Mapping[str, Sequence[Estimate]], width: float) -> list[Series]:
+    """Points of each label at the places 0, 1, ..., spread over `width` of a place's room."""
+    gap = width / max(len(rows) - 1, 1)
+    return [
+        Series.of(label, [place - width / 2 + gap * i for place in range(len(estimates))], estimates)
+        for i, (label, estimates) in enumerate(rows.items())
+    ]
+
+
+def training_charts(runs: Sequence[TrainingRun], keys: Collection[str] | None = None) -> list[Chart]:
+    """Charts of training runs of one kind, of all that is logged or of `keys`; those of one label are one curve."""
+    labels = list(dict.fromkeys(run.label for run in runs))
+    charts = []
+    for key, title, unit in _TRAINING[runs[0].kind]:
+        if keys is not None and key not in keys:
+            continue
+        by_label = {label: [run.points(key) for run in runs if run.label == label] for label in labels}
+        curves = [curve_over(label, points) for label, points in by_label.items() if all(points)]
+        if curves := [curve for curve in curves if curve.x]:
+            note = seeds_note(max(map(len, by_label.values())))
+            charts.append(Chart(stem(title), title, "update", unit, curves, note=note))
+    return charts
+
+
+def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
+    """Draws phases of mid-training runs (their `log_history`, by name) and held-out numbers of models as a PNG.
+
+    `held_out` has nats per code token: measure -> model -> value. Needs matplotlib (`pip install "ra3-trl[plots]"`).
+    """
+    charts = training_charts([TrainingRun(name, MIDTRAINING, log) for name, log in logs.items()], _DEMO)
+    models = next(iter(held_out.values()))
+    points = {model: [Estimate.of([of_measure[model]]) for of_measure in held_out.values()] for model in models}
+    title, unit = "Held-out expert code", "nats a code token, lower is better"
+    charts.append(Chart(stem(title), title, "", unit, side_by_side(points, 0.5), tuple(held_out), values=True))
+    Path(path).write_bytes(draw(charts, columns=len(charts)))
+
+
+def draw(charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = (4.6, 3.1)) -> bytes:
+    """Draws charts of `size` inches in one PNG with one legend, at most `columns` a row.
+
+    Needs matplotlib (`pip install "ra3-trl[plots]"`).
+    """
     import matplotlib  # an optional dependency, and slow to load
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns = min(columns, len(charts))
     rows = math.ceil(len(charts) / columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False
     )
     styles = _styles(charts)
     for axis, chart in zip(axes.flat, charts, strict=False):
-        _draw(axis, chart, styles)
+        _draw_chart(axis, chart, styles)
     for axis in axes.flat[len(charts) :]:
         axis.set_axis_off()
-    shown = [plt.Line2D([], [], color=color, marker=marker, markersize=4) for color, marker in styles.values()]
-    legend = figure.legend(shown, list(styles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    handles = [plt.Line2D([], [], color=color, marker=marker, markersize=4) for color, marker in styles.values()]
+    legend = figure.legend(handles, list(styles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for text in legend.get_texts():
-        text.set_parse_math(False)
-    found = io.BytesIO()
-    figure.savefig(found, dpi=130, format="png", metadata={"Software": None})
+        text.set_parse_math(False)  # labels are names of runs, which may hold dollars
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
     plt.close(figure)
-    return found.getvalue()
+    return png.getvalue()
 
 
 def _styles(charts: Sequence[Chart]) -> dict[str, tuple[str, str]]:
-    """Color and marker of each label, the same in all charts; the replication's arms have theirs in any report."""
-    labels = dict.fromkeys(one.label for chart in charts for one in chart.series)
+    """Color and marker of each label, the same in all charts; other labels than `_ARMS` take what these leave."""
+    labels = dict.fromkeys(series.label for chart in charts for series in chart.series)
     free = (i for i in range(len(labels) + len(_ARMS)) if i >= len(_ARMS) or _ARMS[i] not in labels)
     places = {label: _ARMS.index(label) if label in _ARMS else next(free) for label in labels}
     in_order = sorted(places.items(), key=lambda item: item[1])
     return {label: (_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]) for label, i in in_order}
 
 
-def _draw(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) -> None:
-    for one in chart.series:
-        color, marker = styles[one.label]
+def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) -> None:
+    for series in chart.series:
+        color, marker = styles[series.label]
         if chart.ticks:
-            for x, y, band in zip(one.x, one.y, one.band, strict=True):
-                if band is not None:
-                    axis.plot((x, x), band, color=color, linewidth=1.6, solid_capstyle="butt")
-                if y is not None:
-                    axis.plot(x, y, marker, color=color, markersize=5)
-            continue
-        few = {"marker": "o", "markersize": 3} if len(one.x) < 30 else {}
-        axis.plot(one.x, one.y, color=color, linewidth=1.6, **few)
-        if any(one.band):
-            low, high = zip(*(band or (y, y) for band, y in zip(one.band, one.y, strict=True)), strict=True)
-            axis.fill_between(one.x, low, high, color=color, alpha=0.15, linewidth=0)
+            _draw_points(axis, series, color, marker, chart.values)
+        else:
+            _draw_curve(axis, series, color)
     if chart.ticks:
         turned = {"rotation": 35, "ha": "right"} if sum(map(len, chart.ticks)) > _LONG_TICKS else {}
         axis.set_xticks(range(len(chart.ticks)), chart.ticks, **turned)
         for place in range(1, len(chart.ticks)):
             axis.axvline(place - 0.5, color=_FAINT, linewidth=0.6)
+    elif any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
+        axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)
     axis.set_xlabel(chart.x_label, fontsize=9, color=_MUTED)
     axis.set_ylabel(chart.y_label, fontsize=9, color=_MUTED)
     axis.tick_params(labelsize=8.5, length=2.5, color=_FAINT, labelcolor=_MUTED)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["bottom", "left"]].set_color(_FAINT)
+
+
+def _draw_points(axis: Any, series: Series, color: str, marker: str, values: bool) -> None:
+    for x, y, band in zip(series.x, series.y, series.band, strict=True):
+        if band is not None:
+            axis.plot((x, x), band, color=color, linewidth=1.6, solid_capstyle="butt")
+        if y is not None:
+            axis.plot(x, y, marker, color=color, markersize=5)
+            if values:
+                axis.annotate(number(y, None), (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    if values:
+        axis.margins(x=0.25, y=0.2)  # room for the numbers
+
+
+def _draw_curve(axis: Any, series: Series, color: str) -> None:
+    few = {"marker": "o", "markersize": 3} if len(series.x) < 30 else {}
+    axis.plot(series.x, series.y, color=color, linewidth=1.6, **few)
+    if any(series.band):
+        low, high = zip(*(band or (y, y) for band, y in zip(series.band, series.y, strict=True)), strict=True)
+        axis.fill_between(series.x, low, high, color=color, alpha=0.15, linewidth=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyarrow import Table, parquet
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 
-_COLUMNS = ("step", "doc_id", "line_number", "think_prob", "latent", "line", "gain", "origin")
+_SHOWN = 8  # rows of a printed table
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -22,78 +23,58 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
         group = rollout.group
         for t, boundary in enumerate(group.boundaries):
             action = group.document.actions[boundary]
-            line = tokenizer.decode(list(group.document.input_ids[action.start : action.end])).strip()
-            p = float(group.gate_logps_A[boundary].exp())
+            of_boundary = {
+                "step": step,
+                "doc_id": group.document.doc_id,
+                "line_number": action.index,
+                "think_prob": float(group.gate_logps_A[boundary].exp()),
+                "line": str(tokenizer.decode(list(group.document.input_ids[action.start : action.end]))).strip(),
+                "origin": "policy" if group.view is None else "hindsight",
+            }
             for g, latent in enumerate(group.latents[t]):
-                text = tokenizer.decode(list(latent.token_ids))
-                values = (
-                    step,
-                    group.document.doc_id,
-                    action.index,
-                    p,
-                    text,
-                    line,
-                    float(rollout.returns.gain_TG[t, g]),
-                    "policy" if group.view is None else "hindsight",
-                )
-                rows.append(dict(zip(_COLUMNS, values, strict=True)))
+                text, gain = tokenizer.decode(list(latent.token_ids)), float(rollout.returns.gain_TG[t, g])
+                rows.append(of_boundary | {"latent": text, "gain": gain})
     return rows
 
 
-def latent_table(rows: Sequence[dict], title: str, think: str = "#", limit: int = 8) -> rich_table.Table:
-    """A rich table of the rows with the largest gains."""
+def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_table.Table:
+    """Makes a rich table of the rows with the largest gains."""
     table = rich_table.Table(title=title, title_justify="left")
-    for name, justify in (("gain (nats)", "right"), ("P(think)", "right"), ("latent", "left"), ("next line", "left")):
-        table.add_column(name, justify=justify, overflow="fold")
-    for row in sorted(rows, key=lambda r: -r["gain"])[:limit]:
+    for name in ("gain (nats)", "P(think)", "latent", "next line"):
+        table.add_column(name, justify="left" if name in ("latent", "next line") else "right", overflow="fold")
+    for row in sorted(rows, key=lambda r: -r["gain"])[:_SHOWN]:
         cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
 
 
+@dataclass
 class LatentLog:
-    """Writes `step_<n>.parquet` and prints a table every `every` updates; `0` is never.
+    """Writes `step_<n>.parquet` into `folder` and prints a table every `every` updates; `0` is never.
 
-    Args:
-        folder (`Path`):
-            Where the parquet files go.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            To read the latents.
-        every (`int`):
-            Updates between tables.
-        think (`str`, *optional*, defaults to `"#"`):
-            What opens a latent.
+    `think` is what opens a latent.
     """
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, every: int, think: str = "#"):
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.every = every
-        self.think = think
-        self._rows: list[dict] = []
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    every: int
+    think: str = "#"
+    _rows: list[dict] = field(default_factory=list, init=False)
 
     def add(self, step: int, rollouts: Sequence) -> None:
-        if not self.every or step % self.every:
-            return
-        rows = latent_rows(step, rollouts, self.tokenizer)
-        if not rows:
+        """Logs the rollouts of an update, if it is one that is logged and they have latents."""
+        if not self.every or step % self.every or not (rows := latent_rows(step, rollouts, self.tokenizer)):
             return
         self._rows = rows
         self.folder.mkdir(parents=True, exist_ok=True)
         parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
-        Console(stderr=True).print(
-            latent_table(rows, f"Latents at update {step}, largest gains of {len(rows)}", self.think)
-        )
+        title = f"Latents at update {step}, largest gains of {len(rows)}"
+        Console(stderr=True).print(latent_table(rows, title, self.think))
 
     def latest(self, step: int) -> list[dict]:
-        """The rows that were written last, by this process or, before `step`, by the one that it goes on from.
-
-        Args:
-            step (`int`):
-                Updates done; a later file is of another run in the same folder.
-        """
+        """The rows that were written last, by this process or, before `step`, by the one that it goes on from."""
         if self._rows:
             return self._rows
         files = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob("step_[0-9]*.parquet")}
-        done = [number for number in files if number < step]
-        return parquet.read_table(files[max(done)]).to_pylist() if done else []
+        earlier = [number for number in files if number < step]  # later ones are of another run in the same folder
+        return parquet.read_table(files[max(earlier)]).to_pylist() if earlier else []

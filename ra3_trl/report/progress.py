@@ -32,7 +32,7 @@ class PhaseProgressCallback(TrainerCallback):
         self.handler = handler
 
     def text(self, global_step: int) -> str:
-        """`M-phase 17/200` of the update that `global_step` finished ones precede; with several iterations
+        """Names the update after `global_step` finished ones: `M-phase 17/200`, with several iterations
         `M-phase 17/200, iteration 1/2`."""
         phase = self.schedule.phase_at(global_step)
         text = f"{phase.kind}-phase {phase.step + 1}/{phase.length}"
@@ -40,26 +40,19 @@ class PhaseProgressCallback(TrainerCallback):
         return f"{text}, iteration {phase.iteration + 1}/{of}" if of > 1 else text
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        text = self.text(state.global_step)
         for callback in self.handler.callbacks:
-            if isinstance(callback, (ProgressCallback, RichProgressCallback)) and callback.training_bar is not None:
-                self._write(callback, self.text(state.global_step))
-
-    @staticmethod
-    def _write(callback: ProgressCallback | RichProgressCallback, text: str) -> None:
-        if isinstance(callback, RichProgressCallback):
-            callback.training_bar.update(callback.training_task, description=f"[blue]{text}")
-        else:
-            callback.training_bar.set_description(text)
+            if isinstance(callback, RichProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.update(callback.training_task, description=f"[blue]{text}")
+            elif isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(text)
 
 
 def evaluated_batch(
     handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl
 ) -> TrainerControl:
-    """`on_prediction_step` of every callback after a batch of an evaluation, by which bars of evaluations advance.
-
-    Skipped where trl's rich bar is not on the screen: it has nothing to draw on outside of training, and trl 1.16
-    fails there instead of passing.
-    """
+    """Calls `on_prediction_step` of every callback, by which bars of evaluations advance, after a batch of one."""
+    # trl's rich bar has nothing to draw on outside of training, and trl 1.16 fails there instead of passing.
     rich = [callback for callback in handler.callbacks if isinstance(callback, RichProgressCallback)]
     if any(callback.evaluation_bar is None for callback in rich):
         return control

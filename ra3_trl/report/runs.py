@@ -1,38 +1,31 @@
-"""What `ra3 report` reads: training runs, tables of the replication, annotated corpora."""
+"""What `ra3 report` reads: training runs and annotated corpora."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, load_from_disk
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 
 MIDTRAINING, RLVR = "mid-training", "RLVR"
-REPLICATION_KEYS = ("bases", "form", "runs", "accuracy")
-EXPERIMENT_KEYS = ("bases", "experiment", "runs", "accuracy")
-ANNOTATED_KEYS = ("annotated_text", "latents")
+_ANNOTATED = ["annotated_text", "latents"]
 _CURE = (
-    "give the folder of a run of `ra3 train` or `ra3 rlvr` (with trainer_state.json or checkpoints), the JSON of "
-    "`python -m benchmarks replication --json`, or a corpus of `ra3 annotate`"
+    "give the folder of a run of `ra3 train` or `ra3 rlvr` (with trainer_state.json or checkpoints), or a corpus of "
+    "`ra3 annotate`"
 )
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The log of a run.
+    """The log of a run, `trainer.state.log_history`; `kind` is `MIDTRAINING` or `RLVR`.
 
-    Args:
-        label (`str`):
-            What the run is called; runs of the same label are seeds of one another.
-        kind (`str`):
-            `"mid-training"` or `"RLVR"`.
-        log (`Sequence[Mapping]`):
-            `trainer.state.log_history`.
+    Runs of the same label are seeds of one another.
     """
 
     label: str
@@ -45,22 +38,6 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class Replication:
-    """What `python -m benchmarks replication --json` wrote."""
-
-    label: str
-    table: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What `python -m benchmarks replication --experiment NAME --json` wrote."""
-
-    label: str
-    table: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class AnnotatedCorpus:
     """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`."""
 
@@ -68,54 +45,64 @@ class AnnotatedCorpus:
     rows: Sequence[Mapping[str, Any]]
 
 
-Run = TrainingRun | Replication | Experiment | AnnotatedCorpus
+Run = TrainingRun | AnnotatedCorpus
+
+
+def read_runs(names: Sequence[str], read: Callable[[str, str], Any] | None = None) -> list[Any]:
+    """Reads runs, each `PATH` or `LABEL=PATH`, by `read(path, label)`; that is [`read_run`] by default.
+
+    Raises:
+        `ValueError`: if one can't be read, or two get the same label without having been given it.
+    """
+    runs: list[Any] = []
+    paths: dict[str, str] = {}
+    for name in names:
+        label, _, path = name.partition("=")
+        by_path = not path or not label or Path(name).exists()  # the name of a file may have `=` in it
+        if by_path:
+            label, path = _label(name), name
+        runs.append((read or read_run)(path, label))
+        if by_path and label in paths:
+            raise ValueError(
+                f"`runs`: {path!r} and {paths[label]!r} are both called {label!r}; write LABEL=RUN, with the same "
+                "LABEL for seeds of one another."
+            )
+        paths.setdefault(label, path)
+    return runs
+
+
+def _label(name: str) -> str:
+    return Path(name).resolve().name.removesuffix(".json").removesuffix(".jsonl")
 
 
 def read_run(name: str, label: str | None = None) -> Run:
-    """Reads a run by what it holds.
-
-    Args:
-        name (`str`):
-            A folder or file.
-        label (`str`, *optional*):
-            What to call it; the last part of the path by default.
+    """Reads a folder or file by what it holds; its label is the last part of the path by default.
 
     Raises:
         `ValueError`: if it is not there, nothing that can be reported, or damaged.
     """
-    path = Path(name)
-    label = label or path.resolve().name.removesuffix(".json").removesuffix(".jsonl")
+    path, label = Path(name), label or _label(name)
     if not path.exists():
         raise ValueError(f"`run` {name!r} is not there; {_CURE}.")
     try:
-        if path.is_file():
-            return _read_file(path, name, label)
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _read_corpus(path, name, label)
+        if path.is_file() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return AnnotatedCorpus(label, _read_rows(path, name))
         return _read_training(path, name, label)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`run` {name!r} can't be read, or is damaged ({error!r}); {_CURE}.") from error
 
 
-def _read_file(path: Path, name: str, label: str) -> Run:
+def _read_rows(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
+    if path.is_dir():
+        data = load_from_disk(str(path))
+        if not isinstance(data, Dataset) or not set(_ANNOTATED) <= set(data.column_names):
+            raise ValueError(f"`run` {name!r} is a dataset without the columns of `ra3 annotate`; {_CURE}.")
+        return data.select_columns(_ANNOTATED)
     text = path.read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
-    if isinstance(rows, list) and rows and all(set(ANNOTATED_KEYS) <= set(row) for row in rows):
-        return AnnotatedCorpus(label, rows)
-    if isinstance(rows, dict) and set(REPLICATION_KEYS) <= set(rows):
-        return Replication(label, rows)
-    if isinstance(rows, dict) and set(EXPERIMENT_KEYS) <= set(rows):
-        return Experiment(label, rows)
-    raise ValueError(f"`run` {name!r} is a file with nothing to report; {_CURE}.")
-
-
-def _read_corpus(path: Path, name: str, label: str) -> AnnotatedCorpus:
-    from datasets import Dataset, load_from_disk
-
-    data = load_from_disk(str(path))
-    if not isinstance(data, Dataset) or not set(ANNOTATED_KEYS) <= set(data.column_names):
-        raise ValueError(f"`run` {name!r} is a dataset without the columns of `ra3 annotate`; {_CURE}.")
-    return AnnotatedCorpus(label, data.select_columns(list(ANNOTATED_KEYS)))
+    if not isinstance(rows, list) or not rows or not all(set(_ANNOTATED) <= set(row) for row in rows):
+        raise ValueError(f"`run` {name!r} is a file with nothing to report; {_CURE}.")
+    return rows
 
 
 def _read_training(path: Path, name: str, label: str) -> TrainingRun:

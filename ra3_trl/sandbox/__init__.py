@@ -1,4 +1,4 @@
-"""Runs programs that nobody trusts, and judges them by tests whose verdicts they can't forge. Knows nothing of RA3."""
+"""Runs programs that nobody trusts, and judges them by tests whose verdicts they can't forge."""
 
 from .judge import VERDICTS, Judge, Problem, Result
 from .sandbox import Limits, Sandbox, SandboxError

@@ -57,12 +57,10 @@ def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> Non
 
     The job itself comes by the socket `jobs`, which only players read: one message, and with it descriptors for
     standard output, for what else is printed and for the verdict, and perhaps a socket between program and tests.
-    After each comes a report, a `dict` of `ended` (`"exit"`, `"timeout"`, `"memory"` or `"stopped"`), `status` (exit
-    code, or minus the signal) and `seconds`. Without `isolated` only limits apply.
+    After each comes a report: `ended` (`"exit"`, `"timeout"`, `"memory"` or `"stopped"`), `status` (exit code, or
+    minus the signal) and `seconds`. Without `isolated` only limits apply.
     """
     host = socket.socket(fileno=control)
-    if isolated:
-        _try_out(limits)
     gc.collect()
     gc.freeze()  # so that a player's collections do not copy the server's pages
     wire.send(host, "ready")
@@ -78,22 +76,6 @@ def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> Non
         wire.send(host, {"ended": ended, "status": status, "seconds": time.monotonic() - start})
         if ended != "stopped":
             host.recv(1)
-
-
-def _try_out(limits: dict[str, Any]) -> None:
-    """Fails now, and says why, where namespaces or limits are refused."""
-    pid = _clone()
-    if pid == 0:
-        try:
-            _own_folders(limits)
-            _limit(limits, True)
-            os._exit(0)
-        except OSError as error:
-            os.write(2, f"{error}; ".encode())
-        finally:
-            os._exit(1)
-    if os.waitpid(pid, 0)[1] != 0:
-        raise RuntimeError("a program can't be isolated here")
 
 
 def _clone() -> int:
@@ -119,7 +101,7 @@ def _play(jobs: int, limits: dict[str, Any], isolated: bool) -> None:
         stdout, tail, verdict, *channel = received
         try:
             _prepare(job, stdout, tail, limits, isolated)
-        except Exception as error:
+        except (OSError, ValueError) as error:
             os.write(verdict, f"{wire.BROKEN}{type(error).__name__}: {error}".encode(errors="replace"))
             raise
         _close_but([verdict, *channel] if job["role"] in ("tests", "inside") else channel)
@@ -140,7 +122,7 @@ def _prepare(job: dict[str, Any], stdout: int, tail: int, limits: dict[str, Any]
 
 
 def _watch(pid: int, host: socket.socket, limits: dict[str, Any], isolated: bool) -> str:
-    """Waits until the player ends, or must: how it ended."""
+    """Waits until the player ends, or must, and returns how it ended."""
     deadline = time.monotonic() + limits["seconds"]
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
@@ -148,7 +130,7 @@ def _watch(pid: int, host: socket.socket, limits: dict[str, Any], isolated: bool
     poll.register(host, select.POLLIN)
     try:
         while (left := deadline - time.monotonic()) > 0:
-            ready = [found for found, _ in poll.poll(1000 * min(left, _POLL))]
+            ready = [descriptor for descriptor, _ in poll.poll(1000 * min(left, _POLL))]
             if pidfd in ready:
                 return "exit"
             if ready:
@@ -203,10 +185,9 @@ def _stdin(text: str) -> None:
 
 def _close_but(keep: list[int]) -> None:
     start = 3
-    for found in sorted(keep):
-        os.closerange(start, found)
-        start = found + 1
-    os.closerange(start, 4096)
+    for descriptor in (*sorted(keep), 4096):
+        os.closerange(start, descriptor)
+        start = descriptor + 1
 
 
 def _limit(limits: dict[str, Any], isolated: bool) -> None:

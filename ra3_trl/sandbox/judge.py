@@ -65,20 +65,19 @@ class Problem:
             raise ValueError(f"`tests` is the text {self.tests[:60]!r}; give a tuple of texts.")
         texts = {"tests": self.tests, "setup": [self.setup], "cases": [text for case in self.cases for text in case]}
         texts["entry_point"] = [] if self.entry_point is None else [self.entry_point]
-        for name, found in texts.items():
-            if odd := [text for text in found if not isinstance(text, str)]:
+        for name, values in texts.items():
+            if odd := [value for value in values if not isinstance(value, str)]:
                 raise ValueError(f"`{name}` holds {odd[0]!r}; give texts.")
         if bool(self.tests) == bool(self.cases):
             raise ValueError(f"a problem has {len(self.tests)} `tests` and {len(self.cases)} `cases`; give either.")
         if self.entry_point is not None and not self.entry_point.isidentifier():
             raise ValueError(f"`entry_point` is {self.entry_point!r}; give the name of a function.")
-        _ = self._trees
-        if self.tests and not self.total:
+        if not self.total:  # which parses the tests
             raise ValueError(f"`tests` hold no `assert`: {self.tests[0][:60]!r}; nothing would be tested.")
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Problem:
-        """The problem of a data set's row.
+        """Reads the problem of a data set's row.
 
         Args:
             row (`Mapping`):
@@ -90,24 +89,22 @@ class Problem:
         """
         entry_point, inside = row.get("entry_point"), bool(row.get("inside"))
         if row.get("inputs") is not None:
-            outputs = row.get("outputs")
-            for name, column in (("inputs", row["inputs"]), ("outputs", outputs)):
+            inputs, outputs = row["inputs"], row.get("outputs")
+            for name, column in (("inputs", inputs), ("outputs", outputs)):
                 if column is not None and not isinstance(column, list | tuple):
                     raise ValueError(f"`{name}` is {column!r}; give a list of texts.")
-            if outputs is None or len(row["inputs"]) != len(outputs):
+            if outputs is None or len(inputs) != len(outputs):
                 raise ValueError("a problem needs as many `outputs` as `inputs`; give one output for each input.")
-            return cls(cases=tuple(zip(row["inputs"], outputs, strict=True)))
+            return cls(cases=tuple(zip(inputs, outputs, strict=True)))
         if row.get("test") is not None:
             if not entry_point:
                 raise ValueError("a problem has a `test` and no `entry_point`; name the function that it checks.")
             setup = _helpers(row.get("prompt"), entry_point)
-            tests = (row["test"], f"check({entry_point})")
-            return cls(tests, setup, entry_point, inside=inside)
-        if row.get("test_list") is not None:
-            setup = "\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or ""])
-            tests = row["test_list"]
+            return cls((row["test"], f"check({entry_point})"), setup, entry_point, inside=inside)
+        if (tests := row.get("test_list")) is not None:
             if not isinstance(tests, str | list | tuple):
                 raise ValueError(f"`test_list` is {tests!r}; give a list of texts.")
+            setup = "\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or ""])
             return cls(tests if isinstance(tests, str) else tuple(tests), setup, entry_point, inside=inside)
         raise ValueError(
             f"a problem has the columns {sorted(row)}; it needs `test` and `entry_point`, `test_list`, or `inputs` "
@@ -117,7 +114,8 @@ class Problem:
     @cached_property
     def total(self) -> int:
         """Number of `assert`s, as they stand in the tests, or of cases."""
-        return len(self.cases) or sum(isinstance(n, ast.Assert) for tree in self._trees[1:] for n in ast.walk(tree))
+        asserts = sum(isinstance(node, ast.Assert) for tree in self._trees[1:] for node in ast.walk(tree))
+        return len(self.cases) or asserts
 
     @cached_property
     def _trees(self) -> list[ast.Module]:
@@ -132,10 +130,10 @@ class Problem:
         nodes = [node for tree in self._trees for node in ast.walk(tree)]
         called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        free = used - set(_bound(nodes)) - {self.entry_point}
-        free = {name for name in free if not hasattr(builtins, name)}
-        modules = {name for name in free - called if name in sys.stdlib_module_names}
-        program = free - modules | {self.entry_point} - {None}
+        entry_point = set() if self.entry_point is None else {self.entry_point}
+        free = used - set(_bound(nodes)) - entry_point - set(vars(builtins))
+        modules = (free - called) & sys.stdlib_module_names
+        program = free - modules | entry_point
         return tuple(sorted(program or _shadowed(nodes))), tuple(sorted(modules))
 
 
@@ -179,23 +177,23 @@ class Judge:
         self.sandbox = sandbox or Sandbox()
         self.remember = remember
         self._workers = ThreadPoolExecutor(self.sandbox.slots, thread_name_prefix="judge")
-        self._known: OrderedDict[tuple[Problem, str], Future[Result]] = OrderedDict()
+        self._results: OrderedDict[tuple[Problem, str], Future[Result]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, problem: Problem, program: str) -> Result:
-        """The result of one program; waits for it."""
+        """Waits for the result of one program."""
         return self.submit(problem, program).result()
 
     def submit(self, problem: Problem, program: str) -> Future[Result]:
-        """The result of one program, as a future; programs beyond the sandbox's slots wait in line."""
+        """Returns the result of one program as a future; programs beyond the sandbox's slots wait in line."""
         with self._lock:
-            found = self._known.pop((problem, program), None)
-            if found is None or (found.done() and found.exception() is not None):
-                found = self._workers.submit(self._judge, problem, program)
-            self._known[problem, program] = found
-            while len(self._known) > self.remember:
-                self._known.popitem(last=False)
-            return found
+            result = self._results.pop((problem, program), None)
+            if result is None or (result.done() and result.exception() is not None):
+                result = self._workers.submit(self._judge, problem, program)
+            self._results[problem, program] = result  # the latest stand last
+            while len(self._results) > self.remember:
+                self._results.popitem(last=False)
+            return result
 
     def close(self) -> None:
         """Ends the sandbox; programs in line are dropped, those that run are waited for."""
@@ -226,19 +224,19 @@ class Judge:
         verdict, detail, output, passed, seconds = "passed", "", "", 0, 0.0
         for stdin, expected in problem.cases:
             report = self.sandbox.run({"role": "script", "program": program, "stdin": stdin})
-            found, why = _script_verdict(report, expected)
+            of_case, why = _script_verdict(report, expected)
             seconds += report["seconds"]
-            passed += found == "passed"
-            if verdict == "passed" != found:
-                verdict, detail, output = found, why, (report["stdout"] + report["tail"])[-2000:]
-            if found == "timeout":
+            passed += of_case == "passed"
+            if verdict == "passed" != of_case:
+                verdict, detail, output = of_case, why, (report["stdout"] + report["tail"])[-2000:]
+            if of_case == "timeout":
                 break
         return Result(verdict, passed, problem.total, not self.sandbox.isolated, output, detail, seconds)
 
 
 def _result(problem: Problem, program: Mapping, tests: Mapping, forgeable: bool) -> Result:
     """The result that the reports on program and tests give."""
-    held: dict[int, bool] = {}
+    held: dict[int, bool] = {}  # by the assertion's number; one in a loop holds if it always did
     ended, why = False, None
     for row in _rows(tests["verdict"]):
         if isinstance(row[0], int):
@@ -246,12 +244,11 @@ def _result(problem: Problem, program: Mapping, tests: Mapping, forgeable: bool)
         ended = ended or row[0] == "end"
         if row[0] == "stopped" or row[1:2] == [False]:
             why = why or row[-3:]
-    passed = min(sum(held.values()), problem.total)
+    # Nothing but all of it passes: the tests ran to their end, and there was an assertion.
     if tests["ended"] == "exit" and ended and held and all(held.values()):
-        verdict, detail, passed = "passed", "", problem.total
-    else:
-        unreached = ended and not held
-        verdict, detail = ("error", "no assertion was reached") if unreached else _verdict(program, tests, why)
+        return Result("passed", problem.total, problem.total, forgeable, program["tail"], "", program["seconds"])
+    verdict, detail = _verdict(program, tests, why) if held or not ended else ("error", "no assertion was reached")
+    passed = min(sum(held.values()), problem.total)
     return Result(verdict, passed, problem.total, forgeable, program["tail"], detail, program["seconds"])
 
 
@@ -348,4 +345,5 @@ def _helpers(prompt: Any, entry_point: str) -> str:
         body = ast.parse(prompt).body
     except (SyntaxError, ValueError):
         return ""
-    return "\n".join(ast.unparse(node) for node in body if getattr(node, "name", None) != entry_point)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return "\n".join(ast.unparse(n) for n in body if not (isinstance(n, kinds) and n.name == entry_point))

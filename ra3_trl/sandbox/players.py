@@ -36,16 +36,11 @@ for _name in WARM:
 
 
 def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
-    """Does the job: the exit code.
+    """Does the job and returns the exit code.
 
-    Args:
-        job (`dict`):
-            `role` (`"program"`, `"script"`, `"tests"` or `"inside"`) and, by role, `program` and `setup`, `tests`,
-            `names` (sources, and names of the program that the tests use).
-        channel (`int`, *optional*):
-            Descriptor of the socket between program and tests.
-        verdict (`int`):
-            Descriptor to write the tests' outcomes to.
+    `job` has a `role` and what it needs: `"script"` and `"program"` have the source `program`, `"tests"` has `setup`,
+    `tests` (sources), `names` (of the program, that the tests use) and `modules` (that they use), `"inside"` has all.
+    `channel` is the socket between program and tests, `verdict` the file for the tests' outcomes: descriptors.
     """
     random.seed(0)  # the same program gets the same verdict
     if job["role"] == "script":
@@ -54,24 +49,30 @@ def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
         Program(job["program"], socket.socket(fileno=channel)).serve()
         return 0
     outcomes = Outcomes(verdict)
-    if job["role"] == "tests":
-        Tests(job, outcomes, socket.socket(fileno=channel)).run()
-    else:
-        _run_inside(job, outcomes)
+    try:
+        if job["role"] == "tests":
+            outcomes.link = link = Link(socket.socket(fileno=channel))
+            link.ask("load")
+            names = {name: link.ask("name", name) for name in job["names"]}
+        else:
+            names = _run_module("program", job["program"])
+        _run_tests(job, outcomes, names)
+    except BaseException as error:
+        outcomes.end(error)
     return 0
 
 
-def _module(name: str) -> types.ModuleType:
-    module = types.ModuleType(name)
-    sys.modules[name] = module
-    return module
+def _run_module(name: str, source: str) -> dict[str, Any]:
+    """Runs a program as a module of its own, and returns its names."""
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, "<program>", "exec"), vars(module))
+    return vars(module)
 
 
 def _run_script(source: str) -> int:
-    module = _module("__main__")
     status = 0
     try:
-        exec(compile(source, "<program>", "exec"), vars(module))
+        _run_module("__main__", source)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
@@ -113,11 +114,12 @@ class Program:
         arguments = wire.unpack(request["arguments"], self.objects.__getitem__)
         match request["do"]:
             case "load":
-                self.module = _module("program")
-                exec(compile(self.source, "<program>", "exec"), vars(self.module))
+                self.names = _run_module("program", self.source)
                 return None
             case "name":
-                return self._named(arguments[0])
+                if arguments[0] not in self.names:
+                    raise NameError(f"the program has no `{arguments[0]}`")
+                return self.names[arguments[0]]
             case "call":
                 target, positional, named = arguments
                 return target(*positional, **named)
@@ -126,13 +128,8 @@ class Program:
             case "set":
                 return setattr(*arguments)
 
-    def _named(self, name: str) -> Any:
-        if name not in vars(self.module):
-            raise NameError(f"the program has no `{name}`")
-        return vars(self.module)[name]
-
     def _refer(self, value: Any) -> int:
-        """The number that stands for an object here; it is kept, so that its id stays its own."""
+        """The number that stands for an object here, which is kept, so that its id stays its own."""
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
@@ -193,12 +190,12 @@ class Link:
             name, text, code = (str(part)[:500] for part in answer["raised"])
         except (EOFError, OSError):
             self.gone = Gone("ended before it answered")
-            raise self.gone from None
         except (wire.WireError, RecursionError, MemoryError, TypeError, ValueError, KeyError) as error:
             self.gone = Gone(f"broke the protocol: {error}")
-            raise self.gone from None
-        self.last_raised = [name, text, code]
-        raise _exception(name, text)
+        else:
+            self.last_raised = [name, text, code]
+            raise _exception(name, text)
+        raise self.gone
 
     def _refer(self, value: Any) -> int:
         if type(value) is not Remote:
@@ -214,21 +211,18 @@ class Link:
 def _exception(name: str, text: str) -> Exception:
     """What tests see of an exception of the program: Python's own class, so that they can expect it."""
     kind = vars(builtins).get(name)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        return ProgramError(f"{name}: {text}")
-    if issubclass(kind, (StopIteration, StopAsyncIteration)):  # would end `all(map(f, inputs))` as if all held
-        return ProgramError(f"{name}: {text}")
-    try:
-        return kind(text)
-    except TypeError:  # some take more than a message
-        return ProgramError(f"{name}: {text}")
+    ends = (StopIteration, StopAsyncIteration)  # would end `all(map(f, inputs))` as if all held
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, ends):
+        with contextlib.suppress(TypeError):  # some take more than a message
+            return kind(text)
+    return ProgramError(f"{name}: {text}")
 
 
-def describe(error: BaseException) -> list[Any]:
+def describe(error: BaseException | None) -> list[Any]:
     """`[nearest class of Python's own, message, errno]` of what a program raised."""
     kind = next((k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k), "BaseException")
     text = str(error) if kind == type(error).__name__ else f"{type(error).__name__}: {error}"
-    return [kind, text[:500], getattr(error, "errno", None)]
+    return [kind, text[:500], error.errno if isinstance(error, OSError) else None]
 
 
 class Outcomes:
@@ -236,22 +230,22 @@ class Outcomes:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
-        self.known: dict[int, bool] = {}
+        self.holds: dict[int, bool] = {}  # by the assertion's number
         self.link: Link | None = None
 
-    def held(self, site: int) -> None:
-        if site not in self.known:
-            self._note(site, True)
+    def held(self, number: int) -> None:
+        if number not in self.holds:
+            self._note(number, True)
 
-    def broke(self, site: int) -> None:
-        if self.known.get(site, True):
-            self._note(site, False, *self.why(sys.exc_info()[1]))
+    def broke(self, number: int) -> None:
+        if self.holds.get(number, True):
+            self._note(number, False, *self.why(sys.exc_info()[1]))
 
     def end(self, error: BaseException | None = None) -> None:
         error = (self.link and self.link.gone) or error
         self._write(["end"] if error is None else ["stopped", *self.why(error)])
 
-    def why(self, error: BaseException) -> list[Any]:
+    def why(self, error: BaseException | None) -> list[Any]:
         """What the tests met: `[class, message, errno]`, the program's own report where it raised."""
         if isinstance(error, Gone):
             return ["Gone", str(error), None]
@@ -259,9 +253,9 @@ class Outcomes:
             return self.link.last_raised
         return describe(error)
 
-    def _note(self, site: int, holds: bool, *why: Any) -> None:
-        self.known[site] = holds
-        self._write([site, holds, *why])
+    def _note(self, number: int, holds: bool, *why: Any) -> None:
+        self.holds[number] = holds
+        self._write([number, holds, *why])
 
     def _write(self, row: list[Any]) -> None:
         os.write(self.descriptor, (json.dumps(row) + "\n").encode())
@@ -270,43 +264,17 @@ class Outcomes:
 class Marks(ast.NodeTransformer):
     """Makes each `assert` tell its outcome and go on: a failed one does not hide those behind it."""
 
-    def __init__(self):
-        self.sites = 0
+    count = 0
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        site, self.sites = self.sites, self.sites + 1
-        held, broke = (ast.parse(f"__outcomes__.{name}({site})").body for name in ("held", "broke"))
+        held, broke = (ast.parse(f"__outcomes__.{name}({self.count})").body for name in ("held", "broke"))
+        self.count += 1
         caught = ast.ExceptHandler(type=ast.Name("Exception", ast.Load()), name=None, body=broke)
         marked = ast.Try(body=[node], handlers=[caught], orelse=held, finalbody=[])
         return ast.fix_missing_locations(ast.copy_location(marked, node))
 
 
-class Tests:
-    """Runs the tests on a program at the other end of a socket."""
-
-    def __init__(self, job: dict[str, Any], outcomes: Outcomes, connection: socket.socket):
-        self.job, self.outcomes, self.link = job, outcomes, Link(connection)
-        outcomes.link = self.link
-
-    def run(self) -> None:
-        try:
-            self.link.ask("load")
-            names = {name: self.link.ask("name", name) for name in self.job["names"]}
-            run_tests(self.job, self.outcomes, names)
-        except BaseException as error:
-            self.outcomes.end(error)
-
-
-def _run_inside(job: dict[str, Any], outcomes: Outcomes) -> None:
-    try:
-        module = _module("program")
-        exec(compile(job["program"], "<program>", "exec"), vars(module))
-        run_tests(job, outcomes, vars(module))
-    except BaseException as error:
-        outcomes.end(error)
-
-
-def run_tests(job: dict[str, Any], outcomes: Outcomes, names: dict[str, Any]) -> None:
+def _run_tests(job: dict[str, Any], outcomes: Outcomes, names: dict[str, Any]) -> None:
     """Runs `setup`, then each of `tests` with marked asserts, in one namespace that starts with `names`."""
     space = {"__name__": "tests", **{name: importlib.import_module(name) for name in job["modules"]}, **names}
     exec(compile(job["setup"], "<setup>", "exec"), space)

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from . import wire
 
 ALLOW = "HF_ALLOW_CODE_EVAL"
 _GRACE, _START = 5.0, 60.0  # seconds that a report may be late, and that a start may take
+# Bytes of what a player wrote that are read; of standard output one more than 1 MiB, which shows that it is too much.
+_KEPT = {"stdout": 2**20 + 1, "tail": 2000, "verdict": wire.MAX_FRAME}
 _NOBODY = 65534
 _BOOT = """
 import json, sys
@@ -64,10 +67,6 @@ class Limits:
             MiB of `/tmp`, of `/dev/shm` and of a file.
         processes (`int`, *optional*, defaults to `32`):
             Processes and threads at a time.
-        output_bytes (`int`, *optional*, defaults to `1048576`):
-            Bytes of standard output of a script; more ends it.
-        tail_bytes (`int`, *optional*, defaults to `2000`):
-            Bytes kept of the end of what else is printed.
 
     Raises:
         `ValueError`: for a limit that is not positive.
@@ -77,8 +76,6 @@ class Limits:
     memory_mb: int = 512
     disk_mb: int = 16
     processes: int = 32
-    output_bytes: int = 2**20
-    tail_bytes: int = 2000
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -117,33 +114,29 @@ class Sandbox:
             raise ValueError(f"`slots` is {slots}; a sandbox needs at least 1.")
         if missing := [folder for folder in packages if not Path(folder).is_dir()]:
             raise ValueError(f"`packages` names {missing[0]!r}, which is no folder; give folders that hold modules.")
-        self.isolated = _isolation(self.limits, tuple(packages))
-        self._servers = [
-            tuple(_Server(self.isolated, self.limits, tuple(packages)) for _ in range(2)) for _ in range(self.slots)
-        ]
+        self.isolated = _can_isolate(self.limits, tuple(packages))
+        make = partial(_Server, self.isolated, self.limits, tuple(packages))
+        self._servers = [(make(), make()) for _ in range(self.slots)]
         self._free: queue.SimpleQueue[tuple[_Server, _Server]] = queue.SimpleQueue()
         for pair in self._servers:
             self._free.put(pair)
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`): the report on it."""
+        """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`), and returns the report on it."""
         with self._slot() as (server, _):
-            server.start_job(job)
-            found = server.report(self.limits.seconds + _GRACE)
-            server.stop_job()
-            return found
+            return server.run(job)
 
     def run_pair(self, program: dict[str, Any], tests: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Runs a program and, in another sandbox, tests that call it: the reports on both, the program's first."""
+        """Runs a program and, in another sandbox, tests that call it; returns the reports on both in this order."""
         with self._slot() as (server, judge):
-            one, other = socket.socketpair()
-            with one, other:
-                server.start_job(program, one.fileno())
-                judge.start_job(tests, other.fileno())
-            found = judge.report(self.limits.seconds + _GRACE)
+            server_end, judge_end = socket.socketpair()
+            with server_end, judge_end:
+                server.start_job(program, server_end.fileno())
+                judge.start_job(tests, judge_end.fileno())
+            report = judge.report(self.limits.seconds + _GRACE)
             judge.stop_job()
-            server.stop_job()
-            return server.report(_GRACE), found
+            server.stop_job()  # it serves until it is told to stop
+            return server.report(_GRACE), report
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[tuple[_Server, _Server]]:
@@ -178,6 +171,12 @@ class _Server:
         self.files: dict[str, int] = {}
         self.process: subprocess.Popen | None = None
 
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.start_job(job)
+        report = self.report(self.limits.seconds + _GRACE)
+        self.stop_job()
+        return report
+
     def start_job(self, job: dict[str, Any], descriptor: int | None = None) -> None:
         try:
             self._send_job(job, descriptor)
@@ -189,7 +188,7 @@ class _Server:
         if self.process is None:
             self.start()
         self.role = job["role"]
-        self.files = {name: os.memfd_create(name) for name in ("stdout", "tail", "verdict")}
+        self.files = {name: os.memfd_create(name) for name in _KEPT}
         descriptors = (*self.files.values(), *([] if descriptor is None else [descriptor]))
         self.control.sendall(b"s")
         wire.send(self.jobs, job, descriptors)
@@ -204,23 +203,22 @@ class _Server:
         """The server's report and what the player wrote; a server that gives none in time is ended, with all in it."""
         self.control.settimeout(seconds)
         try:
-            found = wire.receive(self.control)
+            report = wire.receive(self.control)
         except (OSError, EOFError, wire.WireError):
-            found = {"ended": "lost", "status": None, "seconds": seconds}
-        found |= {name: self._written(name) for name in self.files}
+            report = {"ended": "lost", "status": None, "seconds": seconds}
+        report |= {name: self._written(name) for name in self.files}
         self._drop_files()
-        if found["ended"] == "lost" and (said := self.close()):
+        if report["ended"] == "lost" and (said := self.close()):
             raise SandboxError(f"The sandbox broke: {said}")
-        if found["verdict"].startswith(wire.BROKEN) and self.role != "inside":  # there it could be forged
-            raise SandboxError(f"The sandbox could not run a program: {found['verdict']}.")
-        return found
+        if report["verdict"].startswith(wire.BROKEN) and self.role != "inside":  # there it could be forged
+            raise SandboxError(f"The sandbox could not run a program: {report['verdict']}.")
+        return report
 
     def _written(self, name: str) -> str:
-        """What a player wrote; of `tail` the end, of `stdout` no more than shows that it is too much."""
-        size = os.fstat(self.files[name]).st_size
-        bound = {"tail": self.limits.tail_bytes, "stdout": self.limits.output_bytes + 1}.get(name, wire.MAX_FRAME)
-        start = max(0, size - bound) if name == "tail" else 0
-        return os.pread(self.files[name], bound, start).decode(errors="replace")
+        """What a player wrote, as much as is of use; of `tail` the end."""
+        size, most = os.fstat(self.files[name]).st_size, _KEPT[name]
+        start = max(0, size - most) if name == "tail" else 0
+        return os.pread(self.files[name], most, start).decode(errors="replace")
 
     def _drop_files(self) -> None:
         for file in self.files.values():
@@ -261,18 +259,15 @@ class _Server:
         return said.decode(errors="replace").strip()[-500:]
 
 
-def _isolation(limits: Limits, packages: tuple[str, ...]) -> bool:
-    """Whether bubblewrap works here; without it, code runs only if the user says so.
-
-    Raises:
-        `SandboxError`: if it does not and `HF_ALLOW_CODE_EVAL` is not `1`.
-    """
+def _can_isolate(limits: Limits, packages: tuple[str, ...]) -> bool:
+    """Tries whether bubblewrap works here; without it, code runs only if the user says so."""
     try:
         if shutil.which("bwrap") is None:
             raise SandboxError("bubblewrap is missing.")
-        server = _Server(True, limits, packages)
-        server.start()
-        server.close()
+        with contextlib.closing(_Server(True, limits, packages)) as server:
+            # It raises where namespaces or limits are refused, and says why.
+            if server.run({"role": "script", "program": ""})["ended"] == "lost":
+                raise SandboxError("bubblewrap ends without a word.")
         return True
     except SandboxError as error:
         if os.environ.get(ALLOW) != "1":
@@ -303,7 +298,7 @@ def _command(settings: dict[str, Any]) -> list[str]:
         "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
     ]  # fmt: skip
-    bwrap = shutil.which("bwrap")
+    bwrap = shutil.which("bwrap") or "bwrap"
     if os.getuid() != 0:
         return [bwrap, *show, *inner, *server]
     drop = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]

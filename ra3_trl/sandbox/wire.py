@@ -27,8 +27,16 @@ BROKEN = "sandbox: "  # begins what a player writes instead of outcomes where it
 MAX_ITEMS = 200_000  # of an iterator, which may have no end
 _HEADER = struct.Struct("!I")
 _VIEWS = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
-_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-_TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+_TYPES: dict[str, type[Any]] = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
+# How a subclass is read as its base: by the base's own methods, since it may have overridden them.
+_AS_BASE: dict[type[Any], Callable[[Any], Any]] = {
+    int: int.__pos__,
+    float: float.__pos__,
+    str: str.__str__,
+    list: lambda value: [*list.__iter__(value)],
+    dict: lambda value: dict(dict.items(value)),
+}
 
 
 class WireError(ValueError):
@@ -36,22 +44,16 @@ class WireError(ValueError):
 
 
 def pack(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
-    """`value` in JSON's types.
-
-    Args:
-        value (`Any`):
-            What to send.
-        refer (`Callable`):
-            Gives the number that stands for an object that is not plain, or raises.
-        depth (`int`):
-            Containers around it.
+    """Turns `value`, inside of `depth` containers, into JSON's types; `refer` gives the number that stands for an
+    object that is not plain, or raises.
 
     Raises:
         `WireError`: if it is nested too deeply or an iterator gives too much.
     """
     if depth > MAX_DEPTH:
         raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
-    kind = type(value)
+    # `type(value)`, since a program may lie by `__class__`.
+    kind: type[Any] = type(value)
     if value is None or kind in (bool, str, float):
         return value
     if kind is int:
@@ -67,10 +69,16 @@ def pack(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
     for tag, base in _SEQUENCES.items():
         if issubclass(kind, base):
             return {tag: many(base.__iter__(value))}
-    for base in (int, float, str, list, dict, bytes, bytearray, complex):
+    for base, read in _AS_BASE.items():
         if issubclass(kind, base):
-            return _pack_base(value, base, refer, depth)
-    if kind is type and _TYPES.get(value.__name__) is value:
+            return pack(read(value), refer, depth)
+    for base in (bytes, bytearray):
+        if issubclass(kind, base):
+            return {base.__name__: base.hex(value)}
+    if issubclass(kind, complex):
+        plain = complex.__pos__(value)
+        return {"complex": [plain.real, plain.imag]}
+    if kind is type and value in _TYPES.values():
         return {"type": value.__name__}
     for tag, view in _VIEWS.items():
         if kind is view:
@@ -89,30 +97,8 @@ def pack(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
     return {"object": refer(value)}
 
 
-def _pack_base(value: Any, base: type, refer: Callable[[Any], int], depth: int) -> Any:
-    """What a subclass of `base` holds, read by `base`'s own methods."""
-    if base in (bytes, bytearray):
-        return {base.__name__: base.hex(value)}
-    if base is complex:
-        plain = complex.__pos__(value)
-        return {"complex": [plain.real, plain.imag]}
-    if base is dict:
-        return pack(dict(dict.items(value)), refer, depth)
-    if base is list:
-        return pack([*list.__iter__(value)], refer, depth)
-    if base is str:
-        return str.__str__(value)
-    return pack(base.__pos__(value), refer, depth)
-
-
 def unpack(data: Any, resolve: Callable[[int], Any]) -> Any:
-    """The value that `pack` made `data` of.
-
-    Args:
-        data (`Any`):
-            As parsed from JSON; may be anything.
-        resolve (`Callable`):
-            Gives what stands here for the object of a number.
+    """Makes the value of which `pack` made `data`; `resolve` gives what stands here for the object of a number.
 
     Raises:
         `WireError`: for anything that `pack` does not make.
@@ -144,10 +130,10 @@ def _unpack_tagged(tag: str, content: Any, resolve: Callable[[int], Any]) -> Any
     items = [unpack(item, resolve) for item in content]
     if tag in _SEQUENCES:
         return _SEQUENCES[tag](items)
-    if tag in ("keys", "values"):
-        return dict.fromkeys(items).keys() if tag == "keys" else dict(enumerate(items)).values()
     makers = {
         "dict": lambda: dict(items),
+        "keys": lambda: dict.fromkeys(items).keys(),
+        "values": lambda: dict(enumerate(items)).values(),
         "items": lambda: dict(items).items(),
         "complex": lambda: complex(*items),
         "range": lambda: range(*items),
@@ -158,23 +144,19 @@ def _unpack_tagged(tag: str, content: Any, resolve: Callable[[int], Any]) -> Any
 
 
 def send(connection: socket.socket, message: Any, descriptors: tuple[int, ...] = ()) -> None:
-    """Sends one message, and open file descriptors along with it.
-
-    Raises:
-        `WireError`: if it is longer than `MAX_FRAME`.
-    """
+    """Sends one message, and open file descriptors along with it; a `WireError` if it is longer than `MAX_FRAME`."""
     body = json.dumps(message).encode()
     if len(body) > MAX_FRAME:
         raise WireError(f"a message of {len(body)} bytes, more than {MAX_FRAME}")
+    header = _HEADER.pack(len(body))
     if descriptors:
-        socket.send_fds(connection, [_HEADER.pack(len(body))], descriptors)
-        connection.sendall(body)
-    else:
-        connection.sendall(_HEADER.pack(len(body)) + body)
+        socket.send_fds(connection, [header], descriptors)
+        header = b""
+    connection.sendall(header + body)
 
 
 def receive(connection: socket.socket, descriptors: list[int] | None = None) -> Any:
-    """The next message; descriptors that came with it are appended to `descriptors`.
+    """Waits for the next message; descriptors that came with it are appended to `descriptors`.
 
     Raises:
         `EOFError`: if the other side has closed.
@@ -183,8 +165,8 @@ def receive(connection: socket.socket, descriptors: list[int] | None = None) -> 
     if descriptors is None:
         header = connection.recv(_HEADER.size)
     else:
-        header, found, _, _ = socket.recv_fds(connection, _HEADER.size, 4)
-        descriptors += found
+        header, received, _, _ = socket.recv_fds(connection, _HEADER.size, 4)
+        descriptors += received
     if not header:
         raise EOFError
     (size,) = _HEADER.unpack(header + _exactly(connection, _HEADER.size - len(header)))

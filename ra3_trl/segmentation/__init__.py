@@ -5,7 +5,7 @@ from .datasets import FEATURES, count_documents, document_to_row, row_to_documen
 from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
-from .python import statements_end
+from .python import OwnLineComment, count_code_lines, own_line_comments, statements_end
 from .tokens import FragmentEncoder, build_token_table, readable_bytes, require_tags, token_bytes
 
 
@@ -20,12 +20,15 @@ __all__ = [
     "FEATURES",
     "FragmentEncoder",
     "Line",
+    "OwnLineComment",
     "Segmenter",
     "build_token_table",
+    "count_code_lines",
     "count_documents",
     "document_to_row",
     "find_format",
     "load_code_directory",
+    "own_line_comments",
     "readable_bytes",
     "require_tags",
     "row_to_document",

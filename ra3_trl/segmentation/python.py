@@ -1,4 +1,4 @@
-"""Python text -> logical lines, by Python's own `tokenize`.
+"""Python text -> logical lines and own-line comments, by Python's own `tokenize`.
 
 The action of the paper is "a line of code". The line here is the logical line: inside a string, a bracket or after a
 backslash a comment line would change the program or not be a comment at all, so no boundary stands there.
@@ -7,58 +7,147 @@ backslash a comment line would change the program or not be a comment at all, so
 from __future__ import annotations
 
 import io
+import re
 import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 from .lines import Line
 
 
 _LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
+_ERROR = tokenize.TokenInfo(tokenize.ERRORTOKEN, "", (0, 0), (0, 0), "")
+_BOM = "\ufeff"
+_NOT_PYTHON = re.compile(r"\0|\r(?!\n)")
 
 
-def _tokens(text: str) -> list[tokenize.TokenInfo] | None:
-    """All tokens of `text`, or `None` when it does not tokenize."""
-    if "\0" in text or "\r" in text.replace("\r\n", ""):
-        return None
+class OwnLineComment(NamedTuple):
+    """A comment with nothing before it on its row: the row's number from 0, the character of its `#`, what follows."""
+
+    row: int
+    start: int
+    text: str
+
+
+def _rows(text: str) -> tuple[list[str], list[int]]:
+    """Physical lines of `text` without a byte-order mark, and the characters of `text` at which they start."""
+    rows = text.removeprefix(_BOM).split("\n")
+    return rows, list(accumulate((len(row) + 1 for row in rows), initial=int(text.startswith(_BOM))))
+
+
+def _read_tokens(text: str) -> Iterator[tokenize.TokenInfo]:
+    """Tokens of `text` as far as it tokenizes; where it does not, an `ERRORTOKEN`, perhaps with more behind it."""
+    text = text.removeprefix(_BOM)
+    odd = _NOT_PYTHON.search(text)
+    whole = text[: text.rfind("\n", 0, odd.start()) + 1] if odd else text
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text, newline="\n").readline))
-    except (tokenize.TokenError, SyntaxError):
-        return None
+        yield from tokenize.generate_tokens(io.StringIO(whole, newline="\n").readline)
+        if not odd:
+            return
+    # A model may write anything, and no run may end by it: from Python 3.12 on `tokenize` lets UnicodeDecodeError or
+    # SystemError out where the C tokenizer can't read a character.
+    except (tokenize.TokenError, SyntaxError, UnicodeError, SystemError):
+        pass
+    yield _ERROR
+
+
+def _all_tokens(text: str) -> list[tokenize.TokenInfo] | None:
+    """All tokens of `text`, or `None` when it does not tokenize."""
+    tokens = list(_read_tokens(text))
     return None if any(token.type == tokenize.ERRORTOKEN for token in tokens) else tokens
 
 
+def _on_own_rows(tokens: Iterable[tokenize.TokenInfo], text: str) -> list[OwnLineComment]:
+    """Picks the own-line comments among the tokens of `text`: the only rule for what counts as one."""
+    rows, starts = _rows(text)
+    comments, commented = [], -1
+    for token in tokens:
+        if token.type != tokenize.COMMENT:
+            continue
+        row, column = token.start[0] - 1, token.start[1]
+        # Behind a backslash it belongs to the row before, which would be joined to the next one without it. (A
+        # backslash at the end of a comment joins nothing.)
+        joined = row > 0 and rows[row - 1].rstrip("\r").endswith("\\") and commented != row - 1
+        if not joined and not rows[row][:column].strip():
+            comments.append(OwnLineComment(row, starts[row] + column, token.string[1:]))
+        commented = row
+    return comments
+
+
+def own_line_comments(text: str, after: int = 0) -> list[OwnLineComment]:
+    """Finds the own-line comments of `text` whose `#` stands at or after character `after`.
+
+    It is read from its start, since only that tells a comment from a row of a string; a text that is cut or no Python
+    is read as far as it goes.
+    """
+    return [comment for comment in _on_own_rows(_read_tokens(text), text) if comment.start >= after]
+
+
+def count_code_lines(text: str, after: int = 0) -> int:
+    """Counts the physical lines of `text` from character `after` on that are neither blank nor an own-line comment.
+
+    Example: `count_code_lines("# a\\nx = '''\\n# b\\n'''\\n") == 3`: the second `#` stands in a string.
+    """
+    rows, starts = _rows(text)
+    comments = {comment.row for comment in own_line_comments(text)}
+    return sum(bool(row[max(0, after - starts[i]) :].strip()) and i not in comments for i, row in enumerate(rows))
+
+
+def strip_python_comments(text: str, after: int = 0) -> str:
+    """Removes the own-line comments of `text` whose rows begin at or after character `after`; the AST stays.
+
+    Text that does not tokenize is returned as it is.
+    """
+    tokens = _all_tokens(text)
+    if tokens is None:
+        return text
+    rows, starts = _rows(text)
+    gone = {comment.row for comment in _on_own_rows(tokens, text) if starts[comment.row] >= after}
+    return text[: starts[0]] + "\n".join(row for i, row in enumerate(rows) if i not in gone)
+
+
 def segment_python(text: str) -> tuple[Line, ...] | None:
-    """Logical lines and own-line comments of `text`, or `None` when it does not tokenize.
+    """Cuts `text` into logical lines and own-line comments; `None` when it does not tokenize.
 
     Example: `"if x:\\n  # why\\n  f(\\n1)\\n"` has three lines, at characters 0, 6 and 14, the second a comment.
     """
-    bom = 1 if text.startswith("\ufeff") else 0
-    tokens = _tokens(text[bom:])
+    tokens = _all_tokens(text)
     if tokens is None:
         return None
-    offsets = [bom]
-    for row in text[bom:].split("\n"):
-        offsets.append(offsets[-1] + len(row) + 1)
+    rows, starts = _rows(text)
+    comments = {comment.row for comment in _on_own_rows(tokens, text)}
     lines: list[Line] = []
     indent, unit, opens_block = "", "    ", False
-    new_line, last, rows = True, "", text[bom:].split("\n")
+    new_line, last = True, ""
     for token in tokens:
         if token.type == tokenize.NEWLINE:
             opens_block, new_line = last == ":", True
         elif token.type in _LAYOUT:
             continue
         elif token.type == tokenize.COMMENT:
-            if new_line:
-                lines.append(_line(token, offsets, rows, bom, indent + unit * opens_block, comment=True))
+            if new_line and token.start[0] - 1 in comments:  # in a bracket it is no line of its own
+                lines.append(_line(token, rows, starts, indent + unit * opens_block))
         elif new_line:
-            line = _line(token, offsets, rows, bom, indent + unit * opens_block, comment=False)
-            own = text[line.start : line.text_start].lstrip("\ufeff\f")
-            if opens_block and len(own) > len(indent) and own.startswith(indent):
-                unit = own[len(indent) :]
+            line = _line(token, rows, starts, indent + unit * opens_block)
+            own_indent = text[line.start : line.text_start].lstrip("\ufeff\f")
+            # One unit is what a block was last indented by, as far as the text has shown.
+            if opens_block and len(own_indent) > len(indent) and own_indent.startswith(indent):
+                unit = own_indent[len(indent) :]
             lines.append(line)
-            indent, new_line, last = own, False, token.string
+            indent, new_line, last = own_indent, False, token.string
         else:
             last = token.string
     return tuple(lines)
+
+
+def _line(token: tokenize.TokenInfo, rows: Sequence[str], starts: Sequence[int], indent: str) -> Line:
+    row = token.start[0] - 1
+    while row and rows[row - 1].strip() == "\\":  # the logical line has begun there, before its first token
+        row -= 1
+    start = starts[row] if row else 0  # a byte-order mark is part of the first line
+    blank = len(rows[row]) - len(rows[row].lstrip(" \t\f"))
+    return Line(start, starts[row] + blank, indent, comment=token.type == tokenize.COMMENT)
 
 
 def statements_end(text: str) -> int:
@@ -66,60 +155,13 @@ def statements_end(text: str) -> int:
 
     Example: `statements_end("x = 1\\ny = (2,\\n") == 6`.
     """
-    bom = 1 if text.startswith("\ufeff") else 0
-    offsets = [bom]
-    for row in text[bom:].split("\n"):
-        offsets.append(offsets[-1] + len(row) + 1)
+    _, starts = _rows(text)
     depth, end = 0, 0
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text[bom:], newline="\n").readline):
-            if token.type == tokenize.ERRORTOKEN:
-                return end
-            if token.type == tokenize.OP:
-                depth += (token.string in "([{") - (token.string in ")]}")
-            elif token.type in (tokenize.NEWLINE, tokenize.NL) and depth <= 0:
-                end = min(offsets[token.start[0]], len(text))
-    except (tokenize.TokenError, SyntaxError):
-        return end
+    for token in _read_tokens(text):
+        if token.type == tokenize.ERRORTOKEN:
+            return end
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        elif token.type in (tokenize.NEWLINE, tokenize.NL) and depth <= 0:
+            end = min(starts[token.start[0]], len(text))
     return len(text)
-
-
-def _line(
-    token: tokenize.TokenInfo, offsets: list[int], rows: list[str], bom: int, indent: str, comment: bool
-) -> Line:
-    row = token.start[0] - 1
-    while row and _continues(rows[row - 1]):
-        row -= 1
-    start = offsets[row]
-    return Line(
-        start - bom * (row == 0), offsets[row] + len(rows[row]) - len(rows[row].lstrip(" \t\f")), indent, comment
-    )
-
-
-def _continues(row: str) -> bool:
-    """Only white space and a backslash: the logical line has begun here, before its first token."""
-    return row.strip() == "\\"
-
-
-def strip_python_comments(text: str, after: int = 0) -> str:
-    """`text` without the own-line comments that begin at or after character `after`; the AST stays.
-
-    Text that does not tokenize is returned as it is.
-    """
-    bom = 1 if text.startswith("\ufeff") else 0
-    tokens = _tokens(text[bom:])
-    if tokens is None:
-        return text
-    rows = text[bom:].split("\n")
-    offsets = [bom]
-    for row in rows:
-        offsets.append(offsets[-1] + len(row) + 1)
-    own_line = {
-        token.start[0] - 1
-        for token in tokens
-        if token.type == tokenize.COMMENT
-        and not token.line[: token.start[1]].strip()
-        and offsets[token.start[0] - 1] >= after
-        and not (token.start[0] > 1 and rows[token.start[0] - 2].rstrip("\r").endswith("\\"))
-    }
-    return text[:bom] + "\n".join(row for i, row in enumerate(rows) if i not in own_line)

@@ -46,27 +46,28 @@ class PassAtK(evaluate.Metric):
         problems = _problems(predictions, references, k)
         with Judge(Sandbox(num_workers, Limits(seconds=timeout))) as judge:
             pairs = zip(problems, predictions, strict=True)
+            # All are submitted before any is waited for, so that they run side by side.
             futures = [[judge.submit(problem, program) for program in programs] for problem, programs in pairs]
             verdicts = [[future.result().verdict for future in row] for row in futures]
         counts = [(len(row), row.count("passed")) for row in verdicts]
-        return {**{f"pass@{number}": estimate(counts, number) for number in _draws(k)}, "verdicts": verdicts}
+        return {**{f"pass@{number}": estimate(counts, number) for number in _numbers(k)}, "verdicts": verdicts}
 
 
-def _draws(k):
+def _numbers(k):
     return [k] if isinstance(k, int) else list(k)
 
 
 def _problems(predictions, references, k):
     """The problems of the references, if all can be judged and there are programs enough."""
-    if not predictions or len(predictions) != len(references) or not _draws(k):
+    if not predictions or len(predictions) != len(references) or not _numbers(k):
         raise ValueError(
-            f"`predictions` has {len(predictions)} rows, `references` {len(references)} and `k` {len(_draws(k))} "
+            f"`predictions` has {len(predictions)} rows, `references` {len(references)} and `k` {len(_numbers(k))} "
             "numbers; give a row of each for each problem, and at least one k."
         )
     for position, programs in enumerate(predictions):
         if isinstance(programs, str) or not all(isinstance(program, str) for program in programs):
             raise ValueError(f"Prediction {position} is {str(programs)[:60]!r}; give a list of programs.")
-        for number in _draws(k):
+        for number in _numbers(k):
             estimate([(len(programs), 0)], number)
     if len({isinstance(reference, str) for reference in references}) > 1:
         raise ValueError("`references` are of both forms; give texts for all problems, or inputs and outputs for all.")

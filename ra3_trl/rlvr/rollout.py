@@ -11,16 +11,15 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ..evaluation.answers import Text, locate_answer
+from ..generation import AutoModelForCausalLMWithAbstractionHead, Completion, CompletionSettings, draw_completions
 from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
-from ..rewards import find_latents, locate_answer
-from .sampling import Completion, CompletionSettings, draw_completions
-from .wrapper import AutoModelForCausalLMWithAbstractionHead
+from ..segmentation import find_format, own_line_comments
 
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
 
-Text = str | list[dict[str, Any]]
 # Fields of `GRPOConfig` that change what is sampled and that `draw_completions` does not know, as they must be.
 _NOT_HEEDED = {
     "use_vllm": False, "use_transformers_continuous_batching": False, "min_p": None, "repetition_penalty": 1.0,
@@ -69,28 +68,48 @@ class CompletionRollout:
             raise ValueError(f"`think` is {think!r}; use 'always', 'never', or `None` to leave it to the model.")
         self.stop, self.think = tuple(stop), think
         self.latents = {"action_format": action_format, "max_latent_length": max_latent_length}
-        self._model: AutoModelForCausalLMWithAbstractionHead | None = None
         CompletionSettings(stop=self.stop)  # checks it, as the next does
         AbstractionConfig(1, **self.latents)
 
-    def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, list]:
+    @classmethod
+    def for_checkpoint(
+        cls, settings: dict[str, Any] | None, stop: Sequence[str] = (), think: str = "auto"
+    ) -> CompletionRollout:
+        """Makes the rollout of a checkpoint that was mid-trained with `settings`, `None` for none.
+
+        Raises:
+            `ValueError`: for latents that are not comments of Python: they would stand in the programs.
+        """
+        latents = {k: settings[k] for k in ("action_format", "max_latent_length") if settings and k in settings}
+        name = latents.get("action_format", "python")
+        if name != "python" and (think != "auto" or find_format(name).tags):
+            raise ValueError(
+                f"the checkpoint was mid-trained with `action_format` {name!r}, whose latents are no comments of "
+                "Python, so its programs could not be run; use one that was trained with 'python'."
+            )
+        return cls(stop, None if think == "auto" else think, **latents)
+
+    def __call__(self, prompts: list[Text], trainer: GRPOTrainer) -> dict[str, Any]:
         """One completion of each prompt; TRL repeats a prompt for each of its generations.
 
         Returns:
-            `dict[str, list]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
+            `dict[str, Any]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
             and `env_mask` (0 for tokens that are not trained); for the rewards `completion_text`, up to the stop, and
             `latent_lengths`, the tokens of each own-line comment in it.
         """
         _check_trainer(trainer)
-        chat, tokenizer = is_conversational({"prompt": prompts[0]}), trainer.processing_class
+        args, chat, tokenizer = trainer.args, is_conversational({"prompt": prompts[0]}), trainer.processing_class
         prompt_ids = _prompt_ids(prompts, trainer, chat)
-        args, model = trainer.args, self._wrapped(trainer)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        # As `draw_completions` takes it; the head is a fresh one and decides nothing.
+        head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
+        wrapped = AutoModelForCausalLMWithAbstractionHead(model, head)
         settings = CompletionSettings(
             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, stop=self.stop, think=self.think,
             max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
         )  # fmt: skip
-        drawn = [found for (found,) in draw_completions(model, prompt_ids, settings, tokenizer)]
-        ends = end_ids(model.pretrained_model) or (tokenizer.eos_token_id,)
+        drawn = [completion for (completion,) in draw_completions(wrapped, prompt_ids, settings, tokenizer)]
+        ends = end_ids(model) or (tokenizer.eos_token_id,)
         ids, mask = zip(*(_ended(completion, ends) for completion in drawn), strict=True)
         return {
             "prompt_ids": prompt_ids,
@@ -104,63 +123,38 @@ class CompletionRollout:
             ],
         }
 
-    def _wrapped(self, trainer: GRPOTrainer) -> AutoModelForCausalLMWithAbstractionHead:
-        """The trainer's model as `draw_completions` takes it; the head is a fresh one and decides nothing."""
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        if self._model is None or self._model.pretrained_model is not model:
-            head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
-            self._model = AutoModelForCausalLMWithAbstractionHead(model, head)
-        return self._model
-
 
 def until_stop(reward_func: Callable[..., Any]) -> Callable[..., Any]:
-    """`reward_func`, reading completions as a [`CompletionRollout`] gives them: up to the stop.
+    """Makes `reward_func`, async or not, read completions as a [`CompletionRollout`] gives them: up to the stop.
 
     TRL's own text has the stop, and lacks the first space that some tokenizers drop. Without such a rollout nothing
-    changes.
-
-    Args:
-        reward_func (`Callable`):
-            A reward function with TRL's signature, asynchronous or not.
-
-    Returns:
-        `Callable`: one of the same name and kind.
+    changes. The function that is returned has the same name, which TRL's metrics have, and is of the same kind.
     """
-    if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__):
 
-        @wraps(reward_func)
-        async def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
-            return await reward_func(completions=_with_texts(completions, completion_text), **kwargs)
-    else:
+    def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+        if completion_text is not None:
+            pairs = zip(completions, completion_text, strict=True)
+            completions = [text if isinstance(old, str) else [{**old[0], "content": text}] for old, text in pairs]
+        return reward_func(completions=completions, **kwargs)
 
-        @wraps(reward_func)
-        def read(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
-            return reward_func(completions=_with_texts(completions, completion_text), **kwargs)
+    async def read_later(completions: Sequence[Text], completion_text: Sequence[str] | None = None, **kwargs):
+        return await read(completions, completion_text, **kwargs)
 
-    read.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)  # TRL's metrics have it
-    return read
-
-
-def _with_texts(completions: Sequence[Text], texts: Sequence[str] | None) -> Sequence[Text]:
-    if texts is None:
-        return completions
-    pairs = zip(completions, texts, strict=True)
-    return [text if isinstance(old, str) else [{**old[0], "content": text}] for old, text in pairs]
+    later = inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__)
+    reader = wraps(reward_func)(read_later if later else read)
+    reader.__name__ = getattr(reward_func, "__name__", type(reward_func).__name__)  # an object may have one or not
+    return reader
 
 
 def check_heeded(args: GRPOConfig) -> None:
-    """Refuses settings of how completions are drawn that GRPO can't learn from or a [`CompletionRollout`] does not
-    know.
-
-    Raises:
-        `ValueError`: naming the first.
-    """
+    """Refuses, by a `ValueError`, settings of how completions are drawn that GRPO can't learn from or a
+    [`CompletionRollout`] does not know."""
     if not args.temperature > 0:
         raise ValueError(f"`temperature` is {args.temperature}, at which all completions are the same; raise it.")
-    for name, value in _NOT_HEEDED.items():
-        if (found := getattr(args, name)) not in (value, None, {}):
+    for name, neutral in _NOT_HEEDED.items():
+        if (value := vars(args)[name]) not in (neutral, None, {}):
             raise ValueError(
-                f"`{name}` is {found!r}, which rollouts with stops and latents do not heed; leave it out."
+                f"`{name}` is {value!r}, which rollouts with stops and latents do not heed; leave it out."
             )
 
 
@@ -201,5 +195,5 @@ def _ended(completion: Completion, ends: tuple[int, ...]) -> tuple[list[int], li
 
 
 def _latent_lengths(prompt: Text, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    latents = find_latents(*locate_answer(prompt, text))
-    return [len(tokenizer(latent, add_special_tokens=False).input_ids) for latent in latents]
+    latents = own_line_comments(*locate_answer(prompt, text))
+    return [len(tokenizer(latent.text, add_special_tokens=False).input_ids) for latent in latents]

@@ -1,4 +1,5 @@
-"""SIGTERM, by which a cluster takes a machine back: save at the next step and stop."""
+"""What the loop hears of `Trainer`: runs and passes that begin, updates done; and a SIGTERM, by which a cluster takes
+a machine back."""
 
 from __future__ import annotations
 
@@ -6,12 +7,47 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainingArguments
 
+from .loop import EMLoop
+
 
 _CHANGED = ("save_only_model", "load_best_model_at_end", "save_total_limit")
+
+
+class LoopCallback(TrainerCallback):
+    """
+    Begins the loop's memory anew, or loads it, with each run, and counts passes and updates.
+
+    Args:
+        loop ([`EMLoop`]):
+            The loop.
+
+    Attributes:
+        resumed_from (`Path` or `None`):
+            The checkpoint that the run goes on from; set before it begins.
+    """
+
+    def __init__(self, loop: EMLoop):
+        self.loop = loop
+        self.resumed_from: Path | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Here, and not in `Trainer.train`: with `auto_find_batch_size` a run begins anew after each attempt.
+        self.loop.begin_anew()
+        if self.resumed_from is not None:
+            self.loop.state.load(self.resumed_from, args.process_index, self.loop.policy.model)
+            if args.ignore_data_skip:
+                self.loop.state.pass_updates = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.loop.state.begin_pass()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.loop.state.pass_updates += 1
 
 
 class PreemptionCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Reward plug-ins: further terms of the E-step's reward, in the manner of TRL's `reward_funcs`."""
+"""The E-step's extra rewards: terms beside the lines' log-likelihood, in the manner of TRL's `reward_funcs`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from ..config import RA3Config
-from ..losses import Returns
-from ..policy import token_text
-from ..records import RolloutGroup
-from ..rollout import horizon_lines
+from .config import RA3Config
+from .losses import Returns
+from .policy import token_text
+from .records import RolloutGroup
+from .rollout import horizon_lines
 
 
 LIKELIHOOD = "log_likelihood"
@@ -98,35 +98,36 @@ class RewardPlugIns:
         """Returns under the whole reward, and its terms `[T, G]`, not weighted."""
         terms = {LIKELIHOOD: returns.latent_TG}
         if group.boundaries:
-            given = self._given(group, returns)
-            terms |= {name: self._call(name, given, returns.latent_TG) for name in self.funcs}
+            columns = self._columns(group, returns)
+            terms |= {name: self._call(name, columns, returns.latent_TG) for name in self.funcs}
         latent_TG = self.likelihood_weight * returns.latent_TG
         for name, weight in self.weights.items():
             latent_TG = latent_TG + weight * terms.get(name, 0.0)
         return Returns(self.likelihood_weight * returns.act_T, latent_TG), terms
 
-    def _given(self, group: RolloutGroup, returns: Returns) -> dict[str, Any]:
+    def _columns(self, group: RolloutGroup, returns: Returns) -> dict[str, Any]:
         ids, actions = group.document.input_ids, group.document.actions
-        given: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", "expert_lines")}
+        columns: dict[str, Any] = {name: [] for name in ("prompts", "completions", "completion_ids", "expert_lines")}
         for boundary, row in zip(group.boundaries, group.latents, strict=True):
             action = actions[boundary]
             assert action.boundary is not None
             end = actions[boundary + horizon_lines(group.document, boundary, self.horizon) - 1].end
-            given["prompts"] += [token_text(self.tokenizer, [*ids[: action.start], *action.boundary.think])] * len(row)
-            given["expert_lines"] += [token_text(self.tokenizer, ids[action.start : end])] * len(row)
-            given["completions"] += [token_text(self.tokenizer, z.token_ids) for z in row]
-            given["completion_ids"] += [list(z.token_ids) for z in row]
-        given["log_likelihood"] = returns.latent_TG.flatten().tolist()
-        given["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
-        return given | {"trainer_state": self.state}
+            before, lines = [*ids[: action.start], *action.boundary.think], ids[action.start : end]
+            columns["prompts"] += [token_text(self.tokenizer, before)] * len(row)
+            columns["expert_lines"] += [token_text(self.tokenizer, lines)] * len(row)
+            columns["completions"] += [token_text(self.tokenizer, z.token_ids) for z in row]
+            columns["completion_ids"] += [list(z.token_ids) for z in row]
+        columns["log_likelihood"] = returns.latent_TG.flatten().tolist()
+        columns["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
+        return columns | {"trainer_state": self.state}
 
-    def _call(self, name: str, given: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
-        found = self.funcs[name](**given)
+    def _call(self, name: str, columns: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
+        returned = self.funcs[name](**columns)
         try:
-            values = torch.tensor([0.0 if value is None else float(value) for value in found], dtype=like_TG.dtype)
+            values = torch.tensor([0.0 if value is None else float(value) for value in returned], dtype=like_TG.dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"`reward_funcs`: {name} returned {str(found)[:60]!r}; return one number (or None) for each latent."
+                f"`reward_funcs`: {name} returned {str(returned)[:60]!r}; return one number (or None) for each latent."
             ) from error
         if len(values) != like_TG.numel() or not torch.isfinite(values).all():
             raise ValueError(

@@ -1,0 +1,165 @@
+"""Draws tables of `python -m benchmarks replication --json`, with --experiment or without, as a page and pictures.
+
+A page may also hold what `ra3 report` reads: training runs and annotated corpora.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ra3_trl.analysis import Estimate
+from ra3_trl.report.charts import Chart, curve_over, number, seeds_note, side_by_side, stem
+from ra3_trl.report.report import Section, make_sections, write_report
+from ra3_trl.report.runs import Run, read_run, read_runs
+
+
+_KEYS = {"bases", "runs", "seeds", "accuracy"}  # of any table; one also has `form`, or `experiment`
+_CURVES = (
+    ("estep/gate_weighted_gain", "E-phase: gain where it thinks", "nats"),
+    ("estep/think_rate", "E-phase: P(think)", ""),
+)
+# Of the replication: arms side by side at each measure.
+_MEASURES_OF_ARMS = (
+    ("Thinks where it pays", "P(think), share", {
+        "think_hard": "before\nhard lines", "think_easy": "before\neasy lines", "comment_right": "comments\nright",
+    }),
+    ("Held-out expert code", "nats a token, lower is better", {
+        "ce": "cross-\nentropy", "elbo": "negative\nELBO", "bound_multi": "multi-sample\nbound",
+    }),
+    ("Hard lines right", "share", {
+        "accuracy": "as it likes", "accuracy_forced": "comment\nforced", "accuracy_never": "comment\nbanned",
+    }),
+)  # fmt: skip
+# Of an experiment: measures side by side at each arm.
+_ARMS_OF_MEASURES = (
+    ("Thinks, and is right", "share", {
+        "think_hard": "P(think), hard lines", "think_easy": "P(think), easy lines", "comment_right": "comments right",
+        "accuracy": "hard lines right",
+    }),
+    ("Held-out expert code", "nats a token, lower is better", {
+        "ce": "cross-entropy", "elbo": "negative ELBO", "bound_multi": "multi-sample bound",
+    }),
+    ("Gain of a latent at the E-phase's end", "nats", {"gain": "gain"}),
+)  # fmt: skip
+_ROWS = {
+    "think_hard": "P(think) before hard lines",
+    "think_easy": "P(think) before easy lines",
+    "comment_right": "comments right",
+    "ce": "cross-entropy, nats a token",
+    "elbo": "negative ELBO",
+    "bound_multi": "negative multi-sample bound",
+    "gain": "nats of a latent at the E-phase's end",
+    "accuracy": "hard lines right",
+    "accuracy_forced": "the same, comment forced",
+    "accuracy_never": "the same, comment banned",
+    "rlvr_steps_to_50": "GRPO updates to 50 %",
+    "rlvr_steps_to_80": "GRPO updates to 80 %",
+    "rlvr_steps_to_90": "GRPO updates to 90 %",
+    "rlvr_samples_to_50": "samples to 50 %, the mid-training's own among them",
+    "rlvr_samples_to_80": "the same to 80 %",
+    "rlvr_samples_to_90": "the same to 90 %",
+    "rlvr_last": "last level of GRPO",
+}
+_DIGITS = {"rlvr_steps": 1, "rlvr_samples": 0}  # of what may never be reached
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """What `python -m benchmarks replication --json` wrote: estimates over seeds, by measure and arm."""
+
+    label: str
+    content: Mapping[str, Any]
+
+    def estimate(self, measure: str, arm: str) -> Estimate:
+        return Estimate(**self.content[measure][arm])
+
+
+def read_table(name: str, label: str) -> ResultTable | Run:
+    """Reads a table by what it holds, and what is none as `ra3 report` does.
+
+    Raises:
+        `ValueError`: if it is not there, nothing that can be drawn, or damaged.
+    """
+    path = Path(name)
+    if path.is_file():
+        with suppress(json.JSONDecodeError, UnicodeDecodeError):  # rows of a corpus, or `read_run` says what is wrong
+            content = json.loads(path.read_text("utf-8"))
+            if isinstance(content, dict) and set(content) >= _KEYS:
+                return ResultTable(label, content)
+    return read_run(name, label)
+
+
+def table_charts(table: ResultTable) -> list[Chart]:
+    """What is in a table. Of the replication also the curves of its E-phase and its RLVR."""
+    content, arms = table.content, tuple(table.content["accuracy"])
+    note = seeds_note(content["seeds"])
+
+    def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:
+        x_label = "" if ticks else "update"
+        return Chart(stem(f"{table.label} {title}"), title, x_label, unit, series, ticks, note)
+
+    charts = []
+    if "experiment" in content:
+        for title, unit, names in _ARMS_OF_MEASURES:
+            there = {key: name for key, name in names.items() if key in content}
+            rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
+            if rows:
+                charts.append(chart(title, unit, side_by_side(rows, 0.3), arms))
+        return charts
+    for key, title, unit in _CURVES:
+        logs = ([entry for entry in run["ra3"]["log"] if key in entry] for run in content["runs"])
+        points = [{step: entry[key] for step, entry in enumerate(log, 1)} for log in logs]
+        if all(points):
+            charts.append(chart(title, unit, [curve_over("ra3", points)]))
+    for title, unit, names in _MEASURES_OF_ARMS:
+        rows = {arm: [table.estimate(key, arm) for key in names] for arm in arms}
+        charts.append(chart(title, unit, side_by_side(rows, 0.6), tuple(names.values())))
+    curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]]) for arm in arms]
+    return [*charts, chart("RLVR: tasks solved", "share", curves)]
+
+
+def table_section(table: ResultTable) -> Section:
+    """A table with its charts, as a part of a page."""
+    content, arms = table.content, list(table.content["accuracy"])
+    title = f"Experiment {content['experiment']}" if "experiment" in content else "Replication"
+    bases = ", ".join(f"{base['comment_right']:.2f}" for base in content["bases"] if base["passed"])
+    about = (
+        f"Seeds: {content['seeds']}. Bases tried: {len(content['bases'])}; those in use have this share of their "
+        f"comments right: {bases}. In brackets 95 % intervals over seeds (Student's t); what was never reached is "
+        "counted."
+    )
+    rows = [
+        (name, [_cell(table.estimate(key, arm), _DIGITS.get(key.rpartition("_to_")[0])) for arm in arms])
+        for key, name in _ROWS.items()
+        if key in content
+    ]
+    return Section(f"{title}: {table.label}", about, table_charts(table), arms, rows)
+
+
+def _cell(estimate: Estimate, digits: int | None) -> tuple[str, str]:
+    """A mean and its interval; with `digits`, of what some runs never reached, how many these are."""
+    band = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
+    value, _, interval = number(estimate.mean, band, 3 if digits is None else digits).partition(" ")
+    missed = 0 if digits is None else len(estimate.values) - estimate.n
+    return value, " ".join(filter(None, (interval, f"({missed} never)" if missed else "")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help="JSON file, or LABEL=FILE")
+    parser.add_argument("--output_dir", default="report", help="folder of page and pictures (default: %(default)s)")
+    parser.add_argument("--title", default="RA3 on a testbed", help="of the page (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the page and its pictures; returns where they are."""
+    tables = read_runs(args.tables, read_table)
+    sections = [table_section(table) for table in tables if isinstance(table, ResultTable)]
+    sections += make_sections([table for table in tables if not isinstance(table, ResultTable)])
+    written = write_report(sections, Path(args.output_dir), args.title)
+    return {"page": str(written[0]), "pictures": sum(path.suffix == ".png" for path in written)}

@@ -1,0 +1,122 @@
+"""`python -m benchmarks picture`: which numbers of the replication's tables are drawn, and the page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.picture import ResultTable, read_table, table_charts, table_section
+from ra3_trl.report.report import write_report
+from ra3_trl.report.runs import TrainingRun, read_runs
+
+
+def estimate(*values):
+    """By hand, for two seeds: t(1) = 12.706 times the standard deviation |a - b| / sqrt(2), over sqrt(2)."""
+    seen = [value for value in values if value is not None]
+    mean = sum(seen) / len(seen) if seen else None
+    half = 12.706 * abs(seen[0] - seen[1]) / 2 if len(seen) > 1 else None
+    band = (None, None) if half is None else (mean - half, mean + half)
+    return {"mean": mean, "low": band[0], "high": band[1], "n": len(seen), "values": values}
+
+
+def replication():
+    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi")
+    measures += ("accuracy", "accuracy_forced", "accuracy_never", "rlvr_last")
+    table = {name: {"base": estimate(0.25, 0.35), "ra3": estimate(0.90, 0.92)} for name in measures}
+    table["rlvr_steps_to_80"] = {"base": estimate(None, None), "ra3": estimate(None, 2)}
+    log = [{"estep/gate_weighted_gain": 0.5, "estep/think_rate": 0.2},
+           {"estep/gate_weighted_gain": 1.5, "estep/think_rate": 0.3}]  # fmt: skip
+    arms = {"base": {"curve": [0.2, 0.4], "log": []}, "ra3": {"curve": [0.9, 0.95], "log": log}}
+    bases = [{"seed": 0, "passed": False, "comment_right": 0.1}, {"seed": 1, "passed": True, "comment_right": 0.7}]
+    return {"seeds": 2, "bases": bases, "form": {}, **table, "runs": [arms, arms]}
+
+
+def write(path, value):
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+def test_a_table_is_known_by_what_it_holds(tmp_path):
+    """What is no table is read as `ra3 report` does."""
+    (found,) = read_runs([write(tmp_path / "a.b.json", replication())], read_table)
+    assert found == ResultTable("a.b", json.loads(json.dumps(replication())))
+    state = {"log_history": [{"step": 1, "reward": 0.5}]}
+    write(tmp_path / "trainer_state.json", state)
+    assert read_table(str(tmp_path), "grpo") == TrainingRun("grpo", "RLVR", state["log_history"])
+    for text, says in (("{}", "nothing to report"), ("no json", "can't be read")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_table(str(tmp_path / "x.json"), "x")
+
+
+def test_the_table_of_the_replication():
+    """Base 0.25 and 0.35: 0.3 with 12.706 * 0.05 = 0.635 either way; ra3 0.91 with 0.127."""
+    section = table_section(ResultTable("x", replication()))
+    rows = dict(section.rows)
+    assert list(section.columns) == ["base", "ra3"]
+    assert rows["hard lines right"] == [("0.300", "[\u22120.335, 0.935]"), ("0.910", "[0.783, 1.037]")]
+    assert rows["GRPO updates to 80 %"] == [("\u2013", "(2 never)"), ("2.0", "(1 never)")]
+    assert (
+        "GRPO updates to 50 %" not in rows and "Bases tried: 2;" in section.about and "right: 0.70." in section.about
+    )
+    titles = {chart.title: chart for chart in section.charts}
+    assert set(titles) == {
+        "E-phase: gain where it thinks", "E-phase: P(think)", "Thinks where it pays", "Held-out expert code",
+        "Hard lines right", "RLVR: tasks solved",
+    }  # fmt: skip
+    (gain,) = titles["E-phase: gain where it thinks"].series
+    assert (gain.label, gain.x, gain.y) == ("ra3", [1, 2], [0.5, 1.5])
+    ours = titles["RLVR: tasks solved"].series[1]
+    assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
+    assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3
+
+
+def experiment():
+    arms = ("base", "c=0", "c=inf")
+    measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy")
+    table = {name: {arm: estimate(0.25 + i, 0.35 + i) for i, arm in enumerate(arms)} for name in measures}
+    table["gain"] = {"base": estimate(None, None), "c=0": estimate(1.0, 1.0), "c=inf": estimate(None, None)}
+    bases = [{"seed": 0, "passed": True, "comment_right": 0.7}]
+    return {"experiment": "penalty", "seeds": 2, "bases": bases, **table, "runs": [{}, {}]}
+
+
+def test_an_experiment_is_drawn_over_its_arms(tmp_path):
+    """Means 0.3, 1.3 and 2.3, each with 0.635 either way; arms without an E-phase have no gain."""
+    section = table_section(read_table(write(tmp_path / "sweep.json", experiment()), "sweep"))
+    assert section.title == "Experiment penalty: sweep"
+    assert dict(section.rows)["nats of a latent at the E-phase's end"] == [
+        ("\u2013", ""), ("1.000", "[1.000, 1.000]"), ("\u2013", ""),
+    ]  # fmt: skip
+    think, code, gain = section.charts
+    assert think.name == "sweep_thinks_and_is_right" and think.ticks == ("base", "c=0", "c=inf")
+    assert [one.label for one in think.series][::3] == ["P(think), hard lines", "hard lines right"]
+    assert think.series[0].y == pytest.approx([0.3, 1.3, 2.3])
+    assert think.series[0].band[1] == pytest.approx((1.3 - 0.6353, 1.3 + 0.6353))
+    assert len(code.series) == 3 and gain.series[0].y == [None, 1.0, None]
+    assert [path.name for path in write_report([section], tmp_path / "out", "t")] == [
+        "report.html", "tables.md", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
+        "sweep_gain_of_a_latent_at_the_e_phase_s_end.png", "overview.png",
+    ]  # fmt: skip
+
+
+def test_charts_of_one_replication_have_names_of_their_own():
+    names = [chart.name for label in ("a", "b c") for chart in table_charts(ResultTable(label, replication()))]
+    assert len(set(names)) == len(names) == 12 and "b_c_rlvr_tasks_solved" in names
+
+
+def test_the_page_of_a_table(tmp_path, capsys):
+    """With a training run beside it, which has no table."""
+    path = write(tmp_path / "table.json", replication())
+    write(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "reward": 0.5}]})
+    main(["picture", path, f"grpo={tmp_path}", "--output_dir", str(tmp_path / "out"), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"page": str(tmp_path / "out" / "report.html"), "pictures": 8}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("<img ") == 7 and "Replication: table" in html and "<small>[0.783, 1.037]</small>" in html
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert (
+        "## Replication: table" in table
+        and "| | base | ra3 |\n|---|---|---|\n| P(think) before hard lines | " in table
+    )
+    assert "| hard lines right | 0.300 [\u22120.335, 0.935] | 0.910 [0.783, 1.037] |" in table
