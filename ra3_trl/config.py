@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, InitVar, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType, TrainingArguments
@@ -92,6 +92,7 @@ class RA3Config(TrainingArguments):
         `ValueError`: for a bad value, naming field, value and cure.
     """
 
+    trainer: ClassVar[str] = "RA3MidTrainer"  # whose settings they are
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Values that differ from TrainingArguments
@@ -261,6 +262,17 @@ class RA3Config(TrainingArguments):
         self._check_fields()
         self._check_schedulers()
         self._check_together()
+
+    def check_trainer(self, kind: type) -> None:
+        """
+        Raises:
+            `ValueError`: if a trainer of this `kind` would not heed some of the settings.
+        """
+        if self.trainer not in (cls.__name__ for cls in kind.__mro__):
+            raise ValueError(
+                f"`args` is a {type(self).__name__}, part of which a {kind.__name__} would not heed; make a "
+                f"`{self.trainer}`, or give an `RA3Config`."
+            )
 
     def _check_fields(self) -> None:
         """Each own field by itself: its type, its choices, its bounds."""

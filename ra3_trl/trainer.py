@@ -124,8 +124,7 @@ class RA3MidTrainer(HubMixin, Trainer):
             weight is `args.likelihood_weight`.
 
     Raises:
-        `ValueError`: before any training, for data, tokenizers or settings that can't work; the message names the
-        cure.
+        `ValueError`: before any training, for data, tokenizers or settings that can't work, with the cure.
     """
 
     def __init__(
@@ -147,6 +146,7 @@ class RA3MidTrainer(HubMixin, Trainer):
             model, head = model.pretrained_model, model.abstraction_head
         name = model if isinstance(model, str) else model.config._name_or_path
         args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
+        args.check_trainer(type(self))
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)

@@ -29,6 +29,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
 from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
 
 
@@ -283,7 +284,8 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.fixture
 def make_trainer(tmp_path, tokenizers, tiny_model):
     """`make_trainer(data, e_steps=2, ...)`: a trainer with small settings, on a new copy of the same random model each
-    time; `data` and `eval_data` are lists of texts or data sets, further arguments the config's."""
+    time; `data` and `eval_data` are lists of texts or data sets, further arguments the config's. With `proposal` it is
+    the one of the experiment."""
 
     def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None, **settings):
         defaults = {
@@ -293,8 +295,10 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
         }  # fmt: skip
         tokenizer = copy.deepcopy(tokenizers["newline_indent"])  # a format with tags adds them
         data, eval_data = (Dataset.from_dict({"text": d}) if isinstance(d, list) else d for d in (data, eval_data))
-        return RA3MidTrainer(
-            model or tiny_model("llama", tokenizer), RA3Config(**defaults | settings), data, eval_data, tokenizer,
+        kinds = (HindsightTrainer, HindsightConfig) if "proposal" in settings else (RA3MidTrainer, RA3Config)
+        trainer, config = kinds
+        return trainer(
+            model or tiny_model("llama", tokenizer), config(**defaults | settings), data, eval_data, tokenizer,
             callbacks, peft_config=peft_config, reward_funcs=reward_funcs,
         )  # fmt: skip
 

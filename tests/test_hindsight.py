@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from slow_path import plain_forward
 
-from ra3_trl import Policy, RA3Config
+from ra3_trl import Policy, RA3Config, RA3MidTrainer
 from ra3_trl.cli.annotate import main
 from ra3_trl.config_file import read_experimental
 from ra3_trl.em import EStep, Gradients, MetricSums, rollout_sums
@@ -156,7 +156,7 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
     group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
-    assert proposals.counts(4) == (1, 3)
+    assert share_out(4, proposals.shares) == (1, 3)
     causal, known = (m.logps(engine, document, document.boundaries, group.latents) for m in proposals.members)
     assert (causal.isinf() | known.isinf()).any() == bool(top_k)
     prior = prior_logps(engine, document, document.boundaries, group.latents)
@@ -844,6 +844,12 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
         rates = sums.averages()
         assert rates["hindsight/copy_rate"] == rate and rates["copy_rate"] < 1
         assert "same_rate" not in rates and "hindsight/same_rate" not in rates
+
+
+def test_the_plain_trainer_does_not_pass_over_proposals(tokenizer_of, tiny_model):
+    args = HindsightConfig("x", proposal="fim", use_cpu=True)
+    with pytest.raises(ValueError, match="`args` is a HindsightConfig, .* make a `HindsightTrainer`"):
+        RA3MidTrainer(tiny_model("llama", tokenizer_of), args, processing_class=tokenizer_of)
 
 
 def test_shares():

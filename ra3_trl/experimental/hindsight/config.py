@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...config import RA3Config, _setting, field_docs
 
@@ -14,11 +15,11 @@ PROPOSALS = ("causal", "fim", "chat", "template", "function")
 @dataclass(repr=False)  # a generated one would show tokens
 class HindsightConfig(RA3Config):
     r"""
-    Settings of [`HindsightTrainer`]: those of [`RA3Config`] and, at the end, where latents come from.
-
-    Raises:
-        `ValueError`: for a bad value, naming field, value and cure.
+    Settings of [`HindsightTrainer`]: those of [`RA3Config`] and, at the end, where latents come from. A bad value is
+    refused with a `ValueError` that names field, value and cure.
     """
+
+    trainer: ClassVar[str] = "HindsightTrainer"
 
     proposal: str = _setting(
         "Where latents come from: causal (the policy, from the code so far), or in hindsight, knowing the next lines, "
@@ -92,6 +93,4 @@ class HindsightConfig(RA3Config):
                 raise ValueError(message)
 
 
-HindsightConfig.__doc__ = (HindsightConfig.__doc__ or "").replace(
-    "    Raises:", field_docs(HindsightConfig) + "\n    Raises:"
-)
+HindsightConfig.__doc__ = f"{HindsightConfig.__doc__}\n{field_docs(HindsightConfig)}"

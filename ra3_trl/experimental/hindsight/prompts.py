@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ...policy import token_text
 from ...records import Boundary, Document
 from ...segmentation.tokens import FIM_TOKENS, encode_behind
 
@@ -28,6 +29,7 @@ CHAT_INSTRUCTION = (
 )
 _PLACEHOLDERS = {"prefix": 1, "suffix": 1, "think": 0}  # how often at least; at most once
 _MARKER = re.compile(r"\u2581?<[|\uff5c]?[A-Za-z][\w\u2581 -]*[|\uff5c]?>")  # what looks like a special token
+ProposalFunc = Callable[[str, str], str]  # from the code so far and the next lines to a prompt
 View = tuple[Document, tuple[int, ...]]  # a document, and where in it the wanted boundaries are
 
 
@@ -43,18 +45,24 @@ def _next_lines(document: Document, at: int, lines: int) -> tuple[int, ...]:
 
 
 def _view(
-    document: Document, lead: Sequence[int], begin: int, which: Sequence[int], cues: dict[int, tuple[int, ...]]
+    document: Document, lead: Sequence[int], rest: slice, which: Sequence[int], cues: dict[int, tuple[int, ...]]
 ) -> View:
-    """The lines `which`, with `lead` in the place of the document's first `begin` tokens and `cues` for think
-    prefixes; no boundary where there is no cue."""
-    shift, actions = len(lead) - begin, []
+    """The lines `which`, with `lead` before the `rest` of the document's tokens and `cues` for think prefixes; no
+    boundary where there is no cue."""
+    shift, actions = len(lead) - rest.start, []
     for i in which:
         action = document.actions[i]
         boundary = Boundary(cues[i], _boundary(document, i).close, decides=False) if i in cues else None
         actions.append(replace(action, start=action.start + shift, end=action.end + shift, boundary=boundary))
-    ids = (*lead, *document.input_ids[begin : document.actions[which[-1]].end])
+    ids = (*lead, *document.input_ids[rest])
     places = tuple(which.index(i) for i in cues)
     return replace(document, input_ids=ids, actions=tuple(actions), context=len(lead)), places
+
+
+def _alone(document: Document, boundary: int, before: Sequence[int], cue: tuple[int, ...]) -> View:
+    """The line of one boundary behind a prompt of its own."""
+    action = document.actions[boundary]
+    return _view(document, before, slice(action.start, action.end), (boundary,), {boundary: cue})
 
 
 @dataclass(frozen=True)
@@ -106,23 +114,33 @@ class PromptTemplate:
         cues = {boundary: fill(self.pieces[at + 1 :], boundary) for boundary in boundaries}
         if self.shares_prefix:
             every_line = range(len(document.actions))
-            return [_view(document, lead(0), len(bos), every_line, cues)] if boundaries else []
-        starts = {boundary: document.actions[boundary].start for boundary in boundaries}
+            return [_view(document, lead(0), slice(len(bos), None), every_line, cues)] if boundaries else []
         return [
-            _view(document, (*lead(b), *ids[len(bos) : start]), start, (b,), {b: cues[b]})
-            for b, start in starts.items()
+            _alone(document, boundary, (*lead(boundary), *ids[len(bos) : document.actions[boundary].start]), cue)
+            for boundary, cue in cues.items()
         ]
 
 
 @dataclass(frozen=True)
 class PromptFunction:
-    """Prompts that a user's `function` writes, from the code so far and the next lines to the text behind which the
-    latent begins; `longest` is the most tokens of a prompt and a line."""
+    """Prompts that a user's `function` writes: the text behind which the latent begins. `longest`: most tokens of a
+    prompt and a line."""
 
-    function: Callable[[str, str], str]
+    function: ProposalFunc
     tokenizer: PreTrainedTokenizerBase
     longest: int
     shares_prefix = False
+
+    def __post_init__(self):
+        cure = "give a function of two texts, the code so far and the next lines"
+        if not callable(self.function):
+            raise ValueError(f"`proposal_func` is {self.function!r}; {cure}.")
+        try:
+            inspect.signature(self.function).bind("", "")
+        except TypeError as error:
+            raise ValueError(f"`proposal_func` does not take what it is given ({error}); {cure}.") from error
+        except ValueError:
+            pass  # some that are built in have no signature
 
     @property
     def settings(self) -> str:
@@ -137,7 +155,7 @@ class PromptFunction:
         for boundary in boundaries:
             action = document.actions[boundary]
             known = _next_lines(document, boundary, lines)
-            text = self.function(self._text(ids[len(bos) : action.start]), self._text(known))
+            text = self.function(*(token_text(self.tokenizer, t) for t in (ids[len(bos) : action.start], known)))
             if not isinstance(text, str) or not text:
                 raise ValueError(f"`proposal_func` returned {text!r}; return the prompt, a text that is not empty.")
             prompt = (*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -147,11 +165,8 @@ class PromptFunction:
                     f"`proposal_func` returned a prompt of {len(prompt)} tokens, but the model's context leaves room "
                     f"for {room}; return a shorter one, or lower `proposal_lines`."
                 )
-            views.append(_view(document, prompt[:-1], action.start, (boundary,), {boundary: prompt[-1:]}))
+            views.append(_alone(document, boundary, prompt[:-1], prompt[-1:]))
         return views
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 Prompt = PromptTemplate | PromptFunction

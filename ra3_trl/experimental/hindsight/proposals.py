@@ -9,9 +9,8 @@ proposals in the shares in which they were drawn, whichever one a latent is from
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -25,11 +24,10 @@ from ...policy import OWN_LATENTS, LatentSource, Policy
 from ...records import Document, Latent, RolloutGroup
 from ...rollout import Boundaries, NoiseKey, RolloutEngine
 from .config import HindsightConfig
-from .prompts import Prompt, PromptFunction, View, chat_template, fim_template, parse_template
+from .prompts import Prompt, PromptFunction, ProposalFunc, View, chat_template, fim_template, parse_template
 
 
 Latents = Sequence[Sequence[Latent]]  # [T, G]
-ProposalFunc = Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
@@ -124,20 +122,17 @@ class Proposals:
 
     def __init__(self, members: Sequence[Proposal] = (Proposal("causal"),), kl_coef: float = 1.0):
         self.members = tuple(members)
+        self.shares = [member.share for member in members]
         self.kl_coef = kl_coef
         prompts = {member.name: member.prompt.settings for member in members if member.prompt is not None}
         self.causal = not prompts
         self.lines = max((member.lines for member in members if member.prompt is not None), default=1)
         self.settings: dict[str, Any] = {"proposal_func": prompts.pop("function", None), "prompts": prompts}
 
-    def counts(self, num_latents: int, least: int = 1) -> tuple[int, ...]:
-        """How many of `num_latents` each member draws."""
-        return share_out(num_latents, [member.share for member in self.members], least)
-
     def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
         return [
             _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon, least)[0]
-            for member, count in zip(self.members, self.counts(num_latents, least), strict=True)
+            for member, count in zip(self.members, share_out(num_latents, self.shares, least), strict=True)
         ]
 
     def propose(
@@ -156,7 +151,7 @@ class Proposals:
         boundaries = boundaries(engine.trunk(document)) if callable(boundaries) else boundaries
         if not boundaries:
             return engine.rollout(document, boundaries, num_latents, horizon, noise)
-        counts = self.counts(num_latents)
+        counts = share_out(num_latents, self.shares)
         drawn = [
             member.sample(engine, document, boundaries, count, noise.of(j))
             for j, (member, count) in enumerate(zip(self.members, counts, strict=True))
@@ -199,8 +194,7 @@ def make_proposals(
     members = []
     for name, share in shares.items():
         prompt: Prompt | None = None
-        if function is not None and name == "function":
-            _check_function(function)
+        if name == "function" and function is not None:
             prompt = PromptFunction(function, tokenizer, room)
         elif name != "causal":
             make = {"fim": fim_template, "chat": chat_template}.get(name)
@@ -227,18 +221,6 @@ def make_proposals(
             "penalty), or leave `proposal` at 'causal'."
         )
     return proposals
-
-
-def _check_function(function: ProposalFunc) -> None:
-    cure = "give a function of two texts, the code so far and the next lines"
-    if not callable(function):
-        raise ValueError(f"`proposal_func` is {function!r}; {cure}.")
-    try:
-        inspect.signature(function).bind("", "")
-    except TypeError as error:
-        raise ValueError(f"`proposal_func` does not take what it is given ({error}); {cure}.") from error
-    except ValueError:
-        pass  # some that are built in have no signature
 
 
 def attach(

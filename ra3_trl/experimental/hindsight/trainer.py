@@ -9,7 +9,8 @@ from ...models import context_length
 from ...policy import Proposer
 from ...trainer import RA3MidTrainer
 from .config import HindsightConfig
-from .proposals import ProposalFunc, make_proposals
+from .prompts import ProposalFunc
+from .proposals import make_proposals
 
 
 class HindsightTrainer(RA3MidTrainer):
