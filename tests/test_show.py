@@ -94,16 +94,15 @@ class FakeHead(HeadDecisions):
         return one_half.log(), 1.25 * ones, ones
 
 
-def seen_by(tokenizer, text, action_format=PYTHON, max_tokens=1000, name="x.py", head=False, **settings) -> ShownFile:
-    lines = settings.pop("lines", None)
+def seen_by(
+    tokenizer, text, action_format=PYTHON, max_tokens=1000, name="x.py", lines=None, head=False, **settings
+) -> ShownFile:
     words = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (" one", " two", " three")]
     args = RA3Config(output_dir="unused", report_to="none", horizon=2, discount=0.5, **settings)
     segmenter = Segmenter(tokenizer, action_format, max_tokens)
     assert segmenter(0, text)[0].status == "actions"
     policy = Policy(FakeEngine(words), args, segmenter, FakeHead(None, args) if head else None)
-    decides = "head" if args.gate == "head" else "tokens"
-    last = len(physical_lines(text))
-    return ShownFile(name, text, "checkpoint", look(policy, text, lines), 1, last, SETTINGS, decides)
+    return replace(look(policy, text, name, "checkpoint", lines), settings=SETTINGS)
 
 
 def lines_of(shown: ShownFile) -> list[str]:
@@ -157,7 +156,7 @@ def test_latents_are_counted_ordered_and_credited(tokenizers):
 def test_lines_limit_what_is_drawn(tokenizers):
     shown = seen_by(tokenizers["newline_indent"], SOURCE, lines=range(10, 12))
     assert [b.line for b in shown.boundaries] == [10, 11]
-    assert lines_of(replace(shown, first=10, last=11)) == ["def f(a):", "    if a:"]
+    assert lines_of(shown) == ["def f(a):", "    if a:"]
 
 
 def test_boundaries_inside_of_a_line_cut_it(tokenizers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -25,11 +26,10 @@ from .checkpoint import (
 )
 
 
-_SHOWN = (
+_SETTINGS = (
     "num_latents", "seed", "action_format", "horizon", "discount", "line_reduction", "max_latent_length",
-    "temperature", "top_k", "top_p", "max_length",
+    "temperature", "top_k", "top_p", "max_length", "engine", "max_branch_tokens",
 )  # fmt: skip
-_SETTINGS = (*_SHOWN, "engine", "max_branch_tokens")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,11 +105,8 @@ def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
             bar.total, bar.n = total, done
             bar.refresh()
 
-        boundaries = look(policy, text, lines, progress)
-    settings = {name: getattr(policy.args, name) for name in _SHOWN} | {"dtype": options.dtype}
-    name, checkpoint = Path(options.file).name, shown_name(options.checkpoint)
-    decides = "head" if policy.args.gate == "head" else "tokens"
-    return ShownFile(name, text, checkpoint, boundaries, lines[0], lines[-1], settings, decides)
+        shown = look(policy, text, Path(options.file).name, shown_name(options.checkpoint), lines, progress)
+    return replace(shown, settings=shown.settings | {"dtype": options.dtype})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,15 +9,23 @@ from ..losses import compute_returns
 from ..policy import Policy
 from ..records import Document, RolloutGroup
 from ..segmentation import ActionFormat, readable_bytes
-from .show import ShownBoundary, ShownLatent
+from .show import ShownBoundary, ShownFile, ShownLatent, physical_lines
+
+
+_SETTINGS = (
+    "num_latents", "seed", "action_format", "horizon", "discount", "line_reduction", "max_latent_length",
+    "temperature", "top_k", "top_p", "max_length",
+)  # fmt: skip
 
 
 def look(
     policy: Policy,
     text: str,
+    name: str = "text.py",
+    checkpoint: str = "this policy",
     lines: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[ShownBoundary, ...]:
+) -> ShownFile:
     """Draws latents at the boundaries of a text and measures what they bring.
 
     Args:
@@ -25,8 +33,10 @@ def look(
             The checkpoint; its settings say how many latents, and over how many lines.
         text (`str`):
             The text.
+        name (`str`, *optional*), checkpoint (`str`, *optional*):
+            What to call the two; colours follow from the file's name.
         lines (`range`, *optional*):
-            Line numbers whose boundaries are wanted; all by default.
+            Line numbers, from 1, to show; all by default.
         progress (`Callable[[int, int], None]`, *optional*):
             Told after each chunk how many boundaries are done, and of how many.
 
@@ -34,13 +44,14 @@ def look(
         `ValueError`: if the tokenizer does not give the text back.
     """
     args, documents, action_format = policy.args, policy.segment(text), policy.segmenter.format
+    lines = lines or range(1, len(physical_lines(text)) + 1)
     if not documents or documents[0].status == "lossy":
         raise ValueError("the tokenizer of this checkpoint does not give the text back; take another checkpoint.")
     data = readable_bytes(policy.tokenizer, action_format)
     content, wanted = text.encode(), []
     for document, starts in zip(documents, _action_starts(content, documents, data), strict=True):
         places = {boundary: _locate(content, starts[boundary]) for boundary in document.boundaries}
-        wanted.append({b: place for b, place in places.items() if lines is None or place[0] in lines})
+        wanted.append({b: place for b, place in places.items() if place[0] in lines})
     total, shown = sum(map(len, wanted)), list[ShownBoundary]()
     progress(0, total)
     for document, places in zip(documents, wanted, strict=True):
@@ -64,7 +75,11 @@ def look(
             latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
             shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
         progress(len(shown), total)
-    return tuple(shown)
+    settings, decides = (
+        {field: getattr(args, field) for field in _SETTINGS},
+        "head" if args.gate == "head" else "tokens",
+    )
+    return ShownFile(name, text, checkpoint, tuple(shown), lines[0], lines[-1], settings, decides)
 
 
 def _latents(
