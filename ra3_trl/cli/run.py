@@ -45,7 +45,7 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"`{flag}` is true, but bitsandbytes is not installed: `pip install bitsandbytes`, or leave it out."
         )
-    options = {
+    options: dict[str, Any] = {
         "revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype, "quantization_config": get_quantization_config(model_args),
     }  # fmt: skip
@@ -108,6 +108,6 @@ def run_until_stopped(trainer: Trainer, args: TrainingArguments, typed: str, wor
     return 0
 
 
-def _last_checkpoint(folder: str) -> str | None:
+def _last_checkpoint(folder: str | None) -> str | None:
     """As `get_last_checkpoint`, for a folder that may not be there (another process makes it)."""
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    return get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None

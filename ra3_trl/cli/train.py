@@ -79,8 +79,8 @@ def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: i
         splits = load_mixture(mixture, seed)
         train, test = splits["train"], splits.get("test")
     else:
-        name, split = script.dataset_name, script.dataset_train_split
-        splits = load_splits(name, script.code_dir, split, script.dataset_config, script.dataset_streaming)
+        source, split = (script.dataset_name, script.code_dir), script.dataset_train_split
+        splits = load_splits(*source, split, script.dataset_config, script.dataset_streaming)
         train, test = splits[split], splits.get(script.dataset_test_split)
     if test is None or script.eval_fraction is not None:
         return hold_out(train, script.eval_documents, script.eval_fraction, seed)

@@ -96,7 +96,8 @@ def diagnose(
             # it is the last).
             other, elsewhere = places[at - 1]
             others = other.latents[other.boundaries.index(elsewhere)]
-            alternatives.append(_alternatives(policy, *places[at], others, draw_lines))
+            group, boundary = places[at]
+            alternatives.append(_alternatives(policy, group, boundary, others, draw_lines))
             progress(1)
     pruning = measure_pruning([a for a in alternatives if a is not None], settings.factor)
     horizon = effective_horizon([_starts(example) for example in examples], settings.gamma)
@@ -119,7 +120,8 @@ def _starts(example: AnnotatedExample) -> tuple[int, list[int]]:
 
 def _compactness(groups: Sequence[RolloutGroup], seed: int) -> dict[str, Any]:
     """Compares latents, expert lines and expert tokens at the same boundaries; and per decision, given its state."""
-    latents, lines, tokens, prices, surprises = [], [], [], [], []
+    latents, lines, prices, surprises = [], [], [], []
+    tokens: list[int] = []
     for group in groups:
         ids, actions = group.document.input_ids, group.document.actions
         lines_A = renormalise(group.line_logps_A, group.gate_logps_A)

@@ -117,7 +117,8 @@ class ShownFile:
         for number, runs in enumerate(highlight(self.name, self.text), 1):
             if not self.first <= number <= self.last:
                 continue
-            here, begin, shown = None, 0, number
+            shown: int | None = number
+            here, begin = None, 0
             for boundary in at.get(number, []):
                 if boundary.column:
                     yield Row(shown, _cut(runs, begin, boundary.column), here)
