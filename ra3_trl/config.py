@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, InitVar, dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
+from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType, TrainingArguments
 
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
@@ -26,12 +29,41 @@ _UNSUPPORTED = {
 _RENAMED = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}
 
 
+@contextmanager
+def beside_trainers() -> Iterator[None]:
+    """Lets settings be made inside without harm to trainers that are there."""
+    # `TrainingArguments` empty the state that all accelerators share, without which those of before fail.
+    shared = [cls._shared_state for cls in (AcceleratorState, PartialState)]
+    before = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        if before[0]:
+            for state, values in zip(shared, before, strict=True):
+                state.clear()
+                state.update(values)
+
+
+class _Help(str):
+    """What a field means, with the `bounds` of its value. Of other metadata argparse would make arguments."""
+
+    bounds: dict[str, Any]
+
+
 def _setting(
-    help: str, default: Any, least: float | None = None, most: float = math.inf, above: bool = False, **more: Any
+    text: str,
+    default: Any,
+    least: float | None = None,
+    most: float = math.inf,
+    above: bool = False,
+    aliases: tuple[str, ...] = (),
+    **more: Any,
 ) -> Any:
     """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite`
     where infinity is a value too."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "above": above, **more})
+    meaning = _Help(text)
+    meaning.bounds = {"least": least, "most": most, "above": above, **more}
+    return field(default=default, metadata={"help": meaning, "aliases": list(aliases)})
 
 
 def own_fields(cls: type[RA3Config]) -> tuple[str, ...]:
@@ -108,7 +140,9 @@ class RA3Config(TrainingArguments):
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
     max_branch_tokens: int = _setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
-    max_boundaries: int = _setting("Boundaries of a document tried in an E-step; 0 is all.", 0, 0)
+    max_boundaries: int = _setting(
+        "Boundaries of a document tried in an E-step; 0 is all.", 0, 0, aliases=("--max_sites",)
+    )
 
     # Abstraction head
     abstraction_head: bool = _setting(
@@ -178,7 +212,9 @@ class RA3Config(TrainingArguments):
 
     # Evaluation and logs
     eval_num_latents: int = _setting("Latents at each boundary in evaluate().", 4, 1)
-    eval_max_boundaries: int = _setting("Boundaries of a document tried in evaluate(); 0 is all.", 0, 0)
+    eval_max_boundaries: int = _setting(
+        "Boundaries of a document tried in evaluate(); 0 is all.", 0, 0, aliases=("--eval_max_sites",)
+    )
     log_latents_steps: int = _setting("Updates between tables of latents; 0 is never.", 10, 0)
     dataset_license: str | None = _setting("License of the data, for cards and for pushed rows that name none.", None)
 
@@ -242,7 +278,8 @@ class RA3Config(TrainingArguments):
         """Each own field by itself: its type, its choices, its bounds."""
         entries = {entry.name: entry for entry in fields(self)}
         for name in own_fields(type(self)):
-            value, bounds = getattr(self, name), entries[name].metadata
+            value, meaning = getattr(self, name), entries[name].metadata.get("help")
+            bounds = meaning.bounds if isinstance(meaning, _Help) else {}
             kinds = _kinds_of(type(self)).get(name)
             if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
                 wanted = " or ".join(kind.__name__ for kind in kinds)

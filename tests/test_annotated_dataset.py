@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 import ra3_trl.hub.annotated
 from ra3_trl.cli import annotate as command
 from ra3_trl.cli.main import main as ra3
+from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
 from ra3_trl.hub import (
     ANNOTATION,
     DatasetPush,
@@ -308,7 +309,7 @@ def test_a_formatting_func_makes_the_text(make_trainer, tiny_model, tokenizers):
 def test_the_card_of_a_corpus(make_trainer, tmp_path):
     trainer = make_trainer(corpus("MIT", "PSF-2.0", "MIT"), **SETTINGS)
     annotated = annotate_dataset(trainer.policy, trainer.source_dataset)
-    card = render_dataset_card(trainer, annotated, "org/my-corpus", None, "org/source")
+    card = render_dataset_card(trainer.policy, annotated, "org/my-corpus", None, "org/source")
     block = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.S)[1])
     assert block["license"] == ["mit", "other"] and set(block["license"]) <= HUB_LICENSES
     assert block["size_categories"] == "n<1K" and block["task_categories"] == ["text-generation"]
@@ -327,7 +328,9 @@ def test_the_card_of_a_corpus(make_trainer, tmp_path):
     assert str(tmp_path) not in card.content
     assert "leaves out" not in card.content
     trainer.args.existing_comments = "strip"
-    of_a_hub_model = render_dataset_card(trainer, annotated, "org/my-corpus", "org/model", str(tmp_path)).content
+    of_a_hub_model = render_dataset_card(
+        trainer.policy, annotated, "org/my-corpus", "org/model", str(tmp_path)
+    ).content
     assert "[org/model](https://huggingface.co/org/model)" in of_a_hub_model and str(tmp_path) not in of_a_hub_model
     assert "its own comments, which `annotated_text` leaves out." in of_a_hub_model
 
@@ -338,7 +341,7 @@ def test_a_card_without_latents_gains_or_licences(make_trainer):
     one = {"annotated_text": "#a\nx|y\n", "latents": [{"line": 1, "text": "a", "gain": None}], "num_boundaries": 1}
     for rows in ([empty], [empty, one]):
         data = Dataset.from_list(rows, features=ANNOTATION)
-        card = render_dataset_card(trainer, data, "corpus")
+        card = render_dataset_card(trainer.policy, data, "corpus")
         assert card.data.license == "unknown" and "| unknown | " in card.content
         assert ("| 1 | <code>#a</code> | <code>x&#124;y</code> |  |" in card.content) == (len(rows) == 2)
     twice = [{"annotated_text": "#a\nx\n#a\ny\n", "latents": [{"line": 3, "text": "a", "gain": None}],
@@ -476,8 +479,11 @@ def test_the_policys_own_latents_after_training_in_hindsight(make_trainer, tmp_p
     """`proposal`, its template and its price go together: with the policy's own latents none of them is left."""
     rows = Dataset.from_dict({"text": TEXTS})
     template = {"proposal": "template", "proposal_template": "{prefix}{think}{suffix}", "proposal_kl_coef": 0.2}
-    trainer = make_trainer(rows, **SETTINGS | template)
-    trainer.save_model()
+    usual = make_trainer(rows, **SETTINGS)
+    args = HindsightConfig(
+        output_dir=usual.args.output_dir, use_cpu=True, report_to="none", max_latent_length=4, **SETTINGS | template
+    )
+    HindsightTrainer(usual.model, args, rows, None, usual.processing_class).save_model()
     for flags in (("--proposal", "causal"), ("--annotation", "policy")):
         assert len(annotated_by_command(tmp_path, rows, *flags)) == len(TEXTS)
     with pytest.raises(ValueError, match="`proposal_kl_coef` is 0.5, but all latents are the policy's own"):

@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DefaultFlowCallback
 
 from ra3_trl import RA3Config, RA3MidTrainer
-from ra3_trl.cli import estimate, launch, main, train
+from ra3_trl.cli import launch, main, train
 from ra3_trl.cli.data import hold_out, load_splits
+from ra3_trl.cli.estimate import estimate
+from ra3_trl.config_file import read_experimental
+from ra3_trl.experimental.hindsight import proposals
 from ra3_trl.segmentation import load_code_directory
 
 
@@ -216,6 +219,34 @@ def test_train_an_adapter_on_a_file(model, code, tmp_path):
     assert len(datasets.load_from_disk(str(ann))) == 1
 
 
+def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys):
+    """The experimental trainer is used where they are asked for; `ra3 annotate` takes them from the checkpoint."""
+    common = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--save_strategy", "no"]
+    template = ["--proposal", "template", "--proposal_template", "{prefix}{think}{suffix}"]
+    hindsight, plain, output = (str(tmp_path / name) for name in ("hindsight", "plain", "annotated"))
+    assert ra3(*common, *template, "--proposal_kl_coef", "0.2", "--output_dir", hindsight) == 0
+    assert "estep/hindsight/gain" in capsys.readouterr().out
+    assert read_experimental(hindsight) == {
+        "proposal": "template", "proposal_lines": 4, "proposal_template": "{prefix}{think}{suffix}",
+        "proposal_kl_coef": 0.2,
+    }  # fmt: skip
+    assert ra3(*common, "--output_dir", plain, "--m_steps", "0") == 0
+    assert "experimental" not in json.loads(Path(plain, "ra3_config.json").read_text())
+    annotate = ["annotate", hindsight, "--code_dir", code, "--max_documents", "1", "--output", output]
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        make = proposals.make_proposals
+        patch.setattr(
+            proposals, "make_proposals", lambda args, *rest, **more: seen.append(args) or make(args, *rest, **more)
+        )
+        assert ra3(*annotate) == 0
+    assert [args.proposal_kl_coef for args in seen] == [0.2]
+    assert ra3(*annotate[:-1], f"{output}-2", "--proposal", "causal", "--proposal_kl_coef", "0.5") == 2
+    assert "`proposal_kl_coef` is 0.5, but all latents are the policy's own" in capsys.readouterr().err
+    assert ra3("train", "--model_name_or_path", model, "--proposal", "function", "--code_dir", code, *SMALL) == 2
+    assert "no command takes one" in capsys.readouterr().err
+
+
 def test_stopped_and_resumed(model, code, tmp_path, capsys, monkeypatch):
     """Ctrl-C names the command that goes on; that command ends with the weights of a run left alone."""
     common = ["train", "--model_name_or_path", model, "--code_dir", code, *SMALL, "--save_steps", "1"]
@@ -276,7 +307,7 @@ def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
                      gradient_accumulation_steps=2)  # fmt: skip
     trainer = RA3MidTrainer(model, args, load_code_directory(code))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    found = estimate.estimate(trainer)
+    found = estimate(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert args.max_boundaries == 0

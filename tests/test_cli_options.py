@@ -16,10 +16,12 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ra3_trl import RA3Config
-from ra3_trl.cli import estimate, main, train
+from ra3_trl.cli import main, run, train
 from ra3_trl.cli.data import load_mixture
+from ra3_trl.cli.estimate import estimate
 from ra3_trl.cli.parser import may_be
 from ra3_trl.cli.rewards import load_reward_funcs
+from ra3_trl.report.estimate import render
 
 
 TYPES = (train.RA3ScriptArguments, RA3Config, ModelConfig, DatasetMixtureConfig)
@@ -210,7 +212,7 @@ def test_values_reach_the_dataclasses(parser):
     ids=lambda value: "-".join(value).strip("-").split("{")[0][:40],
 )  # fmt: skip
 def test_bad_options_are_refused(model, tmp_path, capsys, monkeypatch, options, words):
-    monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(run, "is_bitsandbytes_available", lambda: False)
     output = tmp_path / "out"
     assert main.main(["train", "--model_name_or_path", model, "--output_dir", str(output), "--use_cpu", *options]) == 2
     said = capsys.readouterr().err
@@ -334,7 +336,7 @@ def test_dry_run_with_a_dict_of_evaluation_sets(model, files, tmp_path):
     args = RA3Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=128, e_steps=1,
                      num_latents=2, max_latent_length=3, per_device_train_batch_size=2)  # fmt: skip
     evaluation = {"a": rows.select([0]), "b": rows.select([1, 2])}
-    found = estimate.estimate(RA3MidTrainer(model, args, rows.select(range(3, 8)), evaluation))
+    found = estimate(RA3MidTrainer(model, args, rows.select(range(3, 8)), evaluation))
     assert found.held_out == 1 + 2
-    assert "5 to train on" in estimate.render(found)
-    assert "3 held out" in estimate.render(found)
+    assert "5 to train on" in render(found)
+    assert "3 held out" in render(found)

@@ -19,7 +19,7 @@ from ra3_trl.analysis import (
     measure_pruning,
 )
 from ra3_trl.cli.main import main
-from ra3_trl.evaluation.diagnose import _alternatives, _Lines, diagnose
+from ra3_trl.evaluation.diagnose import DiagnosisSettings, _alternatives, _Lines, diagnose
 from ra3_trl.losses import log1mexp
 from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
@@ -118,7 +118,7 @@ def test_lines_in_the_experts_place_are_those_of_plain_forwards(trainer, slow_pa
     expert = tuple(document.input_ids[own.start : own.end])
     other = tuple(trainer.processing_class("        z = 1\n")["input_ids"])
     elsewhere = group.latents[0]
-    found = _alternatives(trainer, group, boundary, elsewhere, lambda *_: [expert, other])
+    found = _alternatives(trainer.policy, group, boundary, elsewhere, lambda *_: [expert, other])
     slow = slow_path(trainer.model, trainer.processing_class)
     assert float(found.act_K[0]) == pytest.approx(found.expert, abs=1e-4)
     torch.testing.assert_close(found.latent_GK[:, 0], found.expert_G, atol=1e-4, rtol=0)
@@ -140,7 +140,8 @@ def test_lines_in_the_experts_place_are_those_of_plain_forwards(trainer, slow_pa
 def test_drawn_lines_end_with_their_newline_and_are_no_latents(trainer):
     """`()` for a latent, `None` for what does not end; blank lines before a line belong to it."""
     tokenizer = trainer.processing_class
-    drawn, think = _Lines(trainer, 1, 8), tuple(tokenizer("<|end|>!")["input_ids"])
+    drawn = _Lines(trainer.policy, DiagnosisSettings(lines=1, line_tokens=8))
+    think = tuple(tokenizer("<|end|>!")["input_ids"])
 
     def line(text):
         found = drawn._line(tokenizer(text)["input_ids"], think)
@@ -155,11 +156,12 @@ def test_drawn_lines_end_with_their_newline_and_are_no_latents(trainer):
 def test_the_same_seed_gives_the_same_numbers_and_nothing_is_changed(trainer):
     before, state = weights(trainer.model), torch.random.get_rng_state()
     documents, done = documents_of(trainer), []
-    first = diagnose(trainer, documents, boundaries=3, lines=4, line_tokens=16, progress=done.append)
+    settings = DiagnosisSettings(boundaries=3, lines=4, line_tokens=16)
+    first = diagnose(trainer.policy, documents, settings, done.append)
     assert torch.equal(state, torch.random.get_rng_state()) and furthest(before, weights(trainer.model)) == 0
     assert sum(done) == 4 + 3
     torch.manual_seed(5)
-    assert diagnose(trainer, documents, boundaries=3, lines=4, line_tokens=16) == first
+    assert diagnose(trainer.policy, documents, settings) == first
     assert first["pruning"]["boundaries"] <= 3 and first["economics"]["latents"] == 2 * sum(
         len(document.boundaries) for document in documents
     )
@@ -169,12 +171,12 @@ def test_the_same_seed_gives_the_same_numbers_and_nothing_is_changed(trainer):
 
 def test_economics_where_the_gate_is_certain(trainer, monkeypatch):
     """Where P(think) is 1 everywhere, what it thinks is what may be thought."""
-    found = diagnose(trainer, documents_of(trainer), boundaries=1, lines=1)["economics"]
+    found = diagnose(trainer.policy, documents_of(trainer), DiagnosisSettings(boundaries=1, lines=1))["economics"]
     assert 0 < found["think_rate"] < 1
     monkeypatch.setattr(
         "ra3_trl.records.RolloutGroup.decision_logps_A", property(lambda group: torch.zeros_like(group.gate_logps_A))
     )
-    found = diagnose(trainer, documents_of(trainer), boundaries=1, lines=1)["economics"]
+    found = diagnose(trainer.policy, documents_of(trainer), DiagnosisSettings(boundaries=1, lines=1))["economics"]
     assert found["think_rate"] == 1 and found["gain_where_it_thinks"] == pytest.approx(found["gain"])
     assert found["gain_per_token_where_it_thinks"] == pytest.approx(found["gain_per_token"])
 

@@ -1,4 +1,4 @@
-"""The Python blocks of docs/guide.md run, on a tiny model and few updates."""
+"""The Python blocks of docs/guide.md and docs/policy.md run, on a tiny model and few updates."""
 
 from __future__ import annotations
 
@@ -53,6 +53,19 @@ def test_block_runs(heading, code, model_folder, tmp_path, monkeypatch, tokenize
     assert "MODEL" in code
     exec(compile(code.replace('"MODEL"', repr(str(model_folder))), heading, "exec"), {"__name__": "guide"})
     assert (tmp_path / "out").is_dir() or "evaluate" in code
+
+
+def test_the_policy_page_runs_from_top_to_bottom(model_folder, tmp_path, monkeypatch, capsys):
+    """As in a notebook, where it writes no more than it says."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policy.md").read_text("utf-8"), re.S)
+    assert len(blocks) == 8
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "policy"}
+    for code in blocks:
+        code = code.replace('open("MODEL", ', f"open({str(model_folder)!r}, use_cpu=True, max_length=256, ")
+        exec(compile(code, "docs/policy.md", "exec"), names)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert "gain" in capsys.readouterr().out
 
 
 def small(init):

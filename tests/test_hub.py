@@ -20,7 +20,7 @@ import pytest
 from hub_server import Hub, Request, client_environment, serving  # noqa: F401 (the fixture `hub`)
 from test_cli import SMALL, SOURCE
 
-from ra3_trl.cli.train import resume_command
+from ra3_trl.cli.run import resume_command
 
 
 # Their tails are what is searched for. Put together here, so that no scanner of sources takes them for real ones.

@@ -10,24 +10,28 @@ import re
 import shutil
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from ra3_trl import RA3Config
+from ra3_trl import Policy, RA3Config
 from ra3_trl.cli import show as show_command
 from ra3_trl.cli.main import guarded
 from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
+from ra3_trl.policy import HeadDecisions
 from ra3_trl.records import Latent, RolloutGroup
 from ra3_trl.report import page
+from ra3_trl.report.look import look
 from ra3_trl.report.page import render_page, write_page
-from ra3_trl.report.show import ShownBoundary, ShownFile, ShownLatent, look, physical_lines, print_file
-from ra3_trl.segmentation import PROSE, PYTHON, Segmenter, token_bytes
+from ra3_trl.report.show import ShownBoundary, ShownFile, ShownLatent, physical_lines, print_file
+from ra3_trl.segmentation import PROSE, PYTHON, Segmenter
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -65,6 +69,8 @@ class FakeEngine:
     """P(think) is 1 / (1 + ordinal of the action); of four latents the last two are the same. They make the next line
     likelier by 2, 4, 6 and 6 nats, the one behind it by half of that."""
 
+    backbone = SimpleNamespace(model=torch.nn.Module(), gathered=nullcontext)
+
     def __init__(self, words: list[tuple[int, ...]]):
         self.words = words
 
@@ -80,15 +86,23 @@ class FakeEngine:
         )  # fmt: skip
 
 
-def seen_by(tokenizer, text, action_format=PYTHON, max_tokens=1000, name="x.py", **options) -> ShownFile:
-    documents = Segmenter(tokenizer, action_format, max_tokens)(0, text)
-    assert documents[0].status == "actions"
-    data = token_bytes(tokenizer)
+class FakeHead(HeadDecisions):
+    """P(think) is one half everywhere, the predicted gain 1.25 nats."""
+
+    def predict(self, states_SD):
+        one_half, ones = torch.full((len(states_SD),), 0.5), torch.ones(len(states_SD))
+        return one_half.log(), 1.25 * ones, ones
+
+
+def seen_by(
+    tokenizer, text, action_format=PYTHON, max_tokens=1000, name="x.py", lines=None, head=False, **settings
+) -> ShownFile:
     words = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (" one", " two", " three")]
-    args = RA3Config(output_dir="unused", report_to="none", horizon=2, discount=0.5)
-    boundaries = look(FakeEngine(words), documents, text, data, action_format, args, **options)
-    decides = options.get("decides", "tokens")
-    return ShownFile(name, text, "checkpoint", boundaries, 1, len(physical_lines(text)), SETTINGS, decides)
+    args = RA3Config(output_dir="unused", report_to="none", horizon=2, discount=0.5, **settings)
+    segmenter = Segmenter(tokenizer, action_format, max_tokens)
+    assert segmenter(0, text)[0].status == "actions"
+    policy = Policy(FakeEngine(words), args, segmenter, FakeHead(None, args) if head else None)
+    return replace(look(policy, text, name, "checkpoint", lines), settings=SETTINGS)
 
 
 def lines_of(shown: ShownFile) -> list[str]:
@@ -142,7 +156,7 @@ def test_latents_are_counted_ordered_and_credited(tokenizers):
 def test_lines_limit_what_is_drawn(tokenizers):
     shown = seen_by(tokenizers["newline_indent"], SOURCE, lines=range(10, 12))
     assert [b.line for b in shown.boundaries] == [10, 11]
-    assert lines_of(replace(shown, first=10, last=11)) == ["def f(a):", "    if a:"]
+    assert lines_of(shown) == ["def f(a):", "    if a:"]
 
 
 def test_boundaries_inside_of_a_line_cut_it(tokenizers):
@@ -159,13 +173,10 @@ def test_boundaries_inside_of_a_line_cut_it(tokenizers):
 
 
 def test_the_head_stands_beside_the_tokens(tokenizers):
-    def head(states):  # log-odds 0 is one half
-        return torch.zeros(len(states)), torch.full((len(states),), 1.25), torch.ones(len(states))
-
     tokenizer = tokenizers["newline_alone"]
-    by_tokens = seen_by(tokenizer, SOURCE, head=head).boundaries[1]
+    by_tokens = seen_by(tokenizer, SOURCE, head=True).boundaries[1]
     assert (by_tokens.think_prob, by_tokens.other_prob, by_tokens.predicted_gain) == pytest.approx((0.2, 0.5, 1.25))
-    shown = seen_by(tokenizer, SOURCE, head=head, decides="head")
+    shown = seen_by(tokenizer, SOURCE, head=True, gate="head")
     assert shown.boundaries[1].think_prob == 0.5 and shown.boundaries[1].other_prob == pytest.approx(0.2)
     out = io.StringIO()
     print_file(shown, Console(file=out, width=100))

@@ -1,17 +1,25 @@
-"""What the commands that look at a trained checkpoint share: its options, and settings from it and from flags."""
+"""What the commands that look at a checkpoint share: its options, its settings or those of flags, how it is opened."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from huggingface_hub.errors import HFValidationError
+from rich.console import Console
+
 from ..config import RA3Config
+from ..config_file import read_settings
+from ..policy import THINKING, Policy
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
-    """`--model_revision` and `--dtype`, the latter with a default."""
+    """Adds `--model_revision` and `--dtype`, the latter with a default."""
     model = parser.add_argument_group("model")
     model.add_argument("--model_revision", default="main", help="branch, tag or commit (default: %(default)s)")
     model.add_argument(
@@ -21,40 +29,63 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, title: str, names: Sequence[str], of_the_checkpoint: Collection[str]
+    parser: argparse.ArgumentParser,
+    title: str,
+    names: Sequence[str],
+    of_the_checkpoint: Collection[str] = THINKING,
+    config: type = RA3Config,
 ) -> None:
-    """A flag for each field of [`RA3Config`] in `names`; left out, those `of_the_checkpoint` are the checkpoint's."""
+    """Adds a flag for each field of `config` in `names`; left out, those `of_the_checkpoint` are the checkpoint's."""
     group = parser.add_argument_group(title)
-    hints, by_name = get_type_hints(RA3Config), {field.name: field for field in fields(RA3Config)}
+    hints, by_name = get_type_hints(config), {field.name: field for field in fields(config)}
     for name in names:
-        kind = next((t for t in (int, float, str) if hints[name] in (t, t | None)), str)
+        kind = _number_or_none if hints[name] == float | None else hints[name] if hints[name] in (int, float) else str
         own = "the checkpoint's, else " if name in of_the_checkpoint else ""
         text = f"{by_name[name].metadata.get('help', 'Seed of the draws.')} (default: {own}{by_name[name].default})"
         group.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"))
 
 
-def make_config(
-    options: argparse.Namespace,
-    saved: dict[str, Any],
-    names: Sequence[str],
-    of_the_checkpoint: Sequence[str],
-    output_dir: str,
-    **fixed: Any,
-) -> RA3Config:
-    """The settings `saved` with a checkpoint, changed by the flags that were given, for a trainer that won't train."""
-    settings = {name: saved[name] for name in of_the_checkpoint if name in saved}
-    if "proposal" in settings and (options.proposal is not None or options.annotation == "policy"):
-        own = options.proposal in (None, "causal")
-        for name in ("proposal", "proposal_template", *(["proposal_kl_coef"] if own else [])):  # they go together
-            settings.pop(name, None)
-    if "function" in settings.get("proposal", ""):
-        raise ValueError(
-            f"the checkpoint was trained with `proposal` {settings['proposal']!r}, and its function is not at hand; "
-            "give another `--proposal`, such as causal."
-        )
-    settings |= {name: vars(options)[name] for name in names if vars(options)[name] is not None}
-    # With an E-step chunks leave room for latents; against no latent one latent a boundary is enough.
-    return RA3Config(
-        output_dir=output_dir, report_to="none", e_steps=1, m_steps=0, baseline="no_think",
-        model_init_kwargs={"dtype": options.dtype, "revision": options.model_revision}, **settings, **fixed,
-    )  # fmt: skip
+def flag_settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Collects the settings that flags were given for."""
+    given = {name: vars(options)[name] for name in names if vars(options)[name] is not None}
+    return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def _number_or_none(text: str) -> float | str:
+    return "none" if text.lower() == "none" else float(text)
+
+
+_number_or_none.__name__ = "float"  # argparse's messages name the type
+
+
+def saved_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Reads the settings that `options.checkpoint` was trained with, none for a base model.
+
+    Raises:
+        `ValueError`: if there is no such checkpoint.
+    """
+    name, cure = options.checkpoint, "give the folder of a saved model or adapter, or a Hub id"
+    if Path(name).is_dir() and not any(Path(name, f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise ValueError(f"`checkpoint` is {name!r}, a folder without config.json; {cure}.")
+    try:
+        return read_settings(name, revision=options.model_revision) or {}
+    except HFValidationError as error:
+        raise ValueError(f"`checkpoint` is {name!r}, where there is no folder; {cure}.") from error
+
+
+def open_policy(options: argparse.Namespace, settings: dict[str, Any]) -> Policy:
+    """Opens `options.checkpoint` with `settings` in the place of its own."""
+    place = {"dtype": options.dtype, "revision": options.model_revision}
+    return Policy.open(options.checkpoint, model_init_kwargs=place, **settings)
+
+
+def shown_name(checkpoint: str) -> str:
+    """Names a checkpoint in what is passed on, where a path says nothing or too much: of a folder its own name."""
+    return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+
+
+def stdout_console() -> Console:
+    """Makes a console of the standard output; what its encoding lacks does not end the print."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(file=sys.stdout, highlight=False)

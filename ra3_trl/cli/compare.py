@@ -7,11 +7,8 @@ import gc
 import json
 import logging
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ..evaluation import evaluate_passk, load_benchmark
 from ..evaluation.compare import (
@@ -25,7 +22,7 @@ from ..evaluation.compare import (
 from ..models import load_tokenizer
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
 from ..sandbox import Limits
-from .checkpoint import add_settings
+from .checkpoint import add_settings, stdout_console
 from .cross_entropy import FLAGS, SHARED, held_out_texts, measure, shared_settings
 from .passk_options import add_passk_options, open_judge, read_ks, read_settings
 
@@ -121,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     num_tasks = len(runs[entrants[0].name]["problems"])
     comparison = {"task": task_name, "num_tasks": num_tasks, "models": models, "notes": notes}
     written = write_comparison(comparison, folder)
-    if isinstance(sys.stdout, TextIOWrapper):  # what its encoding lacks must not end the print
-        sys.stdout.reconfigure(errors="backslashreplace")
-    Console(file=sys.stdout, highlight=False).print(comparison_table(comparison))
+    stdout_console().print(comparison_table(comparison))
     print("\n".join([*notes, f"Written to {folder}: {', '.join(written)}"]))
     return 0
 

@@ -17,6 +17,7 @@ from ..files import public_name
 from ..models import load_tokenizer
 from ..policy import Policy
 from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
+from .checkpoint import flag_settings
 from .data import hold_out, limit, load_splits
 
 
@@ -100,10 +101,9 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """[`held_out_numbers`] of each with the shared settings; and a sentence if not all saw the same tokens."""
     place = {"revision": options.model_revision}
-    flags = {name: vars(options)[name] for name in FLAGS if vars(options)[name] is not None}
     numbers, tokens = {}, set()
     for name, checkpoint in checkpoints.items():
-        settings = {**shared, **flags}
+        settings = {**shared, **flag_settings(options, FLAGS)}
         # The head decides where it was trained to, and only on text of the format that it knows.
         trained = read_settings(checkpoint, **place) or {}
         if trained.get("gate") != "head" or trained.get("action_format") != _format(options, shared):

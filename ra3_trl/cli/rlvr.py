@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from accelerate import PartialState
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config
 
 from ..config_file import read_settings
@@ -22,7 +21,7 @@ from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .passk_options import open_judge
 from .rewards import load_reward_funcs
-from .train import named, quantization, resume_point, run_until_stopped
+from .run import model_options, named, resume_point, run_until_stopped
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -101,13 +100,7 @@ def source_name(script: RLVRScriptArguments) -> str:
 
 def build_trainer(script: RLVRScriptArguments, args: GRPOConfig, model_args: ModelConfig) -> GRPOTrainer:
     """Builds the trainer that the arguments describe."""
-    options = {
-        "revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype, "quantization_config": quantization(model_args),
-    }  # fmt: skip
-    if options["quantization_config"] is not None:
-        options["device_map"] = {"": PartialState().local_process_index}
-    args.model_init_kwargs = {k: v for k, v in options.items() if v is not None} | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_options(model_args) | (args.model_init_kwargs or {})
     reward_funcs = [REWARDS.get(name) or load_reward_funcs([name])[0] for name in script.reward_funcs]
     return build_grpo_trainer(
         model_args.model_name_or_path, args, load_data(script), reward_funcs, peft_config=get_peft_config(model_args),

@@ -54,11 +54,7 @@ def annotate_dataset(
         raise ValueError("the corpus is empty; give it at least one row.")
     args, dataset = policy.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
     mine = range(args.process_index, len(dataset), args.world_size)
-    own = (
-        dict(zip(mine, _annotate_rows(policy, dataset.select(mine), mine, formatting_func), strict=True))
-        if mine
-        else {}
-    )
+    own = _annotate_rows(policy, dataset.select(mine), mine, formatting_func) if mine else {}
     rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)
@@ -79,58 +75,49 @@ def require_boundaries(annotated: Dataset, action_format: str) -> None:
 
 def _annotate_rows(
     policy: Policy, dataset: Dataset, numbers: Sequence[int], formatting_func: Callable[[dict], str] | None
-) -> list[dict[str, Any]]:
-    """The columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
+) -> dict[int, dict[str, Any]]:
+    """Makes the columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
     args, segmenter = policy.args, policy.segmenter
     data = readable_bytes(policy.tokenizer, segmenter.format)
     segmented = segment_dataset(dataset, segmenter, args.dataset_text_field, formatting_func)
-    rows = [_unannotated(policy, row, formatting_func) for row in dataset]
-    noise = NoiseKey(args.seed, 1, 0)
-    chunks = (row_to_document(row) for row in segmented)
+    texts = [_text_of(policy, row, formatting_func) for row in dataset]
+    rows = {n: {"annotated_text": t, "latents": [], "num_boundaries": 0} for n, t in zip(numbers, texts, strict=True)}
+    noise, chunks = NoiseKey(args.seed, 1, 0), (row_to_document(row) for row in segmented)
     quiet = args.disable_tqdm or args.process_index > 0
     with policy.inference(), tqdm(total=len(segmented), desc="Annotating", unit="chunk", disable=quiet) as progress:
-        for row, documents in groupby(chunks, key=lambda document: document.doc_id):
-            examples = []
+        for position, documents in groupby(chunks, key=lambda document: document.doc_id):
+            number, examples = numbers[position], []
             for document in documents:
                 # Noise is keyed by the number, which must not depend on how processes share the rows out.
-                examples.append(annotate(policy, replace(document, doc_id=numbers[row]), noise))
+                examples.append(annotate(policy, replace(document, doc_id=number), noise))
                 progress.update()
-            if examples[0].document.status != "actions":
-                continue
-            text, latents = join_chunks(rows[row]["annotated_text"], examples, data)
-            boundaries = sum(len(e.document.boundaries) for e in examples)
-            rows[row] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
+            if examples[0].document.status == "actions":
+                text, latents = join_chunks(texts[position], examples, data)
+                boundaries = sum(len(e.document.boundaries) for e in examples)
+                rows[number] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
     return rows
 
 
-def _unannotated(policy: Policy, row: dict[str, Any], formatting_func: Callable[[dict], str] | None) -> dict[str, Any]:
+def _text_of(policy: Policy, row: dict[str, Any], formatting_func: Callable[[dict], str] | None) -> str:
+    """The text of a row as the segmenter sees it."""
     field, segmenter = policy.args.dataset_text_field, policy.segmenter
     if formatting_func is not None:
         prompt, text = "", formatting_func(row)
     else:
         prompt, text = ("", row[field]) if field in row else (row["prompt"], row["completion"])
-    text = prompt + text
-    if segmenter.existing_comments == "strip":
-        text = segmenter.format.strip(text, len(prompt))
-    return {"annotated_text": text, "latents": [], "num_boundaries": 0}
+    keep = segmenter.existing_comments == "keep"
+    return prompt + text if keep else segmenter.format.strip(prompt + text, len(prompt))
 
 
 def join_chunks(
     text: str, examples: Sequence[AnnotatedExample], data: Sequence[bytes | None]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The annotated text of a whole document from the examples of its chunks, and its latents with their lines.
+    """Joins the annotated chunks of a document, whose `text` is as the segmenter saw it, and finds the latents' lines.
 
-    Chunks begin with context (BOS, a prompt, the last token before), which is not repeated: what the chunks train on
-    is the end of the text, and what stands before it is taken from the text.
-
-    Args:
-        text (`str`):
-            The document, its comments stripped if they were for the segmenter.
-        examples (`Sequence[AnnotatedExample]`):
-            Its chunks in order.
-        data (`Sequence[bytes | None]`):
-            Bytes of each token, as from `readable_bytes`.
+    `data` holds the bytes of each token, as from `readable_bytes`.
     """
+    # Chunks begin with context (BOS, a prompt, the last token before), which is not repeated: what they train on is
+    # the end of the text, and what stands before it is taken from the text.
     pieces: list[tuple[bytes, bool]] = []  # joined by runs: expert's bytes, or a latent's with prefix and closure
     for example in examples:
         context = example.document.context

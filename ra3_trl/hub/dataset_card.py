@@ -11,6 +11,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..files import public_name
+from ..policy import Policy
 from ..segmentation import find_format
 from .card import count_licenses, hub_ids, render
 from .licenses import license_metadata
@@ -47,30 +48,33 @@ def preview_rows(annotated: Dataset, action_format: str) -> list[dict[str, Any]]
 
 
 def render_dataset_card(
-    trainer,
+    policy: Policy,
     annotated: Dataset,
     repo_id: str,
     checkpoint: str | None = None,
     dataset_name: str | None = None,
     dataset_license: str | None = None,
     revision: str | None = None,
+    updates: int = 0,
 ) -> DatasetCard:
     """Lays out the card of an annotated corpus, with metadata that the Hub takes.
 
     Args:
-        trainer ([`RA3MidTrainer`]), annotated (`datasets.Dataset`):
+        policy ([`~ra3_trl.policy.Policy`]), annotated (`datasets.Dataset`):
             What annotated it, and what came of it, with a column `license` where licences are known.
         repo_id (`str`), revision (`str`, *optional*):
             Its full name on the Hub, and the branch that it is on; `None` is `main`.
         checkpoint (`str`, *optional*):
-            Name of the weights; the default is the trainer's own model after its updates.
+            Name of the weights; the default is the policy's model after its `updates`.
         dataset_name (`str`, *optional*), dataset_license (`str`, *optional*):
             The source in words; the licence of all rows, where they have no column for it.
+        updates (`int`, *optional*, defaults to `0`):
+            How many updates of RA3 the weights have seen, where they have no name.
     """
-    base = trainer.policy.backbone.causal_lm.config._name_or_path
+    base = policy.backbone.causal_lm.config._name_or_path
     licenses = count_licenses(annotated) or {dataset_license or "unknown": len(annotated)}
     if checkpoint is None:
-        checkpoint = f"{Path(base).name or 'a model'} after {trainer.state.global_step} updates of RA3"
+        checkpoint = f"{Path(base).name or 'a model'} after {updates} updates of RA3"
     data = DatasetCardData(
         **license_metadata(licenses),
         annotations_creators="machine-generated",
@@ -94,9 +98,9 @@ def render_dataset_card(
         boundaries=sum(annotated["num_boundaries"]),
         licenses=list(licenses.items()),
         columns=annotated.column_names,
-        preview=preview_rows(annotated, trainer.args.action_format),
-        think=find_format(trainer.args.action_format).think,
-        settings={name: vars(trainer.args)[name] for name in _SHOWN},
+        preview=preview_rows(annotated, policy.args.action_format),
+        think=find_format(policy.args.action_format).think,
+        settings={name: vars(policy.args)[name] for name in _SHOWN},
         version=metadata.version("ra3-trl"),
     )
     return DatasetCard(text)

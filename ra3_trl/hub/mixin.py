@@ -132,8 +132,9 @@ class HubMixin(Trainer):
 
         def card(full_name: str) -> DatasetCard:
             return render_dataset_card(
-                self, annotated, full_name, None, dataset_name, push.dataset_license, push.revision
-            )
+                self.policy, annotated, full_name, None, dataset_name, push.dataset_license, push.revision,
+                self.state.global_step,
+            )  # fmt: skip
 
         return push.upload(annotated, card)
 

@@ -3,7 +3,7 @@
 from .annotate import MARKUP, annotate, measured_gain
 from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise
-from .policy import Policy, chunk_length
+from .policy import THINKING, Policy, chunk_length, open_settings
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
 from .text import token_text
 
@@ -12,6 +12,7 @@ __all__ = [
     "EVAL_NOISE",
     "MARKUP",
     "OWN_LATENTS",
+    "THINKING",
     "HeadDecisions",
     "LatentSource",
     "OwnLatents",
@@ -24,5 +25,6 @@ __all__ = [
     "evaluate_documents",
     "finish_metrics",
     "measured_gain",
+    "open_settings",
     "token_text",
 ]

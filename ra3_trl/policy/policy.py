@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import RA3Config, own_fields
+from ..config import RA3Config, beside_trainers, own_fields
 from ..config_file import read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..models import (
@@ -28,18 +29,19 @@ from ..models import (
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine, evaluating
-from ..segmentation import Segmenter, build_token_table, find_format, require_tags
+from ..segmentation import Segmenter, build_token_table, find_format, readable_bytes, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
 from .propose import OWN_LATENTS, Proposer
+from .text import token_text
 
 
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
-_THINKING = (
-    "action_format", "existing_comments", "max_length", "dataset_text_field", "num_latents", "max_latent_length",
-    "temperature", "top_k", "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon",
-    "discount", "line_reduction", "annotation", "prior_alpha",
+THINKING = (
+    "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
+    "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon", "discount",
+    "line_reduction", "annotation", "prior_alpha",
 )  # fmt: skip
 
 
@@ -138,16 +140,20 @@ class Policy:
         loaded.eval()
         if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
             head = None  # it knows nothing of such boundaries
-        if head is None and "head" in (args.gate, args.boundary_selection):
-            field = "gate" if args.gate == "head" else "boundary_selection"
-            if field in changes:
-                raise ValueError(
-                    f"`{field}` is 'head', but {name!r} has no trained abstraction head for {args.action_format!r}; "
-                    f"set `{field}` to {'token' if field == 'gate' else 'random'!r}."
-                )
-            args.gate, args.boundary_selection = "token", "random"
+        if head is None or not args.abstraction_head:
+            for field, other in (("gate", "token"), ("boundary_selection", "random")):
+                if changes.get(field) == "head":
+                    raise ValueError(
+                        f"`{field}` is 'head', but {name!r} has no trained abstraction head for "
+                        f"{args.action_format!r}; set `{field}` to {other!r}."
+                    )
+                setattr(args, field, other)
+            head = None
         decisions = None if head is None else HeadDecisions(head.to(args.device), args)
-        return cls.of_model(loaded, tokenizer, args, decisions)
+        policy = cls.of_model(loaded, tokenizer, args, decisions)
+        if args.bf16 or args.fp16:  # nothing wraps this model's forward, as accelerate does a trainer's
+            policy.autocast = partial(torch.autocast, args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+        return policy
 
     @classmethod
     def of_model(
@@ -237,7 +243,7 @@ class Policy:
             [`~ra3_trl.records.RolloutGroup`], log-probs in nats; `losses.compute_returns` turns them into gains.
         """
         where = document.boundaries if boundaries is None else boundaries
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             group = self.engine.rollout(
                 document, where, num_latents or self.args.num_latents, self.args.horizon, noise or self._noise
             )
@@ -247,7 +253,7 @@ class Policy:
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]]
     ) -> RolloutGroup:
         """Scores the next `args.horizon` lines under given latents, as many at each boundary."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
 
     def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
@@ -274,11 +280,15 @@ class Policy:
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
         output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
-        return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     def text(self, source: Document | AnnotatedExample) -> str:
-        """The text of a document or an annotated one, without special tokens."""
-        return str(self.tokenizer.decode(list(source.input_ids), skip_special_tokens=True))
+        """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
+        return self._decode(source.input_ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        readable = readable_bytes(self.tokenizer, self.segmenter.format)
+        return token_text(self.tokenizer, [i for i in ids if readable[i] is not None])
 
     @property
     def _noise(self) -> NoiseKey:
@@ -291,15 +301,16 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
     Raises:
         `ValueError`: for a field that there is none of, or a bad value.
     """
-    settings = {name: saved[name] for name in _THINKING if name in saved} | changes
+    settings = {name: saved[name] for name in THINKING if name in saved} | changes
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
     if unknown:
         raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")
     if settings.get("annotation") is None:
         settings["annotation"] = "resample"
     # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
-    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none", "disable_tqdm": True}
-    return RA3Config(**fixed | settings)
+    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none"}
+    with beside_trainers():
+        return RA3Config(**fixed | settings)
 
 
 def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:

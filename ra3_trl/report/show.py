@@ -1,27 +1,19 @@
-"""A file as a checkpoint sees it: P(think) at each boundary, the latents it would write there, what they bring."""
+"""What a checkpoint sees in a file, as records, as rows of highlighted lines, and printed to a terminal."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 
-import torch
 from pygments.lexers import get_lexer_for_filename
 from pygments.lexers.special import TextLexer
 from pygments.token import Comment, Keyword, Name, Number, String, Token
 from pygments.util import ClassNotFound
 from rich.console import Console
 from rich.text import Text
-from torch import nn
-
-from ..config import RA3Config
-from ..losses import compute_returns
-from ..records import Document, RolloutGroup
-from ..rollout import NoiseKey, RolloutEngine
-from ..segmentation import ActionFormat
 
 
 Runs = list[tuple[str, str]]  # kind of token ("" is plain) and text
@@ -76,8 +68,8 @@ class ShownBoundary:
 
 @dataclass(frozen=True)
 class Row:
-    """What is shown in a row: a line, or a piece of one that has boundaries inside (`number` is `None` from the second
-    on), and the boundary before it."""
+    """A line, or a piece of one that has boundaries inside (`number` is `None` from the second on), and the boundary
+    before it."""
 
     number: int | None
     runs: Runs
@@ -105,8 +97,8 @@ class ShownFile:
         return any(b.predicted_gain is not None for b in self.boundaries)
 
     def summary(self) -> dict[str, float]:
-        """`boundaries`, mean `think_prob`, `expected_latents` (the sum), and over all that were drawn the mean `gain`
-        (nats) and the share that `helps`. Means of nothing are 0."""
+        """Sums up: `boundaries`, mean `think_prob`, `expected_latents` (the sum), and over all that were drawn the
+        mean `gain` (nats) and the share that `helps`. Means of nothing are 0."""
         probs = [b.think_prob for b in self.boundaries]
         gains = [z.gain for b in self.boundaries for z in b.latents for _ in range(z.count)]
         return {
@@ -118,24 +110,25 @@ class ShownFile:
         }
 
     def rows(self) -> Iterator[Row]:
-        """The lines shown, each once and in order; their runs join to the line without its end."""
+        """Yields the lines shown, each once and in order; their runs join to the line without its end."""
         at: dict[int, list[ShownBoundary]] = {}
         for boundary in self.boundaries:
             at.setdefault(boundary.line, []).append(boundary)
         for number, runs in enumerate(highlight(self.name, self.text), 1):
             if not self.first <= number <= self.last:
                 continue
-            here, begin, shown = None, 0, number
+            shown: int | None = number
+            here, begin = None, 0
             for boundary in at.get(number, []):
                 if boundary.column:
-                    yield Row(shown, _part(runs, begin, boundary.column), here)
+                    yield Row(shown, _cut(runs, begin, boundary.column), here)
                     begin, shown = boundary.column, None
                 here = boundary
-            yield Row(shown, _part(runs, begin, None), here)
+            yield Row(shown, _cut(runs, begin, None), here)
 
 
 def physical_lines(text: str) -> list[str]:
-    """Lines without their ends; what follows the last newline is a line if there is any.
+    """Splits off lines without their ends; what follows the last newline is a line if there is any.
 
     Example: `"a\\r\\n\\nb\\n"` has the lines `"a"`, `""` and `"b"`.
     """
@@ -144,36 +137,32 @@ def physical_lines(text: str) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters and marks of direction as characters that can be seen; tabs stay."""
+    """Replaces control characters and marks of direction by characters that can be seen; tabs stay."""
     return text.translate(_VISIBLE)
 
 
 def highlight(name: str, text: str) -> list[Runs]:
-    """Runs of each physical line of a file of that name. Lexers are asked for offsets only: their own text has other
-    line ends."""
+    """Finds the runs of each physical line of a file of that name."""
     try:
         lexer = get_lexer_for_filename(name)
     except ClassNotFound:
         lexer = TextLexer()
+    # Lexers are asked for offsets only: their own text has other line ends.
     tokens = [(token, value) for _, token, value in lexer.get_tokens_unprocessed(text)]
     if "".join(value for _, value in tokens) != text:  # a lexer that leaves something out
         tokens = [(Token, text)]
-    rows: list[Runs] = [[]]
+    kinds, rows, at = list[str](), list[Runs](), 0  # kinds by character
     for token, value in tokens:
-        kind = next((kind for parent, kind in _KINDS if token in parent), "")
-        for i, part in enumerate(value.split("\n")):
-            if i:
-                rows.append([])
-            if part and rows[-1] and rows[-1][-1][0] == kind:
-                part = rows[-1].pop()[1] + part
-            if part:
-                rows[-1].append((kind, part))
-    lines = physical_lines(text)
-    return [_part(runs, 0, len(line)) for runs, line in zip(rows, lines, strict=False)]
+        kinds += [next((kind for parent, kind in _KINDS if token in parent), "")] * len(value)
+    for line in physical_lines(text):
+        runs = groupby(zip(line, kinds[at : at + len(line)], strict=True), key=itemgetter(1))
+        rows.append([(kind, "".join(character for character, _ in run)) for kind, run in runs])
+        at = text.find("\n", at) + 1
+    return rows
 
 
-def _part(runs: Runs, begin: int, end: int | None) -> Runs:
-    """Characters `begin` to `end` of some runs."""
+def _cut(runs: Runs, begin: int, end: int | None) -> Runs:
+    """Takes the characters `begin` to `end` of some runs."""
     out, at = [], 0
     for kind, text in runs:
         piece = text[max(begin - at, 0) : None if end is None else max(end - at, 0)]
@@ -183,139 +172,15 @@ def _part(runs: Runs, begin: int, end: int | None) -> Runs:
     return out
 
 
-class _Places:
-    """Where in a text the actions of its documents begin.
-
-    Counted in bytes from the end, which needs neither BOS nor the dummy space that SentencePiece puts in front.
-    """
-
-    def __init__(self, text: str, documents: Sequence[Document], data: Sequence[bytes | None]):
-        self.content = text.encode()
-        self.rows = [0, *(i + 1 for i, byte in enumerate(self.content) if byte == 0x0A)]
-        self.starts: list[list[int]] = []
-        at = len(self.content)
-        for document in reversed(documents):
-            starts = []
-            for action in reversed(document.actions):
-                at -= sum(len(data[i] or b"") for i in document.input_ids[action.start : action.end])
-                starts.append(max(at, 0))
-            self.starts.insert(0, starts[::-1])
-
-    def locate(self, chunk: int, boundary: int) -> tuple[int, int, str | None]:
-        """Line and column of an action's first character that is not white space, and the white space of that line
-        which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
-        start = at = self.starts[chunk][boundary]
-        while self.content[at : at + 1].isspace():
-            at += 1
-        row = bisect_right(self.rows, at) - 1
-        before = self.content[self.rows[row] : at].decode()
-        column = len(before) if before.strip() else 0
-        carry = None if column or start < self.rows[row] else self.content[self.rows[row] : start].decode()
-        return row + 1, column, carry
-
-
-def look(
-    engine: RolloutEngine,
-    documents: Sequence[Document],
-    text: str,
-    data: Sequence[bytes | None],
-    action_format: ActionFormat,
-    args: RA3Config,
-    head: nn.Module | None = None,
-    decides: str = "tokens",
-    lines: range | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[ShownBoundary, ...]:
-    """Draws latents at the boundaries of a text and measures what they bring.
-
-    Args:
-        engine ([`RolloutEngine`]):
-            The checkpoint.
-        documents (`Sequence[Document]`):
-            All chunks of the text in order.
-        text (`str`):
-            The text.
-        data (`Sequence[bytes | None]`):
-            Bytes of each token, as from `readable_bytes`.
-        action_format ([`ActionFormat`]):
-            What a latent looks like.
-        args ([`RA3Config`]):
-            `num_latents`, `horizon`, `discount`, `line_reduction`, `seed`.
-        head ([`AbstractionHead`], *optional*):
-            From hidden states `[S, D]` to think logits and gains `[S]`.
-        decides (`str`, *optional*, defaults to `"tokens"`):
-            Whose P(think) comes first, that of the `"tokens"` or of the `"head"`.
-        lines (`range`, *optional*):
-            Line numbers whose boundaries are wanted; all by default.
-        progress (`Callable[[int, int], None]`, *optional*):
-            Told after each chunk how many boundaries are done, and of how many.
-    """
-    places = _Places(text, documents, data)
-    wanted = []
-    for chunk, document in enumerate(documents):
-        boundaries = [s for s in document.boundaries if lines is None or places.locate(chunk, s)[0] in lines]
-        wanted.append((chunk, document, boundaries))
-    total, out = sum(len(boundaries) for _, _, boundaries in wanted), []
-    progress(0, total)
-    for chunk, document, boundaries in wanted:
-        if not boundaries:
-            continue
-        with torch.no_grad():
-            group = engine.rollout(document, boundaries, args.num_latents, args.horizon, NoiseKey(args.seed, 1, 0))
-            by_head = {} if head is None else _predictions(head, group)
-        gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        for t, boundary in enumerate(boundaries):
-            line, column, carry = places.locate(chunk, boundary)
-            mark = _decode(document.actions[boundary].boundary.think, data)
-            indent = "" if carry is None else carry + mark[: len(mark) - len(mark.lstrip())]
-            latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
-            prob = float(group.gate_logps_A[boundary].exp())
-            other, predicted = by_head.get(boundary, (None, None))
-            if decides == "head" and other is not None:
-                prob, other = other, prob
-            out.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
-        progress(len(out), total)
-    return tuple(out)
-
-
-def _predictions(head: nn.Module, group: RolloutGroup) -> dict[int, tuple[float, float]]:
-    """P(think) and gain that a head gives, by boundary of the document."""
-    logits, gain, *_ = head(group.states_SD)
-    values = zip(logits.sigmoid().tolist(), gain.tolist(), strict=True)
-    return dict(zip(group.document.boundaries, values, strict=True))
-
-
-def _latents(
-    group: RolloutGroup, t: int, gains: list[float], data: Sequence[bytes | None], action_format: ActionFormat
-) -> tuple[ShownLatent, ...]:
-    end = "" if action_format.end == "\n" else action_format.end
-    counts = Counter((z.token_ids, z.stopped) for z in group.latents[t])
-    found = {}
-    for latent, gain in zip(group.latents[t], gains, strict=True):
-        key = (latent.token_ids, latent.stopped)
-        text = action_format.think + _decode(latent.token_ids, data) + end
-        found[key] = ShownLatent(text, counts[key], latent.stopped, sum(latent.logps), gain)
-    return tuple(sorted(found.values(), key=lambda z: (-z.count, -z.logp)))
-
-
-def _decode(ids: Sequence[int], data: Sequence[bytes | None]) -> str:
-    return b"".join(data[i] or b"" for i in ids).decode()
-
-
-# ---- terminal ----
-
-
 def print_file(shown: ShownFile, console: Console) -> None:
-    """Prints a file to a terminal, or as plain text where `console` is none.
-
-    Lines are wrapped in a terminal only, beside the columns of numbers.
-    """
-    found, wrap = shown.summary(), not console.is_terminal
+    """Prints a file to a terminal, or as plain text where `console` is none."""
+    # A terminal gets wrapped lines, beside the columns of numbers; a pipe gets each line whole.
+    sums, wrap = shown.summary(), not console.is_terminal
     title = Text.assemble((visible(shown.name), "bold"), " as seen by ", (visible(shown.checkpoint), "bold"))
     console.print(title, soft_wrap=wrap)
     for line in (
-        f"Boundaries: {found['boundaries']}, mean P(think) {found['think_prob']:.3f}, expected latents "
-        f"{found['expected_latents']:.1f}; mean gain {found['gain']:+.2f} nats, above 0 for {found['helps']:.0%}.",
+        f"Boundaries: {sums['boundaries']}, mean P(think) {sums['think_prob']:.3f}, expected latents "
+        f"{sums['expected_latents']:.1f}; mean gain {sums['gain']:+.2f} nats, above 0 for {sums['helps']:.0%}.",
         f"P(think), by the {shown.decides}: probability of a latent before the line. gain: what the latent above the "
         f"line, of {shown.settings['num_latents']} the one drawn most often, adds to the log-likelihood of the next "
         f"lines (horizon {shown.settings['horizon']}), in nats.",
@@ -330,6 +195,7 @@ def print_file(shown: ShownFile, console: Console) -> None:
         if (boundary := row.boundary) is not None:
             _print_latent(console, boundary, cells)
             bars = " " * len(_BARS) if console.options.ascii_only else _BARS
+            # The square root, as in the page's shades: P(think) is mostly small.
             bar = bars[round(boundary.think_prob**0.5 * (len(bars) - 1))]
             cells[1] = f"{boundary.think_prob:6.3f} {bar}"
             if extra:
@@ -339,7 +205,7 @@ def print_file(shown: ShownFile, console: Console) -> None:
 
 
 def _print_latent(console: Console, boundary: ShownBoundary, cells: list[str]) -> None:
-    """The latent drawn most often, above the line whose empty `cells` these are."""
+    """Prints the latent drawn most often above the line whose empty `cells` these are."""
     best, drawn = boundary.latents[0], sum(latent.count for latent in boundary.latents)
     color = "green" if best.gain > 0 else "red"
     text = Text(boundary.indent + visible(best.text) + ("" if best.stopped else " …"), f"italic {color}")
@@ -353,6 +219,6 @@ def _print_row(console: Console, cells: list[str], text: Text, style: str = "dim
     text.expand_tabs(8)
     room = max(console.width - len(numbers) - len(edge), 16)
     folded = text.wrap(console, room, overflow="fold") if console.is_terminal and text.cell_len > room else [text]
-    for i, part in enumerate(folded):
+    for i, piece in enumerate(folded):
         gutter = Text(numbers if i == 0 else " " * len(numbers), style)
-        console.print(Text.assemble(gutter, (edge, "dim"), part), soft_wrap=True)
+        console.print(Text.assemble(gutter, (edge, "dim"), piece), soft_wrap=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...config import RA3Config, own_fields
+from ...config import RA3Config, beside_trainers, own_fields
 from ...models import context_length
 from ...policy import OWN_LATENTS, LatentSource, Policy
 from ...records import Document, Latent, RolloutGroup
@@ -252,6 +252,7 @@ def attach(
             "give another `--proposal`, such as causal."
         )
     fields |= {name: getattr(policy.args, name) for name in own_fields(RA3Config)} | changes
-    args = HindsightConfig(**fields | {"e_steps": 0, "use_cpu": policy.args.use_cpu, "report_to": "none"})
+    with beside_trainers():
+        args = HindsightConfig(**fields | {"e_steps": 0, "use_cpu": policy.args.use_cpu, "report_to": "none"})
     context = context_length(policy.backbone.causal_lm)
     return policy.changed(proposer=make_proposals(args, policy.tokenizer, context, function, trains=False))

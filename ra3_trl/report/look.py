@@ -1,0 +1,124 @@
+"""Looks at a text with a policy: P(think) at each boundary, the latents it would write there, what they bring."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ..losses import compute_returns
+from ..policy import Policy
+from ..records import Document, RolloutGroup
+from ..segmentation import ActionFormat, readable_bytes
+from .show import ShownBoundary, ShownFile, ShownLatent, physical_lines
+
+
+_SETTINGS = (
+    "num_latents", "seed", "action_format", "horizon", "discount", "line_reduction", "max_latent_length",
+    "temperature", "top_k", "top_p", "max_length",
+)  # fmt: skip
+
+
+def look(
+    policy: Policy,
+    text: str,
+    name: str = "text.py",
+    checkpoint: str = "this policy",
+    lines: range | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ShownFile:
+    """Draws latents at the boundaries of a text and measures what they bring.
+
+    Args:
+        policy ([`~ra3_trl.policy.Policy`]):
+            The checkpoint; its settings say how many latents, and over how many lines.
+        text (`str`):
+            The text.
+        name (`str`, *optional*), checkpoint (`str`, *optional*):
+            What to call the two; colours follow from the file's name.
+        lines (`range`, *optional*):
+            Line numbers, from 1, to show; all by default.
+        progress (`Callable[[int, int], None]`, *optional*):
+            Told after each chunk how many boundaries are done, and of how many.
+
+    Raises:
+        `ValueError`: if the tokenizer does not give the text back.
+    """
+    args, documents, action_format = policy.args, policy.segment(text), policy.segmenter.format
+    lines = lines or range(1, len(physical_lines(text)) + 1)
+    if not documents or documents[0].status == "lossy":
+        raise ValueError("the tokenizer of this checkpoint does not give the text back; take another checkpoint.")
+    data = readable_bytes(policy.tokenizer, action_format)
+    content, wanted = text.encode(), []
+    for document, starts in zip(documents, _action_starts(content, documents, data), strict=True):
+        places = {boundary: _locate(content, starts[boundary]) for boundary in document.boundaries}
+        wanted.append({b: place for b, place in places.items() if place[0] in lines})
+    total, shown = sum(map(len, wanted)), list[ShownBoundary]()
+    progress(0, total)
+    for document, places in zip(documents, wanted, strict=True):
+        if not places:
+            continue
+        with policy.inference():
+            group = policy.rollout(document, tuple(places))
+        gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
+        by_head = {}
+        if policy.head is not None:
+            log_think, gain, _ = policy.head.predict(group.states_SD)
+            values = zip(log_think.exp().tolist(), gain.tolist(), strict=True)
+            by_head = dict(zip(document.boundaries, values, strict=True))
+        for t, (boundary, (line, column, carry)) in enumerate(places.items()):
+            mark = _decode(document.actions[boundary].boundary.think, data)
+            indent = "" if carry is None else carry + mark[: len(mark) - len(mark.lstrip())]
+            prob = float(group.gate_logps_A[boundary].exp())
+            other, predicted = by_head.get(boundary, (None, None))
+            if group.head_logps_A is not None:  # the head decides
+                prob, other = other, prob
+            latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
+            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
+        progress(len(shown), total)
+    settings, decides = (
+        {field: getattr(args, field) for field in _SETTINGS},
+        "head" if args.gate == "head" else "tokens",
+    )
+    return ShownFile(name, text, checkpoint, tuple(shown), lines[0], lines[-1], settings, decides)
+
+
+def _latents(
+    group: RolloutGroup, t: int, gains: list[float], data: Sequence[bytes | None], action_format: ActionFormat
+) -> tuple[ShownLatent, ...]:
+    """The different latents of a boundary with their counts, the most often drawn and likeliest first."""
+    end = "" if action_format.end == "\n" else action_format.end
+    counts = Counter((z.token_ids, z.stopped) for z in group.latents[t])
+    latents = {}
+    for latent, gain in zip(group.latents[t], gains, strict=True):
+        key = (latent.token_ids, latent.stopped)
+        text = action_format.think + _decode(latent.token_ids, data) + end
+        latents[key] = ShownLatent(text, counts[key], latent.stopped, sum(latent.logps), gain)
+    return tuple(sorted(latents.values(), key=lambda z: (-z.count, -z.logp)))
+
+
+def _decode(ids: Sequence[int], data: Sequence[bytes | None]) -> str:
+    return b"".join(data[i] or b"" for i in ids).decode()
+
+
+def _action_starts(content: bytes, documents: Sequence[Document], data: Sequence[bytes | None]) -> list[list[int]]:
+    """Finds the byte at which each action of each document begins."""
+    # Counted from the end, which needs neither BOS nor the dummy space that SentencePiece puts in front.
+    at, starts = len(content), list[list[int]]()
+    for document in reversed(documents):
+        of_document = []
+        for action in reversed(document.actions):
+            at -= sum(len(data[i] or b"") for i in document.input_ids[action.start : action.end])
+            of_document.append(max(at, 0))
+        starts.append(of_document[::-1])
+    return starts[::-1]
+
+
+def _locate(content: bytes, start: int) -> tuple[int, int, str | None]:
+    """Finds line and column of an action's first character that is not white space, and the white space of that line
+    which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
+    at = len(content) - len(content[start:].lstrip())
+    begin = content.rfind(b"\n", 0, at) + 1
+    before = content[begin:at].decode()
+    column = len(before) if before.strip() else 0
+    carry = None if column or start < begin else content[begin:start].decode()
+    return content.count(b"\n", 0, at) + 1, column, carry
