@@ -75,7 +75,7 @@ def state(name: str) -> dict:
     """Digests of model and head, what the head learned from, some logits, and a setting."""
     one = made[name]
     if isinstance(one, RA3MidTrainer):
-        model, head, settings = one.model, one.learner.head, one.args
+        model, head, settings = one.model, one.loop.learner.head, one.args
     else:
         model, head, settings = one.pretrained_model, one.abstraction_head, one.ra3_config
     return {

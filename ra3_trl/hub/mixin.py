@@ -54,10 +54,10 @@ class HubMixin(Trainer):
         if self.is_world_process_zero():
             auth_check(self.hub_model_id, token=self.args.hub_token if token is None else token, write=True)
 
+    # Private, since `Trainer`'s copies a list of files of its own into `output_dir`, writes `training_args.bin` there,
+    # which holds the token, and uploads at once; no hook stands in between.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes a checkpoint as `Trainer` does, with head, settings and card, and without pickled arguments."""
-        # Overridden though private: `Trainer`'s copies a list of files of its own into `output_dir`, writes
-        # `training_args.bin` there, which holds the token, and uploads at once; no hook stands in between.
         output_dir, strategy = str(self.args.output_dir), HubStrategy(self.args.hub_strategy)
         before = self.push_in_progress
         busy = before is not None and not before.is_done()
