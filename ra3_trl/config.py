@@ -9,12 +9,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, InitVar, dataclass, field, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType, TrainingArguments
 
+from .config_fields import check_fields, field_docs, own_fields, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 
 
@@ -44,44 +45,6 @@ def beside_trainers() -> Iterator[None]:
                 state.update(values)
 
 
-class _Help(str):
-    """What a field means, with the `bounds` of its value. Of other metadata argparse would make arguments."""
-
-    bounds: dict[str, Any]
-
-
-def _setting(
-    text: str,
-    default: Any,
-    least: float | None = None,
-    most: float = math.inf,
-    above: bool = False,
-    aliases: tuple[str, ...] = (),
-    **more: Any,
-) -> Any:
-    """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite`
-    where infinity is a value too."""
-    meaning = _Help(text)
-    meaning.bounds = {"least": least, "most": most, "above": above, **more}
-    return field(default=default, metadata={"help": meaning, "aliases": list(aliases)})
-
-
-def own_fields(cls: type[RA3Config]) -> tuple[str, ...]:
-    """Names of the fields that `TrainingArguments` does not have."""
-    inherited = {entry.name for entry in fields(TrainingArguments)}
-    return tuple(entry.name for entry in fields(cls) if entry.name not in inherited)
-
-
-def _kinds_of(cls: type[RA3Config]) -> dict[str, tuple[type, ...]]:
-    """Types that a value may have, of each own field of a plain kind; a whole number will do for a `float`."""
-    kinds_by_name = {}
-    for name, hint in get_type_hints(cls).items():
-        kinds = get_args(hint) or (hint,)
-        if name in own_fields(cls) and set(kinds) <= {int, float, bool, str, type(None)}:
-            kinds_by_name[name] = (*kinds, int) if float in kinds else kinds
-    return kinds_by_name
-
-
 @dataclass
 class RA3Config(TrainingArguments):
     r"""
@@ -96,127 +59,127 @@ class RA3Config(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Values that differ from TrainingArguments
-    learning_rate: float = _setting("Peak learning rate of the M-phase.", 2e-5)
-    logging_steps: float = _setting("Updates between log lines.", 1)
-    logging_nan_inf_filter: bool = _setting("Hide losses that are not finite from the log.", False)
-    dataloader_pin_memory: bool = _setting("Pin batches in memory; of no use here, they hold documents.", False)
+    learning_rate: float = setting("Peak learning rate of the M-phase.", 2e-5)
+    logging_steps: float = setting("Updates between log lines.", 1)
+    logging_nan_inf_filter: bool = setting("Hide losses that are not finite from the log.", False)
+    dataloader_pin_memory: bool = setting("Pin batches in memory; of no use here, they hold documents.", False)
 
     # Model
-    model_init_kwargs: dict[str, Any] | str | None = _setting("Keyword arguments of `from_pretrained`, as JSON.", None)
+    model_init_kwargs: dict[str, Any] | str | None = setting("Keyword arguments of `from_pretrained`, as JSON.", None)
 
     # Data
-    max_length: int = _setting(
+    max_length: int = setting(
         "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.", 1024, 16
     )
-    dataset_text_field: str = _setting("Column that holds the text.", "text")
-    dataset_num_proc: int | None = _setting("Processes for cutting the texts.", None)
-    action_format: str = _setting(
+    dataset_text_field: str = setting("Column that holds the text.", "text")
+    dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
+    action_format: str = setting(
         "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, tags, python_tags, "
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
-    existing_comments: str = _setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
-    disable_dropout: bool = _setting("Set all dropout to 0.", True)
+    existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
+    disable_dropout: bool = setting("Set all dropout to 0.", True)
 
     # Schedule
-    em_iterations: int = _setting("Times that E-phase and M-phase alternate.", 1, 1)
-    e_steps: int = _setting("Updates of an E-phase; 0 is next-token prediction.", 20, 0)
-    m_steps: int = _setting(
+    em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
+    e_steps: int = setting("Updates of an E-phase; 0 is next-token prediction.", 20, 0)
+    m_steps: int = setting(
         "Updates of an M-phase; -1: `num_train_epochs` passes over the data (or what `max_steps` leaves), shared out "
         "among the iterations.", -1, -1
     )  # fmt: skip
-    e_learning_rate: float = _setting(
+    e_learning_rate: float = setting(
         "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 1e-5, 0
     )
-    e_lr_scheduler_type: str = _setting("Learning-rate schedule within an E-phase.", "constant")
-    reset_optimizer: bool = _setting("Forget optimizer state when the phase changes.", True)
+    e_lr_scheduler_type: str = setting("Learning-rate schedule within an E-phase.", "constant")
+    reset_optimizer: bool = setting("Forget optimizer state when the phase changes.", True)
 
     # Rollout
-    num_latents: int = _setting("Latents at each boundary (G).", 4, 1)
-    max_latent_length: int = _setting("Most tokens of a latent.", 12, 1)
-    temperature: float = _setting("Sampling temperature of latents.", 1.0, 0, above=True)
-    top_k: int = _setting("Keep the k likeliest symbols; 0 is off.", 0, 0)
-    top_p: float = _setting("Keep the likeliest symbols up to this mass; 1 is off.", 1.0, 0, 1, above=True)
-    engine: str = _setting(
+    num_latents: int = setting("Latents at each boundary (G).", 4, 1)
+    max_latent_length: int = setting("Most tokens of a latent.", 12, 1)
+    temperature: float = setting("Sampling temperature of latents.", 1.0, 0, above=True)
+    top_k: int = setting("Keep the k likeliest symbols; 0 is off.", 0, 0)
+    top_p: float = setting("Keep the likeliest symbols up to this mass; 1 is off.", 1.0, 0, 1, above=True)
+    engine: str = setting(
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
-    max_branch_tokens: int = _setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
-    max_boundaries: int = _setting(
+    max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
+    max_boundaries: int = setting(
         "Boundaries of a document tried in an E-step; 0 is all.", 0, 0, aliases=("--max_sites",)
     )
 
     # Abstraction head
-    abstraction_head: bool = _setting(
+    abstraction_head: bool = setting(
         "Train an abstraction head beside the model, which it does not change, and save it with the checkpoint.", True
     )
-    gate: str = _setting(
+    gate: str = setting(
         "What decides whether to think: the think prefix's tokens, or the head; the tokens' P(think) is then held "
         "where it began.", "token", choices=("token", "head")
     )  # fmt: skip
-    boundary_selection: str = _setting(
+    boundary_selection: str = setting(
         "Boundaries tried in an E-step: all, or `max_boundaries` drawn at random; or those where the head predicts "
         "the largest gains, and annotation leaves out those where it sees no chance.", "random",
         choices=("random", "head"),
     )  # fmt: skip
-    boundary_budget: float = _setting(
+    boundary_budget: float = setting(
         "Share of a document's boundaries tried, with boundary_selection=head.", 0.5, 0, 1, above=True
     )
-    boundary_exploration: float = _setting("Share of these drawn from all others.", 0.2, 0, 1, above=True)
-    annotation_skip: float = _setting(
+    boundary_exploration: float = setting("Share of these drawn from all others.", 0.2, 0, 1, above=True)
+    annotation_skip: float = setting(
         "With boundary_selection=head annotation proposes no latent where the chance that one would be kept, as "
         "predicted, is smaller.", 0.05, 0
     )  # fmt: skip
 
     # E-step
-    horizon: int = _setting("Lines that a latent is credited with (H); 1 is BRiTE.", 2, 1)
-    discount: float = _setting("Discount of later lines.", 0.9, 0, 1, above=True)
-    line_reduction: str = _setting("Over a line's tokens.", "sum", choices=("sum", "mean"))
-    penalty: float = _setting(
+    horizon: int = setting("Lines that a latent is credited with (H); 1 is BRiTE.", 2, 1)
+    discount: float = setting("Discount of later lines.", 0.9, 0, 1, above=True)
+    line_reduction: str = setting("Over a line's tokens.", "sum", choices=("sum", "mean"))
+    penalty: float = setting(
         "Cost c of a latent in nats (nats per token with line_reduction=mean, where 0.05 is the paper's); inf is "
         "next-token prediction.", 0.2, 0, infinite=True
     )  # fmt: skip
-    reward_model: str = _setting(
+    reward_model: str = setting(
         "Weights that score the lines: live, frozen at the E-phase's start, or base, the model with its adapter off.",
         "live", choices=("live", "frozen", "base"),
     )  # fmt: skip
-    likelihood_weight: float = _setting(
+    likelihood_weight: float = setting(
         "Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.", 1.0, 0
     )
-    reward_weights: list[float] | None = _setting("Weights of the reward_funcs; 1 for each if left out.", None)
-    baseline: str = _setting(
+    reward_weights: list[float] | None = setting("Weights of the reward_funcs; 1 for each if left out.", None)
+    baseline: str = setting(
         "Mean return of the other latents, or the return without latent.", "leave_one_out",
         choices=("leave_one_out", "no_think"),
     )  # fmt: skip
-    latent_weight: str = _setting("Weight of a latent's gradient; gate is P(think).", "one", choices=("one", "gate"))
-    gate_hold: str = _setting(
+    latent_weight: str = setting("Weight of a latent's gradient; gate is P(think).", "one", choices=("one", "gate"))
+    gate_hold: str = setting(
         "auto holds P(think) where it began until latents gain more than they cost where the model thinks.", "auto",
         choices=("auto", "never", "always"),
     )  # fmt: skip
-    kl_coef: float = _setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
-    code_loss_tolerance: float = _setting(
+    kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
+    code_loss_tolerance: float = setting(
         "Training stops with a warning when the code's cross-entropy without latents, on a probe of training "
         "documents, rises by more than this many nats per token in an E-phase.", 0.1, 0, infinite=True
     )  # fmt: skip
 
     # M-step
-    annotation: str | None = _setting(
+    annotation: str | None = setting(
         "How latents are chosen for the M-step: resample among candidates, or by the policy alone (the paper's way). "
         "Left out: resample where there is an E-phase, none without.", None, choices=(None, "resample", "policy")
     )  # fmt: skip
-    prior_alpha: float | None = _setting(
+    prior_alpha: float | None = setting(
         "Prior probability of <act> in resampling; None: the model's own gate is the prior.", 0.7, 0, 1, above=True
     )
-    router_aux_loss_coef: float | None = _setting(
+    router_aux_loss_coef: float | None = setting(
         "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0
     )
-    packing: bool = _setting("Put several documents in a row; nothing is dropped.", True)
+    packing: bool = setting("Put several documents in a row; nothing is dropped.", True)
 
     # Evaluation and logs
-    eval_num_latents: int = _setting("Latents at each boundary in evaluate().", 4, 1)
-    eval_max_boundaries: int = _setting(
+    eval_num_latents: int = setting("Latents at each boundary in evaluate().", 4, 1)
+    eval_max_boundaries: int = setting(
         "Boundaries of a document tried in evaluate(); 0 is all.", 0, 0, aliases=("--eval_max_sites",)
     )
-    log_latents_steps: int = _setting("Updates between tables of latents; 0 is never.", 10, 0)
-    dataset_license: str | None = _setting("License of the data, for cards and for pushed rows that name none.", None)
+    log_latents_steps: int = setting("Updates between tables of latents; 0 is never.", 10, 0)
+    dataset_license: str | None = setting("License of the data, for cards and for pushed rows that name none.", None)
 
     # Former names, taken until 0.3
     max_sites: InitVar[int | None] = None
@@ -259,7 +222,8 @@ class RA3Config(TrainingArguments):
                 "`train_sampling_strategy` is 'group_by_length', which RA3 can't work with (documents of one length "
                 "would share their boundaries' number; rows are packed instead); leave it out."
             )
-        self._check_fields()
+        check_fields(self)
+        self._check_reward_weights()
         self._check_schedulers()
         self._check_together()
 
@@ -274,22 +238,7 @@ class RA3Config(TrainingArguments):
                 f"`{self.trainer}`, or give an `RA3Config`."
             )
 
-    def _check_fields(self) -> None:
-        """Each own field by itself: its type, its choices, its bounds."""
-        entries = {entry.name: entry for entry in fields(self)}
-        for name in own_fields(type(self)):
-            value, meaning = getattr(self, name), entries[name].metadata.get("help")
-            bounds = meaning.bounds if isinstance(meaning, _Help) else {}
-            kinds = _kinds_of(type(self)).get(name)
-            if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"`{name}` is {value!r}; it must be of type {wanted}.")
-            if "choices" in bounds and value not in bounds["choices"]:
-                raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, bounds['choices']))}.")
-            if bounds.get("least") is not None and value is not None:
-                _check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
-                if value == math.inf and "infinite" not in bounds:
-                    raise ValueError(f"`{name}` is {value}; it must be finite.")
+    def _check_reward_weights(self) -> None:
         weights: Any = self.reward_weights  # whatever the annotation says
         if weights is not None:
             numbers = isinstance(weights, (list, tuple))
@@ -389,25 +338,6 @@ class RA3Config(TrainingArguments):
         """Whether the M-step trains on annotated text: after an E-phase, or where `annotation` is set (annotation with
         no RL); else the run is next-token prediction."""
         return self.penalty < math.inf and (self.e_steps > 0 or self.annotation is not None)
-
-
-def _check_bounds(name: str, value: float, least: float, most: float, above: bool) -> None:
-    if (value > least if above else value >= least) and value <= most:  # NaN fails too
-        return
-    lower = "above" if above else "at least"
-    upper = "" if most == math.inf else f" and at most {most}"
-    raise ValueError(f"`{name}` is {value}; it must be {lower} {least}{upper}.")
-
-
-def field_docs(cls: type[RA3Config]) -> str:
-    """The `Args:` section of a configuration in TRL's form, from the fields themselves."""
-    hints = {entry.name: entry for entry in fields(cls)}
-    lines = []
-    for name in own_fields(cls):
-        entry = hints[name]
-        default = "" if entry.default is MISSING or entry.default is None else f", defaults to `{entry.default!r}`"
-        lines.append(f"        {name} (`{entry.type}`, *optional*{default}):\n            {entry.metadata['help']}\n")
-    return "    Args:\n" + "".join(lines)
 
 
 RA3Config.__doc__ = (RA3Config.__doc__ or "").replace("    Raises:", field_docs(RA3Config) + "\n    Raises:")

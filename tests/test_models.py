@@ -28,8 +28,8 @@ from ra3_trl.models import (
     check_vocabulary,
     load_model,
     load_tokenizer,
+    prepare_model,
 )
-from ra3_trl.segmentation import find_format
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(6)]
@@ -147,10 +147,10 @@ def test_the_trainer_hands_quantized_weights_and_adapter_over_together(llama, to
     """Loading first and wrapping later would refuse them in between."""
     llama.is_quantized, llama.config.quantization_config = True, QuantizedStub()
     args = RA3Config(output_dir=str(tmp_path), report_to="none")
-    model = RA3MidTrainer._load(llama, tokenizer, args, LoraConfig(**LORA), find_format("python"))
+    model = prepare_model(llama, tokenizer, args, LoraConfig(**LORA), {})
     assert isinstance(model, PeftModel)
     with pytest.raises(ValueError, match="quantized by bitsandbytes.*`peft_config`"):
-        RA3MidTrainer._load(model.unload(), tokenizer, args, None, find_format("python"))
+        prepare_model(model.unload(), tokenizer, args, None, {})
 
 
 def test_compiled_models_are_refused(llama):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from ra3_trl import RA3MidTrainer, ThinkLogitsProcessor
+from ra3_trl import ThinkLogitsProcessor
+from ra3_trl.experimental.hindsight import HindsightTrainer
 
 from .mid import MAX_LATENT, config, load, model_folder
 from .records import FillRecipe, Fills, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
@@ -134,7 +135,7 @@ def evaluated(model, tokenizer, recipe: MeasureRecipe | UseRecipe, horizon: int,
     with TemporaryDirectory() as folder:
         args = config(MidRecipe(base, recipe.seed, horizon=horizon), Path(folder), **settings)
         held_out = programs(recipe.corpus, recipe.seed, recipe.programs)
-        trainer = RA3MidTrainer(model, args, None, held_out, tokenizer)
+        trainer = HindsightTrainer(model, args, None, held_out, tokenizer)
         trainer.remove_callback(PrinterCallback)
         return trainer.evaluate()
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config
 
-from ..config import RA3Config, own_fields
+from ..config import RA3Config
+from ..config_fields import own_fields
 from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
 from ..report.estimate import render

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import RA3Config, own_fields
+from ..config import RA3Config
+from ..config_fields import own_fields
 from .schedule import Schedule
 from .state import FROZEN, HEAD, read_state
 

@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import RA3Config, beside_trainers, own_fields
+from ..config import RA3Config, beside_trainers
+from ..config_fields import own_fields
 from ..config_file import read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..models import (

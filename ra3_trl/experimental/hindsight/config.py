@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...config import RA3Config, _setting, field_docs
+from ...config import RA3Config
+from ...config_fields import field_docs, setting
 
 
 PROPOSALS = ("causal", "fim", "chat", "template", "function")
@@ -21,17 +22,17 @@ class HindsightConfig(RA3Config):
 
     trainer: ClassVar[str] = "HindsightTrainer"
 
-    proposal: str = _setting(
+    proposal: str = setting(
         "Where latents come from: causal (the policy, from the code so far), or in hindsight, knowing the next lines, "
         "fim (fill in the middle), chat (an instruction), template (`proposal_template`) or function (the trainer's "
         "`proposal_func`); or some of them with shares, causal:1+fim:3.", "causal"
     )  # fmt: skip
-    proposal_lines: int = _setting("Next lines that a proposal in hindsight knows.", 4, 1)
-    proposal_template: str | None = _setting(
+    proposal_lines: int = setting("Next lines that a proposal in hindsight knows.", 4, 1)
+    proposal_template: str | None = setting(
         "Prompt with {prefix} (the code so far), {suffix} (the next lines) and, where the latent's marker is wanted, "
         "{think}.", None
     )  # fmt: skip
-    proposal_kl_coef: float = _setting(
+    proposal_kl_coef: float = setting(
         "Weight of log pi(z | s) - log q(z | s, a) in what a latent is worth to annotation and E-phase. 1 is the "
         "ELBO; less lets the policy learn what it would hardly say yet, as annealing the KL does in variational "
         "autoencoders. Held-out bounds do not depend on it.", 1.0, 0, 1
