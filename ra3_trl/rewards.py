@@ -78,6 +78,7 @@ class RewardPlugIns:
             raise ValueError(
                 f"`reward_weights` has {len(weights)} numbers for {len(funcs)} `reward_funcs`; give one each."
             )
+        # By name, since logs and checkpoints know the functions by it.
         self.weights = dict(zip(self.funcs, weights or [1.0] * len(funcs), strict=True))
         self.likelihood_weight = likelihood_weight
         self.tokenizer = tokenizer

@@ -83,6 +83,17 @@ def test_what_may_change_may_change(make, tmp_path):
     assert trainer.state.global_step == 7
 
 
+def test_a_checkpoint_of_an_older_version_is_refused(make, tmp_path):
+    trainer = make(save_strategy="steps", save_steps=2)
+    trainer.train()
+    file = Path(trainer.args.output_dir, "checkpoint-2", "ra3_state.json")
+    state = json.loads(file.read_text())
+    state["settings"]["max_sites"] = 0
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="has the setting `max_sites`, which this run does not know"):
+        make(save_strategy="steps", save_steps=2).train(resume_from_checkpoint=str(file.parent))
+
+
 def test_missing_frozen_weights_and_other_numbers_of_processes_are_refused(make, tmp_path):
     make(save_strategy="steps", save_steps=1, reward_model="frozen").train()
     folder = tmp_path / "run" / "checkpoint-1"

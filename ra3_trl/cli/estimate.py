@@ -42,6 +42,7 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
     if not rows:
         raise ValueError("`train_dataset` is a stream that gives no row; give it some code.")
     sizes = np.array([(sum(map(bool, r["think"])), len(r["input_ids"]) - max(r["context"], 1)) for r in rows])
+    # Of a stream these first chunks stand for the rest.
     counts = {"chunks": len(sizes)} | dict(zip(("boundaries", "tokens"), sizes.sum(0).tolist(), strict=True))
     work = count_work(sizes, args, schedule, not streams)
     documents = _average_documents(rows if streams else data, sizes, args.uses_latents)

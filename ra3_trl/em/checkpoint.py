@@ -84,14 +84,20 @@ def check_resumable(folder: Path, now: dict[str, Any], schedule: Schedule, with_
         if not (folder / name).is_file():
             raise ValueError(f"`resume_from_checkpoint`: {folder / name} is missing; take an earlier checkpoint.")
     for name, value in state["settings"].items():
+        if name not in now:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} has the setting `{name}`, which this run does not know: another "
+                "version of ra3-trl or another trainer began it. Go on with that, or start anew from its weights with "
+                "`model=...`."
+            )
         if name == "world_size" and now[name] != value:
             raise ValueError(
                 f"`resume_from_checkpoint`: {folder} was written by {value} processes and this run has {now[name]}; "
                 f"go on with {value}, or start anew from its weights with `model=...`."
             )
-        if now.get(name) != value:
+        if now[name] != value:
             raise ValueError(
-                f"`{name}` is {now.get(name)!r}, but {folder} was written with {value!r}; set it back, or start anew "
+                f"`{name}` is {now[name]!r}, but {folder} was written with {value!r}; set it back, or start anew "
                 "from the checkpoint's weights with `model=...`."
             )
     step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -87,8 +87,8 @@ class EMLoop:
             The abstraction head in training; it is the policy's `head` too.
         plug_ins ([`RewardPlugIns`], *optional*):
             Further terms of the E-step's reward.
-        probe ([`Watch`]):
-            What watches the code's own likelihood.
+        watch ([`Watch`], *optional*):
+            What raises alarms and watches the code's own likelihood.
         on_phase (`Callable[[Phase, int], None]`, *optional*):
             Told of a phase and its update's number before its first update.
     """
@@ -159,8 +159,7 @@ class EMLoop:
             stop = self.observe([r for batch in prepared for r in batch.rollouts], [share.sums for share in shares])
             self.learn([seen for share in shares for seen in share.seen])
         window = tuple(
-            Batch(batch.rollouts, batch.rows, batch.in_e_phase, chunks[i], i + 1 == num_batches)
-            for i, batch in enumerate(prepared)
+            replace(batch, chunks=chunks[i], last=i + 1 == num_batches) for i, batch in enumerate(prepared)
         )
         count = max(sum(share.count for share in shares), 1.0)
         return Window(window, count, sum(share.tokens for share in shares), stop)

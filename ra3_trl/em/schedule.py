@@ -62,6 +62,7 @@ def plan_schedule(
     Raises:
         `ValueError`: if the length of the M-phase can't be told, or `max_steps` leaves no room for it.
     """
+    # Two ways to say the length must agree, or one of them would be ignored.
     if m_steps >= 0 and 0 < max_steps != iterations * (e_steps + m_steps):
         raise ValueError(
             f"`max_steps` is {max_steps}, but em_iterations={iterations} times e_steps={e_steps} + m_steps={m_steps} "
@@ -76,6 +77,7 @@ def plan_schedule(
                 )
             m_steps = max_steps // iterations - e_steps
         elif updates_per_epoch is not None:
+            # Rounded up, so that the last iteration leaves no document out.
             m_steps = -(-int(num_train_epochs * updates_per_epoch) // iterations)
         else:
             raise ValueError(

@@ -75,6 +75,7 @@ class EMState:
             keep_probe (`bool`):
                 Whether the probe can't be found again: a resumed stream is read from elsewhere.
         """
+        # Sharded snapshots are put together by all processes, so all of them come here before one writes.
         rows = [document_to_row(document) for document in self.probe] if keep_probe else []
         processes = gather_object([{"metrics": self.metrics.sums, "probe": rows}])
         frozen = {f"{kind}/{name}": v for kind, f in self.frozen.items() for name, v in f.whole_values().items()}

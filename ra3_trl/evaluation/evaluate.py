@@ -133,6 +133,7 @@ def evaluate_samples(
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         samples = read_samples(path, benchmark)
         check_k(k, min(map(len, samples.values())))
+        # Before anything is judged: results of other samples stay.
         _check_folder(folder, path)
         judged = [submit(judge, task, sample) for task in benchmark.tasks for sample in samples[task.task_id]]
         run = {"samples": public_name(str(path)), "content": _content(path)}

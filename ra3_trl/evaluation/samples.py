@@ -62,6 +62,7 @@ def read_samples(path: str | Path, benchmark: Benchmark) -> dict[str, list[Sampl
             f"{next(iter(unknown.values()))}: {benchmark.name} has no task {_first(unknown)}; give samples for its "
             f"tasks, which are like {benchmark.tasks[0].task_id!r}."
         )
+    # A benchmark's number is of all its tasks: one that is left out would raise or lower it silently.
     missing = [task_id for task_id, of_task in samples.items() if not of_task]
     if len(missing) == len(samples):
         raise ValueError(f"{path} has no samples; give it at least one row for each task.")

@@ -255,6 +255,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         Raises:
             `ValueError`: for a bad `think` or `threshold`, assisted decoding, or without a tokenizer.
         """
+        # The gate reads the state of the text's last token: there must be one text, a token at a time.
         _refuse_several_tokens(kwargs)
         with self.thinking(think, threshold, tokenizer, prompt_is_code) as processor:
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
@@ -364,6 +365,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # One commit: nobody pulls the weights of one training with the head of another.
             return api.upload_folder(
                 repo_id=repo_id, folder_path=Path(folder, "model"), revision=revision,
                 commit_message=commit_message, create_pr=create_pr,

@@ -175,6 +175,7 @@ def card_facts(
     """
     if unknown := set(extra) - _USED - _UNUSED:
         raise ValueError(f"a model card has no {sorted(unknown)}; it takes {sorted(_USED)}.")
+    # The base may be a path of this machine: its last part goes on the card, or an id that can be the Hub's.
     args, backbone = trainer.args, trainer.policy.backbone
     base = extra.get("finetuned_from") or backbone.causal_lm.config._name_or_path
     lists = (extra.get(name) or [] for name in ("tags", "dataset"))

@@ -73,6 +73,7 @@ def render_dataset_card(
     """
     base = policy.backbone.causal_lm.config._name_or_path
     licenses = count_licenses(annotated) or {dataset_license or "unknown": len(annotated)}
+    # A path says where somebody works: the names of the card are public ones.
     if checkpoint is None:
         checkpoint = f"{Path(base).name or 'a model'} after {updates} updates of RA3"
     data = DatasetCardData(

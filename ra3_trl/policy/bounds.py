@@ -44,6 +44,7 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
     sums = dict.fromkeys(_SUMS if policy.proposer.causal else (*_SUMS, *_HINDSIGHT), 0.0)
     for document in documents:
         boundaries = choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE)
+        # On the clean text, each latent before its own line; then the text that the policy itself has annotated.
         group = policy.rollout(document, boundaries, args.eval_num_latents, EVAL_NOISE)
         bounds = code_bounds(group)
         gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG

@@ -153,6 +153,7 @@ def get_think_cost_reward(cost: float = 0.01) -> Callable[..., list[float]]:
                 log_metric("think_rate", count / max(1, count_code_lines(program, begin)))
             for length in (length for lengths in latent_lengths for length in lengths):
                 log_metric("latent_length", length)
+        # Not `-cost * count`, which is -0.0 where there is none.
         return [0.0 - cost * count for count in counts]
 
     return think_cost_reward

@@ -160,6 +160,7 @@ def symbol_logps(
 
     def reduce(logits: torch.Tensor, *per_row: torch.Tensor) -> tuple[torch.Tensor]:
         targets, state, step, row = per_row
+        # Masks are applied to the scaled logits, so that the log-probs are of the distribution that was drawn from.
         scaled = distribution(logits, state, step)
         if kept is not None:
             mask = torch.zeros_like(scaled, dtype=torch.bool)

@@ -87,6 +87,7 @@ class Problem:
         Raises:
             `ValueError`: if these are missing or do not fit.
         """
+        # The first kind of columns that is filled decides: rows of merged data sets have the others too, empty.
         entry_point, inside = row.get("entry_point"), bool(row.get("inside"))
         if row.get("inputs") is not None:
             inputs, outputs = row["inputs"], row.get("outputs")
