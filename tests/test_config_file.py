@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from ra3_trl import RA3Config
+from ra3_trl import RA3Config, config, config_file
+from ra3_trl.config_fields import own_fields
+from ra3_trl.em import checkpoint
+from ra3_trl.policy import THINKING
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    return y\n" for i in range(4)]
@@ -128,6 +132,20 @@ def test_version_2_still_loads(tmp_path, older, newer):
     for name, value in newer.items():
         assert getattr(args, name) == value, name
     assert args.uses_latents == (settings.get("e_steps", 20) > 0 or settings.get("annotation_think_prob") is not None)
+
+
+def test_fields_that_are_named_are_fields():
+    """A table that names a field which a release has dropped refuses, saves or compares nothing, silently."""
+    names = {field.name for field in dataclasses.fields(RA3Config)}
+    named = {*config._UNSUPPORTED, *config._RENAMED.values(), *config_file._TRAINING, *config_file._OF_THE_MACHINE}
+    assert named | checkpoint._FREE | {*checkpoint._SHARED, *THINKING} <= names
+
+
+def test_every_own_field_says_what_it_means():
+    text = RA3Config.__doc__
+    for field in dataclasses.fields(RA3Config):
+        if field.name in own_fields(RA3Config):
+            assert field.metadata["help"] and f"{field.name} (`" in text, field.name
 
 
 def test_former_names_are_taken_with_a_warning():

@@ -158,9 +158,7 @@ class EMLoop:
         if phase.kind == "E":
             stop = self.observe([r for batch in prepared for r in batch.rollouts], [share.sums for share in shares])
             self.learn([seen for share in shares for seen in share.seen])
-        window = tuple(
-            replace(batch, chunks=chunks[i], last=i + 1 == num_batches) for i, batch in enumerate(prepared)
-        )
+        window = tuple(replace(batch, chunks=chunks[i], last=i + 1 == num_batches) for i, batch in enumerate(prepared))
         count = max(sum(share.count for share in shares), 1.0)
         return Window(window, count, sum(share.tokens for share in shares), stop)
 
