@@ -9,13 +9,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType, TrainingArguments
 
-from .config_fields import check_fields, field_docs, own_fields, setting
+from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 
 
@@ -27,7 +27,6 @@ _UNSUPPORTED = {
     "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
     "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
 }
-_RENAMED = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}
 
 
 @contextmanager
@@ -103,9 +102,7 @@ class RA3Config(TrainingArguments):
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
     max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
-    max_boundaries: int = setting(
-        "Boundaries of a document tried in an E-step; 0 is all.", 0, 0, aliases=("--max_sites",)
-    )
+    max_boundaries: int = setting("Boundaries of a document tried in an E-step; 0 is all.", 0, 0)
 
     # Abstraction head
     abstraction_head: bool = setting(
@@ -175,21 +172,20 @@ class RA3Config(TrainingArguments):
 
     # Evaluation and logs
     eval_num_latents: int = setting("Latents at each boundary in evaluate().", 4, 1)
-    eval_max_boundaries: int = setting(
-        "Boundaries of a document tried in evaluate(); 0 is all.", 0, 0, aliases=("--eval_max_sites",)
-    )
+    eval_max_boundaries: int = setting("Boundaries of a document tried in evaluate(); 0 is all.", 0, 0)
     log_latents_steps: int = setting("Updates between tables of latents; 0 is never.", 10, 0)
     dataset_license: str | None = setting("License of the data, for cards and for pushed rows that name none.", None)
 
     # Former names, taken until 0.3
-    max_sites: InitVar[int | None] = None
-    eval_max_sites: InitVar[int | None] = None
+    max_sites: int | None = setting("Former name of `max_boundaries`.", None)
+    eval_max_sites: int | None = setting("Former name of `eval_max_boundaries`.", None)
 
-    def __post_init__(self, max_sites: int | None = None, eval_max_sites: int | None = None) -> None:
-        for old, value in (("max_sites", max_sites), ("eval_max_sites", eval_max_sites)):
-            if value is not None:
-                warnings.warn(f"`{old}` is now `{_RENAMED[old]}`; the old name goes in 0.3.", FutureWarning)
-                setattr(self, _RENAMED[old], value)
+    def __post_init__(self) -> None:
+        for former, name in FORMER.items():
+            if (value := getattr(self, former)) is not None:
+                warnings.warn(f"`{former}` is now `{name}`; the former name goes in 0.3.", FutureWarning)
+                setattr(self, name, value)
+                setattr(self, former, None)
         self._check()
         if self.penalty == math.inf:
             self.e_steps = 0
@@ -226,17 +222,6 @@ class RA3Config(TrainingArguments):
         self._check_reward_weights()
         self._check_schedulers()
         self._check_together()
-
-    def check_trainer(self, kind: type) -> None:
-        """
-        Raises:
-            `ValueError`: if a trainer of this `kind` would not heed some of the settings.
-        """
-        if self.trainer not in (cls.__name__ for cls in kind.__mro__):
-            raise ValueError(
-                f"`args` is a {type(self).__name__}, part of which a {kind.__name__} would not heed; make a "
-                f"`{self.trainer}`, or give an `RA3Config`."
-            )
 
     def _check_reward_weights(self) -> None:
         weights: Any = self.reward_weights  # whatever the annotation says
@@ -328,7 +313,7 @@ class RA3Config(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, which trackers write down, without a token in `model_init_kwargs` too."""
-        values = super().to_dict()
+        values = {name: value for name, value in super().to_dict().items() if name not in FORMER}
         if "token" in (values["model_init_kwargs"] or {}):
             values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
         return values
@@ -338,6 +323,21 @@ class RA3Config(TrainingArguments):
         """Whether the M-step trains on annotated text: after an E-phase, or where `annotation` is set (annotation with
         no RL); else the run is next-token prediction."""
         return self.penalty < math.inf and (self.e_steps > 0 or self.annotation is not None)
+
+
+def check_args(args: TrainingArguments, kind: type) -> None:
+    """Refuses settings part of which a trainer of this `kind` would not heed.
+
+    Raises:
+        `ValueError`: naming whose settings they are.
+    """
+    if not isinstance(args, RA3Config):
+        raise ValueError(f"`args` is a {type(args).__name__}; make an `RA3Config` of it.")
+    if args.trainer not in (cls.__name__ for cls in kind.__mro__):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, part of which a {kind.__name__} would not heed; make a "
+            f"`{args.trainer}`, or give an `RA3Config`."
+        )
 
 
 RA3Config.__doc__ = (RA3Config.__doc__ or "").replace("    Raises:", field_docs(RA3Config) + "\n    Raises:")

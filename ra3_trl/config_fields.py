@@ -9,6 +9,17 @@ from typing import Any, get_args, get_type_hints
 from transformers import TrainingArguments
 
 
+# Fields that went, and what to do instead.
+GONE = {
+    "annotation_think_prob": "set `prior_alpha` to 1 less it, or to none for the model's own gate",
+    "gate_coef": "leave it out; it was 1",
+    "gate_kl_coef": "leave it out; it was 0",
+    "entropy_coef": "leave it out; raise `temperature` for latents that differ more",
+    "head_learning_rate": "leave it out; it was 1e-3",
+}
+FORMER = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}  # names that are still taken
+
+
 class _Help(str):
     """What a field means, with the `bounds` of its value. Of other metadata argparse would make arguments."""
 
@@ -21,19 +32,18 @@ def setting(
     least: float | None = None,
     most: float = math.inf,
     above: bool = False,
-    aliases: tuple[str, ...] = (),
     **more: Any,
 ) -> Any:
     """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite`
     where infinity is a value too."""
     meaning = _Help(text)
     meaning.bounds = {"least": least, "most": most, "above": above, **more}
-    return field(default=default, metadata={"help": meaning, "aliases": list(aliases)})
+    return field(default=default, metadata={"help": meaning})
 
 
 def own_fields(cls: type[TrainingArguments]) -> tuple[str, ...]:
-    """Names of the fields that `TrainingArguments` does not have."""
-    inherited = {entry.name for entry in fields(TrainingArguments)}
+    """Names of the fields that `TrainingArguments` does not have, former ones left out."""
+    inherited = {*FORMER, *(entry.name for entry in fields(TrainingArguments))}
     return tuple(entry.name for entry in fields(cls) if entry.name not in inherited)
 
 

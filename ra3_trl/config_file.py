@@ -59,9 +59,9 @@ def _from_2(content: Content) -> Content:
     settings = dict(content["settings"])
     for name in ("gate_coef", "gate_kl_coef", "entropy_coef", "head_learning_rate"):
         settings.pop(name, None)
-    for old, new in (("max_sites", "max_boundaries"), ("eval_max_sites", "eval_max_boundaries")):
-        if old in settings:
-            settings[new] = settings.pop(old)
+    for former, name in (("max_sites", "max_boundaries"), ("eval_max_sites", "eval_max_boundaries")):
+        if former in settings:
+            settings[name] = settings.pop(former)
     think = settings.pop("annotation_think_prob", None)
     if think is not None:
         settings["prior_alpha"] = None if think == -1 else 1 - think

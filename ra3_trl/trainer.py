@@ -26,15 +26,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    TrainOutput,
-    get_last_checkpoint,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from .config import RA3Config
+from .config import RA3Config, check_args
 from .em import (
     ASIDE,
     Batch,
@@ -48,11 +42,13 @@ from .em import (
     check_resumable,
     collate,
     make_learner,
+    name_best,
     not_evened_out,
     phase_scheduler,
     plan_phases,
     put_in_place,
     read_state,
+    resumed_folder,
     run_settings,
     saving_aside,
     stream_loader,
@@ -146,7 +142,7 @@ class RA3MidTrainer(HubMixin, Trainer):
             model, head = model.pretrained_model, model.abstraction_head
         name = model if isinstance(model, str) else model.config._name_or_path
         args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
-        args.check_trainer(type(self))
+        check_args(args, type(self))
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
@@ -216,8 +212,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         Raises:
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self.following.resumed_from = folder = Path(last) if last else None
+        self.following.resumed_from = folder = resumed_folder(resume_from_checkpoint, str(self.args.output_dir))
         if folder is not None:  # of `True` without any, `Trainer.train` says so
             apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
             check_resumable(folder, self._run_settings(), self.schedule, with_optimizer=apart)
@@ -228,11 +223,6 @@ class RA3MidTrainer(HubMixin, Trainer):
                            self.state.global_step, self.resume_hint)  # fmt: skip
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
-        best = self.state.best_model_checkpoint
-        if self.loop.learner is not None and self.args.load_best_model_at_end and best is not None:
-            head = Path(best, HEAD_WEIGHTS)  # `Trainer` has loaded the weights beside it
-            if head.is_file():
-                self.loop.learner.head.load_state_dict(load_file(head))
         return output
 
     def get_train_dataloader(self) -> DataLoader:
@@ -242,10 +232,12 @@ class RA3MidTrainer(HubMixin, Trainer):
             return super().get_train_dataloader()
         return stream_loader(data, self.args, self._train_batch_size, self.data_collator, train=True)
 
-    # Private, since `Trainer` has no other place to say it: of a stream it takes all updates for one pass, and would
-    # skip through the first pass to find the batches of a later one.
+    # Private, since `Trainer` has no other place to say it: it does one update more where all was done; of a stream it
+    # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
+            return passes, 0  # no pass begins, and nothing is evaluated or saved again
         if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
             return begun
         number, updates = read_state(Path(resume_from_checkpoint))["pass"]
@@ -260,9 +252,6 @@ class RA3MidTrainer(HubMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The documents of one update, rolled out (E) or annotated (M), and the number its losses are divided by."""
-        if self.state.global_step >= self.schedule.total:  # resumed when all was done: `Trainer` would do one more
-            self.control.should_training_stop = True
-            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.loop.plug_ins is not None:
             self.loop.plug_ins.state = self.state
@@ -306,6 +295,13 @@ class RA3MidTrainer(HubMixin, Trainer):
             logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
+
+    # Private, since the head must be there when callbacks hear of the training's end: trackers save the model then.
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        head = Path(self.state.best_model_checkpoint, HEAD_WEIGHTS)
+        if self.loop.learner is not None and head.is_file():
+            self.loop.learner.head.load_state_dict(load_file(head))
 
     # ---- evaluation ----
 
@@ -386,6 +382,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         if args.should_save:
             put_in_place(aside, final, self.state)
         self.accelerator.wait_for_everyone()
+        name_best(final, self.state)
         if push:
             self._push_from_checkpoint(str(final))
         if args.should_save:

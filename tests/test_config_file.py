@@ -9,7 +9,7 @@ import math
 import pytest
 
 from ra3_trl import RA3Config, config, config_file
-from ra3_trl.config_fields import own_fields
+from ra3_trl.config_fields import FORMER, own_fields
 from ra3_trl.em import checkpoint
 from ra3_trl.policy import THINKING
 
@@ -137,7 +137,7 @@ def test_version_2_still_loads(tmp_path, older, newer):
 def test_fields_that_are_named_are_fields():
     """A table that names a field which a release has dropped refuses, saves or compares nothing, silently."""
     names = {field.name for field in dataclasses.fields(RA3Config)}
-    named = {*config._UNSUPPORTED, *config._RENAMED.values(), *config_file._TRAINING, *config_file._OF_THE_MACHINE}
+    named = {*config._UNSUPPORTED, *FORMER.values(), *config_file._TRAINING, *config_file._OF_THE_MACHINE}
     assert named | checkpoint._FREE | {*checkpoint._SHARED, *THINKING} <= names
 
 
@@ -151,4 +151,17 @@ def test_every_own_field_says_what_it_means():
 def test_former_names_are_taken_with_a_warning():
     with pytest.warns(FutureWarning, match="`max_sites` is now `max_boundaries`"):
         args = RA3Config(max_sites=3, use_cpu=True)
-    assert args.max_boundaries == 3
+    assert args.max_boundaries == 3 and "max_sites" not in args.to_dict()
+
+
+def test_a_configuration_of_ones_own():
+    """The usual way of a subclass in this family of libraries."""
+
+    @dataclasses.dataclass
+    class Mine(RA3Config):
+        extra: int = 1
+
+        def __post_init__(self):
+            super().__post_init__()
+
+    assert Mine(extra=2, use_cpu=True).extra == 2

@@ -23,6 +23,7 @@ OVERRIDDEN = {
     ),
     "_save": (["output_dir", "state_dict"], "save_model", "self._save(output_dir, state_dict=state_dict)"),
     "_save_checkpoint": (["model", "trial"], "_maybe_log_save_evaluate", "self._save_checkpoint(model, trial)"),
+    "_load_best_model": ([], "_finalize_training", "self._load_best_model()"),
     "_push_from_checkpoint": (
         ["checkpoint_folder"],
         "_save_checkpoint",

@@ -17,6 +17,8 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from ..config_fields import GONE
+
 
 _FILES = """--config FILE is a YAML file of the options below (`max_steps: 8`), which options on the command line
 override; its `env:` section sets environment variables. A mapping is written as JSON ('{"key": 1}'; in YAML as such),
@@ -201,6 +203,7 @@ def refuse_unknown(words: list[str], parser: TrainParser) -> None:
     if not words:
         return
     option = next((word for word in words if word.startswith("-")), words[0])
-    near = difflib.get_close_matches(option.lstrip("-").split("=")[0].replace("-", "_"), parser.option_names(), 1)
+    name = option.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, parser.option_names(), 1)
     hint = f"did you mean `--{near[0]}`?" if near else f"see `{parser.prog} --help`."
-    raise ValueError(f"`{option}` is no option of `{parser.prog}`; {hint}")
+    raise ValueError(f"`{option}` is no option of `{parser.prog}`; {f'{GONE[name]}.' if name in GONE else hint}")

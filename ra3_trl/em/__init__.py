@@ -1,7 +1,7 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
 from .callbacks import LoopCallback, PreemptionCallback
-from .checkpoint import ASIDE, check_resumable, put_in_place, run_settings, saving_aside
+from .checkpoint import ASIDE, check_resumable, name_best, put_in_place, resumed_folder, run_settings, saving_aside
 from .data import Cutter, collate
 from .estep import Chunk, EStep, Rollout
 from .gradients import Gradients
@@ -40,6 +40,7 @@ __all__ = [
     "latent_alarms",
     "make_learner",
     "mstep_loss",
+    "name_best",
     "not_evened_out",
     "pack",
     "phase_scheduler",
@@ -47,6 +48,7 @@ __all__ = [
     "plan_schedule",
     "put_in_place",
     "read_state",
+    "resumed_folder",
     "rollout_sums",
     "run_settings",
     "saving_aside",

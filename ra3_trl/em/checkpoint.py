@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..config import RA3Config
 from ..config_fields import own_fields
@@ -43,9 +43,7 @@ def saving_aside(args: RA3Config) -> Iterator[None]:
 
 def put_in_place(aside: Path, final: Path, state: TrainerState) -> None:
     """Gives a checkpoint that is whole its name, and its trainer state the best checkpoint's path by that name."""
-    best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-    if state.best_global_step and (best == final or best.exists()):
-        state.best_model_checkpoint = str(best)
+    if name_best(final, state):
         state.save_to_json(str(aside / "trainer_state.json"))
     if final.exists():
         shutil.rmtree(final)
@@ -53,11 +51,27 @@ def put_in_place(aside: Path, final: Path, state: TrainerState) -> None:
     shutil.rmtree(aside.parent, ignore_errors=True)
 
 
+def name_best(final: Path, state: TrainerState) -> bool:
+    """Names the best checkpoint by its place, not by where it was written aside; every process must, since each loads
+    it at the end."""
+    best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+    known = bool(state.best_global_step) and (best == final or best.exists())
+    if known:
+        state.best_model_checkpoint = str(best)
+    return known
+
+
 def run_settings(args: RA3Config, facts: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint: settings, and `facts` of the run; what can
     be written as JSON."""
     names = [*(name for name in own_fields(type(args)) if name not in _FREE), *_SHARED]
     return json.loads(json.dumps({"world_size": args.world_size} | {n: getattr(args, n) for n in names} | facts))
+
+
+def resumed_folder(resume_from_checkpoint: str | bool | None, output_dir: str) -> Path | None:
+    """The checkpoint that a run goes on from, as `Trainer.train` understands it; `None` where there is none."""
+    last = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    return Path(last) if last else None
 
 
 def check_resumable(folder: Path, now: dict[str, Any], schedule: Schedule, with_optimizer: bool) -> None:

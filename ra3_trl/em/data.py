@@ -49,6 +49,8 @@ class Cutter:
         Raises:
             `ValueError`: for empty data, and training data without a place for a latent.
         """
+        if isinstance(dataset, dict) and split == "train":
+            raise ValueError(f"`train_dataset` has the splits {sorted(dataset)}; pass one of them.")
         if isinstance(dataset, dict):
             return {name: self(value, name) for name, value in dataset.items()}
         if dataset is None:

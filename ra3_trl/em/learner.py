@@ -109,7 +109,7 @@ class HeadLearner(HeadDecisions):
 
     def begin_phase(self) -> None:
         """What was seen in the phase before was said by other weights, and in M about another objective."""
-        self.kept = None
+        self.kept, self.noted = None, []
         self.annotator = HeadDecisions(copy.deepcopy(self.head), self.args)
 
     def learn(self, seen: Sequence[Observations], noise: NoiseKey) -> dict[str, tuple[float, float]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
@@ -308,9 +309,13 @@ class EMLoop:
 
     def learn(self, seen: list[Observations]) -> None:
         """Lets the abstraction head learn from what all processes saw in an update."""
-        if self.learner is not None:
-            for name, sums in self.learner.learn(seen, self.noise).items():
-                self.state.metrics.add_total(name, *sums)
+        if self.learner is None:
+            return
+        # In full precision whatever the run's is: an M-update learns inside the trainer's autocast.
+        with torch.autocast(self.policy.backbone.device.type, enabled=False):
+            errors = self.learner.learn(seen, self.noise)
+        for name, sums in errors.items():
+            self.state.metrics.add_total(name, *sums)
 
     def _text(self, ids: Sequence[int]) -> str:
         return token_text(self.policy.tokenizer, ids)

@@ -118,6 +118,11 @@ class Policy:
             `ValueError`: for a checkpoint or settings that can't work together, with the cure.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
+        kinds = (str, Path, PreTrainedModel, PeftModel, AutoModelForCausalLMWithAbstractionHead)
+        if not isinstance(model, kinds):
+            raise ValueError(f"`model` is {model!r}; give a folder, a Hub id or a model.")
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"`tokenizer` is {tokenizer!r}; give a tokenizer, or leave it out for the checkpoint's.")
         head: AbstractionHead | None = None
         saved: dict[str, Any] = {}
         place = place_of(model_init_kwargs)
@@ -244,27 +249,31 @@ class Policy:
             [`~ra3_trl.records.RolloutGroup`], log-probs in nats; `losses.compute_returns` turns them into gains.
         """
         where = document.boundaries if boundaries is None else boundaries
-        with torch.no_grad(), self.autocast():
-            group = self.engine.rollout(
-                document, where, num_latents or self.args.num_latents, self.args.horizon, noise or self._noise
-            )
-        return self.decide(group)
+        count = self.args.num_latents if num_latents is None else num_latents
+        if count < 1:
+            raise ValueError(f"`num_latents` is {count}; it must be at least 1.")
+        if not callable(where) and (wrong := sorted(set(where) - set(document.boundaries))):
+            raise ValueError(f"`boundaries` holds {wrong[0]}, where no latent may stand; see `document.boundaries`.")
+        with self.inference(whole=False):
+            return self.decide(self.engine.rollout(document, where, count, self.args.horizon, noise or self._noise))
 
     def score(
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]]
     ) -> RolloutGroup:
         """Scores the next `args.horizon` lines under given latents, as many at each boundary."""
-        with torch.no_grad(), self.autocast():
+        with self.inference(whole=False):
             return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
 
     def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
         """As `rollout`, with latents of the `proposer`."""
-        return self.decide(
-            self.proposer.propose(self.engine, document, boundaries, num_latents, self.args.horizon, noise)
-        )
+        engine, horizon = self.engine, self.args.horizon
+        with self.inference(whole=False):
+            return self.decide(self.proposer.propose(engine, document, boundaries, num_latents, horizon, noise))
 
     def annotate(self, document: Document, noise: NoiseKey | None = None, way: str | None = None) -> AnnotatedExample:
         """Splices latents into a document, see [`annotate`]; `text` reads the result."""
+        if way not in (None, "policy", "resample"):
+            raise ValueError(f"`way` is {way!r}; use 'policy' or 'resample', or leave it out for `args.annotation`.")
         with self.inference():
             return annotate(self, document, noise or self._noise, way)
 
@@ -277,9 +286,19 @@ class Policy:
     def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
         """Completes a prompt, with latents where `think` says, see
         [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`]; gives the new text."""
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"`prompt` is {prompt!r}; give one text (of a chat, what the tokenizer's template makes)."
+            )
+        if kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError(
+                "`num_return_sequences` is above 1; ask once for each text, or use the wrapper's `generate`."
+            )
         head = None if self.head is None else self.head.head
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
+        if not inputs["input_ids"].numel():
+            raise ValueError("`prompt` has no tokens; give some text, such as a newline.")
         output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
         return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
 
