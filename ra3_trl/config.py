@@ -245,6 +245,8 @@ class RA3Config(TrainingArguments):
                 f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
                 "or set `baseline='no_think'`."
             )
+        if not self.learning_rate >= 0:  # of `TrainingArguments`, which takes anything
+            raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be at least 0.")
         if self.learning_rate == 0 and self.e_learning_rate and self.e_steps:
             raise ValueError(
                 "`learning_rate` is 0, and with it all rates, of which it is the unit; use `m_steps=0` to leave the "
@@ -317,6 +319,11 @@ class RA3Config(TrainingArguments):
         if "token" in (values["model_init_kwargs"] or {}):
             values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
         return values
+
+    @property
+    def annotation_way(self) -> str | None:
+        """`annotation`, or what it stands for where it is left out; `None` is next-token prediction."""
+        return self.annotation or ("resample" if self.uses_latents else None)
 
     @property
     def uses_latents(self) -> bool:

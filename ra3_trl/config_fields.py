@@ -36,7 +36,8 @@ def setting(
 ) -> Any:
     """A field with its meaning and its bounds: `least` (left out itself if `above`) to `most`; `choices`; `infinite`
     where infinity is a value too."""
-    meaning = _Help(text)
+    choices = [choice for choice in more.get("choices", ()) if choice is not None]
+    meaning = _Help(f"{text} One of {', '.join(choices)}." if choices else text)
     meaning.bounds = {"least": least, "most": most, "above": above, **more}
     return field(default=default, metadata={"help": meaning})
 

@@ -503,3 +503,24 @@ def test_midtrain_example(model, code, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_names_are_listed_without_loading_anything():
+    """For Tab completion."""
+    names = "assert {'Policy', 'RA3Config', 'RA3MidTrainer'} <= set(dir(ra3_trl))"
+    code = f"import sys, ra3_trl; {names}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--learning_rate", "-1"], "`learning_rate` is -1.0; it must be at least 0"),
+        (["--report_to", "nothing"], "`report_to` is 'nothing'"),
+        (["--annotation_think_prob", "0.3"], "set `prior_alpha` to 1 less it"),
+        (["--entropy_coef", "0.1"], "raise `temperature`"),
+    ],
+)
+def test_what_a_run_would_refuse_a_dry_run_does(model, code, capsys, words, says):
+    assert ra3("train", "--model_name_or_path", model, "--code_dir", code, "--use_cpu", "--dry_run", *words) == 2
+    assert says in capsys.readouterr().err

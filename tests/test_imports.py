@@ -56,7 +56,7 @@ def imported_modules(source: str, path: Path) -> list[str]:
 
 
 def target_room(name: str) -> str | None:
-    """`ra3_trl.em.annotate` -> em; a public name of the package, `ra3_trl.RA3Config`, is of the room it lives in."""
+    """`ra3_trl.em.loop` -> em; a public name of the package, `ra3_trl.RA3Config`, is of the room it lives in."""
     package, _, rest = name.partition(".")
     room = rest.partition(".")[0]
     if package != PACKAGE.name:
@@ -121,12 +121,12 @@ def test_a_planted_circle_is_caught_on_every_level(rooms):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("ra3_trl/losses/planted.py", "from ..em import annotate"),
+        ("ra3_trl/losses/planted.py", "from ..em import EMLoop"),
         ("ra3_trl/records.py", "from .segmentation import Segmenter"),
         ("ra3_trl/rollout/planted.py", "from .. import trainer"),
         ("ra3_trl/rollout/planted.py", "from ..segmentation.documents import splice"),
         ("ra3_trl/sandbox/planted.py", "from ..losses import advantages"),
-        ("ra3_trl/evaluation/planted.py", "from ..em import annotate"),
+        ("ra3_trl/evaluation/planted.py", "from ..em import EMLoop"),
         ("ra3_trl/em/planted.py", "from ..experimental import hindsight"),
         ("ra3_trl/em/planted.py", "from .. import RA3MidTrainer"),
         ("ra3_trl/em/planted.py", "def f():\n    import ra3_trl.trainer"),

@@ -587,7 +587,7 @@ def test_streams_and_columns_with_our_names(tokenizers, segmenter):
 )
 def test_other_forms_are_refused_by_the_names_of_their_columns(tokenizers, segmenter, row, named):
     dataset = Dataset.from_list([row])
-    with pytest.raises(ValueError, match="RA3MidTrainer reads") as error:
+    with pytest.raises(ValueError, match="what can be read is|RA3MidTrainer reads") as error:
         segment_dataset(dataset, segmenter(tokenizers["newline_indent"]))
     for name in named:
         assert name in str(error.value)

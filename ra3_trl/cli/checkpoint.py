@@ -41,7 +41,8 @@ def add_settings(
     for name in names:
         kind = _number_or_none if hints[name] == float | None else hints[name] if hints[name] in (int, float) else str
         own = "the checkpoint's, else " if name in of_the_checkpoint else ""
-        text = f"{by_name[name].metadata.get('help', 'Seed of the draws.')} (default: {own}{by_name[name].default})"
+        meaning = "Seed of the draws." if name == "seed" else by_name[name].metadata["help"]
+        text = f"{meaning} (default: {own}{by_name[name].default})"
         group.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"))
 
 

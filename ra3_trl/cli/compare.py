@@ -20,9 +20,10 @@ from ..evaluation.compare import (
     task_of,
 )
 from ..models import load_tokenizer
+from ..policy import open_settings
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
 from ..sandbox import Limits
-from .checkpoint import add_settings, stdout_console
+from .checkpoint import add_settings, flag_settings, stdout_console
 from .cross_entropy import FLAGS, SHARED, held_out_texts, measure, shared_settings
 from .passk_options import add_passk_options, open_judge, read_ks, read_settings
 
@@ -97,7 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     texts, source = held_out_texts(options, benchmark) if measured and not options.no_ce else (None, "")
     shared, notes_of_texts = shared_settings(options, measured) if texts is not None else ({}, [])
 
+    if texts is not None:
+        open_settings(shared, flag_settings(options, FLAGS))
     folder = Path(options.output_dir or f"results/compare-{task_name}")
+    if folder.is_file():
+        raise ValueError(f"`output_dir` is {str(folder)!r}, a file; name a folder.")
     if drawn and benchmark is not None:
         place = options.model_revision, options.dtype
         with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:

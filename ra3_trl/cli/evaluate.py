@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     # What can be known to be wrong is refused before anything is loaded, tasks before the sandbox and the model.
     if (checkpoint is None) == (samples is None):
         raise ValueError(
-            f"`checkpoint` is {checkpoint!r} and `samples` {samples!r}; give a checkpoint to draw from or a file of "
-            "samples."
+            f"`checkpoint` is {checkpoint!r} and `samples` {samples!r}; give one of the two, a checkpoint to "
+            "draw from or a file of samples."
         )
     settings, ks = read_settings(options), read_ks(options.k)
     if checkpoint is not None:

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, text in COMMANDS.items():
             commands.add_parser(name, help=text, add_help=False)
         parser.parse_args(argv or ["--help"])
-    command = importlib.import_module(f".{argv[0]}", __package__).main
-    return guarded(command, argv[1:])
+    # Imported inside, since that takes seconds, in which an interrupt should end it as at any other time.
+    return guarded(lambda words: importlib.import_module(f".{argv[0]}", __package__).main(words), argv[1:])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ..config_fields import own_fields
 from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
 from ..report.estimate import render
+from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
 from .estimate import estimate
@@ -153,6 +154,7 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) ->
 
 def _dry_run(script, args: HindsightConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
     """Prints the estimate. The run's folder is not made and nothing leaves the machine."""
+    check_trackers(args.report_to)  # as the run would
     args.push_to_hub, args.report_to = False, []
     with tempfile.TemporaryDirectory() as aside:
         args.output_dir = aside

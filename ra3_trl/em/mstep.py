@@ -20,7 +20,7 @@ class Rows:
     """Rows of packed examples, right-padded: `[R, L]` each. `position_ids` start anew with each example.
 
     `decision` is 1 behind a token where a latent begins, 0 where one might have, else -1; `gain` what was measured
-    there in nats, NaN where nothing was, and `key` `[R, L, 3]` orders these places (see `em/head.py`).
+    there in nats, NaN where nothing was, and `key` `[R, L, 3]` orders these places (see `em/learner.py`).
 
     Example: examples of 3 and 2 tokens in one row of length 6 give positions `0 1 2 0 1 0`, the last being padding.
     """

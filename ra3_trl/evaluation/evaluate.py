@@ -76,7 +76,7 @@ def evaluate_passk(
     benchmark = load_benchmark(task) if isinstance(task, str) else task
     settings.completions(benchmark.kind)  # refuses a form that is not for such tasks before a model is loaded
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
+        folder = _folder(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         _check_folder(folder, None)
         if isinstance(model, str):
@@ -129,7 +129,7 @@ def evaluate_samples(
     """
     benchmark = load_benchmark(task) if isinstance(task, str) else task
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
+        folder = _folder(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         samples = read_samples(path, benchmark)
         check_k(k, min(map(len, samples.values())))
@@ -138,6 +138,13 @@ def evaluate_samples(
         judged = [submit(judge, task, sample) for task in benchmark.tasks for sample in samples[task.task_id]]
         run = {"samples": public_name(str(path)), "content": _content(path)}
         return _finish(judged, benchmark, k, folder, judge, run, {})
+
+
+def _folder(output_dir: str | Path) -> Path:
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise ValueError(f"`output_dir` is {str(folder)!r}, a file; name a folder.")
+    return folder
 
 
 def _finish(

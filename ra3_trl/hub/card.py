@@ -200,7 +200,7 @@ def card_facts(
         row_licenses=count_licenses(trainer.source_dataset),
         counts=trainer.cut.counts,
         tokens_seen=int(trainer.state.num_input_tokens_seen),
-        settings={name: vars(args)[name] for name in _SHOWN},
+        settings={name: vars(args)[name] for name in _SHOWN} | {"annotation": args.annotation_way},
         versions={name: metadata.version(name) for name in packages},
         evaluations=evaluation_rows(all_evaluations(trainer.state.log_history, trainer.evaluations)),
         latents=latents[:_LATENTS_SHOWN],

@@ -165,7 +165,7 @@ def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTr
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer loads from {name!r}: it is neither a folder with one nor a repository that can be reached; "
-            f"pass `processing_class` or another name. ({error})"
+            f"give the folder of a saved model or a Hub id (in Python also `processing_class`). ({error})"
         ) from error
 
 

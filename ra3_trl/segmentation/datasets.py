@@ -63,7 +63,10 @@ def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable
     elif "prompt" in example and "completion" in example:
         prompt, text = example["prompt"], example["completion"]
     else:
-        raise ValueError(f"`train_dataset` has the columns {sorted(example)}; RA3MidTrainer reads {_SUPPORTED}.")
+        raise ValueError(
+            f"`dataset_text_field` is {text_field!r}, and the data has the columns {sorted(example)}; what can be "
+            f"read is {_SUPPORTED}."
+        )
     for column in (prompt, text):
         if not isinstance(column, str):
             raise ValueError(
