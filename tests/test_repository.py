@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_imports import LEVEL
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -166,3 +167,14 @@ def test_the_defaults_that_the_page_names():
         defaults = [{field.name: field.default for field in fields(config)} for config in (ours, trl)]
         assert defaults[0]["logging_steps"] == 1 and defaults[1]["logging_steps"] == 10
         assert defaults[1]["gradient_checkpointing"] is True and defaults[1]["bf16"] is None  # on where it can be
+
+
+def test_contributing_has_the_rooms_in_their_levels():
+    """The table "Where does it go" is the ladder that tests/test_imports.py holds."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Where does it go")[1].split("\n## ")[0]
+    level, rooms = 0, {}
+    for row in section.split("\n"):
+        if (cells := row.split("|"))[1:] and "`" in row and row.startswith("|"):
+            level = int(cells[1]) if cells[1].strip() else level
+            rooms |= dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", cells[2]), level - 1)
+    assert rooms == LEVEL

@@ -104,7 +104,7 @@ def _check_head(backbone: Backbone, document: Document) -> None:
         raise ValueError(
             f"`model` is a {type(backbone.causal_lm).__name__}, whose logits are not its output embeddings applied to "
             f"its last hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another "
-            "architecture."
+            "architecture, or `trainer.policy` for a model that a trainer has prepared for mixed precision."
         )
 
 
