@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..policy import Policy, annotate
 from ..records import AnnotatedExample
 from ..rollout import NoiseKey
-from ..segmentation import readable_bytes, row_to_document, segment_dataset
+from ..segmentation import readable_bytes, row_text, row_to_document, segment_dataset
 
 
 ANNOTATION = Features(
@@ -100,13 +100,9 @@ def _annotate_rows(
 
 def _text_of(policy: Policy, row: dict[str, Any], formatting_func: Callable[[dict], str] | None) -> str:
     """The text of a row as the segmenter sees it."""
-    field, segmenter = policy.args.dataset_text_field, policy.segmenter
-    if formatting_func is not None:
-        prompt, text = "", formatting_func(row)
-    else:
-        prompt, text = ("", row[field]) if field in row else (row["prompt"], row["completion"])
-    keep = segmenter.existing_comments == "keep"
-    return prompt + text if keep else segmenter.format.strip(prompt + text, len(prompt))
+    text, prompt_chars = row_text(row, policy.args.dataset_text_field, formatting_func)
+    segmenter = policy.segmenter
+    return text if segmenter.existing_comments == "keep" else segmenter.format.strip(text, prompt_chars)
 
 
 def join_chunks(

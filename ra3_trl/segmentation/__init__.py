@@ -1,7 +1,7 @@
 """Text -> actions (lines) -> token boundaries."""
 
 from .corpus import load_code_directory, standard_library
-from .datasets import FEATURES, count_documents, document_to_row, row_to_document, segment_dataset
+from .datasets import FEATURES, count_documents, document_to_row, row_text, row_to_document, segment_dataset
 from .documents import Segmenter, splice
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
@@ -31,6 +31,7 @@ __all__ = [
     "own_line_comments",
     "readable_bytes",
     "require_tags",
+    "row_text",
     "row_to_document",
     "segment_dataset",
     "splice",

@@ -54,8 +54,12 @@ def row_to_document(row: dict[str, Any]) -> Document:
     return Document(row["doc_id"], row["chunk"], ids, actions, row["context"], row["status"])
 
 
-def _text_of(example: dict[str, Any], text_field: str, formatting_func: Callable | None) -> tuple[str, int]:
-    """Finds the text of an example and the number of its characters that are a prompt."""
+def row_text(example: dict[str, Any], text_field: str, formatting_func: Callable | None) -> tuple[str, int]:
+    """Finds the text of an example and the number of its characters that are a prompt.
+
+    Raises:
+        `ValueError`: for columns that no text is made of.
+    """
     if formatting_func is not None:
         text, prompt = formatting_func(example), ""
     elif text_field in example:
@@ -97,13 +101,13 @@ def segment_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("`train_dataset` (or `eval_dataset`) is empty; give it at least one row.")
-    _text_of(first, text_field, formatting_func)
+    row_text(first, text_field, formatting_func)
 
     def cut(batch: dict[str, list], indices: list[int] | None = None) -> dict[str, list]:
         out: dict[str, list] = {name: [] for name in FEATURES}
         for position in range(len(next(iter(batch.values())))):
             example = {name: column[position] for name, column in batch.items()}
-            text, prompt_chars = _text_of(example, text_field, formatting_func)
+            text, prompt_chars = row_text(example, text_field, formatting_func)
             doc_id = content_id(text) if indices is None else indices[position]
             for document in segmenter(doc_id, text, prompt_chars):
                 for name, value in document_to_row(document).items():
