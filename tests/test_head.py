@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import furthest, weights
+from transformers import TrainerCallback
 
 from ra3_trl import RA3Config
 from ra3_trl.em import EStep, pack, rollout_sums
@@ -494,3 +495,41 @@ def test_nothing_is_held_where_the_head_is_the_gate(make_trainer):
 def test_what_needs_a_head_is_refused_without_one(name):
     with pytest.raises(ValueError, match=f"`{name}` is 'head', but `abstraction_head` is False"):
         RA3Config(abstraction_head=False, use_cpu=True, **{name: "head"})
+
+
+def test_the_head_learns_in_full_precision(make_trainer):
+    """Whatever the run's: M-updates learn inside the trainer's autocast, and a rounded head would not be the same."""
+    trainer, told = make_trainer(TEXTS, bf16=True), []
+    learn = trainer.loop.learner.learn
+
+    def noting(*args):
+        told.append((trainer.loop.phase.kind, torch.is_autocast_enabled("cpu")))
+        return learn(*args)
+
+    trainer.loop.learner.learn = noting
+    trainer.train()
+    assert set(told) == {("E", False), ("M", False)}
+
+
+def test_callbacks_hear_of_the_end_with_the_best_head(make_trainer):
+    """Trackers save the model then: its weights and its head must be of one checkpoint."""
+    heads = []
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            heads.append(weights(trainer.loop.learner.head))
+
+    trainer = make_trainer(
+        TEXTS, TEXTS[:2], e_steps=1, m_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="elbo", greater_is_better=True,
+    )  # fmt: skip
+    trainer.add_callback(AtTheEnd())
+    trainer.train()
+    assert furthest(heads[0], weights(load_head(trainer.state.best_model_checkpoint))) == 0
+
+
+def test_what_an_interrupted_update_saw_is_forgotten():
+    learner = learner_of()
+    learner.noted.append(seen(torch.randn(2, 8), [1.0] * 2, [1.0] * 2))
+    learner.begin_phase()
+    assert learner.noted == []

@@ -280,3 +280,37 @@ def test_sums_of_documents_add_up(base):
     with policy.inference():
         both, *each = (evaluate_documents(policy, part) for part in (documents, documents[:1], documents[1:]))
     assert both == pytest.approx({name: each[0][name] + each[1][name] for name in both})
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda policy, document: policy.rollout(document, [0]), "`boundaries` holds 0, where no latent may stand"),
+        (
+            lambda policy, document: policy.rollout(document, num_latents=0),
+            "`num_latents` is 0; it must be at least 1",
+        ),
+        (lambda policy, document: policy.annotate(document, way="resamlpe"), "`way` is 'resamlpe'"),
+        (lambda policy, document: policy.generate(["a"]), r"`prompt` is \['a'\]; give one text"),
+        (lambda policy, document: policy.generate("a", num_return_sequences=2), "`num_return_sequences` is above 1"),
+        (lambda policy, document: Policy.open(123), "`model` is 123; give a folder"),
+        (lambda policy, document: Policy.open(policy.model, tokenizer="gpt2"), "`tokenizer` is 'gpt2'"),
+    ],
+)
+def test_wrong_questions_are_answered_in_words(base, ask, says):
+    policy = open_here(base, num_latents=2)
+    document = policy.segment(TEXTS[0])[0]
+    assert 0 not in document.boundaries
+    with pytest.raises(ValueError, match=says):
+        ask(policy, document)
+
+
+def test_latents_are_drawn_without_dropout(base):
+    """A policy whose model is in training, as a trainer's is, thinks as it does in evaluation; the model goes on."""
+    policy = open_here(base, num_latents=2)
+    document = policy.segment(TEXTS[0])[0]
+    quiet = policy.rollout(document)
+    policy.model.model.layers[0].self_attn.attention_dropout = 0.9
+    policy.model.train()
+    loud = policy.rollout(document)
+    assert torch.equal(quiet.latent_line_logps_TGH, loud.latent_line_logps_TGH) and policy.model.training

@@ -46,6 +46,18 @@ def test_a_finished_run_does_no_update_more(make, tmp_path):
     assert furthest(weights(alone.model), weights(again.model)) == 0
 
 
+def test_a_finished_run_saves_and_evaluates_nothing_again(make, tmp_path):
+    """Strategies by epoch act at a pass's end, and there is no pass any more."""
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "m_steps": -1, "num_train_epochs": 1}
+    alone = make(eval_data=TEXTS[:2], **settings)
+    alone.train()
+    before, lines = folders(tmp_path / "run"), len(alone.state.log_history)
+    again = make(eval_data=TEXTS[:2], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert folders(tmp_path / "run") == before and again.state.global_step == alone.state.global_step
+    assert len(again.state.log_history) <= lines + 1  # the summary of this call
+
+
 # ---- what is refused, with nothing overwritten ----
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import furthest, weights
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
@@ -460,3 +460,17 @@ def test_all_runs_of_a_length_are_evaluated_on_the_same_documents(tmp_path, toke
     assert longest(ra3.train_dataset) <= context - context // 5
     assert ntp.eval_dataset.to_list() == ra3.eval_dataset.to_list() == ra3.train_dataset.to_list()
     assert ntp.evaluate()["eval_ce"] == ra3.evaluate()["eval_ce"] == ntp.evaluate(data)["eval_ce"] > 0
+
+
+def test_a_split_that_was_forgotten_is_asked_for(tiny_model, tokenizers):
+    tokenizer = tokenizers["newline_indent"]
+    data = DatasetDict(train=Dataset.from_dict({"text": ["x = 1\n"]}), test=Dataset.from_dict({"text": ["y = 1\n"]}))
+    args = RA3Config(output_dir="unused", m_steps=1, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"`train_dataset` has the splits \['test', 'train'\]; pass one of them"):
+        RA3MidTrainer(tiny_model("llama", tokenizer), args, data, None, tokenizer)
+
+
+def test_settings_of_another_kind_are_refused(tiny_model, tokenizers):
+    tokenizer = tokenizers["newline_indent"]
+    with pytest.raises(ValueError, match="`args` is a TrainingArguments; make an `RA3Config` of it"):
+        RA3MidTrainer(tiny_model("llama", tokenizer), TrainingArguments("x", use_cpu=True), processing_class=tokenizer)
