@@ -102,7 +102,15 @@ class RA3Config(TrainingArguments):
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
     max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
-    max_boundaries: int = setting("Boundaries of a document tried in an E-step; 0 is all.", 0, 0)
+    boundary_selection: str = setting(
+        "Boundaries tried in an E-step: drawn in proportion to how often the E-step thinks there; those where the "
+        "head predicts the largest gains, and annotation leaves out those where it sees no chance; or all, or "
+        "`max_boundaries` of them at random.", "gate", choices=("gate", "head", "random"),
+    )  # fmt: skip
+    boundary_budget: float = setting(
+        "Share of a document's boundaries tried in an E-step, by gate or head.", 0.25, 0, 1, above=True
+    )
+    max_boundaries: int = setting("Most boundaries of a document tried in an E-step; 0 is no limit.", 0, 0)
 
     # Abstraction head
     abstraction_head: bool = setting(
@@ -112,15 +120,10 @@ class RA3Config(TrainingArguments):
         "What decides whether to think: the think prefix's tokens, or the head; the tokens' P(think) is then held "
         "where it began.", "token", choices=("token", "head")
     )  # fmt: skip
-    boundary_selection: str = setting(
-        "Boundaries tried in an E-step: all, or `max_boundaries` drawn at random; or those where the head predicts "
-        "the largest gains, and annotation leaves out those where it sees no chance.", "random",
-        choices=("random", "head"),
+    boundary_exploration: float = setting(
+        "With boundary_selection=head, share of the boundaries tried that is drawn from all others.", 0.2, 0, 1,
+        above=True,
     )  # fmt: skip
-    boundary_budget: float = setting(
-        "Share of a document's boundaries tried, with boundary_selection=head.", 0.5, 0, 1, above=True
-    )
-    boundary_exploration: float = setting("Share of these drawn from all others.", 0.2, 0, 1, above=True)
     annotation_skip: float = setting(
         "With boundary_selection=head annotation proposes no latent where the chance that one would be kept, as "
         "predicted, is smaller.", 0.05, 0
@@ -146,9 +149,16 @@ class RA3Config(TrainingArguments):
         "Mean return of the other latents, or the return without latent.", "leave_one_out",
         choices=("leave_one_out", "no_think"),
     )  # fmt: skip
-    latent_weight: str = setting("Weight of a latent's gradient; gate is P(think).", "one", choices=("one", "gate"))
+    exploration: float = setting(
+        "The E-step thinks with probability (1 - e) P(think) + e, and latents count as often as it thinks; annotation "
+        "expects as much.",
+        0.05,
+        0,
+        0.5,
+    )
     gate_hold: str = setting(
-        "auto holds P(think) where it began until latents gain more than they cost where the model thinks.", "auto",
+        "auto holds P(think) where it began until the latents of a boundary together are known to gain more than one "
+        "costs where the model thinks, and again where it has been lost.", "auto",
         choices=("auto", "never", "always"),
     )  # fmt: skip
     kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
@@ -163,8 +173,13 @@ class RA3Config(TrainingArguments):
         "Left out: resample where there is an E-phase, none without.", None, choices=(None, "resample", "policy")
     )  # fmt: skip
     prior_alpha: float | None = setting(
-        "Prior probability of <act> in resampling; None: the model's own gate is the prior.", 0.7, 0, 1, above=True
-    )
+        "Prior probability of <act> in resampling; left out: the prior is how often the E-step thinks, by the model's "
+        "gate and `exploration`.", None, 0, 1, above=True
+    )  # fmt: skip
+    same_latent_tolerance: float = setting(
+        "Training stops with a warning, before an M-phase, when at the E-phase's end one latent is more than this "
+        "share of all and another document's would do as well; 1 never stops.", 0.5, 0, 1
+    )  # fmt: skip
     router_aux_loss_coef: float | None = setting(
         "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0
     )

@@ -83,7 +83,7 @@ def test_version_1_is_what_older_checkpoints_kept(make_trainer, tmp_path):
     [
         ('{"version": 2, "settings": {"horizon"', "ra3_config.json of .* is damaged"),
         ('{"version": 2}', "ra3_config.json of .* is damaged"),
-        ('{"version": 4, "settings": {}}', "is of version 4, and this ra3-trl reads up to 3; upgrade"),
+        ('{"version": 5, "settings": {}}', "is of version 5, and this ra3-trl reads up to 4; upgrade"),
         ('{"version": 2, "settings": {"horizzon": 1}}', "fields that no `RA3Config` has: horizzon"),
         ('{"version": 2, "settings": {"horizon": 0}}', "`horizon` is 0; it must be at least 1"),
         (None, "has no ra3_config.json; it was not trained by RA3MidTrainer"),

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from ra3_trl import RA3Config
-from ra3_trl.em import GateHold, mstep_loss, pack, plan_schedule, split_example
+from ra3_trl.em import mstep_loss, pack, plan_schedule, split_example
+from ra3_trl.losses import compute_returns
 from ra3_trl.policy import Policy, annotate, evaluate_documents, finish_metrics
+from ra3_trl.policy.annotate import _log_prior
 from ra3_trl.records import AnnotatedExample, Document, Latent
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
@@ -148,27 +150,35 @@ def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tm
     assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
 
 
-def test_resampling_picks_the_posterior(setting, tmp_path):
-    """With a prior of nearly 1 for thinking every boundary gets a latent; with one of nearly 0 none does."""
+def test_resampling_picks_the_posterior_of_those_that_pay(setting, tmp_path):
+    """With a prior of nearly 1 for thinking every boundary draws a latent, and those that bring more than the penalty
+    are placed; with a prior of nearly 0 none is. What is placed brings what the engine says."""
     _, engine, document = setting
-    for alpha, expected in ((1e-12, len(document.boundaries)), (1 - 1e-15, 0)):
-        args = RA3Config(output_dir=str(tmp_path), horizon=1, prior_alpha=alpha, max_latent_length=5, num_latents=2)
-        assert len(annotate(Policy(engine, args), document, NOISE).placed) == expected
+    settings = {"output_dir": str(tmp_path), "horizon": 1, "max_latent_length": 5, "num_latents": 2}
+    group = engine.rollout(document, document.boundaries, 2, 1, NOISE)
+    gains = compute_returns(group, 1, 1.0).gain_TG
+    for penalty in (0.0, float(gains.max()) - 0.01):
+        placed = annotate(Policy(engine, RA3Config(**settings, prior_alpha=1e-12, penalty=penalty)), document, NOISE)
+        assert placed.worth.keys() == placed.placed.keys() and all(w > penalty for w in placed.worth.values())
+        for t, boundary in enumerate(group.boundaries):
+            if bool((gains[t] > penalty).all()):
+                assert boundary in placed.placed
+            if boundary in placed.placed:
+                g = group.latents[t].index(placed.placed[boundary])
+                assert placed.worth[boundary] == pytest.approx(float(gains[t, g]), abs=1e-4)
+            elif bool((gains[t] <= penalty).all()):
+                assert boundary not in placed.worth
+        assert bool((gains > penalty).any()) and len(placed.placed) < len(document.boundaries)
+    never = RA3Config(**settings, prior_alpha=1 - 1e-15, penalty=0.0)
+    assert not annotate(Policy(engine, never), document, NOISE).placed
 
 
-def test_gate_hold_releases_once_latents_pay():
-    hold = GateHold("auto", penalty=0.2)
-    hold.update(-1.0)
-    assert hold.holds
-    hold.update(3.0)  # 0.8 * -1 + 0.2 * 3 = -0.2
-    assert hold.average == pytest.approx(-0.2)
-    assert hold.holds
-    hold.update(3.0)  # 0.8 * -0.2 + 0.2 * 3 = 0.44 > 0.2
-    assert not hold.holds
-    hold.update(-50.0)
-    assert not hold.holds
-    assert not GateHold("never", 0.2).holds
-    assert GateHold("always", 0.2, released=True).holds
+def test_the_prior_of_annotation_is_how_often_the_e_step_thinks(setting, tmp_path):
+    _, engine, document = setting
+    policy = Policy(engine, RA3Config(output_dir=str(tmp_path), exploration=0.1))
+    group = engine.trunk(document)
+    wanted = 0.9 * group.gate_logps_A[list(document.boundaries)].exp() + 0.1
+    torch.testing.assert_close(_log_prior(policy, group, document.boundaries).exp(), wanted)
 
 
 def test_trunk_gates_are_probabilities(setting):

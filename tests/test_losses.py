@@ -16,6 +16,7 @@ from ra3_trl.losses import (
     code_bounds,
     compute_returns,
     estep_loss,
+    explored,
     gate_slope,
     log1mexp,
     next_token_loss,
@@ -23,6 +24,7 @@ from ra3_trl.losses import (
     resampling_logits,
 )
 from ra3_trl.losses.estep import gate_anchor
+from ra3_trl.policy.decisions import inclusion_probs
 from ra3_trl.records import Action, Boundary, Document, Latent, PolicyLogProbs, RolloutGroup
 
 
@@ -153,11 +155,20 @@ def test_advantages_by_hand():
     assert torch.equal(advantages(returns, 0.0), advantages(returns, 7.0))
 
 
-def test_gate_slope_and_hold():
-    """Mean gains 1 and -1, c = 0.25: slopes 0.75 and -1.25; a held gate has none."""
-    gain = torch.tensor([[0.0, 2.0], [-3.0, 1.0]])
-    assert gate_slope(gain, 0.25, hold=False).tolist() == [0.75, -1.25]
-    assert gate_slope(gain, 0.25, hold=True).tolist() == [0.0, 0.0]
+def test_gate_slope_by_hand():
+    """Gains log 4 and minus infinity, no cost: e^m = (4 + 0) / 2 = 2, so at p = 1/2 the slope is (2 - 1) / (1/2 + 1) =
+    2/3; in the log-odds 1/6, which is the posterior 2/3 less the prior 1/2. A cost of log 2 makes e^m = 1: nothing to
+    gain. Where P(think) is 0 and thinking pays without bound, the slope is finite."""
+    gain, half = torch.tensor([[math.log(4), -math.inf]]), torch.tensor([0.5]).log()
+    assert gate_slope(gain, half, 0.0).tolist() == pytest.approx([2 / 3])
+    assert gate_slope(gain, half, LOG2).tolist() == pytest.approx([0.0], abs=1e-6)
+    assert math.isfinite(float(gate_slope(torch.tensor([[900.0, 900.0]]), torch.tensor([-math.inf]), 0.0)))
+
+
+def test_how_often_an_e_step_thinks():
+    """(1 - 0.1) 0.5 + 0.1 = 0.55, and 0.1 where the gate says never."""
+    found = explored(torch.tensor([math.log(0.5), -math.inf]), 0.1)
+    assert found.tolist() == pytest.approx([0.55, 0.1])
 
 
 def test_the_anchor_of_a_held_gate_by_hand():
@@ -175,24 +186,35 @@ def logps_of(gate_T, token_n, branch_n) -> PolicyLogProbs:
     return PolicyLogProbs(gate_T, token_n, branch_n)
 
 
-def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:
-    advantage = torch.zeros_like(gain_TG) if advantage is None else advantage
-    weight = torch.ones(len(gain_TG)) if weight is None else weight
-    return EStepTerms(gate_slope(gain_TG, penalty, hold), advantage, weight)
-
-
-def test_the_gates_gradient_is_that_of_j():
-    """J = (1-p) G_act + p (mean_g G_g - c), differentiated by autograd through p = sigmoid(w)."""
+def test_the_gates_gradient_is_that_of_the_multi_sample_bound():
+    """log[(1-p) exp(G_act) + p mean_g exp(G_g - c)], differentiated by autograd through p = sigmoid(w); in the
+    log-odds it is the posterior of thinking, with which annotation resamples, less p."""
     torch.manual_seed(0)
     w = torch.randn(5, requires_grad=True, dtype=torch.double)
     returns, c = Returns(torch.randn(5).double(), torch.randn(5, 3).double()), 0.2
-    p = w.sigmoid()
-    objective = ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - c)).sum()
-    (wanted,) = torch.autograd.grad(objective, w)
+    log_p, log_q = torch.nn.functional.logsigmoid(w), torch.nn.functional.logsigmoid(-w)
+    mean = torch.logsumexp(returns.latent_TG - c, 1) - math.log(3)
+    (wanted,) = torch.autograd.grad(torch.logaddexp(log_q + returns.act_T, log_p + mean).sum(), w)
+    slope = gate_slope(returns.gain_TG, log_p.detach(), c)
     none = torch.zeros(0, dtype=torch.double)
-    loss, _ = estep_loss(terms_of(returns.gain_TG, c), logps_of(torch.nn.functional.logsigmoid(w), none, none.long()))
+    terms = EStepTerms(slope, torch.zeros(5, 3).double(), torch.ones(5).double(), torch.zeros(5))
+    loss, _ = estep_loss(terms, logps_of(log_p, none, none.long()))
     (found,) = torch.autograd.grad(loss, w)
     torch.testing.assert_close(-found, wanted)
+    posterior = resampling_logits(returns.act_T, returns.latent_TG - c, log_p.detach()).softmax(1)[:, 1:].sum(1)
+    torch.testing.assert_close(-found, posterior - log_p.detach().exp())
+
+
+def test_an_even_chance_keeps_the_gate_open_where_the_mean_gain_closes_it():
+    """Single latents that bring +3 and -3.3 nats, half and half: the mean gain is -0.15, whose gate ends at 0. With
+    e^3 - 1 = 19.09 and e^-3.3 - 1 = -0.963 the bound's slopes balance where 19.09 / (1 + 19.09 p) = 0.963 /
+    (1 - 0.963 p), that is 19.09 - 18.38 p = 0.963 + 18.38 p, p = 0.493."""
+    gain = torch.tensor([[3.0], [-3.3]])
+
+    def slope(p: float) -> float:
+        return float(gate_slope(gain, torch.full((2,), math.log(p)), 0.0).sum())
+
+    assert slope(0.47) > 0 > slope(0.51) and float(gain.mean()) < 0
 
 
 def test_estep_loss_by_hand():
@@ -200,14 +222,14 @@ def test_estep_loss_by_hand():
 
     gate: -0.5 * 2 = -1. policy: -(3 * (-1 - 2) + -1 * -4) / 2 = 2.5. Sum over boundaries, mean over latents.
     """
-    terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1))
+    terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1), torch.zeros(1))
     logps, branch = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1])
     live = logps_of(torch.tensor([-LOG2]), logps, branch)
     loss, parts = estep_loss(terms, live)
     assert float(parts["gate"]) == pytest.approx(-1) and float(parts["policy"]) == pytest.approx(2.5)
     assert float(loss) == pytest.approx(1.5)
     # Weight P(think) = 1/2 halves the policy part.
-    halved = EStepTerms(terms.gate_gain_T, terms.advantage_TG, torch.tensor([0.5]))
+    halved = replace(terms, weight_T=torch.tensor([0.5]))
     assert float(estep_loss(halved, live)[1]["policy"]) == pytest.approx(1.25)
     # KL: k3 of equal log-probs is 0.
     same, _ = estep_loss(terms, live, 1.0, live)
@@ -217,6 +239,9 @@ def test_estep_loss_by_hand():
     assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2) and float(other) == pytest.approx(
         1.5 + 0.05 * (LOG2 - 0.5)
     )
+    # Latents count as often as they are written, and so does their KL.
+    far = replace(live, token_n=logps - torch.tensor([LOG2, 0, 0]))
+    assert float(estep_loss(halved, live, 0.1, far)[1]["kl"]) == pytest.approx((LOG2 - 0.5) / 4)
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
@@ -232,8 +257,9 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
         actions = torch.tensor(draw)
         returns = Returns(torch.tensor([0.7], dtype=torch.double), reward[actions][None])
         terms = EStepTerms(
-            torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double)
-        )
+            torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double),
+            torch.zeros(1),
+        )  # fmt: skip
         logps = logits.log_softmax(-1)[actions]
         loss, _ = estep_loss(terms, logps_of(torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2)))
         (gradient,) = torch.autograd.grad(loss, logits)
@@ -241,22 +267,39 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
     torch.testing.assert_close(total, wanted)
 
 
-def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
-    """With weight P(think), gate and latents together ascend J itself: p = sigmoid(w), latents 2, G = 2."""
-    logits = torch.tensor([0.4, -0.3], dtype=torch.double, requires_grad=True)
-    w = torch.tensor([0.2], dtype=torch.double, requires_grad=True)
-    reward, act, c = torch.tensor([1.0, -1.5], dtype=torch.double), torch.tensor([0.3], dtype=torch.double), 0.1
-    p, pi = w.sigmoid(), logits.softmax(-1)
-    wanted = torch.autograd.grad(((1 - p) * act + p * ((pi * reward).sum() - c)).sum(), (w, logits), retain_graph=True)
-    found = [torch.zeros(1, dtype=torch.double), torch.zeros(2, dtype=torch.double)]
-    for draw in itertools.product(range(2), repeat=2):
-        actions = torch.tensor(draw)
-        returns = Returns(act, reward[actions][None])
-        terms = EStepTerms(gate_slope(returns.gain_TG, c, False), advantages(returns, c), w.sigmoid().detach())
-        log_p = torch.nn.functional.logsigmoid(w)
-        loss, _ = estep_loss(terms, logps_of(log_p, logits.log_softmax(-1)[actions], torch.arange(2)))
-        for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
-            total -= float(pi.detach()[actions].prod()) * gradient
+@pytest.mark.parametrize("exploration", [0.0, 0.1])
+def test_drawn_boundaries_give_the_gradient_of_the_whole_objective(exploration):
+    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there; two latents, G = 2. Over
+    all draws the loss is that of `sum_t b_t E[R]` for the latents, `b = (1 - e) p + e` as a constant, and of the
+    expected multi-sample bound for the gates, though the boundaries tried are the same as often as they pay."""
+    logits = torch.tensor([[0.4, -0.3], [1.0, 0.2]], dtype=torch.double, requires_grad=True)
+    w = torch.tensor([0.2, -1.5], dtype=torch.double, requires_grad=True)
+    reward, act = torch.tensor([[1.0, -1.5], [0.2, 0.6]], dtype=torch.double), torch.tensor([0.3, 0.1]).double()
+    log_p, pi, c = torch.nn.functional.logsigmoid(w), logits.softmax(-1), 0.1
+    behaves = explored(log_p.detach(), exploration)
+    probs = inclusion_probs(behaves.numpy(), 1)
+    draws = [torch.tensor(draw) for draw in itertools.product(range(2), repeat=2)]
+    wanted = (behaves * (pi * reward).sum(1)).sum()
+    for t in range(2):
+        for draw in draws:
+            bound = torch.logaddexp(-torch.nn.functional.softplus(w[t]) + act[t],
+                                    log_p[t] + torch.logsumexp(reward[t][draw] - c, 0) - LOG2)  # fmt: skip
+            wanted = wanted + float(pi.detach()[t][draw].prod()) * bound
+    wanted = torch.autograd.grad(wanted, (w, logits))
+    found = [torch.zeros(2, dtype=torch.double), torch.zeros(2, 2, dtype=torch.double)]
+    for t in range(2):
+        for draw in draws:
+            returns = Returns(act[t : t + 1], reward[t][draw][None])
+            inverse = torch.tensor([1 / probs[t]])
+            terms = EStepTerms(
+                inverse * gate_slope(returns.gain_TG, log_p[t : t + 1].detach(), c), advantages(returns, c),
+                inverse * behaves[t : t + 1], torch.zeros(1),
+            )  # fmt: skip
+            log_p = torch.nn.functional.logsigmoid(w)
+            live = logps_of(log_p[t : t + 1], logits[t].log_softmax(-1)[draw], torch.arange(2))
+            loss, _ = estep_loss(terms, live)
+            for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
+                total -= probs[t] * float(pi.detach()[t][draw].prod()) * gradient
     for total, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(total, gradient)
 
@@ -267,7 +310,7 @@ def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
 def test_the_kl_estimator_is_never_negative_and_unbiased():
     """k3 = r - 1 - log r with r = ref / pi; its mean under pi is sum pi log(pi / ref), by enumeration of 3 symbols."""
     pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
-    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 1), torch.ones(1))
+    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 1), torch.ones(1), torch.zeros(1))
     mean = 0.0
     for symbol in range(3):
         logps, ref_logps = pi[symbol : symbol + 1].log(), ref[symbol : symbol + 1].log()

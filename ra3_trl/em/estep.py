@@ -8,15 +8,16 @@ ratio), live or frozen reward model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ..config import RA3Config
-from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_loss, gate_slope
+from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_loss, explored, gate_slope
 from ..models import BaseWeights, FrozenWeights
-from ..policy import LatentSource, Policy, choose_boundaries, choose_by_promise
+from ..policy import LatentSource, Policy, choose_to_try, gains_over_other
 from ..records import Document, PolicyLogProbs, RolloutGroup
 from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey, check_finite
@@ -36,7 +37,7 @@ class Chunk:
 class Rollout:
     """A group with its returns.
 
-    `weight_T`: inverse-probability weight of each tried boundary, 1 on average. `terms`: the reward's terms apart,
+    `weight_T`: inverse of each boundary's probability of being tried. `terms`: the reward's terms apart,
     `[T, G]` each, where there are several. `scored_live`: whether lines under latents and returns are the policy's, or
     another reward model's; lines without latents and gates are the policy's in any case.
     """
@@ -104,13 +105,8 @@ class EStep:
         weights: list[torch.Tensor] = []
 
         def choose(trunk: RolloutGroup) -> tuple[int, ...]:
-            # Asked by the engine once the document has run, since the head reads its states.
-            if self.args.boundary_selection == "head" and self.policy.head is not None and trunk.states_SD is not None:
-                promise_S = self.policy.head.promise(trunk.states_SD)
-                boundaries, weight_T = choose_by_promise(trunk.document, promise_S, self.args, noise)
-            else:
-                boundaries = choose_boundaries(trunk.document, self.args.max_boundaries, noise)
-                weight_T = torch.ones(len(boundaries))
+            # Asked by the engine once the document has run, since gates and the head's states are read there.
+            boundaries, weight_T = choose_to_try(self.policy.head, self.policy.decide(trunk), self.args, noise)
             weights.append(weight_T)
             return boundaries
 
@@ -157,6 +153,12 @@ class EStep:
                 for group, chunks in zip(groups, split, strict=True)
             ]
 
+    def over_other(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Nats that latents of the policy bring more than those of another document, see `policy/blandness.py`."""
+        groups = [rollout.group for rollout in rollouts if rollout.group.view is None]
+        with nullcontext() if self.reward is None else self.reward.applied(), self.policy.backbone.gathered():
+            return gains_over_other(self.engine, groups, self.args.discount)
+
     # ---- loss ----
 
     def backward(
@@ -171,7 +173,7 @@ class EStep:
 
         Args:
             num_boundaries (`float`):
-                Boundaries of the whole accumulation window and all processes: the loss's denominator.
+                Boundaries of the whole accumulation window and all processes, tried or not: the loss's denominator.
             hold (`bool`):
                 Whether the gate is held at its value at the start.
             chunks (`int`, *optional*, defaults to `0`):
@@ -201,22 +203,23 @@ class EStep:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of some boundaries of a rollout, summed over them."""
         logps = self.engine.log_probs(rollout.group.drawn, chunk.boundaries, through)
-        # A latent that was drawn from a view has no gate: whether to think is the policy's to say.
-        gated = rollout.group.view is None
-        terms = self.terms(rollout, chunk.boundaries, hold or not gated, logps.gate_T.device)
-        anchored = hold and gated
-        loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference, anchored)
+        terms = self.terms(rollout, chunk.boundaries, hold, logps.gate_T.device)
+        loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference)
         if logps.router is not None:
             named["router"] = logps.router.detach() * len(logps.gate_T)
             loss = loss + logps.router * len(logps.gate_T)
         return loss, named
 
     def terms(self, rollout: Rollout, part: slice, hold: bool, device: torch.device | str = "cpu") -> EStepTerms:
-        """Constants of the loss at some boundaries: the gate's slope, the latents' advantages and weights."""
+        """Constants of the loss at some boundaries: the gate's slope or anchor, the latents' advantages and weights."""
+        args, weight, none = self.args, rollout.weight_T[part], torch.zeros_like(rollout.weight_T[part])
         returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
-        slope = rollout.weight_T[part] * gate_slope(returns.gain_TG, self.args.penalty, hold)
-        advantage = advantages(returns, self.args.penalty, self.args.baseline)
-        weight = torch.ones_like(slope)
-        if self.args.latent_weight == "gate":
-            weight = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])].exp()
-        return EStepTerms(slope.to(device), advantage.to(device), weight.to(device))
+        advantage = advantages(returns, args.penalty, args.baseline)
+        if rollout.group.view is not None:
+            # Latents that were drawn from a view have no gate: whether to think is the policy's to say, and what
+            # proposes them learns wherever it is asked.
+            return EStepTerms(none.to(device), advantage.to(device), weight.to(device), none.to(device))
+        log_think = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])]
+        slope = none if hold else weight * gate_slope(returns.gain_TG, log_think, args.penalty)
+        thinks, anchor = weight * explored(log_think, args.exploration), weight if hold else none
+        return EStepTerms(*(value.to(device) for value in (slope, advantage, thinks, anchor)))

@@ -17,9 +17,9 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..config import RA3Config
-from ..losses import Returns, compute_returns
+from ..losses import Returns, compute_returns, log_mean_gain
 from ..models import AbstractionConfig, AbstractionHead
-from ..policy import HeadDecisions, measured_gain
+from ..policy import HeadDecisions
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 
@@ -77,11 +77,10 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
     of; gain and spread in nats of the lines' likelihood, as annotation knows it."""
     likelihood = compute_returns(group, args.horizon, args.discount)
     none = torch.full_like(returns.act_T, torch.nan)
-    slope = returns.gain_TG.mean(1) - args.penalty
+    slope = log_mean_gain(returns.gain_TG) - args.penalty
     keys, spread = boundary_keys(group.document, group.boundaries), likelihood.latent_TG.std(1, correction=0)
-    return Observations(
-        keys, group.states_at(group.boundaries), slope, none, measured_gain(likelihood), spread, weight_T
-    )
+    gain = log_mean_gain(likelihood.gain_TG)
+    return Observations(keys, group.states_at(group.boundaries), slope, none, gain, spread, weight_T)
 
 
 class HeadLearner(HeadDecisions):

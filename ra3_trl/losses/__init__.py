@@ -1,7 +1,7 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
 from .elbo import code_bounds, resampling_logits
-from .estep import EStepTerms, estep_loss, gate_slope
+from .estep import EStepTerms, estep_loss, explored, gate_slope, log_mean_gain
 from .ntp import next_token_loss
 from .returns import Returns, advantages, compute_returns, log1mexp, renormalise
 
@@ -13,8 +13,10 @@ __all__ = [
     "code_bounds",
     "compute_returns",
     "estep_loss",
+    "explored",
     "gate_slope",
     "log1mexp",
+    "log_mean_gain",
     "next_token_loss",
     "renormalise",
     "resampling_logits",

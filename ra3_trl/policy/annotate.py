@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import Returns, compute_returns, log1mexp, resampling_logits
+from ..losses import compute_returns, explored, log1mexp, log_mean_gain, resampling_logits
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey
 from ..segmentation import splice
@@ -32,10 +32,11 @@ _WINDOW = 8  # boundaries proposed together where a latent placed changes what f
 
 @dataclass(frozen=True)
 class _Choice:
-    """What was chosen for some boundaries: the latents to place, the gains that were measured in nats, and the
-    effective sample sizes of the candidates; each by boundary."""
+    """What was chosen for some boundaries: the latents to place and what each brings in nats; what thinking brings,
+    and the effective sample sizes of the candidates, where they were measured; each by boundary."""
 
     placed: dict[int, Latent] = field(default_factory=dict)
+    worth: dict[int, float] = field(default_factory=dict)
     gains: dict[int, float] = field(default_factory=dict)
     sizes: dict[int, float] = field(default_factory=dict)
 
@@ -44,7 +45,7 @@ class _Choice:
         return _Choice(*({b: value for b, value in part.items() if b <= last} for part in vars(self).values()))
 
     def __or__(self, other: _Choice) -> _Choice:
-        return _Choice(self.placed | other.placed, self.gains | other.gains, self.sizes | other.sizes)
+        return _Choice(*(mine | yours for mine, yours in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def annotate(policy: Policy, document: Document, noise: NoiseKey, way: str | None = None) -> AnnotatedExample:
@@ -81,20 +82,13 @@ def annotate(policy: Policy, document: Document, noise: NoiseKey, way: str | Non
             last = next(iter(choice.placed), last)
         done |= choice.up_to(last)
         boundaries = [boundary for boundary in boundaries if boundary > last]
-    return replace(splice(document, done.placed), gains=done.gains, sizes=done.sizes)
-
-
-def measured_gain(returns: Returns) -> torch.Tensor:
-    """`log mean_g exp G_g - G_act` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being summed
-    over and not known."""
-    latent = torch.logsumexp(returns.latent_TG, 1) - math.log(returns.latent_TG.shape[1])
-    return latent - returns.act_T
+    return replace(splice(document, done.placed), worth=done.worth, gains=done.gains, sizes=done.sizes)
 
 
 def _log_prior(policy: Policy, group: RolloutGroup, boundaries: Sequence[int]) -> torch.Tensor:
     """Log prior probability of thinking at `boundaries`, `[len(boundaries)]`."""
     if policy.args.prior_alpha is None:
-        return policy.decide(group).decision_logps_A[list(boundaries)]
+        return explored(policy.decide(group).decision_logps_A[list(boundaries)], policy.args.exploration).log()
     return torch.full((len(boundaries),), math.log(1 - policy.args.prior_alpha))
 
 
@@ -112,7 +106,11 @@ def _choose_by_policy(policy: Policy, context: Document, boundaries: Sequence[in
 
 
 def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequence[int], noise: NoiseKey) -> _Choice:
-    """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
+    """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines.
+
+    The penalty is no part of the weights, whose prior says how often to think; but a latent that is drawn and does not
+    bring what it costs is not placed: beside others that are no better it would be, by chance alone.
+    """
     args = policy.args
 
     def hopeful(trunk: RolloutGroup) -> Sequence[int]:
@@ -131,8 +129,11 @@ def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequenc
     u = torch.as_tensor(noise.uniform(context.doc_id, line_numbers(context, group.boundaries), CHOICE, 0))
     # Inverse CDF; the clamp is for a cumulative sum that rounding left just below 1.
     drawn = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1).tolist()
+    pays = [(t, b, g - 1) for t, (b, g) in enumerate(zip(group.boundaries, drawn, strict=True)) if g > 0]
+    pays = [(t, b, g) for t, b, g in pays if worth.gain_TG[t, g] > args.penalty]
     return _Choice(
-        {b: group.latents[t][g - 1] for t, (b, g) in enumerate(zip(group.boundaries, drawn, strict=True)) if g > 0},
-        dict(zip(group.boundaries, measured_gain(returns).tolist(), strict=True)),
+        {b: group.latents[t][g] for t, b, g in pays},
+        {b: float(worth.gain_TG[t, g]) for t, b, g in pays},
+        dict(zip(group.boundaries, log_mean_gain(returns.gain_TG).tolist(), strict=True)),
         dict(zip(group.boundaries, (1 / weights.square().sum(-1)).tolist(), strict=True)),
     )

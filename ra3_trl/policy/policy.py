@@ -42,7 +42,7 @@ from .text import token_text
 THINKING = (
     "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
     "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon", "discount",
-    "line_reduction", "annotation", "prior_alpha",
+    "line_reduction", "penalty", "exploration", "annotation", "prior_alpha",
 )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ class Policy:
         if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
             head = None  # it knows nothing of such boundaries
         if head is None or not args.abstraction_head:
-            for field, other in (("gate", "token"), ("boundary_selection", "random")):
+            for field, other in (("gate", "token"), ("boundary_selection", "gate")):
                 if changes.get(field) == "head":
                     raise ValueError(
                         f"`{field}` is 'head', but {name!r} has no trained abstraction head for "
