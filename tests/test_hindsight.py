@@ -567,8 +567,10 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
         ({"proposal": "fim", "annotation": "policy"}, "set `annotation='resample'`"),
         ({"proposal": "fim", "line_reduction": "mean"}, "set `line_reduction='sum'`"),
         ({"proposal": "causal+fim", "num_latents": 3}, "2 or more of each of the 2 parts"),
-        ({"proposal": "causal+fim", "num_latents": 1, "e_steps": 0, "annotation": "resample"},
-         "`num_latents` is 1, but `proposal`"),
+        (
+            {"proposal": "causal+fim", "num_latents": 1, "e_steps": 0, "annotation": "resample"},
+            "`num_latents` is 1, but `proposal`",
+        ),
         ({"proposal": "causal+fim", "eval_num_latents": 1}, "`eval_num_latents` is 1, but `proposal`"),
         ({"proposal": "fim", "gate": "head"}, "give 'causal' a share"),
         ({"proposal": "fim", "gate_hold": "always"}, "`gate_hold` is 'always', but without"),
@@ -830,9 +832,7 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
         SamplingParams(2),
     )
     (document,) = segmenter(tokenizer_of)(0, CODE)
-    args = HindsightConfig(
-        "x", proposal="causal+fim", num_latents=4, horizon=1, max_boundaries=1, use_cpu=True
-    )
+    args = HindsightConfig("x", proposal="causal+fim", num_latents=4, horizon=1, max_boundaries=1, use_cpu=True)
     causal, known = roll_out(engine, document, args, fim(tokenizer_of, 1.0, 1.0))
     boundary = known.group.boundaries[0]
     line = document.actions[boundary + 1]
