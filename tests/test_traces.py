@@ -1,4 +1,4 @@
-"""The replication's experiment on a real checkpoint: its programs, its measures, and all of it on a tiny random model."""
+"""The replication's experiment on a real checkpoint: programs, measures, and all of it on a tiny random model."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from benchmarks.replication.records import PreparedRecipe, TraceCorpus, TraceMea
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.testbed import content_hash
 from benchmarks.replication.traces import ASSERTION, EXPERT, PREPARATION, USELESS, answer, programs, tasks
+from ra3_trl.segmentation import PYTHON, Segmenter
 
 
 TASK = TraceTask("result = mix(7, 4)\n", "# x = 3, y = 7, x = 6", 6)
@@ -96,7 +97,7 @@ def test_traces_and_values_are_what_python_computes():
 
 
 def test_comments_are_where_and_as_often_as_the_corpus_says():
-    """2,000 programs: 1,200 traces of which 95 % are right, 300 useless comments; standard deviations 22, 0.006, 16."""
+    """2,000 programs: 1,200 traces of which 95 % are right, 300 useless comments; deviations 22, 0.006, 16."""
     counts: Counter[str] = Counter()
     for text in programs(PREPARATION, 7, 2000)["text"]:
         *lines, _ = text.splitlines()
@@ -191,30 +192,29 @@ def test_comments_are_drawn_whole_and_alone(tokenizers):
 
 
 def test_gates_are_probabilities_of_the_think_prefix(folder):
-    """Against each line's prompt by itself: `#` behind a newline, and behind the indent in the function."""
+    """Against one forward of the code so far and the prefix: six a program, the last before its assertion."""
     model, tokenizer = real.load(str(folder))
     asked = tasks(3, 2)
     there, elsewhere = gates(model.eval(), tokenizer, asked)
     probs: dict[bool, list[float]] = {True: [], False: []}
     for one in asked:
-        lines = [*one.prompt.splitlines(), answer(one)]
-        for k in range(1, len(lines)):
-            if lines[k]:  # a blank line belongs to the one behind it
-                code = "\n".join(lines[:k]).rstrip("\n")
-                indent = " " * (len(lines[k]) - len(lines[k].lstrip()))
-                gap = "\n\n" if not lines[k - 1] else "\n"
-                probs[k == len(lines) - 1].append(_probability(model, tokenizer, code, f"{gap}{indent}#"))
-    assert len(probs[False]) == 10  # five a program
+        (document,) = Segmenter(tokenizer, PYTHON, 1000)(0, f"{one.prompt}{answer(one)}\n")
+        for action in (document.actions[k] for k in document.boundaries):
+            line = tokenizer.decode(document.input_ids[action.start : action.end])
+            before = document.input_ids[: action.start]
+            probs[line.startswith("assert")].append(_probability(model, before, action.boundary.think))
+    assert (len(probs[True]), len(probs[False])) == (2, 10)
     assert there == pytest.approx(sum(probs[True]) / 2, rel=0.1)  # bfloat16
     assert elsewhere == pytest.approx(sum(probs[False]) / 10, rel=0.1)
+    assert there > 2 * elsewhere or elsewhere > 2 * there  # or they could be mixed up
 
 
 @torch.no_grad()
-def _probability(model, tokenizer, code: str, more: str) -> float:
-    """Of the last token of `more` behind all before it."""
-    ids = tokenizer(code + more, return_tensors="pt")["input_ids"]
+def _probability(model, before: list[int], think: tuple[int, ...]) -> float:
+    """Of the tokens of `think` behind those `before`."""
     with torch.autocast("cpu", torch.bfloat16):
-        return float(model(input_ids=ids[:, :-1]).logits[0, -1].float().softmax(-1)[ids[0, -1]])
+        logits = model(input_ids=torch.tensor([[*before, *think]])).logits[0, len(before) - 1 : -1]
+    return float(logits.float().log_softmax(-1).gather(1, torch.tensor(think)[:, None]).sum().exp())
 
 
 # ---- the recipes ----
@@ -305,7 +305,7 @@ def test_means_over_runs():
         for text, share in (("# a", 0.2), ("# b", 0.6))
     ]
     found = summary(rows)
-    assert {found[name] for name in NUMBERS} == {pytest.approx(0.4)} and found["seconds"] == pytest.approx(4)
+    assert all(found[name] == pytest.approx(0.4) for name in NUMBERS) and found["seconds"] == pytest.approx(4)
     assert found["most_frequent"] == {"text": "# b", "share": 0.6} and found["runs"] is rows
 
 

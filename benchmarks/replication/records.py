@@ -277,7 +277,7 @@ class TraceCorpus:
 
 @dataclass(frozen=True)
 class TraceTask:
-    """A program up to its last line, `assert result == 6`, the right comment, `# x = 3, y = 7, x = 6`, and the value."""
+    """A program up to its last line `assert result == 6`; the right comment, `# x = 3, y = 7, x = 6`; the value."""
 
     prompt: str
     trace: str
