@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -16,7 +15,9 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM
 
-from benchmarks.replication import real, real_measure, run
+from benchmarks import common
+from benchmarks.__main__ import main
+from benchmarks.replication import real, real_measure
 from benchmarks.replication.real import midtrain, on_base, prepare
 from benchmarks.replication.real_gate import (
     ABLATIONS,
@@ -32,6 +33,7 @@ from benchmarks.replication.records import PreparedRecipe, TraceCorpus, TraceMea
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.testbed import content_hash
 from benchmarks.replication.traces import ASSERTION, EXPERT, PREPARATION, USELESS, answer, programs, tasks
+from ra3_trl.cli import demo
 from ra3_trl.segmentation import PYTHON, Segmenter
 
 
@@ -253,6 +255,17 @@ def test_other_defaults_are_another_run_but_for_next_token_prediction(monkeypatc
 # ---- the runs ----
 
 
+def test_the_models_conversion_says_nothing_where_the_json_goes(monkeypatch, capsys):
+    def converting() -> Path:
+        demo.console.print("Converting ...")
+        return Path("there")
+
+    monkeypatch.setattr(demo, "default_model", converting)
+    assert common.default_model() == "there"
+    said = capsys.readouterr()
+    assert not said.out and "Converting" in said.err
+
+
 def test_a_base_that_was_put_there_is_taken(tmp_path, folder, base):
     store = Store(tmp_path)
     store.folder(base).mkdir(parents=True)
@@ -268,7 +281,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path, monkeypa
     recipe = replace(base, steps=4)
     make = prepare
     if e_steps:
-        small = (("num_latents", 2), ("code_loss_tolerance", 1e9))
+        small = (("num_latents", 2),)
         recipe = TraceMidRecipe(
             base, 0, e_steps=e_steps, m_steps=2, batch_size=2, programs=8, max_latent_length=3, settings=small
         )
@@ -309,17 +322,36 @@ def test_means_over_runs():
     assert found["most_frequent"] == {"text": "# b", "share": 0.6} and found["runs"] is rows
 
 
-def test_the_command_at_toy_size(tmp_path, monkeypatch, base):
+def test_the_command_at_toy_size(tmp_path, monkeypatch, capsys, base):
     """Two seeds, then once more out of the cache alone."""
-    small = (("num_latents", 2), ("code_loss_tolerance", 1e9))
+    small = (("num_latents", 2),)
     ntp = TraceMidRecipe(base, 0, m_steps=2, batch_size=2, programs=8, max_latent_length=3)
     arms = {"base": None, "ntp": ntp, "ra3": replace(ntp, e_steps=1, m_steps=1, settings=small)}
     experiment = RealExperiment(base, arms, TraceMeasureRecipe(base, tasks=3, drawn=2, draws=2))
     monkeypatch.setitem(REAL_EXPERIMENTS, "toy", lambda: experiment)
     monkeypatch.setattr(real_measure, "TOKENS", 8)
-    args = argparse.Namespace(seeds=2, bases=None, cache=str(tmp_path), threads=1, full=False, experiment="toy")
-    found = run(args)
-    assert json.loads(json.dumps(found)) == found
+    drawn = set()
+
+    def recorded(corpus, seed, count):
+        drawn.add((corpus, seed, count))
+        return programs(corpus, seed, count)
+
+    monkeypatch.setattr(real, "programs", recorded)
+    words = [
+        "replication",
+        "--experiment",
+        "toy",
+        "--json",
+        "--seeds",
+        "2",
+        "--cache",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
+    main(words)
+    found = json.loads(capsys.readouterr().out)  # nothing else is printed there
+    assert drawn == {(PREPARATION, 1, 4), (EXPERT, 2, 8), (EXPERT, 3, 8)}  # two seeds after the preparation's
     assert set(found) == {"experiment", "seeds", "base", "ntp", "ra3"}
     for arm in arms:
         rows = found[arm]["runs"]
@@ -339,6 +371,7 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch, base):
 
     monkeypatch.setattr("transformers.Trainer.train", refuse)
     monkeypatch.setattr(real_measure, "solve", refuse)
-    again = run(args)
+    main(words)
+    again = json.loads(capsys.readouterr().out)
     for arm in arms:
         assert {name: again[arm][name] for name in NUMBERS} == {name: found[arm][name] for name in NUMBERS}

@@ -115,16 +115,18 @@ def measure(store: Store, recipe: TraceMeasureRecipe) -> TraceMeasures:
         model.eval()
         asked, others = tasks(recipe.task_seed, recipe.tasks), tasks(recipe.drawn_seed, recipe.drawn)
         free = solve(model, tokenizer, asked)
+        told = {opening: solve(model, tokenizer, asked, opening) for opening in ("#", ASSERTION)}
+        drawn = variety(draw(model, tokenizer, others, recipe.draws), others)
         there, elsewhere = gates(model, tokenizer, asked)
         found = TraceMeasures(
             right=fmean(one.right for one in free),
             thinks=fmean(one.thinks for one in free),
             comment_right=fmean(one.comment_right for one in free),
-            told_to_think=fmean(one.right for one in solve(model, tokenizer, asked, "#")),
-            told_not_to=fmean(one.right for one in solve(model, tokenizer, asked, ASSERTION)),
+            told_to_think=fmean(one.right for one in told["#"]),
+            told_not_to=fmean(one.right for one in told[ASSERTION]),
             think_there=there,
             think_elsewhere=elsewhere,
-            **variety(draw(model, tokenizer, others, recipe.draws), others),
+            **drawn,
         )
         return asdict(found)
 
