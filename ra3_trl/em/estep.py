@@ -104,7 +104,7 @@ class EStep:
         weights: list[torch.Tensor] = []
 
         def choose(trunk: RolloutGroup) -> tuple[int, ...]:
-            # Asked by the engine once the document has run, since the head reads its states.
+            # Asked by the engine for each document in turn once it has run, since the head reads its states.
             if self.args.boundary_selection == "head" and self.policy.head is not None and trunk.states_SD is not None:
                 promise_S = self.policy.head.promise(trunk.states_SD)
                 boundaries, weight_T = choose_by_promise(trunk.document, promise_S, self.args, noise)
@@ -116,7 +116,7 @@ class EStep:
 
         with self.policy.backbone.gathered():
             live = self.reward is None
-            groups = [source.draw(self.engine, document, choose, noise, score=live) for document in documents]
+            groups = source.draw(self.engine, documents, [choose] * len(documents), noise, score=live)
             groups = [source.weigh(self.engine, group) for group in groups] if live else groups
         return [self.policy.decide(group) for group in groups], weights
 
@@ -129,7 +129,8 @@ class EStep:
         scored = groups
         if self.reward is not None:
             with self.reward.applied(), self.policy.backbone.gathered():
-                scored = [self.engine.score(g.document, g.boundaries, g.latents, self.args.horizon) for g in groups]
+                documents, boundaries = [g.document for g in groups], [g.boundaries for g in groups]
+                scored = self.engine.scores(documents, boundaries, [g.latents for g in groups], self.args.horizon)
                 scored = [
                     source.weigh(self.engine, replace(s, view=g.view)) for s, g in zip(scored, groups, strict=True)
                 ]
