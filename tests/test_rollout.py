@@ -400,6 +400,51 @@ def test_documents_together_are_as_one_by_one(kind, model_type, most, several, t
     assert engine.trunks([]) == engine.rollouts([], [], 2, 2, KEY) == engine.scores([], [], [], 2) == []
 
 
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_gradients_of_pieces_together_are_those_of_each(kind, model_type, several, tiny_model, tokenizers):
+    """Pieces of several documents, of other numbers of latents and boundaries, in one forward."""
+    tokenizer = tokenizers["newline_alone"]
+    model = tiny_model(model_type, tokenizer)
+    first, second, _, last = several("newline_alone")
+    expand, engine = (engine_of(k, model, tokenizer, max_length=3) for k in (ExpandEngine, kind))
+    groups = [
+        expand.rollout(document, document.boundaries[:3], count, 1, KEY, score=False)
+        for document, count in ((first, 2), (second, 3), (last, 2))
+    ]
+    pieces = [(groups[0], slice(0, 1)), (groups[1], slice(0, 2)), (groups[0], slice(1, 3)), (groups[2], slice(0, 3))]
+    alone = [expand.log_probs(*piece) for piece in pieces]
+    together = engine.packed_log_probs(pieces)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.gate_T, other.gate_T, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.token_n, other.token_n, atol=1e-4, rtol=0)
+        assert one.branch_n.tolist() == other.branch_n.tolist()
+    # A weight of its own for each piece, so that gradients of one can't pass for another's.
+    found, wanted = (
+        gradients(model, sum((i + 1) * (p.token_n.sum() + p.gate_T.sum()) for i, p in enumerate(logps)))
+        for logps in (together, alone)
+    )
+    assert_gradients_agree(found, wanted)
+
+
+def test_pieces_are_joined_as_far_as_they_fit(llama, tokenizers, several):
+    """By hand: document tokens up to the last boundary, and branches times the longest of them."""
+    engine = engine_of(BranchEngine, llama, tokenizers["newline_indent"])
+    documents = several("newline_indent")[:2]
+    groups = engine.rollouts(documents, [document.boundaries[:2] for document in documents], 3, 1, KEY, score=False)
+    pieces = [(group, slice(0, 2)) for group in groups]
+    sizes = []
+    for group in groups:
+        opened = [group.document.actions[boundary] for boundary in group.boundaries]
+        longest = max(len(a.think) + len(z.token_ids) for a, r in zip(opened, group.latents, strict=True) for z in r)
+        sizes.append(opened[1].start + 2 * 3 * longest)
+    engine.max_branch_tokens = sum(sizes)
+    assert engine.join(pieces) == [slice(0, 2)]
+    engine.max_branch_tokens = sum(sizes) - 1
+    assert engine.join(pieces) == [slice(0, 1), slice(1, 2)]
+    assert engine.join([]) == []
+
+
 def test_documents_in_lockstep_share_their_forwards(llama, tokenizers, several):
     """Four documents take as many forwards as one whose latents are as long; none has more tokens than asked for."""
     documents, calls = several("newline_indent"), []

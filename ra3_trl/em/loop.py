@@ -209,7 +209,8 @@ class EMLoop:
         """Rolls out the documents of all batches at once."""
         engine, metrics = self.policy.engine, self.state.metrics
         begin, scored = time.perf_counter(), engine.score_seconds
-        rollouts = self.estep.roll_out([d for batch in batches for d in batch], self.noise)
+        estep = self.estep
+        rollouts = estep.roll_out([d for batch in batches for d in batch], self.noise)
         scored = engine.score_seconds - scored
         metrics.add("seconds/score", scored)
         metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
@@ -218,7 +219,7 @@ class EMLoop:
         own = [r for r in rollouts if self.learner is not None and r.group.boundaries and r.group.view is None]
         ordered = [r for batch in prepared for r in batch.rollouts]
         return prepared, Share(
-            [sum(len(r.chunks) for r in batch.rollouts) for batch in prepared],
+            [len(estep.forwards(batch.rollouts)) for batch in prepared],
             float(sum(len(r.group.boundaries) for r in rollouts)),
             sum(len(d.input_ids) for batch in batches for d in batch),
             rollout_sums(ordered, self._text, self.policy.proposer.lines),

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .attention import BranchState, BranchTokens, branch_attention
-from .engine import Flight, MakeFlight, RolloutEngine, gate_tokens
+from .engine import Flight, MakeFlight, Piece, RolloutEngine, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, gate_targets
 from .sampler import draw_from_hidden, fed_tokens
@@ -115,30 +115,33 @@ class BranchEngine(RolloutEngine):
     def gradients(self) -> AbstractContextManager[None]:
         return branch_attention(self.backbone.causal_lm)
 
-    def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
-        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
-        latents = [z for row in group.latents[chunk] for z in row]
-        opened = [action for action in actions for _ in range(group.num_latents)]  # one a branch
-        chains = [(*action.think, *fed_tokens(z)) for action, z in zip(opened, latents, strict=True)]
-        tokens = self._chains(chains)
-        prefix = group.document.input_ids[: max(action.start for action in actions)]
-        state = BranchState(
-            self._long([a.start for a in opened]), [0] * len(opened), max(map(len, chains)), cached=False
-        )
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        places = of_pieces(pieces)
+        opened = [(p, action, z) for p, action, row in places for z in row]  # one a branch
+        chains = [(*action.think, *fed_tokens(z)) for _, action, z in opened]
+        prefixes = [
+            group.document.input_ids[
+                : max(group.document.actions[boundary].start for boundary in group.boundaries[part])
+            ]
+            for group, part in pieces
+        ]
+        sees = self._long([action.start for _, action, _ in opened])
+        state = BranchState(sees, [p for p, _, _ in opened], max(map(len, chains)), cached=False)
         with branch_attention(self.backbone.causal_lm):
-            hidden = self._forward(state, [prefix], tokens, through)
-        router = self.backbone.router_loss
-        # Where each branch begins in the row. A gate is read off the first of a boundary's branches, its first token
-        # off the document; a latent's symbols from the last think token on.
-        first = len(prefix) + np.cumsum([0, *map(len, chains)])[:-1]
+            hidden = self._forward(state, prefixes, self._chains(chains), through)
+        # Where each document and each branch begins in the row. A gate is read off the first of a boundary's branches,
+        # its first token off the document; a latent's symbols from the last think token on.
+        *begins, first = np.cumsum([0, *map(len, prefixes)]).tolist()
+        starts = (first + np.cumsum([0, *map(len, chains)])[:-1]).tolist()
+        firsts = np.cumsum([0, *(len(row) for _, _, row in places)])[:-1]
         gate_rows: list[int] = []
-        for action, start in zip(actions, first[:: max(group.num_latents, 1)], strict=True):
-            gate_rows += [action.start - 1, *range(start, start + len(gate_tokens(action)) - 1)]
-        rows = np.concatenate(
-            [f + len(a.think) - 1 + np.arange(len(z.logps)) for f, a, z in zip(first, opened, latents, strict=True)]
-        )
-        gate_T = self._gate_logps(actions, hidden[self._long(gate_rows)])
-        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, hidden[self._long(rows)]), router)
+        for (p, action, _), m in zip(places, firsts, strict=True):
+            gate_rows += [begins[p] + action.start - 1, *range(starts[m], starts[m] + len(gate_tokens(action)) - 1)]
+        rows = [
+            start + len(action.think) - 1 + np.arange(len(z.logps))
+            for start, (_, action, z) in zip(starts, opened, strict=True)
+        ]
+        return self._by_piece(pieces, hidden[self._long(gate_rows)], hidden[self._long(np.concatenate(rows))])
 
 
 def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:

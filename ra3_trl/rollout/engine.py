@@ -56,6 +56,7 @@ class Flight(ABC):
 
 # From plans, the numbers of their documents (ascending) and the number of latents at each.
 MakeFlight = Callable[[list[BranchPlan], list[int], int], Flight]
+Piece = tuple[RolloutGroup, slice]  # some boundaries of a group
 _Place = tuple[int, int]  # number of a document, position in its boundaries
 
 
@@ -176,23 +177,42 @@ class RolloutEngine(ABC):
     def split(self, group: RolloutGroup) -> list[slice]:
         """Cuts the group's boundaries into slices whose branches may run together with gradients."""
         slices, begin, widest = [], 0, 0
-        for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
-            action = group.document.actions[boundary]
-            length = self._repeated(action.start) + len(action.think) + max(len(z.token_ids) for z in row)
-            if t > begin and (t + 1 - begin) * len(row) * max(widest, length) > self.max_branch_tokens:
+        for t, length in enumerate(self._lengths(group)):
+            if t > begin and (t + 1 - begin) * group.num_latents * max(widest, length) > self.max_branch_tokens:
                 slices.append(slice(begin, t))
                 begin, widest = t, 0
             widest = max(widest, length)
         return [*slices, slice(begin, len(group.boundaries))] if group.boundaries else []
+
+    def join(self, pieces: Sequence[Piece]) -> list[slice]:
+        """Cuts pieces into slices that run together with gradients: documents and branches fit, or it is one piece."""
+        sizes = []
+        for group, part in pieces:
+            lengths, starts = (
+                self._lengths(group)[part],
+                [group.document.actions[b].start for b in group.boundaries[part]],
+            )
+            sizes.append(max(starts) + len(lengths) * group.num_latents * max(lengths))
+        return fill(sizes, self.max_branch_tokens)
+
+    def _lengths(self, group: RolloutGroup) -> list[int]:
+        """Tokens of the longest branch at each of the group's boundaries."""
+        actions = [group.document.actions[boundary] for boundary in group.boundaries]
+        longest = [max(len(z.token_ids) for z in row) for row in group.latents]
+        return [self._repeated(a.start) + len(a.think) + most for a, most in zip(actions, longest, strict=True)]
 
     @abstractmethod
     def gradients(self) -> AbstractContextManager[None]:
         """Encloses all forwards, and the backward pass: activation checkpointing runs forwards anew there, which must
         attend as the first ones did."""
 
-    @abstractmethod
     def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
         """Scores the group's latents at `boundaries[chunk]` under the present weights, differentiably."""
+        return self.packed_log_probs([(group, chunk)], through)[0]
+
+    @abstractmethod
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        """Scores the latents of several pieces as `log_probs` does, in one forward."""
 
     @abstractmethod
     def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
@@ -232,6 +252,24 @@ class RolloutEngine(ABC):
     def _long(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.backbone.device)
 
+    def _by_piece(
+        self, pieces: Sequence[Piece], gate_nD: torch.Tensor, symbol_nD: torch.Tensor
+    ) -> list[PolicyLogProbs]:
+        """Log-probs of each piece from the hidden states that predict all pieces' [`gate_tokens`] and symbols."""
+        router = self.backbone.router_loss  # of their forward; the head's may be checkpointed
+        opened = [[(a, row) for _, a, row in of_pieces([piece])] for piece in pieces]
+        gates = self._gate_logps([a for own in opened for a, _ in own], gate_nD)
+        latents = [[z for _, row in own for z in row] for own in opened]
+        token_n, branch_n = self._symbol_logps([z for own in latents for z in own], symbol_nD)
+        counts, found, first = [sum(len(z.logps) for z in own) for own in latents], [], 0
+        columns = zip(
+            gates.split([*map(len, opened)]), token_n.split(counts), branch_n.split(counts), latents, strict=True
+        )
+        for gate_T, of_piece, branches, own in columns:
+            found.append(PolicyLogProbs(gate_T, of_piece, branches - first, router))
+            first += len(own)
+        return found
+
     def _gate_logps(self, actions: Sequence[Action], hidden_nD: torch.Tensor) -> torch.Tensor:
         """log P(think) `[T]` from the hidden states that predict the [`gate_tokens`] of all actions."""
         tokens = [gate_tokens(action) for action in actions]
@@ -246,6 +284,15 @@ class RolloutEngine(ABC):
         symbols, states, steps, branches = (self._long(column) for column in sampled_symbols(latents, self.table))
         kept = kept_sets(latents) if self.params.truncated and not whole else None
         return symbol_logps(self.backbone, self.distribution, hidden_nD, symbols, states, steps, kept), branches
+
+
+def of_pieces(pieces: Sequence[Piece]) -> list[tuple[int, Action, tuple[Latent, ...]]]:
+    """Lists the boundaries of pieces: number of the piece, action behind, latents."""
+    return [
+        (p, group.document.actions[boundary], row)
+        for p, (group, part) in enumerate(pieces)
+        for boundary, row in zip(group.boundaries[part], group.latents[part], strict=True)
+    ]
 
 
 def gate_tokens(action: Action) -> tuple[int, ...]:

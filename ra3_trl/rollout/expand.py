@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
-from .engine import Flight, MakeFlight, RolloutEngine, gate_tokens
+from .engine import Flight, MakeFlight, Piece, RolloutEngine, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
 from .sampler import Draw, LatentDistribution, draw, fed_tokens
@@ -121,17 +121,17 @@ class ExpandEngine(RolloutEngine):
         at = [len(head) - 1 + np.arange(len(z.logps)) for head, z in zip(heads, latents, strict=True)]
         return hidden, hidden[rows, np.concatenate(at)]
 
-    def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
-        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
-        latents = [z for row in group.latents[chunk] for z in row]
-        heads = [(*group.document.input_ids[: a.start], *a.think) for a in actions for _ in range(group.num_latents)]
-        hidden, predictors = self._read(heads, latents, through)
-        router = self.backbone.router_loss
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        places = of_pieces(pieces)
+        heads = [
+            (*pieces[p][0].document.input_ids[: action.start], *action.think) for p, action, row in places for _ in row
+        ]
+        hidden, predictors = self._read(heads, [z for _, _, row in places for z in row], through)
         # A gate is read off the first of a boundary's rows.
-        rows = np.repeat(np.arange(len(actions)) * group.num_latents, [len(gate_tokens(a)) for a in actions])
-        at = np.concatenate([a.start - 1 + np.arange(len(gate_tokens(a))) for a in actions])
-        gate_T = self._gate_logps(actions, hidden[rows, at])
-        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, predictors), router)
+        firsts = np.cumsum([0, *(len(row) for _, _, row in places)])[:-1]
+        gates = [action.start - 1 + np.arange(len(gate_tokens(action))) for _, action, _ in places]
+        gate_nD = hidden[np.repeat(firsts, [*map(len, gates)]), np.concatenate(gates)]
+        return self._by_piece(pieces, gate_nD, predictors)
 
 
 class _Flight(Flight):
