@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..losses import compute_returns
-from ..records import Document, Latent, RolloutGroup
+from ..records import RolloutGroup
 from ..rollout import RolloutEngine
 
 
@@ -36,22 +34,25 @@ def gains_over_other(engine: RolloutEngine, groups: Sequence[RolloutGroup], disc
         A number for each group with latents, where there is another document.
     """
     tried = [group for group in groups if group.boundaries]
+    pairs = [(group, other) for i, group in enumerate(tried) if (other := _another(tried, i)) is not None]
+    if not pairs:
+        return []
+    horizon = tried[0].latent_line_logps_TGH.shape[2]
+    where = [most_thinking(group) for group, _ in pairs]
+    instead = engine.scores(
+        [group.document for group, _ in pairs],
+        [[group.boundaries[t]] for (group, _), t in zip(pairs, where, strict=True)],
+        [[other.latents[most_thinking(other)]] for _, other in pairs],
+        horizon,
+    )
     differences = []
-    for i, group in enumerate(tried):
-        later = [*tried[i + 1 :], *tried[:i]]
-        other = next((o for o in later if o.document.doc_id != group.document.doc_id), None)
-        if other is None:
-            continue
-        t, horizon = most_thinking(group), group.latent_line_logps_TGH.shape[2]
-        latents = other.latents[most_thinking(other)]
-        instead = _score(engine, group.document, group.boundaries[t], latents, horizon)
-        own, others = (compute_returns(g, horizon, discount).latent_TG for g in (group, instead))
-        differences.append(float(own[t].mean() - others[0].mean()))
+    for (group, _), t, others in zip(pairs, where, instead, strict=True):
+        own_G, other_G = (compute_returns(g, horizon, discount).latent_TG[i] for g, i in ((group, t), (others, 0)))
+        differences.append(float(own_G.mean() - other_G.mean()))
     return differences
 
 
-def _score(
-    engine: RolloutEngine, document: Document, boundary: int, latents: Sequence[Latent], horizon: int
-) -> RolloutGroup:
-    with torch.no_grad():
-        return engine.score(document, [boundary], [latents], horizon)
+def _another(groups: Sequence[RolloutGroup], i: int) -> RolloutGroup | None:
+    """The next group, going round, that is of another document."""
+    later = (*groups[i + 1 :], *groups[:i])
+    return next((group for group in later if group.document.doc_id != groups[i].document.doc_id), None)

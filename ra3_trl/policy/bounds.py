@@ -63,7 +63,7 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
         sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
         sums["policy_latents"] += len(annotated.placed)
         if not policy.proposer.causal:
-            group = policy.propose(document, boundaries, args.eval_num_latents, EVAL_NOISE)
+            (group,) = policy.propose([document], [boundaries], args.eval_num_latents, EVAL_NOISE)
             bounds = code_bounds(group)
             gain = compute_returns(group, args.horizon, args.discount).gain_TG
             sums["hindsight_elbo"] += bounds.elbo
