@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
-from ..policy import Policy, annotate, most_thinking, token_text
+from ..policy import Policy, annotate_all, most_thinking, token_text
 from ..records import AnnotatedExample, Document
 from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey
@@ -287,7 +287,7 @@ class EMLoop:
             begin = time.perf_counter()
             policy = self.policy if self.learner is None else self.policy.changed(head=self.learner.annotator)
             with self.state.frozen["annotator"].applied(), self.policy.backbone.gathered():
-                examples = [annotate(policy, document, self.noise) for document in flat]
+                examples = annotate_all(policy, flat, self.noise)
             self.state.metrics.add("seconds/annotate", time.perf_counter() - begin)
             self._log_annotation(examples)
         else:

@@ -1,6 +1,6 @@
 """A checkpoint that is ready to think: latents, annotation, held-out numbers, without a trainer."""
 
-from .annotate import MARKUP, annotate
+from .annotate import MARKUP, annotate, annotate_all
 from .blandness import gains_over_other, most_thinking
 from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise, choose_to_try
@@ -20,6 +20,7 @@ __all__ = [
     "Policy",
     "Proposer",
     "annotate",
+    "annotate_all",
     "choose_boundaries",
     "choose_by_promise",
     "choose_to_try",
