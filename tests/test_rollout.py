@@ -177,6 +177,25 @@ def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokeniz
 
 
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_latents_that_are_the_same_get_the_gradients_of_each(kind, llama, tokenizers, document, slow_path):
+    """Equal latents of a boundary are run once; other numbers of different ones at each boundary, and two documents'
+    pieces in one forward."""
+    engine = engine_of(kind, llama, tokenizers["newline_indent"], max_length=3)
+    group = engine.rollout(document, document.boundaries[2:5], 3, 1, KEY, score=False)
+    a, b, c = group.latents
+    group = replace(group, latents=((a[0], a[1], a[0]), (b[2], b[2], b[2]), (c[0], c[1], c[2])))
+    weight_T, weight_n = random_weights(group)
+    slow = slow_path(llama, tokenizers["newline_indent"], max_length=3)
+    wanted = gradients(llama, slow_objective(slow, group, weight_T, weight_n))
+    first, second = engine.packed_log_probs([(group, slice(0, 1)), (group, slice(1, 3))])
+    counts = [len(z.logps) for row in group.latents for z in row]
+    assert first.branch_n.tolist() == [m for m, n in enumerate(counts[:3]) for _ in range(n)]
+    assert second.branch_n.tolist() == [m for m, n in enumerate(counts[3:]) for _ in range(n)]
+    gate_T, token_n = torch.cat([first.gate_T, second.gate_T]), torch.cat([first.token_n, second.token_n])
+    assert_gradients_agree(gradients(llama, (gate_T * weight_T).sum() + (token_n * weight_n).sum()), wanted)
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_recomputed_log_probs_are_the_sampled_ones(kind, llama, tokenizers, document):
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
     group = engine.rollout(document, document.boundaries, 3, 1, KEY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .attention import BranchState, BranchTokens, branch_attention
-from .engine import Flight, MakeFlight, Piece, RolloutEngine, gate_tokens, of_pieces
+from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, gate_targets
 from .sampler import draw_from_hidden, fed_tokens
@@ -116,6 +117,13 @@ class BranchEngine(RolloutEngine):
         return branch_attention(self.backbone.causal_lm)
 
     def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        # Half of a group's latents may be the same: each different one runs once, and its log-probs stand for all.
+        different = [different_latents(piece) for piece in pieces]
+        once = self._packed([piece for piece, _ in different], through)
+        return [_repeat(logps, *each) for logps, each in zip(once, different, strict=True)]
+
+    def _packed(self, pieces: Sequence[Piece], through: nn.Module | None) -> list[PolicyLogProbs]:
+        """Log-probs of pieces whose boundaries may have different numbers of latents."""
         places = of_pieces(pieces)
         opened = [(p, action, z) for p, action, row in places for z in row]  # one a branch
         chains = [(*action.think, *fed_tokens(z)) for _, action, z in opened]
@@ -142,6 +150,16 @@ class BranchEngine(RolloutEngine):
             for start, (_, action, z) in zip(starts, opened, strict=True)
         ]
         return self._by_piece(pieces, hidden[self._long(gate_rows)], hidden[self._long(np.concatenate(rows))])
+
+
+def _repeat(logps: PolicyLogProbs, piece: Piece, which: list[int]) -> PolicyLogProbs:
+    """Log-probs of the piece's branches `which`, in this order, where one may come several times."""
+    counts = [len(z.logps) for row in piece[0].latents[piece[1]] for z in row]
+    begins = np.cumsum([0, *counts])
+    index = torch.as_tensor(np.concatenate([np.arange(begins[m], begins[m + 1]) for m in which]))
+    branch = torch.as_tensor(np.repeat(np.arange(len(which)), [counts[m] for m in which]))
+    device = logps.token_n.device
+    return replace(logps, token_n=logps.token_n[index.to(device)], branch_n=branch.to(device))
 
 
 def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:

@@ -295,6 +295,19 @@ def of_pieces(pieces: Sequence[Piece]) -> list[tuple[int, Action, tuple[Latent, 
     ]
 
 
+def different_latents(piece: Piece) -> tuple[Piece, list[int]]:
+    """The piece with each boundary's different latents, and which of these, counted from its first boundary on, each
+    of its latents is."""
+    group, part = piece
+    rows, which, first = list(group.latents), list[int](), 0
+    for t in range(len(rows))[part]:
+        different = {(z.token_ids, len(z.logps)): z for z in rows[t]}
+        number = {key: first + i for i, key in enumerate(different)}
+        which += [number[z.token_ids, len(z.logps)] for z in rows[t]]
+        rows[t], first = tuple(different.values()), first + len(different)
+    return (replace(group, latents=tuple(rows)), part), which
+
+
 def gate_tokens(action: Action) -> tuple[int, ...]:
     """Tokens whose log-probs add up to a gate's. Where none is asked for, the think prefix may be a whole prompt: its
     first token stands for it, so that each boundary has a number."""
