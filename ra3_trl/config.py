@@ -87,13 +87,13 @@ class RA3Config(TrainingArguments):
         "among the iterations.", -1, -1
     )  # fmt: skip
     e_learning_rate: float = setting(
-        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 1e-5, 0
+        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 2e-5, 0
     )
     e_lr_scheduler_type: str = setting("Learning-rate schedule within an E-phase.", "constant")
     reset_optimizer: bool = setting("Forget optimizer state when the phase changes.", True)
 
     # Rollout
-    num_latents: int = setting("Latents at each boundary (G).", 4, 1)
+    num_latents: int = setting("Latents at each boundary (G).", 8, 1)
     max_latent_length: int = setting("Most tokens of a latent.", 12, 1)
     temperature: float = setting("Sampling temperature of latents.", 1.0, 0, above=True)
     top_k: int = setting("Keep the k likeliest symbols; 0 is off.", 0, 0)

@@ -81,7 +81,8 @@ def _from_3(content: Content) -> Content:
     settings.setdefault("objective", "elbo")
     by_gate = weight == "gate" or settings.get("prior_alpha", 0.7) is None
     settings.setdefault("exploration", 0.0 if by_gate else 0.5)
-    for name, value in (("prior_alpha", 0.7), ("boundary_selection", "random"), ("boundary_budget", 0.5)):
+    then = {"prior_alpha": 0.7, "boundary_selection": "random", "boundary_budget": 0.5, "num_latents": 4}
+    for name, value in (then | {"e_learning_rate": 1e-5}).items():
         settings.setdefault(name, value)  # the defaults of then
     return content | {"settings": settings}
 

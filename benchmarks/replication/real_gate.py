@@ -21,11 +21,14 @@ from .records import PreparedRecipe, TraceMeasureRecipe, TraceMeasures, TraceMid
 from .store import Store
 
 
-NTP_STEPS, E_STEPS, M_STEPS = 100, 60, 60
+NTP_STEPS, E_STEPS, M_STEPS = 100, 40, 120
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "latents_8": {"settings": (("num_latents", 8),)},
-    "horizon_1": {"settings": (("horizon", 1),)},
-    "long_e_phase": {"e_steps": 2 * E_STEPS},
+    "elbo": {"settings": (("objective", "elbo"),)},
+    "latents_4": {"settings": (("num_latents", 4),)},
+    "everywhere": {"settings": (("boundary_selection", "random"),)},
+    "no_exploration": {"settings": (("exploration", 0.0),)},
+    "slower": {"settings": (("e_learning_rate", 1e-5),)},
+    "no_e_phase": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS, "settings": (("annotation", "resample"),)},
 }
 _NUMBERS = tuple(entry.name for entry in fields(TraceMeasures) if entry.type == "float")
 
