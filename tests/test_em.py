@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from ra3_trl import RA3Config
 from ra3_trl.em import mstep_loss, pack, plan_schedule, split_example
 from ra3_trl.losses import compute_returns
-from ra3_trl.policy import Policy, annotate, evaluate_documents, finish_metrics
+from ra3_trl.policy import Policy, annotate, annotate_all, evaluate_documents, finish_metrics
 from ra3_trl.policy.annotate import _log_prior
 from ra3_trl.records import Action, AnnotatedExample, Boundary, Document, Latent, RolloutGroup
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
@@ -136,6 +137,31 @@ def test_annotation_keeps_the_program(setting, tmp_path, way, horizon):
     assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(SOURCE))
     assert text.count("#") >= len(found.placed)
     assert all(z.token_ids for z in found.placed.values())
+
+
+@pytest.mark.parametrize("way", ["policy", "resample"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_annotation_of_documents_together_is_that_of_each(setting, tmp_path, way, horizon):
+    """With horizon 2 documents ask for latents several times, and not equally often; one has no boundary."""
+    _, engine, document = setting
+    args = RA3Config(output_dir=str(tmp_path), annotation=way, horizon=horizon, prior_alpha=0.2, max_latent_length=5)
+    bare = replace(document, actions=tuple(replace(action, boundary=None) for action in document.actions))
+    documents = [bare, *(replace(document, doc_id=i) for i in range(4))]
+
+    class Open(NoiseKey):
+        """The gate is forced open, u = 0, in every other document."""
+
+        def uniform(self, doc_id, index, latent, token):
+            u = super().uniform(doc_id, index, latent, token)
+            return u * (doc_id % 2) if isinstance(latent, int) and latent == GATE else u
+
+    noise = Open(1, 1, 0)
+    together = annotate_all(Policy(engine, args), documents, noise)
+    for found, one in zip(together, documents, strict=True):
+        alone = annotate(Policy(engine, args), one, noise)
+        assert found.input_ids == alone.input_ids and found.gains == pytest.approx(alone.gains, abs=1e-4)
+    assert len({example.input_ids for example in together}) > 2 and not together[0].placed
+    assert annotate_all(Policy(engine, args), [], noise) == []
 
 
 def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tmp_path):
