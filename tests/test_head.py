@@ -365,7 +365,9 @@ def test_budget_and_limit(settings, tried, selection):
 
 
 def test_a_trainer_rolls_out_within_the_budget(make_trainer):
-    trainer = make_trainer(TEXTS, boundary_selection="head", e_steps=3, m_steps=1, logging_steps=1)
+    trainer = make_trainer(
+        TEXTS, boundary_selection="head", boundary_budget=0.5, e_steps=3, m_steps=1, logging_steps=1
+    )
     boundaries = [len(row_to_document(row).boundaries) for row in trainer.train_dataset]
     trainer.train()
     rates = [entry["estep/tried_rate"] for entry in trainer.state.log_history if "estep/tried_rate" in entry]
