@@ -269,8 +269,8 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
 
 @pytest.mark.parametrize("exploration", [0.0, 0.1])
 def test_drawn_boundaries_give_the_gradient_of_the_whole_objective(exploration):
-    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there; two latents, G = 2. Over
-    all draws the loss is that of `sum_t b_t E[R]` for the latents, `b = (1 - e) p + e` as a constant, and of the
+    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there; two latents, G = 2.
+    Over all draws the loss is that of `sum_t b_t E[R]` for the latents, `b = (1 - e) p + e` as a constant, and of the
     expected multi-sample bound for the gates, though the boundaries tried are the same as often as they pay."""
     logits = torch.tensor([[0.4, -0.3], [1.0, 0.2]], dtype=torch.double, requires_grad=True)
     w = torch.tensor([0.2, -1.5], dtype=torch.double, requires_grad=True)

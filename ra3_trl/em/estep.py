@@ -211,7 +211,7 @@ class EStep:
         return loss, named
 
     def terms(self, rollout: Rollout, part: slice, hold: bool, device: torch.device | str = "cpu") -> EStepTerms:
-        """Constants of the loss at some boundaries: the gate's slope or anchor, the latents' advantages and weights."""
+        """Constants of the loss at some boundaries: the gate's slope or anchor, latents' advantages and weights."""
         args, weight, none = self.args, rollout.weight_T[part], torch.zeros_like(rollout.weight_T[part])
         returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
         advantage = advantages(returns, args.penalty, args.baseline)

@@ -145,8 +145,8 @@ class Sameness:
             return None
         text, share = self.most_frequent
         return (
-            f"the latents are bland: {share:.0%} of the last {len(self.texts)} are {text.strip()!r}, and a latent brings "
-            f"{difference:+.2f} nats more than another document's, less than the penalty {penalty}"
+            f"the latents are bland: {share:.0%} of the last {len(self.texts)} are {text.strip()!r}, and a latent "
+            f"brings {difference:+.2f} nats more than another document's, less than the penalty {penalty}"
         )
 
 

@@ -41,12 +41,12 @@ class Watch:
     def alarm(self, averages: dict[str, float], state: EMState, step: int) -> None:
         """Warns, once each, of what is wrong with an update's latents."""
         alarms = latent_alarms(averages)
-        if "gain" in averages and state.gate_hold.holds and state.gate_hold.mode == "auto":
-            if state.gate_hold.updates >= 10:
-                alarms.append(
-                    "the model's own latents are not known to bring more than they cost where it thinks: P(think) is "
-                    "held where it began until they do (gate_hold='auto')."
-                )
+        hold = state.gate_hold
+        if "gain" in averages and hold.holds and hold.mode == "auto" and hold.updates >= 10:
+            alarms.append(
+                "the model's own latents are not known to bring more than they cost where it thinks: P(think) is held "
+                "where it began until they do (gate_hold='auto')."
+            )
         if bland := state.sameness.message(self.policy.args.same_latent_tolerance, self.policy.args.penalty):
             alarms.append(f"{bland}: raise `kl_coef` or `num_latents`, or lower `e_learning_rate`.")
         for alarm in alarms:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..losses import compute_returns
-from ..records import Document, Latent, RolloutGroup
+from ..records import Latent, RolloutGroup
 from ..rollout import RolloutEngine
 
 
@@ -42,16 +42,29 @@ def gains_over_other(engine: RolloutEngine, groups: Sequence[RolloutGroup], disc
         other = next((o for o in later if o.document.doc_id != group.document.doc_id), None)
         if other is None:
             continue
-        t, horizon = most_thinking(group), group.latent_line_logps_TGH.shape[2]
-        latents = other.latents[most_thinking(other)]
-        instead = _score(engine, group.document, group.boundaries[t], latents, horizon)
-        own, others = (compute_returns(g, horizon, discount).latent_TG for g in (group, instead))
-        differences.append(float(own[t].mean() - others[0].mean()))
+        differences.append(gain_over_other(engine, group, other, discount))
     return differences
 
 
-def _score(
-    engine: RolloutEngine, document: Document, boundary: int, latents: Sequence[Latent], horizon: int
-) -> RolloutGroup:
+def gain_over_other(engine: RolloutEngine, group: RolloutGroup, other: RolloutGroup, discount: float) -> float:
+    """Measures the same in one group, with the latents of `other` where the model thinks most there."""
+    t = most_thinking(group)
+    elsewhere = other.latents[most_thinking(other)]
+    own, others = returns_elsewhere(engine, group, [group.boundaries[t]], [elsewhere], discount)
+    return float(own[0].mean() - others[0].mean())
+
+
+def returns_elsewhere(
+    engine: RolloutEngine,
+    group: RolloutGroup,
+    boundaries: Sequence[int],
+    latents: Sequence[Sequence[Latent]],
+    discount: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes returns at some of a group's `boundaries`, `[len(boundaries), G]`: of its own latents there, and of
+    those in `latents`, which were drawn elsewhere, in their place."""
+    horizon = group.latent_line_logps_TGH.shape[2]
     with torch.no_grad():
-        return engine.score(document, [boundary], [latents], horizon)
+        instead = engine.score(group.document, boundaries, latents, horizon)
+    own, others = (compute_returns(g, horizon, discount).latent_TG for g in (group, instead))
+    return own[[group.boundaries.index(boundary) for boundary in boundaries]], others

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..losses import compute_returns
-from ..policy import Policy
+from ..policy import Policy, returns_elsewhere
 from ..records import Document, RolloutGroup
 from ..segmentation import ActionFormat, readable_bytes
 from .show import ShownBoundary, ShownFile, ShownLatent, physical_lines
@@ -59,6 +59,7 @@ def look(
             continue
         with policy.inference():
             group = policy.rollout(document, tuple(places))
+            over = _over_elsewhere(policy, group)
         gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
         by_head = {}
         if policy.head is not None:
@@ -73,13 +74,25 @@ def look(
             if group.head_logps_A is not None:  # the head decides
                 prob, other = other, prob
             latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
-            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
+            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted, over[t]))
         progress(len(shown), total)
     settings, decides = (
         {field: getattr(args, field) for field in _SETTINGS},
         "head" if args.gate == "head" else "tokens",
     )
     return ShownFile(name, text, checkpoint, tuple(shown), lines[0], lines[-1], settings, decides)
+
+
+def _over_elsewhere(policy: Policy, group: RolloutGroup) -> list[float] | list[None]:
+    """Measures what the latents at each boundary bring more than those drawn half the group's boundaries away, in
+    nats; nothing where there is one boundary only."""
+    # Half the way round: of the next boundary a latent may still tell something.
+    count = len(group.boundaries)
+    if count < 2:
+        return [None] * count
+    latents = [group.latents[(t + count // 2) % count] for t in range(count)]
+    own, others = returns_elsewhere(policy.engine, group, group.boundaries, latents, policy.args.discount)
+    return (own.mean(1) - others.mean(1)).tolist()
 
 
 def _latents(
