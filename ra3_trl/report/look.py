@@ -59,7 +59,7 @@ def look(
             continue
         with policy.inference():
             group = policy.rollout(document, tuple(places))
-            over = _over_elsewhere(policy, group)
+            over = over_elsewhere(policy, group)
         gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
         by_head = {}
         if policy.head is not None:
@@ -83,7 +83,7 @@ def look(
     return ShownFile(name, text, checkpoint, tuple(shown), lines[0], lines[-1], settings, decides)
 
 
-def _over_elsewhere(policy: Policy, group: RolloutGroup) -> list[float] | list[None]:
+def over_elsewhere(policy: Policy, group: RolloutGroup) -> list[float] | list[None]:
     """Measures what the latents at each boundary bring more than those drawn half the group's boundaries away, in
     nats; nothing where there is one boundary only."""
     # Half the way round: of the next boundary a latent may still tell something.
