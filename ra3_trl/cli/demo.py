@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         f"A latent brought {results['gain_first']:+.2f} nats before and {results['gain_last']:+.2f} after the E-phase "
         f"(same held-out boundaries, same noise); where the model thinks most, {over[0]} and {over[1]} more than "
         "another document's: near 0 it says nothing about its own. The model thinks at "
-        f"{results['think_rate']:.2%} of boundaries by itself, and {results['annotated_rate']:.1%} of them got one for "
+        f"{results['think_rate']:.2%} of boundaries by itself; {results['annotated_rate']:.1%} got a latent for "
         "the M-step.",
         "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
         f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
