@@ -145,20 +145,21 @@ class RA3Config(TrainingArguments):
         "Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.", 1.0, 0
     )
     reward_weights: list[float] | None = setting("Weights of the reward_funcs; 1 for each if left out.", None)
-    baseline: str = setting(
-        "Mean return of the other latents, or the return without latent.", "leave_one_out",
-        choices=("leave_one_out", "no_think"),
+    objective: str = setting(
+        "What an E-phase raises, of gate and latents: the multi-sample bound, in which a boundary's latents count for "
+        "the best of them, or the ELBO (the paper's), in which they count for their mean gain.", "multi_sample",
+        choices=("multi_sample", "elbo"),
     )  # fmt: skip
     exploration: float = setting(
-        "The E-step thinks with probability (1 - e) P(think) + e, and latents count as often as it thinks; annotation "
-        "expects as much.",
+        "Share e of thinking beside the gate: the E-step thinks with probability (1 - e) P(think) + e, and that is "
+        "the prior of annotation.",
         0.05,
         0,
         0.5,
     )
     gate_hold: str = setting(
-        "auto holds P(think) where it began until the latents of a boundary together are known to gain more than one "
-        "costs where the model thinks, and again where it has been lost.", "auto",
+        "auto holds P(think) where it began until latents are known to bring more than they cost where the model "
+        "thinks, and again where it has been lost.", "auto",
         choices=("auto", "never", "always"),
     )  # fmt: skip
     kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
@@ -255,10 +256,10 @@ class RA3Config(TrainingArguments):
     def _check_together(self) -> None:
         """What several fields exclude."""
         trains_latents = self.e_steps and self.penalty < math.inf
-        if self.num_latents < 2 and self.baseline == "leave_one_out" and trains_latents:
+        if self.num_latents < 2 and trains_latents:
             raise ValueError(
-                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
-                "or set `baseline='no_think'`."
+                f"`num_latents` is {self.num_latents}: in an E-phase latents learn from each other; raise it to 2 or "
+                "more."
             )
         if not self.learning_rate >= 0:  # of `TrainingArguments`, which takes anything
             raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be at least 0.")

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 GONE = {
     "annotation_think_prob": "set `prior_alpha` to 1 less it, or to none for the model's own gate",
     "latent_weight": 'set `exploration`, to 0 for what "gate" was',
+    "baseline": "leave it out; latents are compared with each other",
     "gate_coef": "leave it out; it was 1",
     "gate_kl_coef": "leave it out; it was 0",
     "entropy_coef": "leave it out; raise `temperature` for latents that differ more",

@@ -73,10 +73,12 @@ def _from_2(content: Content) -> Content:
 
 
 def _from_3(content: Content) -> Content:
-    """`latent_weight` goes: P(think) alone was `exploration=0`, and so was the prior of annotation by the gate; a
-    weight of 1 is nearest to the most exploration there is."""
+    """What an E-phase raised was the ELBO; its baseline without latent goes. So does `latent_weight`: P(think) alone
+    was `exploration=0`, as was the prior of annotation by the gate; a weight of 1 is nearest to the most exploration
+    that there is."""
     settings = dict(content["settings"])
-    weight = settings.pop("latent_weight", None)
+    weight, _ = settings.pop("latent_weight", None), settings.pop("baseline", None)
+    settings.setdefault("objective", "elbo")
     by_gate = weight == "gate" or settings.get("prior_alpha", 0.7) is None
     settings.setdefault("exploration", 0.0 if by_gate else 0.5)
     for name, value in (("prior_alpha", 0.7), ("boundary_selection", "random"), ("boundary_budget", 0.5)):

@@ -30,7 +30,7 @@ def trunk(document: Document, think: list[float]) -> RolloutGroup:
 
 
 def test_inclusion_probabilities_by_hand():
-    """Sizes 6, 1, 1, 1, 1 and 2 to draw: 1.2 for the first is too many: it is certain, and the others share 1."""
+    """Sizes 6, 1, 1, 1, 1 and 2 to draw: 1.2 for the first is too much, so it is certain and the others share 1."""
     assert inclusion_probs(np.array([6.0, 1, 1, 1, 1]), 2).tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
     assert inclusion_probs(np.array([2.0, 1, 1]), 1).tolist() == [0.5, 0.25, 0.25]
     assert inclusion_probs(np.zeros(4), 2).tolist() == [0.5] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import textwrap
 
 import pytest
@@ -19,6 +20,7 @@ from ra3_trl.segmentation import build_token_table, splice
 
 
 NOISE = NoiseKey(seed=1, phase=1, step=0)
+annotation = importlib.import_module("ra3_trl.policy.annotate")  # the module, not the function of its name
 
 
 def test_schedule_is_a_pure_function_of_the_step():
@@ -199,3 +201,22 @@ def test_cross_entropy_with_latents_banned(setting):
     gained = float(-torch.log1p(-gates).sum())
     assert gained > 1e-3
     assert found["ce"] - found["ce_never"] == pytest.approx(gained / found["code_tokens"], rel=0.02)
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_what_is_not_proposed_would_not_have_been_placed(setting, tmp_path, monkeypatch, horizon):
+    """Boundaries where no latent could be drawn are left out, and the annotation is that of trying them all."""
+    _, engine, document = setting
+    tried = []
+    for step in range(4):
+        args = RA3Config(output_dir=str(tmp_path), horizon=horizon, prior_alpha=0.9, max_latent_length=5, penalty=0.0)
+        policy, noise = Policy(engine, args), NoiseKey(seed=1, phase=1, step=step)
+        quick = annotate(policy, document, noise)
+        with monkeypatch.context() as patch:
+            patch.setattr(annotation, "_undecided", lambda trunk, boundaries, *rest: list(boundaries))
+            whole = annotate(policy, document, noise)
+        assert {b: z.token_ids for b, z in quick.placed.items()} == {b: z.token_ids for b, z in whole.placed.items()}
+        assert quick.gains.keys() <= whole.gains.keys()
+        tried.append((len(quick.gains), len(whole.gains), len(quick.placed)))
+    assert sum(some for some, _, _ in tried) < sum(every for _, every, _ in tried)  # it saves something
+    assert any(placed for _, _, placed in tried)

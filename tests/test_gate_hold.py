@@ -77,8 +77,8 @@ def test_anchor_by_hand():
 
 def test_the_hold_opens_on_evidence_and_not_on_one_batch():
     """Five updates at least. Gains 1, 1, 1, 1, -1: mean 0.6, standard deviation sqrt(4 * 0.16 + 2.56) / 2 = 0.894,
-    standard error 0.4: 0.6 - 0.8 is below the penalty. With one more of 1: mean 0.667, deviation 0.816, error 1/3, so
-    0.0; then 0.714 - 2 * 0.286 = 0.143, and 0.75 - 2 * 0.25 = 0.25 is above 0.2."""
+    standard error 0.4: 0.6 - 0.8 is below the penalty. One more of 1: mean 0.667, deviation 0.816, error 1/3: 0.0;
+    then 0.714 - 2 * 0.286 = 0.143, and 0.75 - 2 * 0.25 = 0.25 is above 0.2."""
     hold = GateHold("auto", penalty=0.2)
     held = []
     for gain in (1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0):

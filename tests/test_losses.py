@@ -18,6 +18,7 @@ from ra3_trl.losses import (
     estep_loss,
     explored,
     gate_slope,
+    joint_gain,
     log1mexp,
     next_token_loss,
     renormalise,
@@ -146,13 +147,14 @@ def test_mean_return_is_per_token_and_line():
 # ---- advantages, gate ----
 
 
-def test_advantages_by_hand():
-    """Returns 1, 2, 6: the others' means are 4, 3.5, 1.5. No-think: minus G_act = 1 and c = 0.5."""
-    returns = Returns(torch.tensor([1.0]), torch.tensor([[1.0, 2.0, 6.0]]))
-    assert advantages(returns, penalty=0.5).tolist() == [[-3.0, -1.5, 4.5]]
-    assert advantages(returns, penalty=0.5, baseline="no_think").tolist() == [[-0.5, 0.5, 4.5]]
-    # The penalty cancels in leave-one-out.
-    assert torch.equal(advantages(returns, 0.0), advantages(returns, 7.0))
+def test_advantages_of_the_elbo_by_hand():
+    """Returns 1, 2 and 6 against the means of the others 4, 3.5 and 1.5; thinking half of the time halves them. The
+    penalty cancels."""
+    gain, always = torch.tensor([[1.0, 2.0, 6.0]]), torch.ones(1)
+    assert advantages(gain, always, 0.5, "elbo").tolist() == [[-3.0, -1.5, 4.5]]
+    assert advantages(gain, always / 2, 7.0, "elbo").tolist() == [[-1.5, -0.75, 2.25]]
+    assert joint_gain(gain, "elbo").tolist() == [3.0]
+    assert gate_slope(gain, torch.tensor([-1.0]), 0.5, "elbo").tolist() == [2.5]
 
 
 def test_gate_slope_by_hand():
@@ -228,80 +230,97 @@ def test_estep_loss_by_hand():
     loss, parts = estep_loss(terms, live)
     assert float(parts["gate"]) == pytest.approx(-1) and float(parts["policy"]) == pytest.approx(2.5)
     assert float(loss) == pytest.approx(1.5)
-    # Weight P(think) = 1/2 halves the policy part.
-    halved = replace(terms, weight_T=torch.tensor([0.5]))
-    assert float(estep_loss(halved, live)[1]["policy"]) == pytest.approx(1.25)
     # KL: k3 of equal log-probs is 0.
     same, _ = estep_loss(terms, live, 1.0, live)
     assert float(same) == pytest.approx(1.5)
     # Reference one symbol at half its probability: r = 1/2, k3 = 1/2 - 1 + log 2, over 2 latents.
-    other, parts = estep_loss(terms, live, 0.1, replace(live, token_n=logps - torch.tensor([LOG2, 0, 0])))
-    assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2) and float(other) == pytest.approx(
-        1.5 + 0.05 * (LOG2 - 0.5)
-    )
-    # Latents count as often as they are written, and so does their KL.
     far = replace(live, token_n=logps - torch.tensor([LOG2, 0, 0]))
+    other, parts = estep_loss(terms, live, 0.1, far)
+    assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2)
+    assert float(other) == pytest.approx(1.5 + 0.05 * (LOG2 - 0.5))
+    # Latents that are written half as often have half the KL.
+    halved = replace(terms, weight_T=torch.tensor([0.5]))
     assert float(estep_loss(halved, live, 0.1, far)[1]["kl"]) == pytest.approx((LOG2 - 0.5) / 4)
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
-def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
+def latent_gradient(logits, draw, advantage_TG):
+    """What the loss adds to the logits of latents of one symbol."""
+    none = torch.zeros(1, dtype=torch.double)
+    terms = EStepTerms(none, advantage_TG, none, none)
+    loss, _ = estep_loss(terms, logps_of(none - 1, logits.log_softmax(-1)[draw], torch.arange(len(draw))))
+    return -torch.autograd.grad(loss, logits)[0]
+
+
+REWARD = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+
+
+def test_with_the_elbo_latents_ascend_the_expected_reward():
     """A bandit with 3 latents of one symbol and G = 2: averaging the loss over all 9 draws with their probabilities
-    gives exactly d/dlogits sum_a pi(a) R(a), since both baselines do not depend on the draw they are taken off."""
+    gives exactly d/dlogits of p sum_a pi(a) R(a), since the baseline does not depend on the draw it is taken off."""
     logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.double, requires_grad=True)
-    reward = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
-    pi = logits.softmax(-1)
-    (wanted,) = torch.autograd.grad((pi * reward).sum(), logits)
+    pi, p = logits.softmax(-1), torch.tensor([0.3], dtype=torch.double)
+    (wanted,) = torch.autograd.grad(p * (pi * REWARD).sum(), logits, retain_graph=True)
     total = torch.zeros(3, dtype=torch.double)
-    for draw in itertools.product(range(3), repeat=2):
-        actions = torch.tensor(draw)
-        returns = Returns(torch.tensor([0.7], dtype=torch.double), reward[actions][None])
-        terms = EStepTerms(
-            torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double),
-            torch.zeros(1),
-        )  # fmt: skip
-        logps = logits.log_softmax(-1)[actions]
-        loss, _ = estep_loss(terms, logps_of(torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2)))
-        (gradient,) = torch.autograd.grad(loss, logits)
-        total -= float(pi.detach()[actions].prod()) * gradient
+    for draw in map(torch.tensor, itertools.product(range(3), repeat=2)):
+        advantage = advantages(REWARD[draw][None] - 0.7, p, 0.2, "elbo")
+        total += float(pi.detach()[draw].prod()) * latent_gradient(logits, draw, advantage)
     torch.testing.assert_close(total, wanted)
 
 
+@pytest.mark.parametrize("think", [0.3, 0.999, 1e-6])
+def test_with_the_multi_sample_bound_latents_ascend_its_importance_weighted_form(think):
+    """Over all 9 draws the gradient is that of E_q[log((1-p) + p mean_g pi(z_g) / q(z_g) exp(gain_g - c))] in pi where
+    q = pi is what has drawn them: that of the likelihood of the lines, as G grows; the baselines add up to nothing."""
+    logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.double, requires_grad=True)
+    pi, p, c = logits.softmax(-1), torch.tensor([think], dtype=torch.double), 0.2
+    total, bound = torch.zeros(3, dtype=torch.double), torch.zeros((), dtype=torch.double)
+    for draw in map(torch.tensor, itertools.product(range(3), repeat=2)):
+        chance = float(pi.detach()[draw].prod())
+        ratio = (pi / pi.detach())[draw]
+        bound = bound + chance * torch.log(1 - p[0] + p[0] * (ratio * (REWARD[draw] - c).exp()).mean())
+        total += chance * latent_gradient(logits, draw, advantages(REWARD[draw][None], p, c))
+    (wanted,) = torch.autograd.grad(bound, logits)
+    torch.testing.assert_close(total, wanted)
+
+
+def test_where_all_latents_harm_the_least_harmful_wins_hardly_anything():
+    """P(think) = 0.07; gains -0.05 of a bland phrase and -3 of three others: the ELBO gives it 0.07 * 2.95 = 0.2065,
+    the bound 4 r - R with 4 r = 0.07 * 0.951 / (0.93 + 0.07 * 0.275) = 0.0701 and R = 0.07 * 0.0498 / (0.93 + 0.07 *
+    0.0498) = 0.0037. Where one of four is right by 3.6 nats and it thinks more often than not, 4 r = 0.57 * 36.6 /
+    (0.43 + 0.57 * 9.18) = 3.68."""
+    harm, think = torch.tensor([[-0.05, -3.0, -3.0, -3.0]]), torch.tensor([0.07])
+    assert float(advantages(harm, think, 0.0, "elbo")[0, 0]) == pytest.approx(0.2065, abs=1e-4)
+    assert float(advantages(harm, think, 0.0)[0, 0]) == pytest.approx(0.0701 - 0.0037, abs=2e-4)
+    help_, often = torch.tensor([[3.6, -3.3, -3.3, -3.3]]), torch.tensor([0.57])
+    assert float(advantages(help_, often, 0.0)[0, 0]) == pytest.approx(3.68 - 0.047, abs=2e-2)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "multi_sample"])
 @pytest.mark.parametrize("exploration", [0.0, 0.1])
-def test_drawn_boundaries_give_the_gradient_of_the_whole_objective(exploration):
-    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there; two latents, G = 2.
-    Over all draws the loss is that of `sum_t b_t E[R]` for the latents, `b = (1 - e) p + e` as a constant, and of the
-    expected multi-sample bound for the gates, though the boundaries tried are the same as often as they pay."""
-    logits = torch.tensor([[0.4, -0.3], [1.0, 0.2]], dtype=torch.double, requires_grad=True)
+def test_drawn_boundaries_give_the_gradient_of_all(exploration, objective):
+    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there: over both draws gates
+    and latents get the gradient of trying both."""
+    torch.manual_seed(0)
     w = torch.tensor([0.2, -1.5], dtype=torch.double, requires_grad=True)
-    reward, act = torch.tensor([[1.0, -1.5], [0.2, 0.6]], dtype=torch.double), torch.tensor([0.3, 0.1]).double()
-    log_p, pi, c = torch.nn.functional.logsigmoid(w), logits.softmax(-1), 0.1
-    behaves = explored(log_p.detach(), exploration)
-    probs = inclusion_probs(behaves.numpy(), 1)
-    draws = [torch.tensor(draw) for draw in itertools.product(range(2), repeat=2)]
-    wanted = (behaves * (pi * reward).sum(1)).sum()
-    for t in range(2):
-        for draw in draws:
-            bound = torch.logaddexp(-torch.nn.functional.softplus(w[t]) + act[t],
-                                    log_p[t] + torch.logsumexp(reward[t][draw] - c, 0) - LOG2)  # fmt: skip
-            wanted = wanted + float(pi.detach()[t][draw].prod()) * bound
-    wanted = torch.autograd.grad(wanted, (w, logits))
-    found = [torch.zeros(2, dtype=torch.double), torch.zeros(2, 2, dtype=torch.double)]
-    for t in range(2):
-        for draw in draws:
-            returns = Returns(act[t : t + 1], reward[t][draw][None])
-            inverse = torch.tensor([1 / probs[t]])
-            terms = EStepTerms(
-                inverse * gate_slope(returns.gain_TG, log_p[t : t + 1].detach(), c), advantages(returns, c),
-                inverse * behaves[t : t + 1], torch.zeros(1),
-            )  # fmt: skip
-            log_p = torch.nn.functional.logsigmoid(w)
-            live = logps_of(log_p[t : t + 1], logits[t].log_softmax(-1)[draw], torch.arange(2))
-            loss, _ = estep_loss(terms, live)
-            for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
-                total -= probs[t] * float(pi.detach()[t][draw].prod()) * gradient
-    for total, gradient in zip(found, wanted, strict=True):
-        torch.testing.assert_close(total, gradient)
+    logits = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    gain = torch.randn(2, 3, dtype=torch.double)
+    log_p = torch.nn.functional.logsigmoid(w).detach()
+    think = explored(log_p, exploration)
+    probs = torch.tensor(inclusion_probs(think.numpy(), 1))
+    assert probs.tolist() == pytest.approx((think / think.sum()).tolist())
+
+    def gradient(where: list[int], weight_T: torch.Tensor):
+        slope = weight_T * gate_slope(gain[where], log_p[where], 0.1, objective)
+        advantage = weight_T[:, None] * advantages(gain[where], think[where], 0.1, objective)
+        symbols = logits.log_softmax(-1)[where].flatten()
+        live = logps_of(torch.nn.functional.logsigmoid(w)[where], symbols, torch.arange(len(symbols)))
+        loss, _ = estep_loss(EStepTerms(slope, advantage, weight_T, torch.zeros(len(where))), live)
+        return torch.autograd.grad(loss, (w, logits))
+
+    wanted = gradient([0, 1], torch.ones(2, dtype=torch.double))
+    drawn = [gradient([t], 1 / probs[t : t + 1]) for t in range(2)]
+    for part, pieces in zip(wanted, zip(*drawn, strict=True), strict=True):
+        torch.testing.assert_close(sum(probs[t] * piece for t, piece in enumerate(pieces)), part)
 
 
 # ---- KL ----

@@ -104,7 +104,7 @@ def test_a_head_that_knows_nothing_of_these_boundaries_is_left_out(base, config)
     RA3Config(use_cpu=True, report_to="none", gate="head", boundary_selection="head").save_pretrained(base)
     save_head(AbstractionHead(AbstractionConfig(32, **config)), base)
     policy = open_here(base)
-    assert policy.head is None and (policy.args.gate, policy.args.boundary_selection) == ("token", "random")
+    assert policy.head is None and (policy.args.gate, policy.args.boundary_selection) == ("token", "gate")
     save_head(AbstractionHead(AbstractionConfig(32, trained_on=9)), base)
     assert open_here(base).args.gate == "head"
     assert open_here(base, gate="token", boundary_selection="random", abstraction_head=False).head is None
@@ -187,7 +187,7 @@ def test_texts_are_given_back(make_trainer, action_format):
         ({"gate": "head"}, "`gate` is 'head', but .* has no trained abstraction head for 'python'; set `gate` to"),
         (
             {"boundary_selection": "head"},
-            "`boundary_selection` is 'head', but .*; set `boundary_selection` to 'random'",
+            "`boundary_selection` is 'head', but .*; set `boundary_selection` to 'gate'",
         ),
         ({"action_format": "tags"}, "lacks the special tokens"),
         ({"action_format": "cobol"}, "`action_format` is 'cobol'"),

@@ -110,7 +110,7 @@ class MidRecipe:
     programs: int = 2000
     settings: tuple[tuple[str, Any], ...] = ()
     corpus: Corpus = field(default_factory=Corpus)
-    version: int = 2
+    version: int = 3  # 2: before the multi-sample bound
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The E-step: roll out, reward, and one policy-gradient update.
 
 PAPER: with pi fixed, self-supervised RL finds latents that make the expert's next lines likelier than their cost. Our
-choices where it is silent: return over H lines, leave-one-out baseline, one update per rollout (so no importance
+choices where it is silent: return over H lines, the multi-sample bound, one update per rollout (so no importance
 ratio), live or frozen reward model.
 """
 
@@ -84,10 +84,8 @@ class EStep:
 
     def roll_out(self, documents: Sequence[Document], noise: NoiseKey) -> list[Rollout]:
         """Makes rollouts of documents by each source of latents in turn: all of the first, then those of the next."""
-        args = self.args
-        least = 2 if args.baseline == "leave_one_out" else 1
-        rollouts = []
-        for j, source in enumerate(self.policy.proposer.sources(args.num_latents, args.horizon, least)):
+        args, rollouts = self.args, []
+        for j, source in enumerate(self.policy.proposer.sources(args.num_latents, args.horizon)):
             groups, weights = self.sample(documents, source, noise.of(j))
             groups, scored = self.score(groups, source)
             returns = [self.returns(group) for group in scored]
@@ -211,15 +209,17 @@ class EStep:
         return loss, named
 
     def terms(self, rollout: Rollout, part: slice, hold: bool, device: torch.device | str = "cpu") -> EStepTerms:
-        """Constants of the loss at some boundaries: the gate's slope or anchor, latents' advantages and weights."""
+        """Constants of the loss at some boundaries: the gate's slope or anchor, the latents' advantages, weights."""
         args, weight, none = self.args, rollout.weight_T[part], torch.zeros_like(rollout.weight_T[part])
-        returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
-        advantage = advantages(returns, args.penalty, args.baseline)
+        gain = rollout.returns.gain_TG[part]
         if rollout.group.view is not None:
-            # Latents that were drawn from a view have no gate: whether to think is the policy's to say, and what
-            # proposes them learns wherever it is asked.
+            # Latents that were drawn from a view have no gate: whether to think is the policy's to say. What proposes
+            # them raises its own ELBO wherever it is asked.
+            advantage = weight[:, None] * advantages(gain, torch.ones_like(weight), args.penalty, "elbo")
             return EStepTerms(none.to(device), advantage.to(device), weight.to(device), none.to(device))
         log_think = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])]
-        slope = none if hold else weight * gate_slope(returns.gain_TG, log_think, args.penalty)
-        thinks, anchor = weight * explored(log_think, args.exploration), weight if hold else none
-        return EStepTerms(*(value.to(device) for value in (slope, advantage, thinks, anchor)))
+        slope = none if hold else weight * gate_slope(gain, log_think, args.penalty, args.objective)
+        think = explored(log_think, args.exploration)
+        advantage = weight[:, None] * advantages(gain, think, args.penalty, args.objective)
+        anchor = weight if hold else none
+        return EStepTerms(*(value.to(device) for value in (slope, advantage, weight * think, anchor)))

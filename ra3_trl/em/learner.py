@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..config import RA3Config
-from ..losses import Returns, compute_returns, log_mean_gain
+from ..losses import Returns, compute_returns, joint_gain, log_mean_gain
 from ..models import AbstractionConfig, AbstractionHead
 from ..policy import HeadDecisions
 from ..records import Document, RolloutGroup
@@ -77,7 +77,7 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
     of; gain and spread in nats of the lines' likelihood, as annotation knows it."""
     likelihood = compute_returns(group, args.horizon, args.discount)
     none = torch.full_like(returns.act_T, torch.nan)
-    slope = log_mean_gain(returns.gain_TG) - args.penalty
+    slope = joint_gain(returns.gain_TG, args.objective) - args.penalty
     keys, spread = boundary_keys(group.document, group.boundaries), likelihood.latent_TG.std(1, correction=0)
     gain = log_mean_gain(likelihood.gain_TG)
     return Observations(keys, group.states_at(group.boundaries), slope, none, gain, spread, weight_T)

@@ -225,7 +225,7 @@ class EMLoop:
         own = [r for r in rollouts if self.learner is not None and r.group.boundaries and r.group.view is None]
         ordered = [r for batch in prepared for r in batch.rollouts]
         over_other = estep.over_other(ordered)
-        sums = rollout_sums(ordered, self._text, self.policy.proposer.lines, self.args.penalty)
+        sums = rollout_sums(ordered, self._text, self.policy.proposer.lines, self.args.objective, self.args.penalty)
         if over_other:
             sums["gain_over_other"] = [sum(over_other), float(len(over_other))]
         return prepared, Share(

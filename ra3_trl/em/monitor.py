@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import torch
 
-from ..losses import code_bounds, log_mean_gain
+from ..losses import code_bounds, joint_gain
 from ..records import RolloutGroup
 from .estep import Rollout
 
@@ -151,10 +151,15 @@ class Sameness:
 
 
 def rollout_sums(
-    rollouts: Sequence[Rollout], token_text: TokenText, known_lines: int = 1, penalty: float = 0.0
+    rollouts: Sequence[Rollout],
+    token_text: TokenText,
+    known_lines: int = 1,
+    objective: str = "multi_sample",
+    penalty: float = 0.0,
 ) -> Sums:
     """Numbers of a batch of rollouts (docs/logging.md): total and weight, so that batches and processes can be added
-    up. Latents that were not the policy's own (`view`) knew the next `known_lines`; they pay above the `penalty`."""
+    up. Latents that were not the policy's own (`view`) knew the next `known_lines`; they pay where what they bring
+    together, by the `objective`, is above the `penalty`."""
     sums = MetricSums()
     for rollout in rollouts:
         group, weight = rollout.group, rollout.weight_T
@@ -168,7 +173,7 @@ def rollout_sums(
         if group.log_ratio_TG is not None:
             sums.add_total("hindsight/log_ratio", float(group.log_ratio_TG.sum()), group.log_ratio_TG.numel())
         gate_A, gain = group.decision_logps_A.exp(), rollout.returns.gain_TG.mean(1)
-        gate, together = weight * gate_A[list(group.boundaries)], log_mean_gain(rollout.returns.gain_TG)
+        gate, together = weight * gate_A[list(group.boundaries)], joint_gain(rollout.returns.gain_TG, objective)
         reward, total = rollout.returns.latent_TG.mean(1), float(weight.sum())
         sums.add_total(origin + "reward", float((weight * reward).sum()), total)
         sums.add_total(origin + "gain", float((weight * gain).sum()), total)

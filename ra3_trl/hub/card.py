@@ -34,7 +34,7 @@ _TEMPLATES.globals |= {"cell": cell, "code_cell": code_cell, "paper": PAPER}
 _SHOWN = (
     "em_iterations", "e_steps", "m_steps", "max_steps", "learning_rate", "e_learning_rate",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_latents",
-    "max_latent_length", "horizon", "discount", "penalty", "line_reduction", "baseline", "reward_model", "gate",
+    "max_latent_length", "horizon", "discount", "penalty", "line_reduction", "objective", "reward_model", "gate",
     "gate_hold", "exploration", "boundary_selection", "boundary_budget", "kl_coef", "annotation", "prior_alpha",
     "same_latent_tolerance", "action_format", "existing_comments", "temperature", "seed",
 )  # fmt: skip

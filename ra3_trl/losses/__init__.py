@@ -1,9 +1,9 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
 from .elbo import code_bounds, resampling_logits
-from .estep import EStepTerms, estep_loss, explored, gate_slope, log_mean_gain
+from .estep import EStepTerms, advantages, estep_loss, explored, gate_slope, joint_gain, log_mean_gain
 from .ntp import next_token_loss
-from .returns import Returns, advantages, compute_returns, log1mexp, renormalise
+from .returns import Returns, compute_returns, log1mexp, renormalise
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "estep_loss",
     "explored",
     "gate_slope",
+    "joint_gain",
     "log1mexp",
     "log_mean_gain",
     "next_token_loss",

@@ -15,12 +15,12 @@ from .returns import log1mexp
 class EStepTerms:
     """Holds what the E-step optimises at `T` boundaries, as constants computed from rollouts.
 
-    Where boundaries are drawn, each field but the advantages has the inverse of their probability as a factor.
+    Where boundaries are drawn, each has the inverse of their probability as a factor.
     """
 
-    gate_gain_T: torch.Tensor  # slope of the gate's objective in P(think); 0 where the gate is held
-    advantage_TG: torch.Tensor  # of the latents
-    weight_T: torch.Tensor  # of the latents, and of their KL: how often the E-step thinks there ([`explored`])
+    gate_gain_T: torch.Tensor  # slope of the objective in P(think); 0 where the gate is held
+    advantage_TG: torch.Tensor  # slope of the objective in a latent's log-prob, times G
+    weight_T: torch.Tensor  # of the latents' KL: how often the E-step thinks there ([`explored`])
     anchor_T: torch.Tensor  # of the gate's anchor to its start; 0 where it is free
 
 
@@ -43,20 +43,59 @@ def log_mean_gain(gain_TG: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(gain_TG, 1) - math.log(gain_TG.shape[1])
 
 
-def gate_slope(gain_TG: torch.Tensor, log_think_T: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Computes the slope in `p = P(think)` of the multi-sample bound `log[(1-p) + p e^m]`, `[T]`, where
-    `m = log mean_g exp(gain_g) - c` is what the best of several latents bring, less their cost.
+def joint_gain(gain_TG: torch.Tensor, objective: str) -> torch.Tensor:
+    """Computes what the latents of a boundary bring together, `[T]` in nats: their mean gain (`"elbo"`), or the log of
+    the mean likelihood ([`log_mean_gain`])."""
+    return gain_TG.mean(1) if objective == "elbo" else log_mean_gain(gain_TG)
 
-    In the gate's log-odds the slope is `r - p`, `r` being the posterior probability of thinking with which annotation
-    resamples: between -1 and 1 whatever the gains are. It vanishes where thinking pays as often as the gate says and
-    not, as the slope of a mean gain does, where wrong latents cost as much as right ones bring.
+
+def gate_slope(
+    gain_TG: torch.Tensor, log_think_T: torch.Tensor, penalty: float, objective: str = "multi_sample"
+) -> torch.Tensor:
+    """Computes the objective's slope in `p = P(think)`, `[T]`.
+
+    Of the ELBO, `p (mean_g gain_g - c)`, it is that mean gain. Of the multi-sample bound, `log[(1-p) + p e^m]` with
+    `m = log mean_g exp(gain_g) - c`, it is `r - p` in the gate's log-odds, `r` being the posterior probability of
+    thinking with which annotation resamples: between -1 and 1 whatever the gains are. It vanishes where the gate
+    thinks as often as that pays, and does not close it where wrong latents cost as much as right ones bring.
 
     >>> gate_slope(torch.tensor([[1.5, -torch.inf]]), torch.tensor([0.5]).log(), penalty=0.0)  # e^m = 2.24
     tensor([0.7657])
     """
-    m = (log_mean_gain(gain_TG) - penalty).clamp(max=30.0)  # a slope that P(think) = 0 can be multiplied with
-    p = log_think_T.exp()
+    m = joint_gain(gain_TG, objective) - penalty
+    if objective == "elbo":
+        return m
+    m, p = m.clamp(max=30.0), log_think_T.exp()  # a slope that P(think) = 0 can be multiplied with
     return torch.expm1(m) / (1 - p + p * m.exp())
+
+
+def advantages(
+    gain_TG: torch.Tensor, think_T: torch.Tensor, penalty: float, objective: str = "multi_sample"
+) -> torch.Tensor:
+    """Computes the objective's slope in each latent's log-prob, times G, less a baseline that does not depend on the
+    latent, `[T, G]`; `think_T` is how often one thinks.
+
+    Of the ELBO it is `p (gain_g - mean of the others')`, in which the penalty cancels. Of the multi-sample bound it is
+    G times the posterior probability `r_g` of the latent, with which annotation resamples, less the posterior
+    probability of thinking that the others alone give. So a latent counts where its lines are likelier than without
+    it, and hardly where all of them do harm: the least harmful phrase wins nothing there.
+
+    >>> gain = torch.tensor([[1.0, -1.0]])
+    >>> advantages(gain, torch.tensor([0.5]), penalty=0.0, objective="elbo")
+    tensor([[ 1., -1.]])
+    >>> advantages(gain, torch.tensor([0.5]), penalty=0.0)  # 2 * 0.534 - 0.269, 2 * 0.072 - 0.731
+    tensor([[ 0.7999, -0.5865]])
+    """
+    others = gain_TG.shape[1] - 1
+    if objective == "elbo":
+        return think_T[:, None] * (gain_TG - (gain_TG.sum(1, keepdim=True) - gain_TG) / others)
+    # In logs: <act> and each latent, as in `resampling_logits`.
+    log_act = log1mexp(think_T.log())[:, None]
+    log_latent = think_T.log()[:, None] + gain_TG - penalty
+    own = log_latent - torch.logaddexp(log_act, log_latent.logsumexp(1, keepdim=True) - math.log(others + 1))
+    alone = torch.eye(others + 1, dtype=torch.bool, device=gain_TG.device)
+    rest = log_latent[:, None].masked_fill(alone, -torch.inf).logsumexp(2) - math.log(others)
+    return own.exp() - torch.sigmoid(rest - log_act)
 
 
 def gate_anchor(gate_logps_T: torch.Tensor, start_gate_logps_T: torch.Tensor) -> torch.Tensor:
@@ -94,13 +133,13 @@ def estep_loss(
     # The gate's gradient is analytic, since its gain is known at both ends, thinking and not. Latents get a mean over
     # those of a boundary, whatever their lengths.
     gate = -(logps.gate_T.exp() * terms.gate_gain_T).sum()
-    scale_n = (terms.weight_T[:, None] / latents).expand(boundaries, latents).reshape(-1)[logps.branch_n]
-    policy = -(scale_n * terms.advantage_TG.reshape(-1)[logps.branch_n] * logps.token_n).sum()
+    policy = -(terms.advantage_TG.reshape(-1)[logps.branch_n] * logps.token_n).sum() / latents
     parts = {"gate": gate, "policy": policy}
     loss = gate + policy
     if reference is not None and kl_coef:
         log_ratio = reference.token_n - logps.token_n
-        parts["kl"] = (scale_n * (torch.exp(log_ratio) - 1 - log_ratio)).sum()
+        weight_n = terms.weight_T[:, None].expand(boundaries, latents).reshape(-1)[logps.branch_n]
+        parts["kl"] = (weight_n * (torch.exp(log_ratio) - 1 - log_ratio)).sum() / latents
         loss = loss + kl_coef * parts["kl"]
     if reference is not None and bool(terms.anchor_T.any()):
         parts["gate_anchor"] = (terms.anchor_T * gate_anchor(logps.gate_T, reference.gate_T)).sum()

@@ -23,6 +23,7 @@ from .decisions import line_numbers
 
 
 if TYPE_CHECKING:
+    from ..config import RA3Config
     from .policy import Policy
 
 
@@ -105,6 +106,21 @@ def _choose_by_policy(policy: Policy, context: Document, boundaries: Sequence[in
     return _Choice({boundary: row[0] for boundary, row in zip(thinks, group.latents, strict=True)})
 
 
+def _undecided(
+    trunk: RolloutGroup, boundaries: Sequence[int], log_think: torch.Tensor, u: torch.Tensor, args: RA3Config
+) -> list[int]:
+    """Leaves out boundaries where the draw is <act> whatever the latents: at best these make the lines certain, a gain
+    of `-G_act`, which may be less than a latent costs, or than the draw `u` asks for."""
+    none = tuple((Latent((), False),) for _ in boundaries)
+    lines = torch.zeros(len(boundaries), 1, args.horizon)
+    group = replace(trunk, boundaries=tuple(boundaries), latents=none, latent_line_logps_TGH=lines,
+                    latent_gate_logps_TGH=torch.full_like(lines, -torch.inf))  # fmt: skip
+    best = compute_returns(group, args.horizon, args.discount)
+    acts = resampling_logits(best.act_T, best.latent_TG, log_think).double().softmax(-1)[:, 0]
+    chance = (best.gain_TG[:, 0] > args.penalty) & (u > acts)
+    return [boundary for boundary, some in zip(boundaries, chance.tolist(), strict=True) if some]
+
+
 def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequence[int], noise: NoiseKey) -> _Choice:
     """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines.
 
@@ -112,12 +128,16 @@ def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequenc
     bring what it costs is not placed: beside others that are no better it would be, by chance alone.
     """
     args = policy.args
+    u = torch.as_tensor(noise.uniform(context.doc_id, line_numbers(context, boundaries), CHOICE, 0))
+    number = dict(zip(boundaries, u.tolist(), strict=True))
 
     def hopeful(trunk: RolloutGroup) -> Sequence[int]:
-        if policy.head is None:
-            return boundaries
         log_think = _log_prior(policy, trunk, boundaries)
-        return policy.head.hopeful(trunk, boundaries, log_think - log1mexp(log_think))
+        some = _undecided(trunk, boundaries, log_think, u, args) if policy.proposer.causal else boundaries
+        if policy.head is None or not some:
+            return some
+        log_think = _log_prior(policy, trunk, some)
+        return policy.head.hopeful(trunk, some, log_think - log1mexp(log_think))
 
     group = policy.propose(context, hopeful, args.num_latents, noise)
     if not group.boundaries:
@@ -126,7 +146,7 @@ def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequenc
     worth = compute_returns(group.with_ratio(policy.proposer.kl_coef), args.horizon, args.discount)
     log_think = _log_prior(policy, group, group.boundaries)
     weights = resampling_logits(worth.act_T, worth.latent_TG, log_think).double().softmax(-1)
-    u = torch.as_tensor(noise.uniform(context.doc_id, line_numbers(context, group.boundaries), CHOICE, 0))
+    u = torch.tensor([number[boundary] for boundary in group.boundaries], dtype=torch.float64)
     # Inverse CDF; the clamp is for a cumulative sum that rounding left just below 1.
     drawn = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1).tolist()
     pays = [(t, b, g - 1) for t, (b, g) in enumerate(zip(group.boundaries, drawn, strict=True)) if g > 0]

@@ -327,8 +327,8 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")
     if settings.get("annotation") is None:
         settings["annotation"] = "resample"
-    # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
-    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none"}
+    # Of the trainer's checks only those of an E-phase could refuse what a policy can do, such as with one latent.
+    fixed: dict[str, Any] = {"e_steps": 0, "report_to": "none"}
     with beside_trainers():
         return RA3Config(**fixed | settings)
 

@@ -50,8 +50,8 @@ class Proposer(Protocol):
     ) -> RolloutGroup:
         """Pools the latents of all origins, scored, with their `log_ratio_TG`."""
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
-        """Shares `num_latents` out among the origins, each `least` or more, for an E-phase."""
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
+        """Shares `num_latents` out among the origins, each two or more, for an E-phase."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class OwnLatents:
     ) -> RolloutGroup:
         return engine.rollout(document, boundaries, num_latents, horizon, noise)
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
         return (_OwnSource(num_latents, horizon),)
 
 

@@ -130,10 +130,10 @@ class Proposals:
         self.lines = max((member.lines for member in members if member.prompt is not None), default=1)
         self.settings: dict[str, Any] = {"proposal_func": prompts.pop("function", None), "prompts": prompts}
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
         return [
-            _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon, least)[0]
-            for member, count in zip(self.members, share_out(num_latents, self.shares, least), strict=True)
+            _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon)[0]
+            for member, count in zip(self.members, share_out(num_latents, self.shares, 2), strict=True)
         ]
 
     def propose(
