@@ -94,6 +94,9 @@ class Says:
         empty = torch.zeros(len(document.actions))
         return RolloutGroup(document, tuple(boundaries), tuple(map(tuple, latents)), empty, gates, lines_TGH, none)
 
+    def scores(self, documents, boundaries, latents, horizon):
+        return [self.score(*each, horizon) for each in zip(documents, boundaries, latents, strict=True)]
+
 
 def group_of(engine: Says, doc_id: int, said: list[int]) -> RolloutGroup:
     latents = [[Latent((7,), True)] * len(said), [Latent((token,), True) for token in said]]

@@ -196,7 +196,7 @@ def test_the_gates_gradient_is_that_of_the_multi_sample_bound():
     returns, c = Returns(torch.randn(5).double(), torch.randn(5, 3).double()), 0.2
     log_p, log_q = torch.nn.functional.logsigmoid(w), torch.nn.functional.logsigmoid(-w)
     mean = torch.logsumexp(returns.latent_TG - c, 1) - math.log(3)
-    (wanted,) = torch.autograd.grad(torch.logaddexp(log_q + returns.act_T, log_p + mean).sum(), w)
+    (wanted,) = torch.autograd.grad(torch.logaddexp(log_q + returns.act_T, log_p + mean).sum(), w, retain_graph=True)
     slope = gate_slope(returns.gain_TG, log_p.detach(), c)
     none = torch.zeros(0, dtype=torch.double)
     terms = EStepTerms(slope, torch.zeros(5, 3).double(), torch.ones(5).double(), torch.zeros(5))

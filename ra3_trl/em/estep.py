@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from ..config import RA3Config
 from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_loss, explored, gate_slope
@@ -26,8 +25,8 @@ from .gradients import Gradients
 
 @dataclass(frozen=True)
 class Chunk:
-    """Boundaries of a rollout that go through one forward with gradients; `reference` holds their log-probs under the
-    weights at the start, where they are wanted."""
+    """Boundaries of a rollout that go through the same forward with gradients; `reference` holds their log-probs under
+    the weights at the start, where they are wanted."""
 
     boundaries: slice
     reference: PolicyLogProbs | None = None
@@ -103,14 +102,14 @@ class EStep:
         weights: list[torch.Tensor] = []
 
         def choose(trunk: RolloutGroup) -> tuple[int, ...]:
-            # Asked by the engine once the document has run, since gates and the head's states are read there.
+            # Asked for each document in turn once it has run, since gates and the head's states are read there.
             boundaries, weight_T = choose_to_try(self.policy.head, self.policy.decide(trunk), self.args, noise)
             weights.append(weight_T)
             return boundaries
 
         with self.policy.backbone.gathered():
             live = self.reward is None
-            groups = [source.draw(self.engine, document, choose, noise, score=live) for document in documents]
+            groups = source.draw(self.engine, documents, [choose] * len(documents), noise, score=live)
             groups = [source.weigh(self.engine, group) for group in groups] if live else groups
         return [self.policy.decide(group) for group in groups], weights
 
@@ -123,7 +122,8 @@ class EStep:
         scored = groups
         if self.reward is not None:
             with self.reward.applied(), self.policy.backbone.gathered():
-                scored = [self.engine.score(g.document, g.boundaries, g.latents, self.args.horizon) for g in groups]
+                documents, boundaries = [g.document for g in groups], [g.boundaries for g in groups]
+                scored = self.engine.scores(documents, boundaries, [g.latents for g in groups], self.args.horizon)
                 scored = [
                     source.weigh(self.engine, replace(s, view=g.view)) for s, g in zip(scored, groups, strict=True)
                 ]
@@ -146,10 +146,16 @@ class EStep:
         if self.start is None:
             return split
         with torch.no_grad(), self.start.applied(), self.policy.backbone.gathered():
-            return [
-                tuple(Chunk(c.boundaries, self.engine.log_probs(group.drawn, c.boundaries)) for c in chunks)
-                for group, chunks in zip(groups, split, strict=True)
-            ]
+            pieces = [(group.drawn, c.boundaries) for group, own in zip(groups, split, strict=True) for c in own]
+            parts = self.engine.join(pieces)
+            reference = iter([logps for part in parts for logps in self.engine.packed_log_probs(pieces[part])])
+            return [tuple(Chunk(c.boundaries, next(reference)) for c in own) for own in split]
+
+    def forwards(self, rollouts: Sequence[Rollout]) -> list[list[tuple[Rollout, Chunk]]]:
+        """Groups the chunks of rollouts by the forwards with gradients that they go through together."""
+        chunks = [(rollout, chunk) for rollout in rollouts for chunk in rollout.chunks]
+        parts = self.engine.join([(rollout.group.drawn, chunk.boundaries) for rollout, chunk in chunks])
+        return [chunks[part] for part in parts]
 
     def over_other(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Nats that latents of the policy bring more than those of another document, see `policy/blandness.py`."""
@@ -165,42 +171,44 @@ class EStep:
         num_boundaries: float,
         hold: bool,
         gradients: Gradients,
-        chunks: int = 0,
+        least: int = 0,
     ) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of a batch, chunk by chunk.
+        """Loss and gradients of a batch, forward by forward.
 
         Args:
             num_boundaries (`float`):
                 Boundaries of the whole accumulation window and all processes, tried or not: the loss's denominator.
             hold (`bool`):
                 Whether the gate is held at its value at the start.
-            chunks (`int`, *optional*, defaults to `0`):
+            least (`int`, *optional*, defaults to `0`):
                 Do at least so many forwards, with a loss of 0 where there is nothing left: as many as other processes.
 
         Returns:
             The loss and its parts, both divided by `num_boundaries`.
         """
-        pieces = [(rollout, chunk) for rollout in rollouts for chunk in rollout.chunks]
-        total, parts, chunks = 0.0, dict[str, float](), max(chunks, len(pieces))
-        for i in range(chunks):
-            with gradients.syncing(i + 1 == chunks):
-                if i >= len(pieces):
+        forwards = self.forwards(rollouts)
+        total, parts, count = 0.0, dict[str, float](), max(least, len(forwards))
+        for i in range(count):
+            with gradients.syncing(i + 1 == count):
+                if i >= len(forwards):
                     # Others apply the language-model head twice, to gates and to latents: so does an empty forward.
                     gradients.backward(self.policy.backbone.idle(gradients.through, heads=2))
                     continue
                 with self.engine.gradients():
-                    loss, named = self._chunk_loss(*pieces[i], hold, gradients.through)
+                    pieces = [(rollout.group.drawn, chunk.boundaries) for rollout, chunk in forwards[i]]
+                    logps = self.engine.packed_log_probs(pieces, gradients.through)
+                    losses = [self._chunk_loss(*both, lp, hold) for both, lp in zip(forwards[i], logps, strict=True)]
+                    loss = torch.stack([of_chunk for of_chunk, _ in losses]).sum()
                     gradients.backward(loss / num_boundaries)
             total += float(loss.detach()) / num_boundaries
-            for name, value in named.items():
+            for name, value in (item for _, named in losses for item in named.items()):
                 parts[name] = parts.get(name, 0.0) + float(value) / num_boundaries
         return total, parts
 
     def _chunk_loss(
-        self, rollout: Rollout, chunk: Chunk, hold: bool, through: nn.Module | None
+        self, rollout: Rollout, chunk: Chunk, logps: PolicyLogProbs, hold: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of some boundaries of a rollout, summed over them."""
-        logps = self.engine.log_probs(rollout.group.drawn, chunk.boundaries, through)
         terms = self.terms(rollout, chunk.boundaries, hold, logps.gate_T.device)
         loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference)
         if logps.router is not None:

@@ -229,7 +229,7 @@ class EMLoop:
         if over_other:
             sums["gain_over_other"] = [sum(over_other), float(len(over_other))]
         return prepared, Share(
-            [sum(len(r.chunks) for r in batch.rollouts) for batch in prepared],
+            [len(estep.forwards(batch.rollouts)) for batch in prepared],
             float(sum(len(r.group.document.boundaries) for r in rollouts)),
             sum(len(d.input_ids) for batch in batches for d in batch),
             sums,

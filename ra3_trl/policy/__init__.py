@@ -1,7 +1,7 @@
 """A checkpoint that is ready to think: latents, annotation, held-out numbers, without a trainer."""
 
 from .annotate import MARKUP, annotate
-from .blandness import gains_over_other, most_thinking, returns_elsewhere
+from .blandness import gains_over_other, most_thinking
 from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise, choose_to_try
 from .policy import THINKING, Policy, chunk_length, open_settings
@@ -29,6 +29,5 @@ __all__ = [
     "gains_over_other",
     "most_thinking",
     "open_settings",
-    "returns_elsewhere",
     "token_text",
 ]

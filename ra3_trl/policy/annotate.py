@@ -139,7 +139,7 @@ def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequenc
         log_think = _log_prior(policy, trunk, some)
         return policy.head.hopeful(trunk, some, log_think - log1mexp(log_think))
 
-    group = policy.propose(context, hopeful, args.num_latents, noise)
+    (group,) = policy.propose([context], [hopeful], args.num_latents, noise)
     if not group.boundaries:
         return _Choice()
     returns = compute_returns(group, args.horizon, args.discount)

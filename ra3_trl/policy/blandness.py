@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..losses import compute_returns
-from ..records import Latent, RolloutGroup
+from ..records import RolloutGroup
 from ..rollout import RolloutEngine
 
 
@@ -36,35 +34,32 @@ def gains_over_other(engine: RolloutEngine, groups: Sequence[RolloutGroup], disc
         A number for each group with latents, where there is another document.
     """
     tried = [group for group in groups if group.boundaries]
+    pairs = [(group, other) for i, group in enumerate(tried) if (other := _another(tried, i)) is not None]
+    return over_others(engine, pairs, discount)
+
+
+def over_others(
+    engine: RolloutEngine, pairs: Sequence[tuple[RolloutGroup, RolloutGroup]], discount: float
+) -> list[float]:
+    """Measures the same of given pairs: a group, and the one whose latents are put in place of its own."""
+    if not pairs:
+        return []
+    horizon = pairs[0][0].latent_line_logps_TGH.shape[2]
+    where = [most_thinking(group) for group, _ in pairs]
+    instead = engine.scores(
+        [group.document for group, _ in pairs],
+        [[group.boundaries[t]] for (group, _), t in zip(pairs, where, strict=True)],
+        [[other.latents[most_thinking(other)]] for _, other in pairs],
+        horizon,
+    )
     differences = []
-    for i, group in enumerate(tried):
-        later = [*tried[i + 1 :], *tried[:i]]
-        other = next((o for o in later if o.document.doc_id != group.document.doc_id), None)
-        if other is None:
-            continue
-        differences.append(gain_over_other(engine, group, other, discount))
+    for (group, _), t, others in zip(pairs, where, instead, strict=True):
+        own_G, other_G = (compute_returns(g, horizon, discount).latent_TG[i] for g, i in ((group, t), (others, 0)))
+        differences.append(float(own_G.mean() - other_G.mean()))
     return differences
 
 
-def gain_over_other(engine: RolloutEngine, group: RolloutGroup, other: RolloutGroup, discount: float) -> float:
-    """Measures the same in one group, with the latents of `other` where the model thinks most there."""
-    t = most_thinking(group)
-    elsewhere = other.latents[most_thinking(other)]
-    own, others = returns_elsewhere(engine, group, [group.boundaries[t]], [elsewhere], discount)
-    return float(own[0].mean() - others[0].mean())
-
-
-def returns_elsewhere(
-    engine: RolloutEngine,
-    group: RolloutGroup,
-    boundaries: Sequence[int],
-    latents: Sequence[Sequence[Latent]],
-    discount: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes returns at some of a group's `boundaries`, `[len(boundaries), G]`: of its own latents there, and of
-    those in `latents`, which were drawn elsewhere, in their place."""
-    horizon = group.latent_line_logps_TGH.shape[2]
-    with torch.no_grad():
-        instead = engine.score(group.document, boundaries, latents, horizon)
-    own, others = (compute_returns(g, horizon, discount).latent_TG for g in (group, instead))
-    return own[[group.boundaries.index(boundary) for boundary in boundaries]], others
+def _another(groups: Sequence[RolloutGroup], i: int) -> RolloutGroup | None:
+    """The next group, going round, that is of another document."""
+    later = (*groups[i + 1 :], *groups[:i])
+    return next((group for group in later if group.document.doc_id != groups[i].document.doc_id), None)

@@ -12,7 +12,7 @@ from ..losses import code_bounds, compute_returns, renormalise
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 from .annotate import annotate
-from .blandness import gain_over_other, most_thinking
+from .blandness import most_thinking, over_others
 from .decisions import choose_boundaries
 from .text import token_text
 
@@ -76,11 +76,11 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
             written = _WRITTEN + token_text(policy.tokenizer, group.latents[most_thinking(group)][0].token_ids)
             sums[written] = sums.get(written, 0.0) + 1
             if before is not None and before.document.doc_id != document.doc_id:
-                sums["over_other"] += gain_over_other(policy.engine, group, before, args.discount)
+                sums["over_other"] += over_others(policy.engine, [(group, before)], args.discount)[0]
                 sums["others"] += 1
             before = group
         if not policy.proposer.causal:
-            group = policy.propose(document, boundaries, args.eval_num_latents, EVAL_NOISE)
+            (group,) = policy.propose([document], [boundaries], args.eval_num_latents, EVAL_NOISE)
             bounds = code_bounds(group)
             gain = compute_returns(group, args.horizon, args.discount).gain_TG
             sums["hindsight_elbo"] += bounds.elbo

@@ -264,11 +264,14 @@ class Policy:
         with self.inference(whole=False):
             return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
 
-    def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
-        """As `rollout`, with latents of the `proposer`."""
+    def propose(
+        self, documents: Sequence[Document], boundaries: Sequence[Boundaries], num_latents: int, noise: NoiseKey
+    ) -> list[RolloutGroup]:
+        """As `rollout` of each document, with latents of the `proposer`."""
         engine, horizon = self.engine, self.args.horizon
         with self.inference(whole=False):
-            return self.decide(self.proposer.propose(engine, document, boundaries, num_latents, horizon, noise))
+            groups = self.proposer.propose(engine, documents, boundaries, num_latents, horizon, noise)
+        return [self.decide(group) for group in groups]
 
     def annotate(self, document: Document, noise: NoiseKey | None = None, way: str | None = None) -> AnnotatedExample:
         """Splices latents into a document, see [`annotate`]; `text` reads the result."""

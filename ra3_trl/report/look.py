@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..losses import compute_returns
-from ..policy import Policy, returns_elsewhere
+from ..policy import Policy
 from ..records import Document, RolloutGroup
 from ..segmentation import ActionFormat, readable_bytes
 from .show import ShownBoundary, ShownFile, ShownLatent, physical_lines
@@ -91,7 +91,9 @@ def over_elsewhere(policy: Policy, group: RolloutGroup) -> list[float] | list[No
     if count < 2:
         return [None] * count
     latents = [group.latents[(t + count // 2) % count] for t in range(count)]
-    own, others = returns_elsewhere(policy.engine, group, group.boundaries, latents, policy.args.discount)
+    horizon = group.latent_line_logps_TGH.shape[2]
+    instead = policy.engine.score(group.document, group.boundaries, latents, horizon)
+    own, others = (compute_returns(g, horizon, policy.args.discount).latent_TG for g in (group, instead))
     return (own.mean(1) - others.mean(1)).tolist()
 
 
