@@ -222,7 +222,7 @@ def test_what_is_not_proposed_would_not_have_been_placed(setting, tmp_path, monk
 
 def test_where_no_latent_could_be_drawn_by_hand():
     """Lines at -3 nats and a prior of 0.05: a latent that makes them certain leaves <act> 0.95 / (0.95 + 0.05 e^3) =
-    0.486, so a draw of 0.4 is <act> for certain and one of 0.6 is not; a line at -0.1 can't gain the penalty of 0.2."""
+    0.486, so a draw of 0.4 is <act> for certain and one of 0.6 not; a line at -0.1 can't gain the penalty of 0.2."""
     boundary = Boundary((1,), (2,))
     document = Document(0, 0, (0, 1, 2, 3), tuple(Action(i, i + 1, i + 2, boundary) for i in range(3)), 1)
     none = torch.zeros(0, 0, 0)

@@ -410,8 +410,8 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
     args = HindsightConfig(
-        "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, penalty=0.3, gate_hold="never", proposal_kl_coef=weight,
-        use_cpu=True, boundary_selection="random",
+        "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, penalty=0.3, gate_hold="never",
+        proposal_kl_coef=weight, use_cpu=True, boundary_selection="random",
     )  # fmt: skip
     (rollout,) = roll_out(engine, document, args, priced(fim(tokenizer, 1.0), weight))
     group, boundaries = rollout.group, rollout.group.boundaries
