@@ -72,7 +72,7 @@ def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
         "weights": weights,
         "log": log,
         "world": trainer.args.world_size,
-        "held": trainer.loop.state.gate_hold.average,
+        "held": trainer.loop.state.gate_hold.gains,
     }
     found["head"] = trainer.loop.learner.head.state_dict()
     torch.save(found, folder / f"{name}-{state.num_processes}-{state.process_index}.pt")

@@ -35,9 +35,16 @@ def gains_over_other(engine: RolloutEngine, groups: Sequence[RolloutGroup], disc
     """
     tried = [group for group in groups if group.boundaries]
     pairs = [(group, other) for i, group in enumerate(tried) if (other := _another(tried, i)) is not None]
+    return over_others(engine, pairs, discount)
+
+
+def over_others(
+    engine: RolloutEngine, pairs: Sequence[tuple[RolloutGroup, RolloutGroup]], discount: float
+) -> list[float]:
+    """Measures the same of given pairs: a group, and the one whose latents are put in place of its own."""
     if not pairs:
         return []
-    horizon = tried[0].latent_line_logps_TGH.shape[2]
+    horizon = pairs[0][0].latent_line_logps_TGH.shape[2]
     where = [most_thinking(group) for group, _ in pairs]
     instead = engine.scores(
         [group.document for group, _ in pairs],
