@@ -166,7 +166,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, tokenizers):
 
     checkpoint = folder / "left-2" / "checkpoint-3"
     before = {p: p.stat().st_mtime_ns for p in checkpoint.iterdir()}
-    trainer = make(folder, TEXTS, "left", batch=2, optim="adamw_torch", m_steps=3)
+    trainer = make(folder, TEXTS, "left", batch=2, optim="adamw_torch", e_learning_rate=1e-3, m_steps=3)
     assert isinstance(trainer.args, RA3Config)
     with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
