@@ -834,7 +834,10 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
         SamplingParams(2),
     )
     (document,) = segmenter(tokenizer_of)(0, CODE)
-    args = HindsightConfig("x", proposal="causal+fim", num_latents=4, horizon=1, max_boundaries=1, use_cpu=True)
+    args = HindsightConfig(
+        "x", proposal="causal+fim", num_latents=4, horizon=1, max_boundaries=1, boundary_selection="random",
+        use_cpu=True,
+    )  # fmt: skip
     causal, known = roll_out(engine, document, args, fim(tokenizer_of, 1.0, 1.0))
     boundary = known.group.boundaries[0]
     line = document.actions[boundary + 1]

@@ -430,6 +430,9 @@ def test_bounds_count_code_once_and_neither_comments_nor_untried_lines_twice():
         boundaries=(3,),
     )
     assert code_bounds(longer) == bounds
+    # Tried once in two times it stands for two: the change from the -10 counts twice.
+    twice = code_bounds(group, torch.tensor([2.0]))
+    assert twice.elbo == pytest.approx(-10 + 2 * (bounds.elbo + 10)) and twice.log_likelihood == pytest.approx(-10)
     nothing = RolloutGroup(
         group.document, (), (), group.line_logps_A, group.gate_logps_A, torch.zeros(0, 0, 0), torch.zeros(0, 0, 0)
     )

@@ -164,8 +164,8 @@ def rollout_sums(
     for rollout in rollouts:
         group, weight = rollout.group, rollout.weight_T
         origin = "" if group.view is None else "hindsight/"
-        bounds = code_bounds(group)
-        if rollout.scored_live and bool((weight == 1).all()):  # else it is of the lines that were picked
+        bounds = code_bounds(group, weight)
+        if rollout.scored_live:
             sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not group.boundaries:
