@@ -32,6 +32,7 @@ from ra3_trl.hub.card import (
 from ra3_trl.hub.licenses import HUB_LICENSES, hub_license, license_metadata, row_license
 from ra3_trl.markdown import cell, code_cell
 from ra3_trl.report import LatentLog
+from ra3_trl.report.latents import latent_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -328,6 +329,13 @@ def test_latest_latents_are_of_this_run(tmp_path, make_trainer):
     assert found.latents[0]["gain"] == max(row["gain"] for row in rows)
     places = [(row["doc_id"], row["line_number"]) for row in rows]
     assert found.latents_of == len(set(places)) == len(places) / 3  # three latents at each
+
+
+def test_the_table_of_latents_shows_equal_ones_once():
+    """A phrase drawn eight times fills no table."""
+    row = {"gain": 1.0, "think_prob": 0.5, "latent": " the same", "line": "x = 1\n"}
+    rows = [*([row] * 8), row | {"latent": " another", "gain": -1.0}, row | {"line": "y = 2\n"}]
+    assert latent_table(rows, "title").row_count == 3
 
 
 # ---- how to use ----
