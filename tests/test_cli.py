@@ -118,7 +118,7 @@ BAD = [
     (["--num_latent", "3"], ["--num_latent`", "`--num_latents`"]),
     (["--penalty", "-1"], ["`penalty` is -1.0", "at least 0"]),
     (["--engine", "fast"], ["`engine` is 'fast'", "'branch'"]),
-    (["--num_latents", "1"], ["`num_latents` is 1", "no_think"]),
+    (["--num_latents", "1"], ["`num_latents` is 1", "raise it to 2"]),
     (["--max_length", "4096"], ["`max_length` is 4096", "lower"]),
     (["--code_dir", "nowhere"], ["`code_dir` is 'nowhere'", "pass a folder"]),
     (["--dataset_name", "nowhere.jsonl"], ["`dataset_name` is 'nowhere.jsonl'", "no such file"]),
