@@ -73,17 +73,19 @@ def _from_2(content: Content) -> Content:
 
 
 def _from_3(content: Content) -> Content:
-    """What an E-phase raised was the ELBO; its baseline without latent goes. So does `latent_weight`: P(think) alone
-    was `exploration=0`, as was the prior of annotation by the gate; a weight of 1 is nearest to the most exploration
-    that there is."""
+    """What an E-phase raised was the ELBO, of two latents or more: its baseline without latent goes. So does
+    `latent_weight`: P(think) alone was `exploration=0`, as was the prior of annotation by the gate; a weight of 1 is
+    no more."""
     settings = dict(content["settings"])
     weight, _ = settings.pop("latent_weight", None), settings.pop("baseline", None)
     settings.setdefault("objective", "elbo")
     by_gate = weight == "gate" or settings.get("prior_alpha", 0.7) is None
-    settings.setdefault("exploration", 0.0 if by_gate else 0.5)
+    settings.setdefault("exploration", 0.0 if by_gate else 0.05)
     then = {"prior_alpha": 0.7, "boundary_selection": "random", "boundary_budget": 0.5, "num_latents": 4}
-    for name, value in (then | {"e_learning_rate": 1e-5}).items():
+    for name, value in (then | {"e_learning_rate": 1e-5, "same_latent_tolerance": 1.0}).items():
         settings.setdefault(name, value)  # the defaults of then
+    if settings.get("e_steps", 20) and settings["num_latents"] == 1:
+        settings["num_latents"] = 2
     return content | {"settings": settings}
 
 

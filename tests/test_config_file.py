@@ -122,7 +122,11 @@ def test_an_older_pickle_does_not_stay(make_trainer, tmp_path):
         ({"annotation_think_prob": None, "e_steps": 0}, {"prior_alpha": 0.7, "annotation": None}),
         ({"gate_coef": 1.0, "gate_kl_coef": 0.0, "entropy_coef": 0.1, "head_learning_rate": 1e-3}, {"horizon": 2}),
         ({"proposal": "causal", "proposal_lines": 4, "proposal_kl_coef": 1.0}, {}),
-        ({"latent_weight": "one", "baseline": "no_think"}, {"exploration": 0.5, "objective": "elbo"}),
+        (
+            {"latent_weight": "one", "baseline": "no_think"},
+            {"exploration": 0.05, "objective": "elbo", "same_latent_tolerance": 1.0},
+        ),
+        ({"num_latents": 1, "baseline": "no_think"}, {"num_latents": 2}),
         ({"latent_weight": "gate"}, {"exploration": 0.0, "boundary_selection": "random", "boundary_budget": 0.5}),
     ],
 )

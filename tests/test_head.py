@@ -338,7 +338,9 @@ def test_gain_is_that_of_the_likelihood_whatever_the_reward(make_trainer, settin
     (rollout,) = estep.roll_out([document], NoiseKey(0, 0, 0))
     found = observe(rollout.group, rollout.returns, rollout.weight_T, trainer.args)
     torch.testing.assert_close(found.gain_n, log_mean_gain(compute_returns(rollout.group, 1, 0.9).gain_TG))
-    torch.testing.assert_close(found.slope_n, log_mean_gain(rollout.returns.gain_TG) - trainer.args.penalty)
+    log_think = rollout.group.decision_logps_A[list(rollout.group.boundaries)]
+    wanted = gate_slope(rollout.returns.gain_TG, log_think, trainer.args.penalty)
+    torch.testing.assert_close(found.slope_n, wanted)
 
 
 def test_latents_count_as_often_as_the_gate_in_use_thinks(make_trainer):

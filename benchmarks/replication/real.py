@@ -37,7 +37,8 @@ def defaults() -> tuple[tuple[str, Any], ...]:
 def on_base(recipe: TraceMidRecipe, base: PreparedRecipe, seed: int) -> TraceMidRecipe:
     """Mid-training of this base with this seed, by the defaults as they are now where there is an E-phase; for
     next-token prediction they are of no account."""
-    return replace(recipe, base=base, seed=seed, defaults=defaults() if recipe.e_steps else ())
+    latents = recipe.e_steps or dict(recipe.settings).get("annotation")
+    return replace(recipe, base=base, seed=seed, defaults=defaults() if latents else ())
 
 
 def config(recipe: PreparedRecipe | TraceMidRecipe, folder: Path, **settings: Any) -> RA3Config:

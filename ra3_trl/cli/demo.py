@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         "over_other_first": before.get("eval_gain_over_other"), "over_other_last": after_e.get("eval_gain_over_other"),
         "distinct_rate": after_e.get("eval_distinct_rate"),
     }  # fmt: skip
+    ra3_updates = ra3.state.global_step
     del ra3, rollouts  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
     gc.collect()
 
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{results['think_rate']:.2%} of boundaries by itself; {results['annotated_rate']:.1%} got a latent for "
         "the M-step.",
         "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
+        *(["The E-phase ended bland, so RA3 has no M-phase here."] if ra3_updates <= e_steps else []),
         f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
         sep="\n",
     )

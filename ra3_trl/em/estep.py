@@ -212,8 +212,9 @@ class EStep:
         terms = self.terms(rollout, chunk.boundaries, hold, logps.gate_T.device)
         loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference)
         if logps.router is not None:
-            named["router"] = logps.router.detach() * len(logps.gate_T)
-            loss = loss + logps.router * len(logps.gate_T)
+            boundaries = float(rollout.weight_T[chunk.boundaries].sum())  # that those tried stand for
+            named["router"] = logps.router.detach() * boundaries
+            loss = loss + logps.router * boundaries
         return loss, named
 
     def terms(self, rollout: Rollout, part: slice, hold: bool, device: torch.device | str = "cpu") -> EStepTerms:

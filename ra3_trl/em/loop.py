@@ -27,7 +27,7 @@ from ..segmentation import splice
 from .estep import EStep, Rollout
 from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
-from .monitor import MetricSums, Sums, copy_rate, rollout_sums
+from .monitor import MetricSums, Sameness, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
 from .schedule import Phase, Schedule
 from .state import EMState
@@ -175,6 +175,8 @@ class EMLoop:
         if self.learner is not None:
             self.learner.begin_phase()
         if phase.kind == "E":
+            # What was lost is lost since this start, and what was said before an M-phase is said no more.
+            state.gate_hold.kept, state.sameness = [], Sameness()
             if args.kl_coef or self.may_hold:
                 state.frozen["start"] = FrozenWeights(model)
             if args.reward_model == "frozen":

@@ -83,6 +83,8 @@ class GateHold:
     def update(self, gain: float, kept: float | None = None) -> None:
         """Takes one update's joint gain of the latents where the model thinks, in nats, and the share of the start's
         P(think) that is left where they pay (`None` where none did)."""
+        if not math.isfinite(gain):
+            return  # an overflow says nothing
         self.updates += 1
         if not self.released:
             self.gains = [*self.gains, gain][-_MOST:]
@@ -96,7 +98,12 @@ class GateHold:
     @property
     def message(self) -> str:
         """What to tell the user when the E-phase ends with the gate still held."""
-        gain = fmean(self.gains) if self.gains else math.nan
+        if not self.gains:
+            return (
+                "P(think) was lost where latents pay and is held again since (gate_hold='auto'): lower "
+                "`e_learning_rate`, or take more documents an update."
+            )
+        gain = fmean(self.gains)
         return (
             f"After {self.updates} E-updates latents bring {gain:+.3f} nats where the model thinks, not known to be "
             f"above the penalty {self.penalty}: P(think) was held where it began (gate_hold='auto'). Few latents will "

@@ -65,8 +65,10 @@ def gate_slope(
     m = joint_gain(gain_TG, objective) - penalty
     if objective == "elbo":
         return m
-    m, p = m.clamp(max=30.0), log_think_T.exp()  # a slope that P(think) = 0 can be multiplied with
-    return torch.expm1(m) / (1 - p + p * m.exp())
+    # `1 - p` from the log, and not 0 where p rounds to 1: else a gate that is shut against harm gets no finite slope.
+    # Nor is m without bound, since P(think) = 0 is multiplied with the slope.
+    p, q, m = log_think_T.exp(), (-torch.expm1(log_think_T)).clamp(min=2.0**-24), m.clamp(max=30.0)
+    return torch.expm1(m) / (q + p * m.exp())
 
 
 def advantages(

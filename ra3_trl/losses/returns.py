@@ -1,4 +1,4 @@
-"""Line rewards, returns over the horizon, advantages.
+"""Line rewards and returns over the horizon.
 
 A reward is a renormalised line log-likelihood: the raw probability of an expert line contains the mass of not thinking
 before it, so `log(1 - P(think))` is taken out, with a latent and without (docs/design.md, "The objective").

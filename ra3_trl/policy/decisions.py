@@ -137,8 +137,9 @@ def choose_by_gate(document: Document, think_S: torch.Tensor, count: int, noise:
     probs = inclusion_probs(think_S.double().numpy(), count)
     start = line_numbers(document, boundaries[:1])
     u = keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, start, _BOUNDARIES)
-    ends = np.round(probs.cumsum() * 2**40) / 2**40  # the last is `count`, not rounded below it
-    tried = np.searchsorted(ends, u + np.arange(count), side="right")
+    ends = probs.cumsum()
+    ends[-1] = count  # whatever the sum was rounded to
+    tried = np.searchsorted(ends, np.minimum(u, 1 - 2.0**-32) + np.arange(count), side="right")
     return tuple(boundaries[i] for i in tried), torch.tensor(1 / probs[tried], dtype=torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -325,6 +326,8 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         `ValueError`: for a field that there is none of, or a bad value.
     """
     settings = {name: saved[name] for name in THINKING if name in saved} | changes
+    if "penalty" not in changes and settings.get("penalty") == math.inf:
+        del settings["penalty"]  # how one trains without latents; asked for some, the policy places what pays
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
     if unknown:
         raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")

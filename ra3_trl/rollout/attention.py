@@ -240,6 +240,10 @@ class BranchState:
             kept[:, room - count : room] = x
         return tuple(kept[:, room - count : room + block.shared] for kept in roomy)
 
+    def drop_room(self) -> None:
+        """Lets go of the copies that forwards have made; the next one makes them anew."""
+        self._roomy.clear()
+
     def _with_room(self, layer: int, document: int) -> KeysValues:
         """Keys and values of a document behind room for those of a block."""
         if (layer, document) not in self._roomy:

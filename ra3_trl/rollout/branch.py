@@ -193,6 +193,7 @@ class _Flight(Flight):
         lengths = np.array([len(think) for think in thinks])
         hidden = self.engine._forward(self.opening, (), self.engine._chains(thinks))
         self.state = self.opening.spread(self.num_latents)
+        self.opening.drop_room()  # the branches' state has its own
         self.fed = np.repeat(lengths, self.num_latents)
         return hidden[self.engine._long(np.cumsum(lengths) - 1)].repeat_interleave(self.num_latents, 0)
 
