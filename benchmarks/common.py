@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,7 +57,8 @@ def say(text: str) -> None:
 def default_model() -> str:
     from ra3_trl.cli.demo import default_model
 
-    return str(default_model())
+    with redirect_stdout(sys.stderr):  # it tells of the conversion, and the other one is for the JSON
+        return str(default_model())
 
 
 def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -33,8 +33,8 @@ from .gate_testbed import expert, make_tokenizer, pretrain, probe
 
 _UPDATES, _LATENTS, _BOUNDARIES = 44, 4, 24  # boundaries of a program of eight stanzas
 ARMS = {
-    "all": {},
-    "random_half": {"max_boundaries": _BOUNDARIES // 2},
+    "all": {"boundary_selection": "random"},
+    "random_half": {"boundary_selection": "random", "max_boundaries": _BOUNDARIES // 2},
     "head_half": {"boundary_selection": "head", "boundary_budget": 0.5},
     "head_third": {"boundary_selection": "head", "boundary_budget": 1 / 3},
 }

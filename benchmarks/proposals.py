@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         proposing = attach(policy, proposal=name, proposal_lines=args.lines)
         for i, document in enumerate(documents):
             begin = time.process_time()
-            group = proposing.propose(document, one_boundary(document), args.latents, NOISE)
+            (group,) = proposing.propose([document], [one_boundary(document)], args.latents, NOISE)
             seconds[name] = seconds.get(name, 0.0) + (time.process_time() - begin) / len(documents)
             log_prior = float(prior_logps(policy.engine, document, group.boundaries, group.latents).mean())
             for key, value in of_group(group, log_prior).items():

@@ -15,15 +15,15 @@ _BATCH = 2
 
 
 def count_rollouts(trainer: RA3MidTrainer) -> list[int]:
-    """The update that each call of the engine's `rollout` from now on is for, by the noise it gets."""
+    """The update that each document rolled out by the engine from now on is for, by the noise it gets."""
     updates: list[int] = []
-    rollout = trainer.policy.engine.rollout
+    rollouts = trainer.policy.engine.rollouts
 
-    def counted(document, boundaries, num_latents, horizon, noise, *args, **kwargs):
-        updates.append(noise.step)
-        return rollout(document, boundaries, num_latents, horizon, noise, *args, **kwargs)
+    def counted(documents, boundaries, num_latents, horizon, noise, *args, **kwargs):
+        updates.extend([noise.step] * len(documents))
+        return rollouts(documents, boundaries, num_latents, horizon, noise, *args, **kwargs)
 
-    trainer.policy.engine.rollout = counted
+    trainer.policy.engine.rollouts = counted
     return updates
 
 

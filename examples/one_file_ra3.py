@@ -10,13 +10,14 @@ its own are random. Defaults are those of `RA3Config` but for rates and sizes; d
 
 import math
 from copy import deepcopy
+from statistics import fmean, stdev
 
 import torch
 from torch import nn
 
 
-K, LINES, G = 8, 2, 4  # symbols of a line; lines that a latent serves (the horizon); latents tried at each boundary
-PENALTY, DISCOUNT, KL, PRIOR = 0.2, 0.9, 0.05, 0.3  # PRIOR: probability of a latent when text is annotated
+K, LINES, G = 8, 2, 8  # symbols of a line; lines that a latent serves (the horizon); latents tried at each boundary
+PENALTY, DISCOUNT, KL, EXPLORE = 0.2, 0.9, 0.05, 0.05  # EXPLORE: share of thinking beside the gate's
 E_STEPS, M_STEPS = 400, 200
 EASY, HARD, THINK, NO_LATENT = 0, 1, K, K  # THINK is the symbol "#"
 
@@ -65,42 +66,57 @@ def roll_out(policy, s, lines, none, noise):
 
 def e_phase(policy, noise):
     """Self-supervised RL: latents that make the expert's next lines likelier than they cost."""
-    start, average, held = deepcopy(policy).requires_grad_(False), None, True
+    start, pays, held = deepcopy(policy).requires_grad_(False), [], True
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.005)
     for step in range(E_STEPS):
         s, lines, none = expert(noise)
         z_BG, returns_BG, act_B = roll_out(policy, s, lines, none, noise)
         outputs = (model(s, none, lines) for model in (policy, start))
         (gate_B, logps_BG), (start_gate_B, start_logps_BG) = ((g[:, 0], z.gather(1, z_BG)) for _, g, z in outputs)
-        # The held gate: comments mostly harm at first, and J would forbid them before they can improve (not held,
-        # P(think) before hard lines is 0.05 after 150 updates). Until the gain, where the policy thinks and averaged
-        # over updates, pays the penalty, the gate has no slope of its own, and a KL to the start anchors it: it shares
-        # weights with the latents, with which it could drift.
-        p_B, gain_B = gate_B.exp(), returns_BG.mean(1) - act_B
-        gain = float((p_B * gain_B).sum().detach() / p_B.sum().detach())
-        average = gain if average is None else 0.8 * average + 0.2 * gain
-        held = held and average <= PENALTY
+        # What is raised is the multi-sample bound, log[(1 - p) exp G_act + p mean_g exp(G_g - c)]: of several latents
+        # the best count. The mean of gains would close the gate where wrong latents cost what right ones bring.
+        p_B, worth_BG = gate_B.exp(), returns_BG - act_B[:, None] - PENALTY
+        bound_B = torch.log(1 - p_B + p_B * worth_BG.exp().mean(1))
+        # The held gate: comments mostly harm at first, and the gate would close before they can improve. Until they
+        # are known to pay where the policy thinks (mean less two standard errors over ten updates), it has no slope of
+        # its own, and a KL to the start anchors it: it shares weights with the latents, with which it could drift.
+        # (Also left out: it is held again where it was lost.)
+        joint_B = worth_BG.logsumexp(1) - math.log(G)
+        pays = [*pays, float((p_B * joint_B).sum().detach() / p_B.sum().detach())][-10:]
+        held = held and (len(pays) < 5 or fmean(pays) < 2 * stdev(pays) / len(pays) ** 0.5)
         anchor = nn.functional.binary_cross_entropy(p_B, start_gate_B.exp())  # the KL and a constant
-        gate_loss = anchor if held else -(p_B * (gain_B - PENALTY)).mean()  # J = (1 - p) G_act + p (mean_g G_g - c)
-        # Latents learn against the mean of the others (leave one out), in which the penalty cancels; KL to the start.
-        advantage_BG = returns_BG - (returns_BG.sum(1, keepdim=True) - returns_BG) / (G - 1)
+        gate_loss = anchor if held else -bound_B.mean()
+        # A latent counts for its posterior probability, by which annotation draws it too, less what the others alone
+        # would give: nothing is won where all of them harm, not even by the least harmful. `think_B` is how often one
+        # thinks here: of many boundaries in a text the trainer tries some, in proportion to it.
+        with torch.no_grad():
+            think_B = ((1 - EXPLORE) * p_B + EXPLORE)[:, None]
+            weight_BG = think_B * worth_BG.exp()
+            others_BG = (weight_BG.sum(1, keepdim=True) - weight_BG) / (G - 1)
+            posterior_BG = weight_BG / (1 - think_B + weight_BG.mean(1, keepdim=True))
+            advantage_BG = posterior_BG - others_BG / (1 - think_B + others_BG)
         log_ratio_BG = start_logps_BG - logps_BG
-        latent_loss_BG = -advantage_BG * logps_BG + KL * (log_ratio_BG.exp() - 1 - log_ratio_BG)
+        latent_loss_BG = -advantage_BG * logps_BG + KL * think_B * (log_ratio_BG.exp() - 1 - log_ratio_BG)
         optimizer.zero_grad()
         (gate_loss + latent_loss_BG.mean()).backward()
         optimizer.step()
         if step % 50 == 0:
             think = f"P(think) hard {p_B[s[0] == HARD].mean():.2f}, {'held' if held else 'free'}"
-            print(f"  E-update {step:3}: gain where it thinks {gain:+.2f} nats, {think}")
+            print(f"  E-update {step:3}: latents bring {pays[-1]:+.2f} nats where it thinks, {think}")
 
 
 def annotate(policy, noise):
-    """Expert text with latents, resampled: one or none, in proportion to prior times likelihood of the lines."""
+    """Expert text with latents, resampled: one or none, in proportion to prior times likelihood of the lines. The
+    prior is how often the E-step thinks; a latent that is drawn and does not pay its cost is not placed."""
     s, lines, none = expert(noise)
     z_BG, returns_BG, act_B = roll_out(policy, s, lines, none, noise)
-    logits = torch.cat([math.log(1 - PRIOR) + act_B[:, None], math.log(PRIOR / G) + returns_BG], 1)
+    with torch.no_grad():
+        prior_B = (1 - EXPLORE) * policy(s, none, lines)[1][:, :1].exp() + EXPLORE
+    logits = torch.cat([torch.log(1 - prior_B) + act_B[:, None], torch.log(prior_B / G) + returns_BG], 1)
     chosen = torch.multinomial(logits.softmax(-1), 1, generator=noise)
-    return s, lines, torch.cat([none[:, None], z_BG], 1).gather(1, chosen)[:, 0]
+    gain = torch.cat([act_B[:, None], returns_BG], 1).gather(1, chosen)[:, 0] - act_B
+    z = torch.cat([none[:, None], z_BG], 1).gather(1, chosen)[:, 0]
+    return s, lines, torch.where(gain > PENALTY, z, none)
 
 
 def next_token_phase(policy, parameters, steps, text):

@@ -87,13 +87,13 @@ class RA3Config(TrainingArguments):
         "among the iterations.", -1, -1
     )  # fmt: skip
     e_learning_rate: float = setting(
-        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 1e-5, 0
+        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 2e-5, 0
     )
     e_lr_scheduler_type: str = setting("Learning-rate schedule within an E-phase.", "constant")
     reset_optimizer: bool = setting("Forget optimizer state when the phase changes.", True)
 
     # Rollout
-    num_latents: int = setting("Latents at each boundary (G).", 4, 1)
+    num_latents: int = setting("Latents at each boundary (G).", 8, 1)
     max_latent_length: int = setting("Most tokens of a latent.", 12, 1)
     temperature: float = setting("Sampling temperature of latents.", 1.0, 0, above=True)
     top_k: int = setting("Keep the k likeliest symbols; 0 is off.", 0, 0)
@@ -102,7 +102,15 @@ class RA3Config(TrainingArguments):
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
     max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
-    max_boundaries: int = setting("Boundaries of a document tried in an E-step; 0 is all.", 0, 0)
+    boundary_selection: str = setting(
+        "Boundaries tried in an E-step: drawn in proportion to how often the E-step thinks there; those where the "
+        "head predicts the largest gains, and annotation leaves out those where it sees no chance; or all, or "
+        "`max_boundaries` of them at random.", "gate", choices=("gate", "head", "random"),
+    )  # fmt: skip
+    boundary_budget: float = setting(
+        "Share of a document's boundaries tried in an E-step, by gate or head.", 0.25, 0, 1, above=True
+    )
+    max_boundaries: int = setting("Most boundaries of a document tried in an E-step; 0 is no limit.", 0, 0)
 
     # Abstraction head
     abstraction_head: bool = setting(
@@ -112,15 +120,10 @@ class RA3Config(TrainingArguments):
         "What decides whether to think: the think prefix's tokens, or the head; the tokens' P(think) is then held "
         "where it began.", "token", choices=("token", "head")
     )  # fmt: skip
-    boundary_selection: str = setting(
-        "Boundaries tried in an E-step: all, or `max_boundaries` drawn at random; or those where the head predicts "
-        "the largest gains, and annotation leaves out those where it sees no chance.", "random",
-        choices=("random", "head"),
+    boundary_exploration: float = setting(
+        "With boundary_selection=head, share of the boundaries tried that is drawn from all others.", 0.2, 0, 1,
+        above=True,
     )  # fmt: skip
-    boundary_budget: float = setting(
-        "Share of a document's boundaries tried, with boundary_selection=head.", 0.5, 0, 1, above=True
-    )
-    boundary_exploration: float = setting("Share of these drawn from all others.", 0.2, 0, 1, above=True)
     annotation_skip: float = setting(
         "With boundary_selection=head annotation proposes no latent where the chance that one would be kept, as "
         "predicted, is smaller.", 0.05, 0
@@ -142,13 +145,21 @@ class RA3Config(TrainingArguments):
         "Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.", 1.0, 0
     )
     reward_weights: list[float] | None = setting("Weights of the reward_funcs; 1 for each if left out.", None)
-    baseline: str = setting(
-        "Mean return of the other latents, or the return without latent.", "leave_one_out",
-        choices=("leave_one_out", "no_think"),
+    objective: str = setting(
+        "What an E-phase raises, of gate and latents: the multi-sample bound, in which a boundary's latents count for "
+        "the best of them, or the ELBO (the paper's), in which they count for their mean gain.", "multi_sample",
+        choices=("multi_sample", "elbo"),
     )  # fmt: skip
-    latent_weight: str = setting("Weight of a latent's gradient; gate is P(think).", "one", choices=("one", "gate"))
+    exploration: float = setting(
+        "Share e of thinking beside the gate: the E-step thinks with probability (1 - e) P(think) + e, and that is "
+        "the prior of annotation.",
+        0.05,
+        0,
+        0.5,
+    )
     gate_hold: str = setting(
-        "auto holds P(think) where it began until latents gain more than they cost where the model thinks.", "auto",
+        "auto holds P(think) where it began until latents are known to bring more than they cost where the model "
+        "thinks, and again where it has been lost.", "auto",
         choices=("auto", "never", "always"),
     )  # fmt: skip
     kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
@@ -163,8 +174,13 @@ class RA3Config(TrainingArguments):
         "Left out: resample where there is an E-phase, none without.", None, choices=(None, "resample", "policy")
     )  # fmt: skip
     prior_alpha: float | None = setting(
-        "Prior probability of <act> in resampling; None: the model's own gate is the prior.", 0.7, 0, 1, above=True
-    )
+        "Prior probability of <act> in resampling; left out: the prior is how often the E-step thinks, by the model's "
+        "gate and `exploration`.", None, 0, 1, above=True
+    )  # fmt: skip
+    same_latent_tolerance: float = setting(
+        "Training stops with a warning, before an M-phase, when at the E-phase's end one latent is more than this "
+        "share of all and another document's would do as well; 1 never stops.", 0.5, 0, 1
+    )  # fmt: skip
     router_aux_loss_coef: float | None = setting(
         "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0
     )
@@ -240,10 +256,10 @@ class RA3Config(TrainingArguments):
     def _check_together(self) -> None:
         """What several fields exclude."""
         trains_latents = self.e_steps and self.penalty < math.inf
-        if self.num_latents < 2 and self.baseline == "leave_one_out" and trains_latents:
+        if self.num_latents < 2 and trains_latents:
             raise ValueError(
-                f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents or more; raise it "
-                "or set `baseline='no_think'`."
+                f"`num_latents` is {self.num_latents}: in an E-phase latents learn from each other; raise it to 2 or "
+                "more."
             )
         if not self.learning_rate >= 0:  # of `TrainingArguments`, which takes anything
             raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be at least 0.")

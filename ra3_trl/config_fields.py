@@ -11,7 +11,9 @@ from transformers import TrainingArguments
 
 # Fields that went, and what to do instead.
 GONE = {
-    "annotation_think_prob": "set `prior_alpha` to 1 less it, or to none for the model's own gate",
+    "annotation_think_prob": "set `prior_alpha` to 1 less it; none, with `exploration=0`, is the model's own gate",
+    "latent_weight": 'set `exploration`, to 0 for what "gate" was',
+    "baseline": "leave it out; latents are compared with each other",
     "gate_coef": "leave it out; it was 1",
     "gate_kl_coef": "leave it out; it was 0",
     "entropy_coef": "leave it out; raise `temperature` for latents that differ more",

@@ -1,7 +1,8 @@
 """`ra3_config.json`: the settings of a run, beside its weights, with a version and migrations from older ones.
 
-Version 3 holds what [`RA3Config`] needs to do the run again: its own fields and the training ones of `_TRAINING`; and,
-apart, those of an experimental trainer. No path, no token, nothing of the machine. Version 2 had other names and more
+Version 4 holds what [`RA3Config`] needs to do the run again: its own fields and the training ones of `_TRAINING`; and,
+apart, those of an experimental trainer. No path, no token, nothing of the machine. Version 3 weighed latents in
+another way; version 2 had other names and more
 fields; version 1 is what checkpoints of before kept in `ra3_state.json`.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from .files import find_file, read_versioned
 
 
-RA3_CONFIG, VERSION = "ra3_config.json", 3
+RA3_CONFIG, VERSION = "ra3_config.json", 4
 _STATE = "ra3_state.json"
 _TRAINING = (
     "seed", "data_seed", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -71,7 +72,24 @@ def _from_2(content: Content) -> Content:
     return {"settings": settings, "experimental": proposals if proposals.get("proposal", "causal") != "causal" else {}}
 
 
-_MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_1, 2: _from_2}
+def _from_3(content: Content) -> Content:
+    """What an E-phase raised was the ELBO, of two latents or more: its baseline without latent goes. So does
+    `latent_weight`: P(think) alone was `exploration=0`, as was the prior of annotation by the gate; a weight of 1 is
+    no more."""
+    settings = dict(content["settings"])
+    weight, _ = settings.pop("latent_weight", None), settings.pop("baseline", None)
+    settings.setdefault("objective", "elbo")
+    by_gate = weight == "gate" or settings.get("prior_alpha", 0.7) is None
+    settings.setdefault("exploration", 0.0 if by_gate else 0.05)
+    then = {"prior_alpha": 0.7, "boundary_selection": "random", "boundary_budget": 0.5, "num_latents": 4}
+    for name, value in (then | {"e_learning_rate": 1e-5, "same_latent_tolerance": 1.0}).items():
+        settings.setdefault(name, value)  # the defaults of then
+    if settings.get("e_steps", 20) and settings["num_latents"] == 1:
+        settings["num_latents"] = 2
+    return content | {"settings": settings}
+
+
+_MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 
 def _read(name: str, **place: Any) -> Content | None:

@@ -165,6 +165,7 @@ class AnnotatedExample:
     is_latent: tuple[bool, ...]  # think prefix, latent and closure tokens
     placed: dict[int, Latent] = field(default_factory=dict)  # latents by the position of the action they stand before
     decisions: dict[int, int] = field(default_factory=dict)  # token behind which a latent might begin -> that position
+    worth: dict[int, float] = field(default_factory=dict)  # nats that each placed latent brings, where measured
     gains: dict[int, float] = field(default_factory=dict)  # nats that thinking there would bring, where measured
     sizes: dict[int, float] = field(default_factory=dict)  # effective number of <act> and the candidates, 1 to G + 1
 

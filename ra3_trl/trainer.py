@@ -67,6 +67,7 @@ from .models import (
     state_width,
 )
 from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
+from .records import Document
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
 from .segmentation import FEATURES, find_format
@@ -331,22 +332,22 @@ class RA3MidTrainer(HubMixin, Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
-        sums: Counter[str] = Counter()
-        seen = 0
         self.callback_handler.eval_dataloader = dataloader
-        with self.policy.inference():
+
+        def documents() -> Iterator[Document]:
             for batch in dataloader:
-                sums.update(evaluate_documents(self.policy, batch["documents"]))
-                seen += len(batch["documents"])
+                yield from batch["documents"]
                 self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
+
+        with self.policy.inference():
+            sums = evaluate_documents(self.policy, documents())
         totals: Counter[str] = Counter()
         for other in gather_object([sums]):
             totals.update(other)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in finish_metrics(totals).items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
-        seen = sum(gather_object([seen]))
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)
+        return EvalLoopOutput(None, label_ids=None, metrics=metrics, num_samples=int(totals["documents"]))
 
     # ---- saving ----
 

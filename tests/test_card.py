@@ -20,10 +20,19 @@ from peft import LoraConfig
 
 from ra3_trl import RA3Config
 from ra3_trl.hub import ModelCardFacts, all_evaluations, card_facts, render_model_card
-from ra3_trl.hub.card import best_latents, count_licenses, evaluated_sets, evaluation_rows, hub_ids, public_name
+from ra3_trl.hub.card import (
+    best_latents,
+    count_licenses,
+    evaluated_sets,
+    evaluation_rows,
+    hub_ids,
+    mean_logged,
+    public_name,
+)
 from ra3_trl.hub.licenses import HUB_LICENSES, hub_license, license_metadata, row_license
 from ra3_trl.markdown import cell, code_cell
 from ra3_trl.report import LatentLog
+from ra3_trl.report.latents import latent_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,8 +127,22 @@ def test_rows_reach_the_card(tmp_path):
     assert "| last evaluation of a (update 4) | 2.0000 | 3.0000 | 4.0000 | 5.0000 | 6.0000 | +7.000 |" in text
     assert "saw 1,234 tokens" in text and "saw" not in render_model_card(facts()).content
     assert "thinks at 600.00 % of the boundaries of a." in text
-    assert "Not evaluated" not in text
+    assert "Not evaluated" not in text and "In the M-phases" not in text
     assert "Not evaluated on held-out code" in card_of(tmp_path).content
+
+
+def test_what_latents_say_reaches_the_card(tmp_path):
+    """A log of two M-updates: (0.1 + 0.3) / 2 of the boundaries got a latent, which bring (1 + 2) / 2 nats."""
+    said = {"eval_gain_over_other": 0.25, "eval_distinct_rate": 0.5, "eval_most_frequent_rate": 0.375}
+    card = card_of(tmp_path, [metrics(2.0) | said | {"step": 4}])
+    assert "| +7.000 | +0.250 | 50 %, 38 % |" in card.content
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results}["gain_over_other"] == 0.25
+    log = [{"mstep/annotated_rate": 0.1, "mstep/placed_gain": 1.0}, {"estep/gain": 9.0},
+           {"mstep/annotated_rate": 0.3, "mstep/placed_gain": 2.0}]  # fmt: skip
+    values = {name: mean_logged(log, f"mstep/{name}") for name in ("annotated_rate", "placed_gain")}
+    text = render_model_card(facts(**values)).content
+    assert "In the M-phases 20.0 % of the boundaries got a latent; those placed bring +1.50 nats on average." in text
+    assert mean_logged(log, "mstep/loss") is None
 
 
 def test_results_come_back_from_the_metadata(tmp_path):
@@ -306,6 +329,13 @@ def test_latest_latents_are_of_this_run(tmp_path, make_trainer):
     assert found.latents[0]["gain"] == max(row["gain"] for row in rows)
     places = [(row["doc_id"], row["line_number"]) for row in rows]
     assert found.latents_of == len(set(places)) == len(places) / 3  # three latents at each
+
+
+def test_the_table_of_latents_shows_equal_ones_once():
+    """A phrase drawn eight times fills no table."""
+    row = {"gain": 1.0, "think_prob": 0.5, "latent": " the same", "line": "x = 1\n"}
+    rows = [*([row] * 8), row | {"latent": " another", "gain": -1.0}, row | {"line": "y = 2\n"}]
+    assert latent_table(rows, "title").row_count == 3
 
 
 # ---- how to use ----

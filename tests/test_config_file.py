@@ -83,7 +83,7 @@ def test_version_1_is_what_older_checkpoints_kept(make_trainer, tmp_path):
     [
         ('{"version": 2, "settings": {"horizon"', "ra3_config.json of .* is damaged"),
         ('{"version": 2}', "ra3_config.json of .* is damaged"),
-        ('{"version": 4, "settings": {}}', "is of version 4, and this ra3-trl reads up to 3; upgrade"),
+        ('{"version": 5, "settings": {}}', "is of version 5, and this ra3-trl reads up to 4; upgrade"),
         ('{"version": 2, "settings": {"horizzon": 1}}', "fields that no `RA3Config` has: horizzon"),
         ('{"version": 2, "settings": {"horizon": 0}}', "`horizon` is 0; it must be at least 1"),
         (None, "has no ra3_config.json; it was not trained by RA3MidTrainer"),
@@ -117,11 +117,17 @@ def test_an_older_pickle_does_not_stay(make_trainer, tmp_path):
     ("older", "newer"),
     [
         ({"max_sites": 3, "eval_max_sites": 5}, {"max_boundaries": 3, "eval_max_boundaries": 5}),
-        ({"annotation_think_prob": -1}, {"prior_alpha": None}),
+        ({"annotation_think_prob": -1}, {"prior_alpha": None, "exploration": 0.0}),
         ({"annotation_think_prob": 0.25, "e_steps": 0}, {"prior_alpha": 0.75, "annotation": "resample"}),
         ({"annotation_think_prob": None, "e_steps": 0}, {"prior_alpha": 0.7, "annotation": None}),
         ({"gate_coef": 1.0, "gate_kl_coef": 0.0, "entropy_coef": 0.1, "head_learning_rate": 1e-3}, {"horizon": 2}),
         ({"proposal": "causal", "proposal_lines": 4, "proposal_kl_coef": 1.0}, {}),
+        (
+            {"latent_weight": "one", "baseline": "no_think"},
+            {"exploration": 0.05, "objective": "elbo", "same_latent_tolerance": 1.0},
+        ),
+        ({"num_latents": 1, "baseline": "no_think"}, {"num_latents": 2}),
+        ({"latent_weight": "gate"}, {"exploration": 0.0, "boundary_selection": "random", "boundary_budget": 0.5}),
     ],
 )
 def test_version_2_still_loads(tmp_path, older, newer):

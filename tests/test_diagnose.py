@@ -181,6 +181,17 @@ def test_economics_where_the_gate_is_certain(trainer, monkeypatch):
     assert found["gain_per_token_where_it_thinks"] == pytest.approx(found["gain_per_token"])
 
 
+def test_what_latents_say_of_their_document(trainer):
+    """One latent a document, where the model thinks most; of a single document there is no other."""
+    documents, settings = documents_of(trainer), DiagnosisSettings(boundaries=1, lines=1)
+    found = diagnose(trainer.policy, documents, settings)["economics"]
+    assert found["gain_over_other"] != 0
+    assert round(found["distinct_rate"] * len(documents)) >= 1
+    assert 1 / len(documents) <= found["most_frequent_rate"] <= 1 and isinstance(found["most_frequent"], str)
+    alone = diagnose(trainer.policy, documents[:1], settings)["economics"]
+    assert alone["gain_over_other"] is None and alone["distinct_rate"] == alone["most_frequent_rate"] == 1
+
+
 # ---- the command ----
 
 
@@ -196,7 +207,15 @@ def places(tmp_path, tiny_model, tokenizers, monkeypatch):
 def test_the_command(places, tmp_path, capsys):
     assert main(["diagnose", *places, "--documents", "2", "--num_latents", "2", "--output", "out.json"]) == 0
     printed = capsys.readouterr().out
-    for words in ("E[gamma^tau] over decisions", "Pruning", "Economics", "effective number", "Wrote out.json."):
+    for words in (
+        "nats more than another document's bring",
+        "the most frequent of these",
+        "E[gamma^tau] over decisions",
+        "Pruning",
+        "Economics",
+        "effective number",
+        "Wrote out.json.",
+    ):
         assert words in printed
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["version"] == 1 and found["checkpoint"] == "model" and found["chunks"] == 2

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ra3_trl import RA3Config
-from ra3_trl.em import GateHold, mstep_loss, pack, plan_schedule, split_example
-from ra3_trl.policy import Policy, annotate, evaluate_documents, finish_metrics
-from ra3_trl.records import AnnotatedExample, Document, Latent
+from ra3_trl.em import mstep_loss, pack, plan_schedule, split_example
+from ra3_trl.losses import compute_returns
+from ra3_trl.policy import Policy, annotate, annotate_all, evaluate_documents, finish_metrics
+from ra3_trl.policy.annotate import _log_prior
+from ra3_trl.records import Action, AnnotatedExample, Boundary, Document, Latent, RolloutGroup
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
 
 
 NOISE = NoiseKey(seed=1, phase=1, step=0)
+annotation = importlib.import_module("ra3_trl.policy.annotate")  # the module, not the function of its name
 
 
 def test_schedule_is_a_pure_function_of_the_step():
@@ -134,6 +139,31 @@ def test_annotation_keeps_the_program(setting, tmp_path, way, horizon):
     assert all(z.token_ids for z in found.placed.values())
 
 
+@pytest.mark.parametrize("way", ["policy", "resample"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_annotation_of_documents_together_is_that_of_each(setting, tmp_path, way, horizon):
+    """With horizon 2 documents ask for latents several times, and not equally often; one has no boundary."""
+    _, engine, document = setting
+    args = RA3Config(output_dir=str(tmp_path), annotation=way, horizon=horizon, prior_alpha=0.2, max_latent_length=5)
+    bare = replace(document, actions=tuple(replace(action, boundary=None) for action in document.actions))
+    documents = [bare, *(replace(document, doc_id=i) for i in range(4))]
+
+    class Open(NoiseKey):
+        """The gate is forced open, u = 0, in every other document."""
+
+        def uniform(self, doc_id, index, latent, token):
+            u = super().uniform(doc_id, index, latent, token)
+            return u * (doc_id % 2) if isinstance(latent, int) and latent == GATE else u
+
+    noise = Open(1, 1, 0)
+    together = annotate_all(Policy(engine, args), documents, noise)
+    for found, one in zip(together, documents, strict=True):
+        alone = annotate(Policy(engine, args), one, noise)
+        assert found.input_ids == alone.input_ids and found.gains == pytest.approx(alone.gains, abs=1e-4)
+    assert len({example.input_ids for example in together}) > 2 and not together[0].placed
+    assert annotate_all(Policy(engine, args), [], noise) == []
+
+
 def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tmp_path):
     """Slow path: walk the boundaries one by one, each gate read from a forward of the text annotated so far."""
     _, engine, document = setting
@@ -148,27 +178,35 @@ def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tm
     assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
 
 
-def test_resampling_picks_the_posterior(setting, tmp_path):
-    """With a prior of nearly 1 for thinking every boundary gets a latent; with one of nearly 0 none does."""
+def test_resampling_picks_the_posterior_of_those_that_pay(setting, tmp_path):
+    """With a prior of nearly 1 for thinking every boundary draws a latent, and those that bring more than the penalty
+    are placed; with a prior of nearly 0 none is. What is placed brings what the engine says."""
     _, engine, document = setting
-    for alpha, expected in ((1e-12, len(document.boundaries)), (1 - 1e-15, 0)):
-        args = RA3Config(output_dir=str(tmp_path), horizon=1, prior_alpha=alpha, max_latent_length=5, num_latents=2)
-        assert len(annotate(Policy(engine, args), document, NOISE).placed) == expected
+    settings = {"output_dir": str(tmp_path), "horizon": 1, "max_latent_length": 5, "num_latents": 2}
+    group = engine.rollout(document, document.boundaries, 2, 1, NOISE)
+    gains = compute_returns(group, 1, 1.0).gain_TG
+    for penalty in (0.0, float(gains.max()) - 0.01):
+        placed = annotate(Policy(engine, RA3Config(**settings, prior_alpha=1e-12, penalty=penalty)), document, NOISE)
+        assert placed.worth.keys() == placed.placed.keys() and all(w > penalty for w in placed.worth.values())
+        for t, boundary in enumerate(group.boundaries):
+            if bool((gains[t] > penalty).all()):
+                assert boundary in placed.placed
+            if boundary in placed.placed:
+                g = group.latents[t].index(placed.placed[boundary])
+                assert placed.worth[boundary] == pytest.approx(float(gains[t, g]), abs=1e-4)
+            elif bool((gains[t] <= penalty).all()):
+                assert boundary not in placed.worth
+        assert bool((gains > penalty).any()) and len(placed.placed) < len(document.boundaries)
+    never = RA3Config(**settings, prior_alpha=1 - 1e-15, penalty=0.0)
+    assert not annotate(Policy(engine, never), document, NOISE).placed
 
 
-def test_gate_hold_releases_once_latents_pay():
-    hold = GateHold("auto", penalty=0.2)
-    hold.update(-1.0)
-    assert hold.holds
-    hold.update(3.0)  # 0.8 * -1 + 0.2 * 3 = -0.2
-    assert hold.average == pytest.approx(-0.2)
-    assert hold.holds
-    hold.update(3.0)  # 0.8 * -0.2 + 0.2 * 3 = 0.44 > 0.2
-    assert not hold.holds
-    hold.update(-50.0)
-    assert not hold.holds
-    assert not GateHold("never", 0.2).holds
-    assert GateHold("always", 0.2, released=True).holds
+def test_the_prior_of_annotation_is_how_often_the_e_step_thinks(setting, tmp_path):
+    _, engine, document = setting
+    policy = Policy(engine, RA3Config(output_dir=str(tmp_path), exploration=0.1))
+    group = engine.trunk(document)
+    wanted = 0.9 * group.gate_logps_A[list(document.boundaries)].exp() + 0.1
+    torch.testing.assert_close(_log_prior(policy, group, document.boundaries).exp(), wanted)
 
 
 def test_trunk_gates_are_probabilities(setting):
@@ -189,3 +227,32 @@ def test_cross_entropy_with_latents_banned(setting):
     gained = float(-torch.log1p(-gates).sum())
     assert gained > 1e-3
     assert found["ce"] - found["ce_never"] == pytest.approx(gained / found["code_tokens"], rel=0.02)
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_what_is_not_proposed_would_not_have_been_placed(setting, tmp_path, monkeypatch, horizon):
+    """Boundaries where no latent could be drawn are left out, and the annotation is that of trying them all."""
+    _, engine, document = setting
+    placed = 0
+    for step in range(4):
+        args = RA3Config(output_dir=str(tmp_path), horizon=horizon, prior_alpha=0.9, max_latent_length=5, penalty=0.0)
+        policy, noise = Policy(engine, args), NoiseKey(seed=1, phase=1, step=step)
+        quick = annotate(policy, document, noise)
+        with monkeypatch.context() as patch:
+            patch.setattr(annotation, "_undecided", lambda trunk, boundaries, *rest: list(boundaries))
+            whole = annotate(policy, document, noise)
+        assert {b: z.token_ids for b, z in quick.placed.items()} == {b: z.token_ids for b, z in whole.placed.items()}
+        placed += len(quick.placed)
+    assert placed
+
+
+def test_where_no_latent_could_be_drawn_by_hand():
+    """Lines at -3 nats and a prior of 0.05: a latent that makes them certain leaves <act> 0.95 / (0.95 + 0.05 e^3) =
+    0.486: a draw of 0.4 is <act> for certain, one of 0.6 is not. A line at -0.1 can't gain the penalty of 0.2."""
+    boundary = Boundary((1,), (2,))
+    document = Document(0, 0, (0, 1, 2, 3), tuple(Action(i, i + 1, i + 2, boundary) for i in range(3)), 1)
+    none = torch.zeros(0, 0, 0)
+    trunk = RolloutGroup(document, (), (), torch.tensor([-3.0, -3.0, -0.1]), torch.full((3,), -torch.inf), none, none)
+    args = RA3Config(use_cpu=True, horizon=1, penalty=0.2)
+    prior, u = torch.full((3,), 0.05).log(), torch.tensor([0.4, 0.6, 0.999])
+    assert annotation._undecided(trunk, (0, 1, 2), prior, u, args) == [1]

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gate_testbed import Probe, expert, make_tokenizer, pretrain, probe
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.em import GateHold
-from ra3_trl.losses import EStepTerms, estep_loss, gate_slope
+from ra3_trl.losses import EStepTerms, estep_loss
 from ra3_trl.records import PolicyLogProbs
 
 
@@ -59,32 +59,50 @@ def run_e_phase(base, seed: int, gate_hold: str, e_steps: int, folder) -> tuple[
 def test_anchor_by_hand():
     """p_start = 0.25, p = 0.5: KL = 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5) = 0.1308; its slope in the log-odds
     is p - p_start = 0.25, the gain's slope is gone."""
-    gain = torch.tensor([[-3.0, -1.0]])
-    assert gate_slope(gain, 0.2, hold=False).tolist() == pytest.approx([-2.2])
-    assert gate_slope(torch.tensor([[4.0, 5.0]]), 0.2, hold=True).tolist() == [0.0]
     odds = torch.zeros(1, requires_grad=True)
-    terms = EStepTerms(gate_slope(gain, 0.2, hold=True), torch.zeros(1, 2), torch.ones(1))
+    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 2), torch.ones(1), torch.ones(1))
     start = torch.tensor([0.25]).log()
     none = torch.zeros(0)
     live = PolicyLogProbs(torch.nn.functional.logsigmoid(odds), none, none.long())
-    loss, parts = estep_loss(terms, live, reference=replace(live, gate_T=start), anchored=True)
+    loss, parts = estep_loss(terms, live, reference=replace(live, gate_T=start))
     loss.backward()
     assert float(parts["gate_anchor"]) == pytest.approx(0.1308, abs=1e-4)
     assert odds.grad.tolist() == pytest.approx([0.25])
+    # A boundary that is tried once in four stands for four.
+    drawn = replace(terms, anchor_T=torch.tensor([4.0]))
+    other = replace(live, gate_T=start)
+    assert float(estep_loss(drawn, live, reference=other)[1]["gate_anchor"]) == pytest.approx(0.5232, abs=1e-3)
+    assert "gate_anchor" not in estep_loss(replace(terms, anchor_T=torch.zeros(1)), live, reference=other)[1]
 
 
-def test_hold_is_released_when_latents_pay():
-    """Running average 0.8 old + 0.2 new, from -1: -0.6, -0.28, -0.024, 0.1808, 0.34464 with gains of 1; c = 0.2."""
+def test_the_hold_opens_on_evidence_and_not_on_one_batch():
+    """Five updates at least. Gains 1, 1, 1, 1, -1: mean 0.6, standard deviation sqrt(4 * 0.16 + 2.56) / 2 = 0.894,
+    standard error 0.4: 0.6 - 0.8 is below the penalty. One more of 1: mean 0.667, deviation 0.816, error 1/3: 0.0;
+    then 0.714 - 2 * 0.286 = 0.143, and 0.75 - 2 * 0.25 = 0.25 is above 0.2."""
     hold = GateHold("auto", penalty=0.2)
-    hold.update(-1.0)
     held = []
-    for _ in range(5):
-        hold.update(1.0)
+    for gain in (1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0):
+        hold.update(gain)
         held.append(hold.holds)
-    assert held == [True, True, True, True, False]
-    hold.update(-100.0)
-    assert not hold.holds  # for good
+    assert held == [True] * 7 + [False]
+    one = GateHold("auto", penalty=0.2)
+    one.update(50.0)
+    assert one.holds
     assert GateHold("always", 0.2, released=True).holds and not GateHold("never", 0.2).holds
+
+
+def test_the_hold_comes_back_where_thinking_paid_and_was_lost():
+    """P(think) at a tenth of the start's, where latents pay: held again after five updates, not where it is at half
+    with noise (0.3, 0.7, ...: 0.46 + 2 * 0.098 is above 1/2), nor where latents pay nowhere."""
+    lost, noisy, silent = (GateHold("auto", 0.2, released=True) for _ in range(3))
+    for i in range(5):
+        lost.update(-5.0, 0.1)
+        noisy.update(-5.0, 0.3 if i % 2 == 0 else 0.7)
+        silent.update(-5.0, None)
+    assert lost.holds and not noisy.holds and not silent.holds
+    for _ in range(5):
+        lost.update(1.0, 0.1)  # what latents bring decides now
+    assert not lost.holds
 
 
 @pytest.mark.slow  # what the remedy is for, not the remedy

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from ra3_trl import RA3Config
 from ra3_trl.em import EStep, pack, rollout_sums
 from ra3_trl.em.learner import HeadLearner, Observations, observe
-from ra3_trl.losses import Returns, code_bounds, compute_returns
+from ra3_trl.losses import Returns, code_bounds, compute_returns, explored, gate_slope, log_mean_gain
 from ra3_trl.models import AbstractionConfig, AbstractionHead, load_head, save_head
-from ra3_trl.policy import annotate, choose_by_promise, measured_gain
-from ra3_trl.records import Action, Boundary, Document, Latent
+from ra3_trl.policy import annotate, choose_by_promise, choose_to_try
+from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
 from ra3_trl.rollout import Backbone, BranchEngine, ExpandEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, row_to_document, splice
 
@@ -162,10 +162,10 @@ def learner_of(size: int = 8, **settings) -> HeadLearner:
     return HeadLearner(head_of(size), RA3Config(use_cpu=True, **settings), learning_rate=1e-2)
 
 
-def test_measured_gain_by_hand():
+def test_log_mean_gain_by_hand():
     """Latents at log 3 and log 1 over -> log((3 + 1) / 2) = log 2; without a latent -1: log 2 + 1."""
     returns = Returns(torch.tensor([-1.0]), torch.tensor([[math.log(3), 0.0]]))
-    assert measured_gain(returns).tolist() == pytest.approx([math.log(2) + 1])
+    assert log_mean_gain(returns.gain_TG).tolist() == pytest.approx([math.log(2) + 1])
 
 
 def test_it_learns_gain_and_spread_from_states():
@@ -249,12 +249,12 @@ def test_the_most_promising_are_tried_and_a_few_others():
     """20 boundaries, budget 0.5: 10 tried, a fifth of them drawn: the 8 of the largest promise and 2 of the 12."""
     document, promise = lines(20), torch.arange(20.0)
     args = RA3Config(boundary_selection="head", use_cpu=True)
-    found = [choose_by_promise(document, promise, args, NoiseKey(0, 0, step)) for step in range(200)]
+    found = [choose_by_promise(document, promise, 10, args, NoiseKey(0, 0, step)) for step in range(200)]
     assert all(len(boundaries) == 10 and set(range(12, 20)) <= set(boundaries) for boundaries, _ in found)
     assert {s for boundaries, _ in found for s in boundaries} == set(range(20))
     for boundaries, weight_T in found:
-        # Of the others each stands for 12 / 2 = 6; times 10 / 20 the average is 1: (8 + 2 * 6) / 2 / 10.
-        assert weight_T.tolist() == [0.5 if s >= 12 else 3.0 for s in boundaries]
+        # The best stand for themselves; of the others each stands for 12 / 2 = 6.
+        assert weight_T.tolist() == [1.0 if s >= 12 else 6.0 for s in boundaries]
 
 
 def test_weighted_averages_are_those_of_all_boundaries():
@@ -262,8 +262,8 @@ def test_weighted_averages_are_those_of_all_boundaries():
     document, promise, args = lines(20), torch.arange(20.0), RA3Config(boundary_selection="head", use_cpu=True)
     total, plain = [], []
     for step in range(2000):
-        boundaries, weight_T = choose_by_promise(document, promise, args, NoiseKey(1, 0, step))
-        total.append(float((weight_T * torch.tensor(boundaries)).mean()))
+        boundaries, weight_T = choose_by_promise(document, promise, 10, args, NoiseKey(1, 0, step))
+        total.append(float((weight_T * torch.tensor(boundaries)).sum()) / 20)
         plain.append(sum(boundaries) / len(boundaries))
     # One draw of 2 of 0..11 without replacement: variance of its mean 143/12 / 2 * 10/11 = 5.4, times (6/10)^2: 1.95.
     # Of 2000 draws the standard error is 0.031.
@@ -272,9 +272,9 @@ def test_weighted_averages_are_those_of_all_boundaries():
 
 def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
     """A head that promises most where the spread is: gains -1 everywhere, spread 3 at one boundary, 0.1 at the others.
-    With a budget for two of four, one of them drawn, it is always tried; its weight is 1 / 2, that of the drawn one
-    3 / 2."""
-    trainer = make_trainer(TEXTS, boundary_selection="head", boundary_exploration=0.5, gate_hold="never")
+    With a budget for two of four, one of them drawn, it is always tried; its weight is 1, that of the drawn one 3."""
+    settings = {"boundary_selection": "head", "boundary_exploration": 0.5, "boundary_budget": 0.5}
+    trainer = make_trainer(TEXTS, gate_hold="never", **settings)
     document = row_to_document(trainer.train_dataset[0])
     assert len(document.boundaries) == 4
     learner, states = trainer.loop.learner, trainer.policy.engine.trunk(document).states_SD
@@ -290,11 +290,12 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
         tried.append(rollout.group.boundaries)
         assert document.boundaries[best] in rollout.group.boundaries and len(rollout.group.boundaries) == 2
         where = rollout.group.boundaries.index(document.boundaries[best])
-        assert float(rollout.weight_T[where]) == 0.5 and float(rollout.weight_T[1 - where]) == 1.5
-        # The gate's slope is weighed; the latents' advantages are not.
+        assert float(rollout.weight_T[where]) == 1.0 and float(rollout.weight_T[1 - where]) == 3.0
         terms = EStep(trainer.policy, trainer.args).terms(rollout, slice(0, 2), False)
-        slope = rollout.returns.gain_TG.mean(1) - trainer.args.penalty
+        log_think = rollout.group.gate_logps_A[list(rollout.group.boundaries)]
+        slope = gate_slope(rollout.returns.gain_TG, log_think, trainer.args.penalty)
         torch.testing.assert_close(terms.gate_gain_T, slope * rollout.weight_T)
+        torch.testing.assert_close(terms.weight_T, explored(log_think, 0.05) * rollout.weight_T)
         sums = rollout_sums([rollout], lambda ids: "")
         assert sums["gain"][0] == pytest.approx(float((rollout.returns.gain_TG.mean(1) * rollout.weight_T).sum()))
     assert {boundary for boundaries in tried for boundary in boundaries} == set(document.boundaries)
@@ -336,12 +337,14 @@ def test_gain_is_that_of_the_likelihood_whatever_the_reward(make_trainer, settin
     estep = EStep(trainer.policy, trainer.args, plug_ins=trainer.loop.plug_ins)
     (rollout,) = estep.roll_out([document], NoiseKey(0, 0, 0))
     found = observe(rollout.group, rollout.returns, rollout.weight_T, trainer.args)
-    torch.testing.assert_close(found.gain_n, measured_gain(compute_returns(rollout.group, 1, 0.9)))
-    torch.testing.assert_close(found.slope_n, rollout.returns.gain_TG.mean(1) - trainer.args.penalty)
+    torch.testing.assert_close(found.gain_n, log_mean_gain(compute_returns(rollout.group, 1, 0.9).gain_TG))
+    log_think = rollout.group.decision_logps_A[list(rollout.group.boundaries)]
+    wanted = gate_slope(rollout.returns.gain_TG, log_think, trainer.args.penalty)
+    torch.testing.assert_close(found.slope_n, wanted)
 
 
-def test_with_latent_weight_gate_it_is_the_gate_that_decides(make_trainer):
-    trainer = make_trainer(TEXTS, gate="head", latent_weight="gate")
+def test_latents_count_as_often_as_the_gate_in_use_thinks(make_trainer):
+    trainer = make_trainer(TEXTS, gate="head", exploration=0.0, boundary_selection="random")
     with torch.no_grad():
         trainer.loop.learner.head.outer.bias[0] = 2.0
     document = row_to_document(trainer.train_dataset[0])
@@ -351,16 +354,22 @@ def test_with_latent_weight_gate_it_is_the_gate_that_decides(make_trainer):
     assert terms.weight_T.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 2)
 
 
-@pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_boundaries": 2}, 2), ({}, 4)])
-def test_budget_and_limit(settings, tried):
-    """ceil(0.5 * 7) = 4 boundaries, `max_boundaries` at most."""
-    args = RA3Config(boundary_selection="head", use_cpu=True, **settings)
-    boundaries, weight_T = choose_by_promise(lines(7), torch.zeros(7), args, NoiseKey(0, 0, 0))
-    assert len(boundaries) == len(weight_T) == tried
+@pytest.mark.parametrize(("settings", "tried"), [({"boundary_budget": 1.0}, 7), ({"max_boundaries": 1}, 1), ({}, 2)])
+@pytest.mark.parametrize("selection", ["gate", "head"])
+def test_budget_and_limit(settings, tried, selection):
+    """ceil(0.25 * 7) = 2 boundaries, `max_boundaries` at most."""
+    args = RA3Config(boundary_selection=selection, use_cpu=True, **settings)
+    none = torch.zeros(0, 0, 0)
+    trunk = RolloutGroup(lines(7), (), (), torch.zeros(7), torch.full((7,), -1.0), none, none, torch.zeros(7, 8))
+    boundaries, weight_T = choose_to_try(learner_of(), trunk, args, NoiseKey(0, 0, 0))
+    assert len(boundaries) == len(set(boundaries)) == len(weight_T) == tried
+    assert float(weight_T.sum()) == pytest.approx(7) or selection == "gate" or tried == 7
 
 
 def test_a_trainer_rolls_out_within_the_budget(make_trainer):
-    trainer = make_trainer(TEXTS, boundary_selection="head", e_steps=3, m_steps=1, logging_steps=1)
+    trainer = make_trainer(
+        TEXTS, boundary_selection="head", boundary_budget=0.5, e_steps=3, m_steps=1, logging_steps=1
+    )
     boundaries = [len(row_to_document(row).boundaries) for row in trainer.train_dataset]
     trainer.train()
     rates = [entry["estep/tried_rate"] for entry in trainer.state.log_history if "estep/tried_rate" in entry]

@@ -136,7 +136,7 @@ def logp_by_hand(engine, prompt: list[int], latent: Latent) -> float:
 def test_log_q_is_what_was_drawn_from(world, fim_tokenizer, engine, params):
     engine, document = world(engine, **params)
     boundaries = document.boundaries
-    group = fim(fim_tokenizer, 1.0).propose(engine, document, boundaries, 2, 2, NOISE)
+    (group,) = fim(fim_tokenizer, 1.0).propose(engine, [document], [boundaries], 2, 2, NOISE)
     own = drawn_logps(group.latents)
     found = fim(fim_tokenizer, 1.0).members[0].logps(engine, document, boundaries, group.latents)
     torch.testing.assert_close(found, own, atol=1e-3, rtol=0)
@@ -155,7 +155,7 @@ def test_a_mixture_is_weighted_by_the_balance_heuristic(world, fim_tokenizer, to
     """Truncated, a latent of one proposal is often impossible under another; the prior is never truncated."""
     engine, document = world(top_k=top_k)
     proposals = fim(fim_tokenizer, 1.0, 3.0)
-    group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
+    (group,) = proposals.propose(engine, [document], [document.boundaries], 4, 1, NOISE)
     assert share_out(4, proposals.shares) == (1, 3)
     causal, known = (m.logps(engine, document, document.boundaries, group.latents) for m in proposals.members)
     assert (causal.isinf() | known.isinf()).any() == bool(top_k)
@@ -178,7 +178,7 @@ def test_what_was_drawn_was_possible(world, fim_tokenizer, monkeypatch):
 
     monkeypatch.setattr(Proposal, "logps", found_anew)
     monkeypatch.setattr("ra3_trl.experimental.hindsight.proposals.prior_logps", lambda *_: torch.zeros(()))
-    group = fim(fim_tokenizer, 1.0, 3.0).propose(engine, document, document.boundaries, 4, 1, NOISE)
+    (group,) = fim(fim_tokenizer, 1.0, 3.0).propose(engine, [document], [document.boundaries], 4, 1, NOISE)
     own = drawn_logps(group.latents) + torch.tensor([1 / 4, 3 / 4, 3 / 4, 3 / 4]).log()
     torch.testing.assert_close(group.log_ratio_TG, -own)
 
@@ -187,7 +187,7 @@ def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
     """Twice the same proposal: with one noise for both, the second half would repeat the first."""
     engine, document = world()
     twice = Proposals(fim(fim_tokenizer, 1.0).members * 2)
-    group = twice.propose(engine, document, document.boundaries, 4, 1, NOISE)
+    (group,) = twice.propose(engine, [document], [document.boundaries], 4, 1, NOISE)
     assert all([z.token_ids for z in row[:2]] != [z.token_ids for z in row[2:]] for row in group.latents)
     args = HindsightConfig("x", proposal="fim", num_latents=4, horizon=1, use_cpu=True)
     first, second = roll_out(engine, document, args, twice)
@@ -197,7 +197,7 @@ def test_proposals_do_not_share_their_noise(world, fim_tokenizer):
 
 def test_the_policys_own_latents_are_a_plain_rollout(world):
     engine, document = world()
-    group = Proposals().propose(engine, document, document.boundaries, 2, 2, NOISE)
+    (group,) = Proposals().propose(engine, [document], [document.boundaries], 2, 2, NOISE)
     plain = engine.rollout(document, document.boundaries, 2, 2, NOISE)
     assert group.latents == plain.latents and group.log_ratio_TG is None
     assert torch.equal(group.latent_line_logps_TGH, plain.latent_line_logps_TGH)
@@ -281,7 +281,9 @@ def test_templates_of_ones_own(world, fim_tokenizer, text):
     assert template.shares_prefix == text.startswith("<")
     boundaries = document.boundaries
     assert len(template.views(document, boundaries, 2)) == (1 if template.shares_prefix else len(boundaries))
-    group = Proposals([Proposal("template", 1.0, template, 2)]).propose(engine, document, boundaries, 2, 1, NOISE)
+    (group,) = Proposals([Proposal("template", 1.0, template, 2)]).propose(
+        engine, [document], [boundaries], 2, 1, NOISE
+    )
     for t, boundary in enumerate(boundaries):
         ids, action = document.input_ids, document.actions[boundary]
         bos = [ids[0]] if ids[0] == fim_tokenizer.bos_token_id else []
@@ -310,7 +312,7 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         "x", proposal="function", e_steps=0, annotation="resample", prior_alpha=0.5, use_cpu=True, max_length=64
     )
     proposals = make_proposals(args, fim_tokenizer, 2048, prompt)
-    group = proposals.propose(engine, document, document.boundaries, 2, 1, NOISE)
+    (group,) = proposals.propose(engine, [document], [document.boundaries], 2, 1, NOISE)
     assert seen[0][0].startswith("def area(r):") and "pi" not in seen[0][0]
     assert "pi = 3" in seen[0][1] and "return pi * r * r" in seen[0][1]
     bos = [fim_tokenizer.bos_token_id] if document.input_ids[0] == fim_tokenizer.bos_token_id else []
@@ -319,12 +321,12 @@ def test_a_function_writes_the_prompt(world, fim_tokenizer):
         assert sum(latent.logps) == pytest.approx(logp_by_hand(engine, ids, latent), abs=1e-3)
     with pytest.raises(ValueError, match="`proposal_func` returned ''"):
         empty = make_proposals(args, fim_tokenizer, 2048, lambda a, b: "")
-        empty.propose(engine, document, document.boundaries, 2, 1, NOISE)
+        empty.propose(engine, [document], [document.boundaries], 2, 1, NOISE)
     first = document.actions[document.boundaries[0]]
     room = 100 - args.max_latent_length - (first.end - first.start) - len(first.boundary.close)
     with pytest.raises(ValueError, match=f"prompt of .* tokens, but the model's context leaves room for {room};"):
         long = make_proposals(args, fim_tokenizer, 100, lambda a, b: "a b c d e f g h " * 40)
-        long.propose(engine, document, document.boundaries, 2, 1, NOISE)
+        long.propose(engine, [document], [document.boundaries], 2, 1, NOISE)
 
 
 def replace_args(args: RA3Config, **changes) -> RA3Config:
@@ -341,7 +343,7 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     args = HindsightConfig(
         "x", horizon=1, num_latents=4, annotation="resample", prior_alpha=0.5, proposal="causal+fim", use_cpu=True
     )
-    group = proposals.propose(engine, document, document.boundaries, 4, 1, NOISE)
+    (group,) = proposals.propose(engine, [document], [document.boundaries], 4, 1, NOISE)
     returns = compute_returns(group, 1, 0.9)
     # <act>: log 1/2 + its line; a latent: log(1/2 / 4) + its line + log-ratio, which the returns hold already.
     logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
@@ -368,7 +370,7 @@ def test_annotation_draws_each_candidate_as_often_as_it_weighs(world, fim_tokeni
     wanted, spread, found = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for step in range(40):
         noise = replace(NOISE, step=step)
-        group = proposals.propose(engine, document, document.boundaries, 4, 1, noise)
+        (group,) = proposals.propose(engine, [document], [document.boundaries], 4, 1, noise)
         returns = compute_returns(group, 1, 0.9)
         logits = torch.cat([returns.act_T[:, None] + math.log(0.5), returns.latent_TG + math.log(0.5 / 4)], 1)
         weights = logits.double().softmax(-1)
@@ -401,15 +403,15 @@ def test_a_row_that_is_full_takes_no_more_latents(world, fim_tokenizer, segmente
     assert 1 < len(placed[22]) < len(placed[1000])
 
 
-@pytest.mark.parametrize(("baseline", "weight"), [("leave_one_out", 1.0), ("no_think", 0.5)])
-def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model, segmenter, baseline, weight):
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model, segmenter, weight):
     """The loss is minus the mean over latents of advantage times log q, the advantage that of the whole ELBO."""
     tokenizer, model = tokenizer_of, tiny_model("llama", tokenizer_of)
     engine = BranchEngine(Backbone(model), build_token_table(tokenizer, len(tokenizer)), SamplingParams(2))
     (document,) = segmenter(tokenizer)(0, CODE)
     args = HindsightConfig(
-        "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, baseline=baseline, penalty=0.3, gate_hold="never",
-        proposal_kl_coef=weight, use_cpu=True,
+        "x", proposal="fim", num_latents=2, horizon=1, kl_coef=0, penalty=0.3, gate_hold="never",
+        proposal_kl_coef=weight, use_cpu=True, boundary_selection="random",
     )  # fmt: skip
     (rollout,) = roll_out(engine, document, args, priced(fim(tokenizer, 1.0), weight))
     group, boundaries = rollout.group, rollout.group.boundaries
@@ -423,7 +425,7 @@ def test_gradients_of_a_proposal_against_plain_forwards(tokenizer_of, tiny_model
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model.zero_grad()
-    advantage = advantages(returns, 0.3, baseline)
+    advantage = advantages(returns.gain_TG, torch.ones(len(boundaries)), 0.3, "elbo")
     for t, boundary in enumerate(boundaries):
         prompt = fim_prompt(tokenizer, document, boundary, 2)
         for g, latent in enumerate(group.latents[t]):
@@ -566,8 +568,11 @@ def test_a_function_annotates_without_an_e_phase(hindsight_trainer):
         ({"proposal": "fim", "proposal_lines": 0}, "`proposal_lines` is 0; it must be at least 1"),
         ({"proposal": "fim", "annotation": "policy"}, "set `annotation='resample'`"),
         ({"proposal": "fim", "line_reduction": "mean"}, "set `line_reduction='sum'`"),
-        ({"proposal": "causal+fim", "num_latents": 3}, "2 latents of each of the 2 parts"),
-        ({"proposal": "causal+fim", "num_latents": 1, "baseline": "no_think"}, "`num_latents` is 1, but `proposal`"),
+        ({"proposal": "causal+fim", "num_latents": 3}, "2 or more of each of the 2 parts"),
+        (
+            {"proposal": "causal+fim", "num_latents": 1, "e_steps": 0, "annotation": "resample"},
+            "`num_latents` is 1, but `proposal`",
+        ),
         ({"proposal": "causal+fim", "eval_num_latents": 1}, "`eval_num_latents` is 1, but `proposal`"),
         ({"proposal": "fim", "gate": "head"}, "give 'causal' a share"),
         ({"proposal": "fim", "gate_hold": "always"}, "`gate_hold` is 'always', but without"),
@@ -806,7 +811,7 @@ def test_proposals_of_a_policy_at_hand(tmp_path, tokenizer_of, tiny_model):
     with pytest.raises(ValueError, match="no command takes one"):
         attach(policy, proposal="function")
     document = policy.segment(CODE)[0]
-    group = attach(policy, trained).propose(document, document.boundaries, 2, NOISE)
+    (group,) = attach(policy, trained).propose([document], [document.boundaries], 2, NOISE)
     assert group.log_ratio_TG.isfinite().all()
 
 
@@ -830,8 +835,9 @@ def test_latents_that_copy_any_line_they_knew_are_counted(tokenizer_of, tiny_mod
     )
     (document,) = segmenter(tokenizer_of)(0, CODE)
     args = HindsightConfig(
-        "x", proposal="causal+fim", num_latents=2, horizon=1, baseline="no_think", max_boundaries=1, use_cpu=True
-    )
+        "x", proposal="causal+fim", num_latents=4, horizon=1, max_boundaries=1, boundary_selection="random",
+        use_cpu=True,
+    )  # fmt: skip
     causal, known = roll_out(engine, document, args, fim(tokenizer_of, 1.0, 1.0))
     boundary = known.group.boundaries[0]
     line = document.actions[boundary + 1]

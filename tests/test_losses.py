@@ -16,13 +16,16 @@ from ra3_trl.losses import (
     code_bounds,
     compute_returns,
     estep_loss,
+    explored,
     gate_slope,
+    joint_gain,
     log1mexp,
     next_token_loss,
     renormalise,
     resampling_logits,
 )
 from ra3_trl.losses.estep import gate_anchor
+from ra3_trl.policy.decisions import inclusion_probs
 from ra3_trl.records import Action, Boundary, Document, Latent, PolicyLogProbs, RolloutGroup
 
 
@@ -144,20 +147,30 @@ def test_mean_return_is_per_token_and_line():
 # ---- advantages, gate ----
 
 
-def test_advantages_by_hand():
-    """Returns 1, 2, 6: the others' means are 4, 3.5, 1.5. No-think: minus G_act = 1 and c = 0.5."""
-    returns = Returns(torch.tensor([1.0]), torch.tensor([[1.0, 2.0, 6.0]]))
-    assert advantages(returns, penalty=0.5).tolist() == [[-3.0, -1.5, 4.5]]
-    assert advantages(returns, penalty=0.5, baseline="no_think").tolist() == [[-0.5, 0.5, 4.5]]
-    # The penalty cancels in leave-one-out.
-    assert torch.equal(advantages(returns, 0.0), advantages(returns, 7.0))
+def test_advantages_of_the_elbo_by_hand():
+    """Returns 1, 2 and 6 against the means of the others 4, 3.5 and 1.5; thinking half of the time halves them. The
+    penalty cancels."""
+    gain, always = torch.tensor([[1.0, 2.0, 6.0]]), torch.ones(1)
+    assert advantages(gain, always, 0.5, "elbo").tolist() == [[-3.0, -1.5, 4.5]]
+    assert advantages(gain, always / 2, 7.0, "elbo").tolist() == [[-1.5, -0.75, 2.25]]
+    assert joint_gain(gain, "elbo").tolist() == [3.0]
+    assert gate_slope(gain, torch.tensor([-1.0]), 0.5, "elbo").tolist() == [2.5]
 
 
-def test_gate_slope_and_hold():
-    """Mean gains 1 and -1, c = 0.25: slopes 0.75 and -1.25; a held gate has none."""
-    gain = torch.tensor([[0.0, 2.0], [-3.0, 1.0]])
-    assert gate_slope(gain, 0.25, hold=False).tolist() == [0.75, -1.25]
-    assert gate_slope(gain, 0.25, hold=True).tolist() == [0.0, 0.0]
+def test_gate_slope_by_hand():
+    """Gains log 4 and minus infinity, no cost: e^m = (4 + 0) / 2 = 2, so at p = 1/2 the slope is (2 - 1) / (1/2 + 1) =
+    2/3; in the log-odds 1/6, which is the posterior 2/3 less the prior 1/2. A cost of log 2 makes e^m = 1: nothing to
+    gain. Where P(think) is 0 and thinking pays without bound, the slope is finite."""
+    gain, half = torch.tensor([[math.log(4), -math.inf]]), torch.tensor([0.5]).log()
+    assert gate_slope(gain, half, 0.0).tolist() == pytest.approx([2 / 3])
+    assert gate_slope(gain, half, LOG2).tolist() == pytest.approx([0.0], abs=1e-6)
+    assert math.isfinite(float(gate_slope(torch.tensor([[900.0, 900.0]]), torch.tensor([-math.inf]), 0.0)))
+
+
+def test_how_often_an_e_step_thinks():
+    """(1 - 0.1) 0.5 + 0.1 = 0.55, and 0.1 where the gate says never."""
+    found = explored(torch.tensor([math.log(0.5), -math.inf]), 0.1)
+    assert found.tolist() == pytest.approx([0.55, 0.1])
 
 
 def test_the_anchor_of_a_held_gate_by_hand():
@@ -175,24 +188,35 @@ def logps_of(gate_T, token_n, branch_n) -> PolicyLogProbs:
     return PolicyLogProbs(gate_T, token_n, branch_n)
 
 
-def terms_of(gain_TG, penalty=0.2, hold=False, advantage=None, weight=None) -> EStepTerms:
-    advantage = torch.zeros_like(gain_TG) if advantage is None else advantage
-    weight = torch.ones(len(gain_TG)) if weight is None else weight
-    return EStepTerms(gate_slope(gain_TG, penalty, hold), advantage, weight)
-
-
-def test_the_gates_gradient_is_that_of_j():
-    """J = (1-p) G_act + p (mean_g G_g - c), differentiated by autograd through p = sigmoid(w)."""
+def test_the_gates_gradient_is_that_of_the_multi_sample_bound():
+    """log[(1-p) exp(G_act) + p mean_g exp(G_g - c)], differentiated by autograd through p = sigmoid(w); in the
+    log-odds it is the posterior of thinking, with which annotation resamples, less p."""
     torch.manual_seed(0)
     w = torch.randn(5, requires_grad=True, dtype=torch.double)
     returns, c = Returns(torch.randn(5).double(), torch.randn(5, 3).double()), 0.2
-    p = w.sigmoid()
-    objective = ((1 - p) * returns.act_T + p * (returns.latent_TG.mean(1) - c)).sum()
-    (wanted,) = torch.autograd.grad(objective, w)
+    log_p, log_q = torch.nn.functional.logsigmoid(w), torch.nn.functional.logsigmoid(-w)
+    mean = torch.logsumexp(returns.latent_TG - c, 1) - math.log(3)
+    (wanted,) = torch.autograd.grad(torch.logaddexp(log_q + returns.act_T, log_p + mean).sum(), w, retain_graph=True)
+    slope = gate_slope(returns.gain_TG, log_p.detach(), c)
     none = torch.zeros(0, dtype=torch.double)
-    loss, _ = estep_loss(terms_of(returns.gain_TG, c), logps_of(torch.nn.functional.logsigmoid(w), none, none.long()))
+    terms = EStepTerms(slope, torch.zeros(5, 3).double(), torch.ones(5).double(), torch.zeros(5))
+    loss, _ = estep_loss(terms, logps_of(log_p, none, none.long()))
     (found,) = torch.autograd.grad(loss, w)
     torch.testing.assert_close(-found, wanted)
+    posterior = resampling_logits(returns.act_T, returns.latent_TG - c, log_p.detach()).softmax(1)[:, 1:].sum(1)
+    torch.testing.assert_close(-found, posterior - log_p.detach().exp())
+
+
+def test_an_even_chance_keeps_the_gate_open_where_the_mean_gain_closes_it():
+    """Single latents that bring +3 and -3.3 nats, half and half: the mean gain is -0.15, whose gate ends at 0. With
+    e^3 - 1 = 19.09 and e^-3.3 - 1 = -0.963 the bound's slopes balance where 19.09 / (1 + 19.09 p) = 0.963 /
+    (1 - 0.963 p), that is 19.09 - 18.38 p = 0.963 + 18.38 p, p = 0.493."""
+    gain = torch.tensor([[3.0], [-3.3]])
+
+    def slope(p: float) -> float:
+        return float(gate_slope(gain, torch.full((2,), math.log(p)), 0.0).sum())
+
+    assert slope(0.47) > 0 > slope(0.51) and float(gain.mean()) < 0
 
 
 def test_estep_loss_by_hand():
@@ -200,65 +224,103 @@ def test_estep_loss_by_hand():
 
     gate: -0.5 * 2 = -1. policy: -(3 * (-1 - 2) + -1 * -4) / 2 = 2.5. Sum over boundaries, mean over latents.
     """
-    terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1))
+    terms = EStepTerms(torch.tensor([2.0]), torch.tensor([[3.0, -1.0]]), torch.ones(1), torch.zeros(1))
     logps, branch = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1])
     live = logps_of(torch.tensor([-LOG2]), logps, branch)
     loss, parts = estep_loss(terms, live)
     assert float(parts["gate"]) == pytest.approx(-1) and float(parts["policy"]) == pytest.approx(2.5)
     assert float(loss) == pytest.approx(1.5)
-    # Weight P(think) = 1/2 halves the policy part.
-    halved = EStepTerms(terms.gate_gain_T, terms.advantage_TG, torch.tensor([0.5]))
-    assert float(estep_loss(halved, live)[1]["policy"]) == pytest.approx(1.25)
     # KL: k3 of equal log-probs is 0.
     same, _ = estep_loss(terms, live, 1.0, live)
     assert float(same) == pytest.approx(1.5)
     # Reference one symbol at half its probability: r = 1/2, k3 = 1/2 - 1 + log 2, over 2 latents.
-    other, parts = estep_loss(terms, live, 0.1, replace(live, token_n=logps - torch.tensor([LOG2, 0, 0])))
-    assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2) and float(other) == pytest.approx(
-        1.5 + 0.05 * (LOG2 - 0.5)
-    )
+    far = replace(live, token_n=logps - torch.tensor([LOG2, 0, 0]))
+    other, parts = estep_loss(terms, live, 0.1, far)
+    assert float(parts["kl"]) == pytest.approx((LOG2 - 0.5) / 2)
+    assert float(other) == pytest.approx(1.5 + 0.05 * (LOG2 - 0.5))
+    # Latents that are written half as often have half the KL.
+    halved = replace(terms, weight_T=torch.tensor([0.5]))
+    assert float(estep_loss(halved, live, 0.1, far)[1]["kl"]) == pytest.approx((LOG2 - 0.5) / 4)
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "no_think"])
-def test_the_policy_gradient_is_that_of_the_expected_reward(baseline):
+def latent_gradient(logits, draw, advantage_TG):
+    """What the loss adds to the logits of latents of one symbol."""
+    none = torch.zeros(1, dtype=torch.double)
+    terms = EStepTerms(none, advantage_TG, none, none)
+    loss, _ = estep_loss(terms, logps_of(none - 1, logits.log_softmax(-1)[draw], torch.arange(len(draw))))
+    return -torch.autograd.grad(loss, logits)[0]
+
+
+REWARD = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+
+
+def test_with_the_elbo_latents_ascend_the_expected_reward():
     """A bandit with 3 latents of one symbol and G = 2: averaging the loss over all 9 draws with their probabilities
-    gives exactly d/dlogits sum_a pi(a) R(a), since both baselines do not depend on the draw they are taken off."""
+    gives exactly d/dlogits of p sum_a pi(a) R(a), since the baseline does not depend on the draw it is taken off."""
     logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.double, requires_grad=True)
-    reward = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
-    pi = logits.softmax(-1)
-    (wanted,) = torch.autograd.grad((pi * reward).sum(), logits)
+    pi, p = logits.softmax(-1), torch.tensor([0.3], dtype=torch.double)
+    (wanted,) = torch.autograd.grad(p * (pi * REWARD).sum(), logits, retain_graph=True)
     total = torch.zeros(3, dtype=torch.double)
-    for draw in itertools.product(range(3), repeat=2):
-        actions = torch.tensor(draw)
-        returns = Returns(torch.tensor([0.7], dtype=torch.double), reward[actions][None])
-        terms = EStepTerms(
-            torch.zeros(1, dtype=torch.double), advantages(returns, 0.2, baseline), torch.ones(1, dtype=torch.double)
-        )
-        logps = logits.log_softmax(-1)[actions]
-        loss, _ = estep_loss(terms, logps_of(torch.tensor([-1.0], dtype=torch.double), logps, torch.arange(2)))
-        (gradient,) = torch.autograd.grad(loss, logits)
-        total -= float(pi.detach()[actions].prod()) * gradient
+    for draw in map(torch.tensor, itertools.product(range(3), repeat=2)):
+        advantage = advantages(REWARD[draw][None] - 0.7, p, 0.2, "elbo")
+        total += float(pi.detach()[draw].prod()) * latent_gradient(logits, draw, advantage)
     torch.testing.assert_close(total, wanted)
 
 
-def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
-    """With weight P(think), gate and latents together ascend J itself: p = sigmoid(w), latents 2, G = 2."""
-    logits = torch.tensor([0.4, -0.3], dtype=torch.double, requires_grad=True)
-    w = torch.tensor([0.2], dtype=torch.double, requires_grad=True)
-    reward, act, c = torch.tensor([1.0, -1.5], dtype=torch.double), torch.tensor([0.3], dtype=torch.double), 0.1
-    p, pi = w.sigmoid(), logits.softmax(-1)
-    wanted = torch.autograd.grad(((1 - p) * act + p * ((pi * reward).sum() - c)).sum(), (w, logits), retain_graph=True)
-    found = [torch.zeros(1, dtype=torch.double), torch.zeros(2, dtype=torch.double)]
-    for draw in itertools.product(range(2), repeat=2):
-        actions = torch.tensor(draw)
-        returns = Returns(act, reward[actions][None])
-        terms = EStepTerms(gate_slope(returns.gain_TG, c, False), advantages(returns, c), w.sigmoid().detach())
-        log_p = torch.nn.functional.logsigmoid(w)
-        loss, _ = estep_loss(terms, logps_of(log_p, logits.log_softmax(-1)[actions], torch.arange(2)))
-        for total, gradient in zip(found, torch.autograd.grad(loss, (w, logits)), strict=True):
-            total -= float(pi.detach()[actions].prod()) * gradient
-    for total, gradient in zip(found, wanted, strict=True):
-        torch.testing.assert_close(total, gradient)
+@pytest.mark.parametrize("think", [0.3, 0.999, 1e-6])
+def test_with_the_multi_sample_bound_latents_ascend_its_importance_weighted_form(think):
+    """Over all 9 draws the gradient is that of E_q[log((1-p) + p mean_g pi(z_g) / q(z_g) exp(gain_g - c))] in pi where
+    q = pi is what has drawn them: that of the likelihood of the lines, as G grows; the baselines add up to nothing."""
+    logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.double, requires_grad=True)
+    pi, p, c = logits.softmax(-1), torch.tensor([think], dtype=torch.double), 0.2
+    total, bound = torch.zeros(3, dtype=torch.double), torch.zeros((), dtype=torch.double)
+    for draw in map(torch.tensor, itertools.product(range(3), repeat=2)):
+        chance = float(pi.detach()[draw].prod())
+        ratio = (pi / pi.detach())[draw]
+        bound = bound + chance * torch.log(1 - p[0] + p[0] * (ratio * (REWARD[draw] - c).exp()).mean())
+        total += chance * latent_gradient(logits, draw, advantages(REWARD[draw][None], p, c))
+    (wanted,) = torch.autograd.grad(bound, logits)
+    torch.testing.assert_close(total, wanted)
+
+
+def test_where_all_latents_harm_the_least_harmful_wins_hardly_anything():
+    """P(think) = 0.07; gains -0.05 of a bland phrase and -3 of three others: the ELBO gives it 0.07 * 2.95 = 0.2065,
+    the bound 4 r - R with 4 r = 0.07 * 0.951 / (0.93 + 0.07 * 0.275) = 0.0701 and R = 0.07 * 0.0498 / (0.93 + 0.07 *
+    0.0498) = 0.0037. Where one of four is right by 3.6 nats and it thinks more often than not, 4 r = 0.57 * 36.6 /
+    (0.43 + 0.57 * 9.18) = 3.68."""
+    harm, think = torch.tensor([[-0.05, -3.0, -3.0, -3.0]]), torch.tensor([0.07])
+    assert float(advantages(harm, think, 0.0, "elbo")[0, 0]) == pytest.approx(0.2065, abs=1e-4)
+    assert float(advantages(harm, think, 0.0)[0, 0]) == pytest.approx(0.0701 - 0.0037, abs=2e-4)
+    help_, often = torch.tensor([[3.6, -3.3, -3.3, -3.3]]), torch.tensor([0.57])
+    assert float(advantages(help_, often, 0.0)[0, 0]) == pytest.approx(3.68 - 0.047, abs=2e-2)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "multi_sample"])
+@pytest.mark.parametrize("exploration", [0.0, 0.1])
+def test_drawn_boundaries_give_the_gradient_of_all(exploration, objective):
+    """Two boundaries of which one is tried, in proportion to how often the E-step thinks there: over both draws gates
+    and latents get the gradient of trying both."""
+    torch.manual_seed(0)
+    w = torch.tensor([0.2, -1.5], dtype=torch.double, requires_grad=True)
+    logits = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    gain = torch.randn(2, 3, dtype=torch.double)
+    log_p = torch.nn.functional.logsigmoid(w).detach()
+    think = explored(log_p, exploration)
+    probs = torch.tensor(inclusion_probs(think.numpy(), 1))
+    assert probs.tolist() == pytest.approx((think / think.sum()).tolist())
+
+    def gradient(where: list[int], weight_T: torch.Tensor):
+        slope = weight_T * gate_slope(gain[where], log_p[where], 0.1, objective)
+        advantage = weight_T[:, None] * advantages(gain[where], think[where], 0.1, objective)
+        symbols = logits.log_softmax(-1)[where].flatten()
+        live = logps_of(torch.nn.functional.logsigmoid(w)[where], symbols, torch.arange(len(symbols)))
+        loss, _ = estep_loss(EStepTerms(slope, advantage, weight_T, torch.zeros(len(where))), live)
+        return torch.autograd.grad(loss, (w, logits))
+
+    wanted = gradient([0, 1], torch.ones(2, dtype=torch.double))
+    drawn = [gradient([t], 1 / probs[t : t + 1]) for t in range(2)]
+    for part, pieces in zip(wanted, zip(*drawn, strict=True), strict=True):
+        torch.testing.assert_close(sum(probs[t] * piece for t, piece in enumerate(pieces)), part)
 
 
 # ---- KL ----
@@ -267,7 +329,7 @@ def test_weighting_latents_by_the_gate_gives_the_gradient_of_j_as_a_whole():
 def test_the_kl_estimator_is_never_negative_and_unbiased():
     """k3 = r - 1 - log r with r = ref / pi; its mean under pi is sum pi log(pi / ref), by enumeration of 3 symbols."""
     pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
-    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 1), torch.ones(1))
+    terms = EStepTerms(torch.zeros(1), torch.zeros(1, 1), torch.ones(1), torch.zeros(1))
     mean = 0.0
     for symbol in range(3):
         logps, ref_logps = pi[symbol : symbol + 1].log(), ref[symbol : symbol + 1].log()
@@ -368,6 +430,9 @@ def test_bounds_count_code_once_and_neither_comments_nor_untried_lines_twice():
         boundaries=(3,),
     )
     assert code_bounds(longer) == bounds
+    # Tried once in two times it stands for two: the change from the -10 counts twice.
+    twice = code_bounds(group, torch.tensor([2.0]))
+    assert twice.elbo == pytest.approx(-10 + 2 * (bounds.elbo + 10)) and twice.log_likelihood == pytest.approx(-10)
     nothing = RolloutGroup(
         group.document, (), (), group.line_logps_A, group.gate_logps_A, torch.zeros(0, 0, 0), torch.zeros(0, 0, 0)
     )

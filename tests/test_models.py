@@ -335,20 +335,21 @@ def test_whole_runs_under_autocast(folder, train, reward_model, monkeypatch):
     from ra3_trl.rollout import BranchEngine
 
     seen, off = set(), []
-    log_probs = BranchEngine.log_probs
+    log_probs = BranchEngine.packed_log_probs
 
-    def watched(self, group, part, *args, **kwargs):
-        out = log_probs(self, group, part, *args, **kwargs)
-        if torch.is_grad_enabled():
-            rows = group.latents[part]
-            sampled = torch.tensor([logp for row in rows for z in row for logp in z.logps])
-            off.append(float((out.token_n.detach() - sampled).abs().max()))
+    def watched(self, pieces, *args, **kwargs):
+        out = log_probs(self, pieces, *args, **kwargs)
+        for (group, part), logps in zip(pieces, out, strict=True):
+            if torch.is_grad_enabled():
+                rows = group.latents[part]
+                sampled = torch.tensor([logp for row in rows for z in row for logp in z.logps])
+                off.append(float((logps.token_n.detach() - sampled).abs().max()))
         seen.add(torch.is_autocast_enabled("cpu"))
         return out
 
     tokenizer = load_tokenizer(folder, None)
     wanted = first_code_loss(train(load_model(folder, None, None), tokenizer, reward_model=reward_model))
-    monkeypatch.setattr(BranchEngine, "log_probs", watched)
+    monkeypatch.setattr(BranchEngine, "packed_log_probs", watched)
     trainer = train(load_model(folder, None, None), tokenizer, bf16=True, reward_model=reward_model)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert True in seen and max(off) < 0.1

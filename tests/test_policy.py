@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from conftest import furthest, weights
 from peft import LoraConfig
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead, Policy, RA3Config
+from ra3_trl.losses import compute_returns
 from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
-from ra3_trl.policy import evaluate_documents
+from ra3_trl.policy import EVAL_NOISE, evaluate_documents, finish_metrics, most_thinking
 from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
 
@@ -101,7 +104,7 @@ def test_a_head_that_knows_nothing_of_these_boundaries_is_left_out(base, config)
     RA3Config(use_cpu=True, report_to="none", gate="head", boundary_selection="head").save_pretrained(base)
     save_head(AbstractionHead(AbstractionConfig(32, **config)), base)
     policy = open_here(base)
-    assert policy.head is None and (policy.args.gate, policy.args.boundary_selection) == ("token", "random")
+    assert policy.head is None and (policy.args.gate, policy.args.boundary_selection) == ("token", "gate")
     save_head(AbstractionHead(AbstractionConfig(32, trained_on=9)), base)
     assert open_here(base).args.gate == "head"
     assert open_here(base, gate="token", boundary_selection="random", abstraction_head=False).head is None
@@ -184,7 +187,7 @@ def test_texts_are_given_back(make_trainer, action_format):
         ({"gate": "head"}, "`gate` is 'head', but .* has no trained abstraction head for 'python'; set `gate` to"),
         (
             {"boundary_selection": "head"},
-            "`boundary_selection` is 'head', but .*; set `boundary_selection` to 'random'",
+            "`boundary_selection` is 'head', but .*; set `boundary_selection` to 'gate'",
         ),
         ({"action_format": "tags"}, "lacks the special tokens"),
         ({"action_format": "cobol"}, "`action_format` is 'cobol'"),
@@ -279,7 +282,39 @@ def test_sums_of_documents_add_up(base):
     documents = [policy.segment(text, doc_id=i)[0] for i, text in enumerate(TEXTS[:2])]
     with policy.inference():
         both, *each = (evaluate_documents(policy, part) for part in (documents, documents[:1], documents[1:]))
-    assert both == pytest.approx({name: each[0][name] + each[1][name] for name in both})
+    # What is of a document and the one before is of no document alone.
+    assert [sums["others"] for sums in (both, *each)] == [1, 0, 0]
+    added = {name: each[0].get(name, 0) + each[1].get(name, 0) for name in both}
+    assert both | {"over_other": 0, "others": 0} == pytest.approx(added)
+    assert sum(count for name, count in both.items() if name.startswith("latent: ")) == 2
+
+
+def test_latents_are_held_against_those_of_the_document_before(base):
+    """Nats of the second document's latents where the model thinks most, less those of the first's there; a further
+    chunk of the same text is no other document."""
+    policy = open_here(base, num_latents=2, eval_num_latents=2)
+    first, second = (policy.segment(text, doc_id=i)[0] for i, text in enumerate(TEXTS[:2]))
+    before, own = (policy.rollout(document, noise=EVAL_NOISE) for document in (first, second))
+    t, horizon = most_thinking(own), policy.args.horizon
+    instead = policy.score(second, [own.boundaries[t]], [before.latents[most_thinking(before)]])
+    returns = [compute_returns(group, horizon, policy.args.discount).latent_TG for group in (own, instead)]
+    wanted = float(returns[0][t].mean() - returns[1][0].mean())
+    assert wanted != 0
+    again = replace(first, chunk=1)
+    found = policy.evaluate([first, again, second])
+    assert found["gain_over_other"] == pytest.approx(wanted, rel=1e-3)
+    assert "gain_over_other" not in policy.evaluate([first, again])
+
+
+def test_rates_of_what_latents_say(base):
+    """Of 4 latents 3 say the same: half of them are different. Two processes' counts add up, and what both wrote is
+    one text: `a` 3 and 1 times and `b` once are 2 / 5 and 4 / 5."""
+    none = evaluate_documents(open_here(base), [])
+    assert not {"gain_over_other", "distinct_rate", "most_frequent_rate"} & set(finish_metrics(none))
+    one, other = Counter({"latent: a": 3, "latent: b": 1}), Counter({"latent: a": 1})
+    for written, rates in ((one, (0.5, 0.75)), (one + other, (0.4, 0.8))):
+        found = finish_metrics(none | written | {"over_other": 1.5, "others": 2})
+        assert (found["distinct_rate"], found["most_frequent_rate"], found["gain_over_other"]) == (*rates, 0.75)
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,18 @@ def test_labels_keep_their_color():
 
 
 def test_the_picture_of_a_demo(tmp_path):
-    """Two runs, of which one has no E-phase, and three models: four charts in a row."""
-    logs = {"ra3": [{"step": 1, "estep/gain": -0.5, "estep/think_rate": 0.1}, {"step": 2, "mstep/code_loss": 2.0}]}
+    """Two runs, of which one has no E-phase, and three models: five charts in a row."""
+    logs = {
+        "ra3": [
+            {"step": 1, "estep/gain": -0.5, "estep/gain_over_other": 0.1, "estep/think_rate": 0.1},
+            {"step": 2, "mstep/code_loss": 2.0},
+        ]
+    }
     logs["ntp"] = [{"step": 1, "mstep/code_loss": 2.5}, {"step": 2, "mstep/code_loss": 2.0}]
     held_out = {"cross-entropy": {"base": 3.0, "ntp": 2.0, "ra3": 2.5}}
     plot_run(logs, held_out, tmp_path / "curves.png")
     width, height = Image.open(tmp_path / "curves.png").size
-    assert width == pytest.approx(4 * 4.6 * 130, abs=4) and height == pytest.approx(3.1 * 130, abs=4)
+    assert width == pytest.approx(5 * 4.6 * 130, abs=4) and height == pytest.approx(3.1 * 130, abs=4)
 
 
 def test_page_and_pictures(tmp_path, training, monkeypatch, capsys):

@@ -161,7 +161,7 @@ def test_the_defaults_that_the_page_names():
     config = RA3Config(use_cpu=True)
     assert f"{config.max_latent_length} by default" in latents[2]
     assert (config.kl_coef, config.log_latents_steps, config.logging_steps) == (0.05, 10, 1)
-    assert (config.learning_rate, config.e_learning_rate) == (2e-5, 1e-5)
+    assert (config.learning_rate, config.e_learning_rate) == (2e-5, 2e-5)
     assert (config.bf16, config.activation_checkpointing) == (False, False)
     for ours, trl in ((RA3Config, SFTConfig), (RA3Config, GRPOConfig)):
         defaults = [{field.name: field.default for field in fields(config)} for config in (ours, trl)]

@@ -138,13 +138,13 @@ def test_batches_already_consumed_are_not_rolled_out_again(make, tmp_path, monke
     make(e_steps=4, m_steps=2, save_strategy="steps", save_steps=3).train()
     trainer = make(e_steps=4, m_steps=2)
     seen = []
-    rollout = trainer.policy.engine.rollout
+    rollouts = trainer.policy.engine.rollouts
 
-    def watched(document, boundaries, num_latents, horizon, noise, score=True):
-        seen.append((noise.phase, noise.step))
-        return rollout(document, boundaries, num_latents, horizon, noise, score)
+    def watched(documents, boundaries, num_latents, horizon, noise, score=True):
+        seen.extend([(noise.phase, noise.step)] * len(documents))
+        return rollouts(documents, boundaries, num_latents, horizon, noise, score)
 
-    monkeypatch.setattr(trainer.policy.engine, "rollout", watched)
+    monkeypatch.setattr(trainer.policy.engine, "rollouts", watched)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     # One E-update (number 3) of two documents is left; annotation of the two M-updates follows (phase 1, 4 and 5).
     assert [key for key in seen if key[0] == 0] == [(0, 3)] * 2

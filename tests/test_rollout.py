@@ -177,6 +177,25 @@ def test_gradients_equal_those_of_plain_forwards(model_type, tiny_model, tokeniz
 
 
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+def test_latents_that_are_the_same_get_the_gradients_of_each(kind, llama, tokenizers, document, slow_path):
+    """Equal latents of a boundary are run once; other numbers of different ones at each boundary, and two documents'
+    pieces in one forward."""
+    engine = engine_of(kind, llama, tokenizers["newline_indent"], max_length=3)
+    group = engine.rollout(document, document.boundaries[2:5], 3, 1, KEY, score=False)
+    a, b, c = group.latents
+    group = replace(group, latents=((a[0], a[1], a[0]), (b[2], b[2], b[2]), (c[0], c[1], c[2])))
+    weight_T, weight_n = random_weights(group)
+    slow = slow_path(llama, tokenizers["newline_indent"], max_length=3)
+    wanted = gradients(llama, slow_objective(slow, group, weight_T, weight_n))
+    first, second = engine.packed_log_probs([(group, slice(0, 1)), (group, slice(1, 3))])
+    counts = [len(z.logps) for row in group.latents for z in row]
+    assert first.branch_n.tolist() == [m for m, n in enumerate(counts[:3]) for _ in range(n)]
+    assert second.branch_n.tolist() == [m for m, n in enumerate(counts[3:]) for _ in range(n)]
+    gate_T, token_n = torch.cat([first.gate_T, second.gate_T]), torch.cat([first.token_n, second.token_n])
+    assert_gradients_agree(gradients(llama, (gate_T * weight_T).sum() + (token_n * weight_n).sum()), wanted)
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_recomputed_log_probs_are_the_sampled_ones(kind, llama, tokenizers, document):
     engine = engine_of(kind, llama, tokenizers["newline_indent"])
     group = engine.rollout(document, document.boundaries, 3, 1, KEY)
@@ -354,6 +373,113 @@ def test_any_max_branch_tokens_gives_the_same(kind, most, llama, tokenizers, doc
     for part in parts:
         engine.log_probs(wanted, part).token_n.sum().backward()
     assert_gradients_agree({n: p.grad for n, p in llama.named_parameters() if p.grad is not None}, whole)
+
+
+OTHER = "if a:\n    if b:\n        c = 1\nd = 2\nif e:\n    f = 3\ng = 4\n"
+
+
+@pytest.fixture(scope="module")
+def several(tokenizers, segmenter):
+    """Documents of different lengths, one without a boundary; `newline_alone` needs side runs at dedents."""
+
+    def several(name: str):
+        texts = [CODE, OTHER, "x = 1\n", CODE[CODE.index("    # kept") :].replace("    ", "")]
+        return [segmenter(tokenizers[name])(i, text)[0] for i, text in enumerate(texts)]
+
+    return several
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("model_type, most", [("llama", 10**6), ("llama", 150), ("llama", 1), ("gemma2", 10**6)])
+def test_documents_together_are_as_one_by_one(kind, model_type, most, several, tiny_model, tokenizers):
+    """Each document's latents, scores and states: those of the expand engine alone, whatever fits together."""
+    tokenizer = tokenizers["newline_alone"]
+    model, documents = tiny_model(model_type, tokenizer), several("newline_alone")
+    assert sum(bool(document.boundaries) for document in documents) == 3
+    alone = engine_of(ExpandEngine, model, tokenizer)
+    wanted = [alone.rollout(document, document.boundaries[1:], 2, 2, KEY) for document in documents]
+    engine, asked = engine_of(kind, model, tokenizer, max_branch_tokens=most), []
+
+    def later(trunk):
+        asked.append(trunk.document)
+        return trunk.document.boundaries[1:]
+
+    boundaries, latents = [group.boundaries for group in wanted], [group.latents for group in wanted]
+    for found in (
+        engine.rollouts(documents, [later] * 4, 2, 2, KEY),
+        engine.scores(documents, boundaries, latents, 2),
+    ):
+        for one, other in zip(found, wanted, strict=True):
+            assert one.document is other.document
+            assert_same_groups(one, other)
+            torch.testing.assert_close(one.states_SD, other.states_SD, atol=1e-4, rtol=1e-4)
+    assert [id(document) for document in asked] == [id(document) for document in documents]
+    for trunk, other in zip(engine.trunks(documents), wanted, strict=True):
+        torch.testing.assert_close(trunk.gate_logps_A, other.gate_logps_A, atol=2e-4, rtol=0)
+    assert engine.trunks([]) == engine.rollouts([], [], 2, 2, KEY) == engine.scores([], [], [], 2) == []
+
+
+@pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_gradients_of_pieces_together_are_those_of_each(kind, model_type, several, tiny_model, tokenizers):
+    """Pieces of several documents, of other numbers of latents and boundaries, in one forward."""
+    tokenizer = tokenizers["newline_alone"]
+    model = tiny_model(model_type, tokenizer)
+    first, second, _, last = several("newline_alone")
+    expand, engine = (engine_of(k, model, tokenizer, max_length=3) for k in (ExpandEngine, kind))
+    groups = [
+        expand.rollout(document, document.boundaries[:3], count, 1, KEY, score=False)
+        for document, count in ((first, 2), (second, 3), (last, 2))
+    ]
+    pieces = [(groups[0], slice(0, 1)), (groups[1], slice(0, 2)), (groups[0], slice(1, 3)), (groups[2], slice(0, 3))]
+    alone = [expand.log_probs(*piece) for piece in pieces]
+    together = engine.packed_log_probs(pieces)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.gate_T, other.gate_T, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.token_n, other.token_n, atol=1e-4, rtol=0)
+        assert one.branch_n.tolist() == other.branch_n.tolist()
+    # A weight of its own for each piece, so that gradients of one can't pass for another's.
+    found, wanted = (
+        gradients(model, sum((i + 1) * (p.token_n.sum() + p.gate_T.sum()) for i, p in enumerate(logps)))
+        for logps in (together, alone)
+    )
+    assert_gradients_agree(found, wanted)
+
+
+def test_pieces_are_joined_as_far_as_they_fit(llama, tokenizers, several):
+    """By hand: document tokens up to the last boundary, and branches times the longest of them."""
+    engine = engine_of(BranchEngine, llama, tokenizers["newline_indent"])
+    documents = several("newline_indent")[:2]
+    groups = engine.rollouts(documents, [document.boundaries[:2] for document in documents], 3, 1, KEY, score=False)
+    pieces = [(group, slice(0, 2)) for group in groups]
+    sizes = []
+    for group in groups:
+        opened = [group.document.actions[boundary] for boundary in group.boundaries]
+        longest = max(len(a.think) + len(z.token_ids) for a, r in zip(opened, group.latents, strict=True) for z in r)
+        sizes.append(opened[1].start + 2 * 3 * longest)
+    engine.max_branch_tokens = sum(sizes)
+    assert engine.join(pieces) == [slice(0, 2)]
+    engine.max_branch_tokens = sum(sizes) - 1
+    assert engine.join(pieces) == [slice(0, 1), slice(1, 2)]
+    assert engine.join([]) == []
+
+
+def test_documents_in_lockstep_share_their_forwards(llama, tokenizers, several):
+    """Four documents take as many forwards as one whose latents are as long; none has more tokens than asked for."""
+    documents, calls = several("newline_indent"), []
+    engine = engine_of(BranchEngine, llama, tokenizers["newline_indent"], max_length=4)
+    handle = engine.backbone.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    engine.rollouts(documents, [document.boundaries for document in documents], 2, 1, KEY)
+    # Documents, side runs of gates, think prefixes, tokens 1 to 3 (nothing is predicted from the fourth), scores.
+    assert len(calls) == 7 and calls[0] == sum(len(document.input_ids) for document in documents)
+    engine.max_branch_tokens, together = 100, len(calls)
+    calls.clear()
+    engine.rollouts(documents, [document.boundaries for document in documents], 2, 1, KEY)
+    handle.remove()
+    assert len(calls) > 2 * together
+    assert max(calls) <= max(100, *(len(document.input_ids) for document in documents))
 
 
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])

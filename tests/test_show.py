@@ -26,9 +26,9 @@ from ra3_trl.cli import show as show_command
 from ra3_trl.cli.main import guarded
 from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
 from ra3_trl.policy import HeadDecisions
-from ra3_trl.records import Latent, RolloutGroup
+from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
 from ra3_trl.report import page
-from ra3_trl.report.look import look
+from ra3_trl.report.look import look, over_elsewhere
 from ra3_trl.report.page import render_page, write_page
 from ra3_trl.report.show import ShownBoundary, ShownFile, ShownLatent, physical_lines, print_file
 from ra3_trl.segmentation import PROSE, PYTHON, Segmenter
@@ -84,6 +84,12 @@ class FakeEngine:
             likelier.expand(t, -1, -1), torch.full((t, 4, horizon), -torch.inf),
             torch.zeros(len(document.boundaries), 2),
         )  # fmt: skip
+
+    def score(self, document, boundaries, latents, horizon):
+        """Latents from elsewhere make the next line likelier by 1 nat, and the one behind it not."""
+        group = self.rollout(document, boundaries, 4, horizon, None)
+        likelier = torch.tensor([1.0, 0.0])[:horizon].expand(len(boundaries), 4, -1)
+        return replace(group, latents=tuple(latents), latent_line_logps_TGH=likelier)
 
 
 class FakeHead(HeadDecisions):
@@ -151,6 +157,40 @@ def test_latents_are_counted_ordered_and_credited(tokenizers):
     # The draws' mean is 4.5 for the next line and 2.25 behind it: 4.5 + 0.5 * 2.25 = 5.625 at three boundaries; behind
     # line 4 stands a comment and behind line 14 nothing, so it is 4.5 there.
     assert found["gain"] == pytest.approx((3 * 5.625 + 2 * 4.5) / 5)
+
+
+def test_sameness_is_of_all_that_was_drawn(tokenizers):
+    """Three texts among 5 * 4 draws, of which two of each four say the same; and what latents bring more than those
+    from elsewhere, 1 nat at all boundaries: the mean gain of the test above less 1."""
+    shown = seen_by(tokenizers["newline_alone"], SOURCE)
+    assert shown.sameness() == (3 / 20, "# three", 0.5)
+    assert shown.over_elsewhere == pytest.approx((3 * 5.625 + 2 * 4.5) / 5 - 1)
+    out, page = printed(shown, width=200), render_page(shown)
+    assert "Of all latents drawn 15% are different; 50% are '# three'.\n" in out
+    assert "A latent brings +4.17 nats more than one drawn at another boundary of this file" in out
+    assert "most frequent, 50 %: <code># three</code>" in page and "<dd>+4.17 <small>nats</small></dd>" in page
+    one = seen_by(tokenizers["newline_alone"], SOURCE, lines=range(10, 11))
+    assert one.over_elsewhere is None and "another boundary of this file" not in printed(one)
+
+
+def test_elsewhere_is_half_the_boundaries_away():
+    """Latents 1, 2, 3, 4 at four boundaries, each worth its number times that of the boundary's line, 1, 2, 3, 4; in
+    their place 3, 4, 1, 2: 1 - 3, 4 - 8, 9 - 3, 16 - 8."""
+    document = Document(
+        0, 0, tuple(range(5)), tuple(Action(i, i + 1, i + 2, Boundary((1,), (2,))) for i in range(4)), 1
+    )
+    none = torch.full((4,), -torch.inf)
+
+    def score(document, boundaries, latents, horizon):
+        each = zip(boundaries, latents, strict=True)
+        worth = torch.tensor([[[(b + 1.0) * z.token_ids[0]] for z in row] for b, row in each])
+        latents = tuple(map(tuple, latents))
+        return RolloutGroup(document, tuple(boundaries), latents, torch.zeros(4), none, worth, none[:, None, None])
+
+    engine = SimpleNamespace(score=score)
+    group = score(document, range(4), [[Latent((i,), True)] for i in (1, 2, 3, 4)], 1)
+    policy = SimpleNamespace(engine=engine, args=SimpleNamespace(discount=1.0))
+    assert over_elsewhere(policy, group) == [-2.0, -4.0, 6.0, 8.0]
 
 
 def test_lines_limit_what_is_drawn(tokenizers):

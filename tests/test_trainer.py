@@ -84,6 +84,10 @@ def test_the_router_loss_can_be_weighed_or_left_out(make, tokenizer, tiny_model)
     assert runs[0.0][1] is None and runs[0.1][1] == pytest.approx(100 * runs[None][1], rel=1e-3)
     assert furthest(runs[None][0], runs[0.0][0]) > 1e-7
     assert furthest(runs[0.1][0], runs[0.0][0]) > 10 * furthest(runs[None][0], runs[0.0][0])
+    # A forward's loss counts for the boundaries that those tried in it stand for, all of them in the mean.
+    every = make(model=tiny_model("qwen3_moe", tokenizer), e_steps=1, m_steps=0, boundary_selection="random")
+    every.train()
+    assert every.state.log_history[0]["estep/loss_router"] == pytest.approx(runs[None][1], rel=0.3)
     with pytest.raises(ValueError, match="`router_aux_loss_coef` is 0.1, but LlamaForCausalLM has no router loss"):
         make(router_aux_loss_coef=0.1)
 

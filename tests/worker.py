@@ -72,7 +72,7 @@ def keep(trainer: RA3MidTrainer, folder: Path, name: str) -> None:
         "weights": weights,
         "log": log,
         "world": trainer.args.world_size,
-        "held": trainer.loop.state.gate_hold.average,
+        "held": trainer.loop.state.gate_hold.gains,
     }
     found["head"] = trainer.loop.learner.head.state_dict()
     torch.save(found, folder / f"{name}-{state.num_processes}-{state.process_index}.pt")
@@ -127,11 +127,20 @@ def main(folder: Path) -> None:
     torch.save(metrics, folder / f"eval-{state.num_processes}-{state.process_index}.pt")
     # 6. A run that goes on.
     if state.num_processes == 2:
-        trainer = make(folder, TEXTS, "left", optim="adamw_torch", save_strategy="steps", save_steps=1, m_steps=3)
+        trainer = make(
+            folder,
+            TEXTS,
+            "left",
+            optim="adamw_torch",
+            e_learning_rate=1e-3,
+            save_strategy="steps",
+            save_steps=1,
+            m_steps=3,
+        )
         trainer.train()
         keep(trainer, folder, "left")
         for step in (1, 3):
-            trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", m_steps=3)
+            trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", e_learning_rate=1e-3, m_steps=3)
             trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
             keep(trainer, folder, f"resumed{step}")
     # 7. Streams: a process that runs dry goes on with empty batches; no document twice.

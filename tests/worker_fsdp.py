@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         trainer.train()
         assert isinstance(model.lm_head.weight, DTensor)
         trainer.save_model(str(folder / name))
-        found = {"world": trainer.args.world_size, "held": trainer.loop.state.gate_hold.average}
+        found = {"world": trainer.args.world_size, "held": trainer.loop.state.gate_hold.gains}
         torch.save(found, folder / f"{name}-{state.process_index}.pt")
     wrapper = AutoModelForCausalLMWithAbstractionHead.from_pretrained(str(folder / "model"))
     for layer in wrapper.model.layers:

@@ -72,6 +72,7 @@ class Preset:
 _SHARED = {
     "lr_scheduler_type": "constant", "existing_comments": "strip", "save_strategy": "steps", "save_total_limit": 1,
     "report_to": "none", "logging_steps": 1, "log_latents_steps": 0, "eval_strategy": "no",
+    "boundary_selection": "random",  # `max_boundaries` of them
     "eval_max_boundaries": 1, "eval_num_latents": 2,  # `measure` does what `ra3 train` does at its end
 }  # fmt: skip
 PRESETS = {

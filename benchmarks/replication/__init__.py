@@ -3,6 +3,9 @@
 A tiny Llama is pre-trained on programs some of whose hard lines follow a comment in steps, then mid-trained on
 programs without comments: by next-token prediction, or by RA3. What each thinks, says and learns afterwards by GRPO is
 measured over seeds. All of it goes through `RA3MidTrainer`, `GRPOTrainer` and `generate`.
+
+The experiments `real_*` ask the same of a real checkpoint, SmolLM2-135M, prepared on programs that it gets right only
+behind a comment.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from datasets import disable_progress_bars
 from ..common import no_warnings
 from .bases import find_bases
 from .experiments import EXPERIMENTS, run_experiment
+from .real_gate import REAL_EXPERIMENTS, run_real
 from .store import Store
 from .table import Form, rows, run_seed, samples
 
@@ -34,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="also NTP with RA3's tokens and CPU seconds, and RA3 without E-steps"
     )
     parser.add_argument(
-        "--experiment", choices=sorted(EXPERIMENTS), help="one of the experiments beside the table, in its place"
+        "--experiment",
+        choices=sorted({*EXPERIMENTS, *REAL_EXPERIMENTS}),
+        help="one of the experiments beside the table, in its place",
     )
     parser.add_argument("--threads", type=int, default=2)
 
@@ -45,6 +51,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store, form = Store(args.cache), form or Form(full=args.full)
+    if args.experiment in REAL_EXPERIMENTS:
+        return {"experiment": args.experiment, **run_real(store, REAL_EXPERIMENTS[args.experiment](), args.seeds)}
     if args.experiment:
         return {"experiment": args.experiment, **run_experiment(store, EXPERIMENTS[args.experiment](), args.seeds)}
     wanted = min(2, args.seeds) if args.bases is None else args.bases

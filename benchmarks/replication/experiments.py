@@ -12,6 +12,8 @@ mean gain closes before they can improve; held (`gate_hold="auto"`, the trainer'
 `variants`: that form with one setting changed at a time, RA3 without its E-phase, and next-token prediction on right
 comments that a rule wrote.
 
+`objective`: what the E-phase raises, and where it tries latents.
+
 `hindsight`: a base whose own comments hardly ever help, and which can write right ones where it fills in the middle.
 """
 
@@ -147,8 +149,6 @@ def variants() -> Experiment:
         "policy": {"settings": (("annotation", "policy"),)},
         "mean": {"penalty": 0.05, "settings": (("line_reduction", "mean"),)},
         "frozen": {"settings": (("reward_model", "frozen"),)},
-        "no_think": {"settings": (("baseline", "no_think"),)},
-        "gate_weight": {"settings": (("latent_weight", "gate"),)},
         "kl": {"kl_coef": 0.05},
         "horizon_4": {"horizon": 4},
         "no_e_phase": {"e_steps": 0, "m_steps": 35},
@@ -162,6 +162,24 @@ def variants() -> Experiment:
             "ra3": _short(base),
             **{name: _short(base, **changes) for name, changes in changed.items()},
         },
+        MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
+        bases=2,
+    )
+
+
+def objective() -> Experiment:
+    """What the E-phase raises and where it tries latents: the defaults, the ELBO in the bound's place, all boundaries
+    tried, and both with latents that count nearly alike everywhere, which is near what was done before 0.3."""
+    base, elbo, everywhere = BaseRecipe(0), ("objective", "elbo"), ("boundary_selection", "random")
+    arms = {
+        "ra3": (),
+        "elbo": (elbo,),
+        "everywhere": (everywhere,),
+        "former": (elbo, everywhere, ("exploration", 0.5), ("prior_alpha", 0.7)),
+    }
+    return Experiment(
+        base,
+        {"base": None, **{name: _short(base, settings=settings) for name, settings in arms.items()}},
         MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
         bases=2,
     )
@@ -214,6 +232,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "weak": weak,
     "penalty": penalty,
     "variants": variants,
+    "objective": objective,
     "hindsight": hindsight,
 }
 

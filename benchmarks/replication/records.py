@@ -110,7 +110,7 @@ class MidRecipe:
     programs: int = 2000
     settings: tuple[tuple[str, Any], ...] = ()
     corpus: Corpus = field(default_factory=Corpus)
-    version: int = 2
+    version: int = 3  # 2: before the multi-sample bound
 
 
 @dataclass(frozen=True)
@@ -251,3 +251,121 @@ class Curve:
         """Mean of the last tenth."""
         tail = self.accuracy[-max(1, len(self.accuracy) // 10) :]
         return sum(tail) / len(tail)
+
+
+# ---- a real checkpoint ----
+
+
+@dataclass(frozen=True)
+class TraceCorpus:
+    """How programs of `traces.py` are written.
+
+    Args:
+        traced (`float`, *optional*, defaults to `0`):
+            Share of the programs with a trace before the assertion; 0 is the expert.
+        right (`float`, *optional*, defaults to `1`):
+            Share of the traces that are right.
+        useless (`float`, *optional*, defaults to `0`):
+            Share of the programs with a comment that says nothing before their first assignment.
+    """
+
+    traced: float = 0.0
+    right: float = 1.0
+    useless: float = 0.0
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class TraceTask:
+    """A program up to its last line `assert result == 6`; the right comment, `# x = 3, y = 7, x = 6`; the value."""
+
+    prompt: str
+    trace: str
+    value: int
+
+
+@dataclass(frozen=True)
+class PreparedRecipe:
+    """A real checkpoint trained on programs with traces, by next-token prediction with a cosine schedule.
+
+    `model` is a folder; `None` is the demo's SmolLM2-135M-Instruct.
+    """
+
+    model: str | None = None
+    seed: int = 0
+    data_seed: int = 1
+    steps: int = 800
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5
+    corpus: TraceCorpus = field(default_factory=lambda: TraceCorpus(traced=0.6, right=0.95, useless=0.15))
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class TraceMidRecipe:
+    """Mid-training of a prepared checkpoint on the expert's programs, by the package's defaults; without E-steps it is
+    next-token prediction.
+
+    `settings`: further fields of [`RA3Config`] with their values. `defaults`: what the fields not set here had as
+    defaults, which shape the result as much: with other defaults it is another run (`real.on_base` fills them in).
+    """
+
+    base: PreparedRecipe
+    seed: int
+    e_steps: int = 0
+    m_steps: int = 100
+    learning_rate: float = 5e-5
+    batch_size: int = 8
+    warmup_steps: int = 5
+    programs: int = 2000
+    max_latent_length: int = 24
+    settings: tuple[tuple[str, Any], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class TraceMeasureRecipe:
+    """What is measured of a checkpoint on held-out programs, the same for all arms and seeds; `drawn` programs are
+    others, with `draws` comments each."""
+
+    start: PreparedRecipe | TraceMidRecipe
+    tasks: int = 200
+    drawn: int = 40
+    draws: int = 4
+    task_seed: int = 99
+    drawn_seed: int = 123
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class TraceMeasures:
+    """A checkpoint on held-out programs. Shares are of all programs, greedy unless drawn.
+
+    Args:
+        right, told_to_think, told_not_to (`float`):
+            Assertions right: left to itself, with `#` forced, with the assertion forced.
+        thinks, comment_right (`float`):
+            Programs that go on with a comment, and with the right trace.
+        distinct, drawn_right (`float`):
+            Different ones among the comments drawn at temperature 1 behind a forced `#`, and right ones.
+        think_there, think_elsewhere (`float`):
+            Mean P(think) before the assertion and before the other lines.
+        most_frequent (`dict[str, Any]`):
+            `text` and `share` of the commonest of the drawn comments.
+        samples (`list[dict[str, str]]`):
+            Drawn comments to be read, `text` beside the right `trace`.
+    """
+
+    right: float
+    thinks: float
+    comment_right: float
+    told_to_think: float
+    told_not_to: float
+    distinct: float
+    drawn_right: float
+    think_there: float
+    think_elsewhere: float
+    most_frequent: dict[str, Any]
+    samples: list[dict[str, str]]

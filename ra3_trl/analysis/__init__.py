@@ -1,6 +1,6 @@
 """What runs and policies say about the method: numbers only, no model is run here."""
 
-from .compactness import effective_numbers, entropy
+from .compactness import effective_numbers, entropy, shares
 from .estimates import Estimate, t_quantile
 from .horizon import durations, effective_horizon, iteration_bound
 from .pruning import Alternatives, Pruning, measure_pruning
@@ -16,5 +16,6 @@ __all__ = [
     "entropy",
     "iteration_bound",
     "measure_pruning",
+    "shares",
     "t_quantile",
 ]

@@ -41,3 +41,14 @@ def effective_numbers(
         distinct = fmean(len(set(subset)) / draws for subset in subsets)
         numbers[name] = {"entropy": value, "effective": math.exp(value), "distinct": distinct, "draws": draws}
     return numbers
+
+
+def shares(texts: Mapping[str, float]) -> tuple[float, str, float]:
+    """Computes of latents, counted by what they say, the share of different ones, the most frequent, and its share.
+
+    >>> shares({"# simple step": 3, "# 7*4=8": 1})
+    (0.5, '# simple step', 0.75)
+    """
+    written = sum(texts.values())
+    most_frequent = max(texts, key=lambda text: texts[text])
+    return len(texts) / written, most_frequent, texts[most_frequent] / written

@@ -19,9 +19,10 @@ from .data import STANDARD_LIBRARY, load_splits
 
 _PROPOSALS = ("proposal", "proposal_lines", "proposal_template", "proposal_kl_coef")
 _SETTINGS = (
-    "annotation", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount", "temperature", "top_k",
-    "top_p", "action_format", "existing_comments", "max_length", "gate", "boundary_selection", "boundary_budget",
-    "annotation_skip", "dataset_text_field", "engine", "max_branch_tokens", "seed",
+    "annotation", "prior_alpha", "exploration", "penalty", "num_latents", "max_latent_length", "horizon", "discount",
+    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "gate",
+    "boundary_selection", "boundary_budget", "annotation_skip", "dataset_text_field", "engine", "max_branch_tokens",
+    "seed",
 )  # fmt: skip
 
 

@@ -138,7 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         "model": Path(name).name, "documents": ra3.cut.counts["train"]["documents"],
         "tokens": int(ra3.state.num_input_tokens_seen), "annotated_rate": sum(rates) / max(len(rates), 1),
         "gain_first": before["eval_gain"], "gain_last": after_e["eval_gain"], "think_rate": final["eval_think_rate"],
+        "over_other_first": before.get("eval_gain_over_other"), "over_other_last": after_e.get("eval_gain_over_other"),
+        "distinct_rate": after_e.get("eval_distinct_rate"),
     }  # fmt: skip
+    ra3_updates = ra3.state.global_step
     del ra3, rollouts  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
     gc.collect()
 
@@ -151,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     results |= {"seconds": round(time.time() - begin, 1), "peak_mb": round(peak)}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    over = ["unknown" if v is None else f"{v:+.2f}" for k, v in results.items() if k.startswith("over_other_")]
     titles = {"ce": "cross-entropy", "elbo": "negative ELBO"}
     nats = {title: {model: results[f"{key}_{model}"] for model in metrics} for key, title in titles.items()}
     plot_run({"ra3": log, "ntp": ntp.state.log_history}, nats, output / "curves.png")
@@ -160,9 +164,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         table,
         f"A latent brought {results['gain_first']:+.2f} nats before and {results['gain_last']:+.2f} after the E-phase "
-        f"(same held-out boundaries, same noise); the model thinks at {results['think_rate']:.2%} of boundaries by "
-        f"itself, and {results['annotated_rate']:.1%} of boundaries got a latent for the M-step.",
+        f"(same held-out boundaries, same noise); where the model thinks most, {over[0]} and {over[1]} more than "
+        "another document's: near 0 it says nothing about its own. The model thinks at "
+        f"{results['think_rate']:.2%} of boundaries by itself; {results['annotated_rate']:.1%} got a latent for "
+        "the M-step.",
         "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
+        *(["The E-phase ended bland, so RA3 has no M-phase here."] if ra3_updates <= e_steps else []),
         f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
         sep="\n",
     )

@@ -1,22 +1,22 @@
 """The E-step: roll out, reward, and one policy-gradient update.
 
 PAPER: with pi fixed, self-supervised RL finds latents that make the expert's next lines likelier than their cost. Our
-choices where it is silent: return over H lines, leave-one-out baseline, one update per rollout (so no importance
+choices where it is silent: return over H lines, the multi-sample bound, one update per rollout (so no importance
 ratio), live or frozen reward model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from ..config import RA3Config
-from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_loss, gate_slope
+from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_loss, explored, gate_slope
 from ..models import BaseWeights, FrozenWeights
-from ..policy import LatentSource, Policy, choose_boundaries, choose_by_promise
+from ..policy import LatentSource, Policy, choose_to_try, gains_over_other
 from ..records import Document, PolicyLogProbs, RolloutGroup
 from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey, check_finite
@@ -25,8 +25,8 @@ from .gradients import Gradients
 
 @dataclass(frozen=True)
 class Chunk:
-    """Boundaries of a rollout that go through one forward with gradients; `reference` holds their log-probs under the
-    weights at the start, where they are wanted."""
+    """Boundaries of a rollout that go through the same forward with gradients; `reference` holds their log-probs under
+    the weights at the start, where they are wanted."""
 
     boundaries: slice
     reference: PolicyLogProbs | None = None
@@ -36,7 +36,7 @@ class Chunk:
 class Rollout:
     """A group with its returns.
 
-    `weight_T`: inverse-probability weight of each tried boundary, 1 on average. `terms`: the reward's terms apart,
+    `weight_T`: inverse of each boundary's probability of being tried. `terms`: the reward's terms apart,
     `[T, G]` each, where there are several. `scored_live`: whether lines under latents and returns are the policy's, or
     another reward model's; lines without latents and gates are the policy's in any case.
     """
@@ -83,10 +83,8 @@ class EStep:
 
     def roll_out(self, documents: Sequence[Document], noise: NoiseKey) -> list[Rollout]:
         """Makes rollouts of documents by each source of latents in turn: all of the first, then those of the next."""
-        args = self.args
-        least = 2 if args.baseline == "leave_one_out" else 1
-        rollouts = []
-        for j, source in enumerate(self.policy.proposer.sources(args.num_latents, args.horizon, least)):
+        args, rollouts = self.args, []
+        for j, source in enumerate(self.policy.proposer.sources(args.num_latents, args.horizon)):
             groups, weights = self.sample(documents, source, noise.of(j))
             groups, scored = self.score(groups, source)
             returns = [self.returns(group) for group in scored]
@@ -104,19 +102,14 @@ class EStep:
         weights: list[torch.Tensor] = []
 
         def choose(trunk: RolloutGroup) -> tuple[int, ...]:
-            # Asked by the engine once the document has run, since the head reads its states.
-            if self.args.boundary_selection == "head" and self.policy.head is not None and trunk.states_SD is not None:
-                promise_S = self.policy.head.promise(trunk.states_SD)
-                boundaries, weight_T = choose_by_promise(trunk.document, promise_S, self.args, noise)
-            else:
-                boundaries = choose_boundaries(trunk.document, self.args.max_boundaries, noise)
-                weight_T = torch.ones(len(boundaries))
+            # Asked for each document in turn once it has run, since gates and the head's states are read there.
+            boundaries, weight_T = choose_to_try(self.policy.head, self.policy.decide(trunk), self.args, noise)
             weights.append(weight_T)
             return boundaries
 
         with self.policy.backbone.gathered():
             live = self.reward is None
-            groups = [source.draw(self.engine, document, choose, noise, score=live) for document in documents]
+            groups = source.draw(self.engine, documents, [choose] * len(documents), noise, score=live)
             groups = [source.weigh(self.engine, group) for group in groups] if live else groups
         return [self.policy.decide(group) for group in groups], weights
 
@@ -129,7 +122,8 @@ class EStep:
         scored = groups
         if self.reward is not None:
             with self.reward.applied(), self.policy.backbone.gathered():
-                scored = [self.engine.score(g.document, g.boundaries, g.latents, self.args.horizon) for g in groups]
+                documents, boundaries = [g.document for g in groups], [g.boundaries for g in groups]
+                scored = self.engine.scores(documents, boundaries, [g.latents for g in groups], self.args.horizon)
                 scored = [
                     source.weigh(self.engine, replace(s, view=g.view)) for s, g in zip(scored, groups, strict=True)
                 ]
@@ -152,10 +146,22 @@ class EStep:
         if self.start is None:
             return split
         with torch.no_grad(), self.start.applied(), self.policy.backbone.gathered():
-            return [
-                tuple(Chunk(c.boundaries, self.engine.log_probs(group.drawn, c.boundaries)) for c in chunks)
-                for group, chunks in zip(groups, split, strict=True)
-            ]
+            pieces = [(group.drawn, c.boundaries) for group, own in zip(groups, split, strict=True) for c in own]
+            parts = self.engine.join(pieces)
+            reference = iter([logps for part in parts for logps in self.engine.packed_log_probs(pieces[part])])
+            return [tuple(Chunk(c.boundaries, next(reference)) for c in own) for own in split]
+
+    def forwards(self, rollouts: Sequence[Rollout]) -> list[list[tuple[Rollout, Chunk]]]:
+        """Groups the chunks of rollouts by the forwards with gradients that they go through together."""
+        chunks = [(rollout, chunk) for rollout in rollouts for chunk in rollout.chunks]
+        parts = self.engine.join([(rollout.group.drawn, chunk.boundaries) for rollout, chunk in chunks])
+        return [chunks[part] for part in parts]
+
+    def over_other(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Nats that latents of the policy bring more than those of another document, see `policy/blandness.py`."""
+        groups = [rollout.group for rollout in rollouts if rollout.group.view is None]
+        with nullcontext() if self.reward is None else self.reward.applied(), self.policy.backbone.gathered():
+            return gains_over_other(self.engine, groups, self.args.discount)
 
     # ---- loss ----
 
@@ -165,58 +171,64 @@ class EStep:
         num_boundaries: float,
         hold: bool,
         gradients: Gradients,
-        chunks: int = 0,
+        least: int = 0,
     ) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of a batch, chunk by chunk.
+        """Loss and gradients of a batch, forward by forward.
 
         Args:
             num_boundaries (`float`):
-                Boundaries of the whole accumulation window and all processes: the loss's denominator.
+                Boundaries of the whole accumulation window and all processes, tried or not: the loss's denominator.
             hold (`bool`):
                 Whether the gate is held at its value at the start.
-            chunks (`int`, *optional*, defaults to `0`):
+            least (`int`, *optional*, defaults to `0`):
                 Do at least so many forwards, with a loss of 0 where there is nothing left: as many as other processes.
 
         Returns:
             The loss and its parts, both divided by `num_boundaries`.
         """
-        pieces = [(rollout, chunk) for rollout in rollouts for chunk in rollout.chunks]
-        total, parts, chunks = 0.0, dict[str, float](), max(chunks, len(pieces))
-        for i in range(chunks):
-            with gradients.syncing(i + 1 == chunks):
-                if i >= len(pieces):
+        forwards = self.forwards(rollouts)
+        total, parts, count = 0.0, dict[str, float](), max(least, len(forwards))
+        for i in range(count):
+            with gradients.syncing(i + 1 == count):
+                if i >= len(forwards):
                     # Others apply the language-model head twice, to gates and to latents: so does an empty forward.
                     gradients.backward(self.policy.backbone.idle(gradients.through, heads=2))
                     continue
                 with self.engine.gradients():
-                    loss, named = self._chunk_loss(*pieces[i], hold, gradients.through)
+                    pieces = [(rollout.group.drawn, chunk.boundaries) for rollout, chunk in forwards[i]]
+                    logps = self.engine.packed_log_probs(pieces, gradients.through)
+                    losses = [self._chunk_loss(*both, lp, hold) for both, lp in zip(forwards[i], logps, strict=True)]
+                    loss = torch.stack([of_chunk for of_chunk, _ in losses]).sum()
                     gradients.backward(loss / num_boundaries)
             total += float(loss.detach()) / num_boundaries
-            for name, value in named.items():
+            for name, value in (item for _, named in losses for item in named.items()):
                 parts[name] = parts.get(name, 0.0) + float(value) / num_boundaries
         return total, parts
 
     def _chunk_loss(
-        self, rollout: Rollout, chunk: Chunk, hold: bool, through: nn.Module | None
+        self, rollout: Rollout, chunk: Chunk, logps: PolicyLogProbs, hold: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of some boundaries of a rollout, summed over them."""
-        logps = self.engine.log_probs(rollout.group.drawn, chunk.boundaries, through)
-        # A latent that was drawn from a view has no gate: whether to think is the policy's to say.
-        gated = rollout.group.view is None
-        terms = self.terms(rollout, chunk.boundaries, hold or not gated, logps.gate_T.device)
-        anchored = hold and gated
-        loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference, anchored)
+        terms = self.terms(rollout, chunk.boundaries, hold, logps.gate_T.device)
+        loss, named = estep_loss(terms, logps, self.args.kl_coef, chunk.reference)
         if logps.router is not None:
-            named["router"] = logps.router.detach() * len(logps.gate_T)
-            loss = loss + logps.router * len(logps.gate_T)
+            boundaries = float(rollout.weight_T[chunk.boundaries].sum())  # that those tried stand for
+            named["router"] = logps.router.detach() * boundaries
+            loss = loss + logps.router * boundaries
         return loss, named
 
     def terms(self, rollout: Rollout, part: slice, hold: bool, device: torch.device | str = "cpu") -> EStepTerms:
-        """Constants of the loss at some boundaries: the gate's slope, the latents' advantages and weights."""
-        returns = Returns(rollout.returns.act_T[part], rollout.returns.latent_TG[part])
-        slope = rollout.weight_T[part] * gate_slope(returns.gain_TG, self.args.penalty, hold)
-        advantage = advantages(returns, self.args.penalty, self.args.baseline)
-        weight = torch.ones_like(slope)
-        if self.args.latent_weight == "gate":
-            weight = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])].exp()
-        return EStepTerms(slope.to(device), advantage.to(device), weight.to(device))
+        """Constants of the loss at some boundaries: the gate's slope or anchor, the latents' advantages, weights."""
+        args, weight, none = self.args, rollout.weight_T[part], torch.zeros_like(rollout.weight_T[part])
+        gain = rollout.returns.gain_TG[part]
+        if rollout.group.view is not None:
+            # Latents that were drawn from a view have no gate: whether to think is the policy's to say. What proposes
+            # them raises its own ELBO wherever it is asked.
+            advantage = weight[:, None] * advantages(gain, torch.ones_like(weight), args.penalty, "elbo")
+            return EStepTerms(none.to(device), advantage.to(device), weight.to(device), none.to(device))
+        log_think = rollout.group.decision_logps_A[list(rollout.group.boundaries[part])]
+        slope = none if hold else weight * gate_slope(gain, log_think, args.penalty, args.objective)
+        think = explored(log_think, args.exploration)
+        advantage = weight[:, None] * advantages(gain, think, args.penalty, args.objective)
+        anchor = weight if hold else none
+        return EStepTerms(*(value.to(device) for value in (slope, advantage, weight * think, anchor)))

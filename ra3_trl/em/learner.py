@@ -17,9 +17,9 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from ..config import RA3Config
-from ..losses import Returns, compute_returns
+from ..losses import Returns, compute_returns, gate_slope, log_mean_gain
 from ..models import AbstractionConfig, AbstractionHead
-from ..policy import HeadDecisions, measured_gain
+from ..policy import HeadDecisions
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 
@@ -77,11 +77,11 @@ def observe(group: RolloutGroup, returns: Returns, weight_T: torch.Tensor, args:
     of; gain and spread in nats of the lines' likelihood, as annotation knows it."""
     likelihood = compute_returns(group, args.horizon, args.discount)
     none = torch.full_like(returns.act_T, torch.nan)
-    slope = returns.gain_TG.mean(1) - args.penalty
+    log_think = group.decision_logps_A[list(group.boundaries)]
+    slope = gate_slope(returns.gain_TG, log_think, args.penalty, args.objective)
     keys, spread = boundary_keys(group.document, group.boundaries), likelihood.latent_TG.std(1, correction=0)
-    return Observations(
-        keys, group.states_at(group.boundaries), slope, none, measured_gain(likelihood), spread, weight_T
-    )
+    gain = log_mean_gain(likelihood.gain_TG)
+    return Observations(keys, group.states_at(group.boundaries), slope, none, gain, spread, weight_T)
 
 
 class HeadLearner(HeadDecisions):
@@ -204,9 +204,10 @@ def make_learner(args: RA3Config, head: AbstractionHead | None, width: int) -> H
 def head_loss(head: AbstractionHead, seen: Observations) -> torch.Tensor:
     """Loss of the head on some boundaries, per boundary.
 
-    The gate: whether thinking paid, weighed by how much. Its optimum is above 1/2 where the expected slope of the
-    objective J is above 0, so it decides as J does; but J's own slope vanishes where p has gone to 0 while latents
-    were still bad, and the gate stays shut when they are good. In the M-phase: whether a latent was placed.
+    The gate: whether the objective's slope in P(think) is above 0, weighed by its size. Its optimum is above 1/2 where
+    the expected slope is above 0, so it decides as the objective does; but the slope in the log-odds vanishes where p
+    has gone to 0 while latents were still bad, and the gate stays shut when they are good. In the M-phase: whether a
+    latent was placed.
     Gain and spread: Huber losses, so that a few latents that ruin a line do not decide.
     """
     device = head.inner.weight.device

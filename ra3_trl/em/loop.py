@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
-from ..policy import Policy, annotate, token_text
+from ..policy import Policy, annotate_all, most_thinking, token_text
 from ..records import AnnotatedExample, Document
 from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey
@@ -27,7 +27,7 @@ from ..segmentation import splice
 from .estep import EStep, Rollout
 from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
-from .monitor import MetricSums, Sums, copy_rate, rollout_sums
+from .monitor import MetricSums, Sameness, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
 from .schedule import Phase, Schedule
 from .state import EMState
@@ -54,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """The batches of one update, and what is the same on all processes: `denominator` (boundaries tried, or tokens),
+    """The batches of one update, and what is the same on all processes: `denominator` (boundaries, or tokens),
     `tokens` of text, and whether training must `stop`."""
 
     batches: tuple[Batch, ...]
@@ -66,13 +66,14 @@ class Window:
 @dataclass(frozen=True)
 class Share:
     """What one process brings into a window, told to all others: forwards of each batch, boundaries or tokens that the
-    loss is divided by, tokens of text, metrics, and what the head may learn from."""
+    loss is divided by, tokens of text, metrics, what the head may learn from, and what latents say."""
 
     chunks: list[int]
     count: float
     tokens: int
     sums: Sums = field(default_factory=dict)
     seen: list[Observations] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
 
 class EMLoop:
@@ -127,6 +128,11 @@ class EMLoop:
         return NoiseKey(self.args.seed, self.phase.number, self.step)
 
     @property
+    def may_hold(self) -> bool:
+        """Whether the tokens' gate is held, or might be again."""
+        return self.args.gate == "head" or self.args.gate_hold != "never"
+
+    @property
     def holds_gate(self) -> bool:
         """Whether the tokens' gate stays where it began: until latents pay, or because the head's is the gate."""
         return self.args.gate == "head" or self.state.gate_hold.holds
@@ -157,7 +163,7 @@ class EMLoop:
         chunks = [max(least, *(share.chunks[i] for share in shares)) for i in range(num_batches)]
         stop = False
         if phase.kind == "E":
-            stop = self.observe([r for batch in prepared for r in batch.rollouts], [share.sums for share in shares])
+            stop = self.observe([r for batch in prepared for r in batch.rollouts], shares)
             self.learn([seen for share in shares for seen in share.seen])
         window = tuple(replace(batch, chunks=chunks[i], last=i + 1 == num_batches) for i, batch in enumerate(prepared))
         count = max(sum(share.count for share in shares), 1.0)
@@ -169,7 +175,9 @@ class EMLoop:
         if self.learner is not None:
             self.learner.begin_phase()
         if phase.kind == "E":
-            if args.kl_coef or self.holds_gate:
+            # What was lost is lost since this start, and what was said before an M-phase is said no more.
+            state.gate_hold.kept, state.sameness = [], Sameness()
+            if args.kl_coef or self.may_hold:
                 state.frozen["start"] = FrozenWeights(model)
             if args.reward_model == "frozen":
                 state.frozen["reward"] = FrozenWeights(model)
@@ -202,14 +210,15 @@ class EMLoop:
         """The E-step of the present update."""
         base = self.args.reward_model == "base"
         reward = BaseWeights(self.policy.model) if base else self.state.frozen.get("reward")
-        start = self.state.frozen.get("start") if self.args.kl_coef or self.holds_gate else None
+        start = self.state.frozen.get("start") if self.args.kl_coef or self.may_hold else None
         return EStep(self.policy, self.args, reward, start, self.plug_ins)
 
     def roll_out(self, batches: Sequence[list[Document]]) -> tuple[list[Batch], Share]:
         """Rolls out the documents of all batches at once."""
         engine, metrics = self.policy.engine, self.state.metrics
         begin, scored = time.perf_counter(), engine.score_seconds
-        rollouts = self.estep.roll_out([d for batch in batches for d in batch], self.noise)
+        estep = self.estep
+        rollouts = estep.roll_out([d for batch in batches for d in batch], self.noise)
         scored = engine.score_seconds - scored
         metrics.add("seconds/score", scored)
         metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
@@ -217,39 +226,56 @@ class EMLoop:
         # The head learns from the policy's own latents, whose gate it is.
         own = [r for r in rollouts if self.learner is not None and r.group.boundaries and r.group.view is None]
         ordered = [r for batch in prepared for r in batch.rollouts]
+        over_other = estep.over_other(ordered)
+        sums = rollout_sums(ordered, self._text, self.policy.proposer.lines, self.args.objective, self.args.penalty)
+        if over_other:
+            sums["gain_over_other"] = [sum(over_other), float(len(over_other))]
         return prepared, Share(
-            [sum(len(r.chunks) for r in batch.rollouts) for batch in prepared],
-            float(sum(len(r.group.boundaries) for r in rollouts)),
+            [len(estep.forwards(batch.rollouts)) for batch in prepared],
+            float(sum(len(r.group.document.boundaries) for r in rollouts)),
             sum(len(d.input_ids) for batch in batches for d in batch),
-            rollout_sums(ordered, self._text, self.policy.proposer.lines),
+            sums,
             [observe(r.group, r.returns, r.weight_T, self.args) for r in own],
+            [
+                self._text(r.group.latents[most_thinking(r.group)][0].token_ids)
+                for r in ordered
+                if r.group.boundaries and r.group.view is None
+            ],
         )
 
-    def observe(self, rollouts: Sequence[Rollout], everyone: Sequence[Sums]) -> bool:
+    def observe(self, rollouts: Sequence[Rollout], shares: Sequence[Share]) -> bool:
         """Notes what one update's rollouts say, those of all processes together, moves the gate's hold, raises alarms;
         whether training must stop."""
         together = MetricSums()
-        for sums in everyone:
-            together.add_sums(sums)
+        for share in shares:
+            together.add_sums(share.sums)
         averages, state = together.averages(), self.state
         for name, value in averages.items():
             state.metrics.add(f"estep/{name}", value)
         if "gain" in averages:
             held = state.gate_hold.holds
-            state.gate_hold.update(averages.get("gate_weighted_gain", 0.0))
+            state.gate_hold.update(averages.get("gate_weighted_joint_gain", 0.0), averages.get("gate_kept"))
             if held and not state.gate_hold.holds:
                 logger.info("update %d: latents pay where the model thinks; P(think) is free", self.step)
+            if state.gate_hold.holds and not held:
+                logger.info("update %d: P(think) has been lost where latents pay; it is held again", self.step)
             state.metrics.add("estep/gate_held", float(state.gate_hold.holds))
+        texts = [text for share in shares for text in share.texts]
+        if texts:
+            state.sameness.update(texts, averages.get("gain_over_other"))
+            state.metrics.add("estep/distinct_rate", state.sameness.distinct)
+            state.metrics.add("estep/most_frequent_rate", state.sameness.most_frequent[1])
         self.on_rollouts(self.step, rollouts)
         if self.watch is None:
             return False
         if {"gain", "hindsight/gain"} & set(averages):
             self.watch.alarm(averages, state, self.step)
-        return self.watch.code_is_harmed(state, self.phase, self.step)
+        harmed = self.watch.code_is_harmed(state, self.phase, self.step)
+        return self.watch.ends_bland(state, self.phase, self.schedule.m_steps, self.step) or harmed
 
     def _backward_e(self, batch: Batch, denominator: float, gradients: Gradients) -> float:
         loss, parts = self.estep.backward(batch.rollouts, denominator, self.holds_gate, gradients, batch.chunks)
-        share = sum(len(r.group.boundaries) for r in batch.rollouts) / denominator
+        share = sum(len(r.group.document.boundaries) for r in batch.rollouts) / denominator
         for name, value in parts.items():
             self.state.metrics.add_total(f"estep/loss_{name}", value, share)
         return loss
@@ -263,7 +289,7 @@ class EMLoop:
             begin = time.perf_counter()
             policy = self.policy if self.learner is None else self.policy.changed(head=self.learner.annotator)
             with self.state.frozen["annotator"].applied(), self.policy.backbone.gathered():
-                examples = [annotate(policy, document, self.noise) for document in flat]
+                examples = annotate_all(policy, flat, self.noise)
             self.state.metrics.add("seconds/annotate", time.perf_counter() - begin)
             self._log_annotation(examples)
         else:
@@ -282,6 +308,8 @@ class EMLoop:
         for e in examples:
             for size in e.sizes.values():
                 metrics.add("mstep/effective_size", size)
+            for worth in e.worth.values():
+                metrics.add("mstep/placed_gain", worth)
             for boundary, latent in e.placed.items():
                 following = self._text(e.document.lines_from(boundary, lines))
                 metrics.add("mstep/copy_rate", copy_rate(self._text(latent.token_ids), following))

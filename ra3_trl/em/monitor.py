@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
-from ..losses import code_bounds
+import torch
+
+from ..losses import code_bounds, joint_gain
 from ..records import RolloutGroup
 from .estep import Rollout
 
@@ -44,59 +49,130 @@ class MetricSums:
         return out
 
 
+_FEWEST, _MOST = 5, 10  # updates that a bound of the hold is taken over
+
+
 @dataclass
 class GateHold:
-    """Whether P(think) is still held where it was at the start.
+    """Whether P(think) is held where it was at the start.
 
-    Where a model's own comments nearly always harm, the mean-gain objective trains it never to think before comments
-    can improve, and from there it does not recover. So until the gain, averaged where the model thinks (weight
-    P(think)) and over updates, exceeds the penalty, the gate has no slope and is anchored to its start
-    ([`~ra3_trl.losses.estep.gate_anchor`]), while the latents are trained.
+    Where a model's own comments nearly always harm, any objective trains it never to think before comments can
+    improve, and from there it does not recover. So until latents are known to pay, the gate has no slope and is
+    anchored to its start ([`~ra3_trl.losses.estep.gate_anchor`]), while the latents are trained. They pay when the
+    lower bound (mean less two standard errors, over the last 5 to 10 updates) of what those of a boundary bring
+    together, averaged where the model thinks, is above the penalty. The hold comes back when P(think), where latents
+    pay, is known in the same way to have fallen below half of what it was at the start.
 
-    Measured (benchmarks/gate_testbed.py; comments 10 % right at the start; P(think) before the lines where comments
-    can pay and before the others, after 44 updates): not held 0.39 -> 0.00 and 0.04 -> 0.00, although comments came to
-    be 94 % right; held 0.39 -> 1.00 and 0.04 -> 0.01, 98 % right. What else was tried: pushing the gate up only is a
-    ratchet on the noise of the gain (0.99 and 0.92 after 24 updates, gain still below 0); no slope and no anchor lets
-    it drift with the weights it shares with the latents (0.99 and 0.88).
+    Measured (benchmarks/gate_testbed.py; comments 10 % right at the start): see docs/design.md. What else was tried:
+    pushing the gate up only is a ratchet on the noise of the gain (P(think) 0.99 before the lines where comments can
+    pay and 0.92 before the others after 24 updates, gain still below 0); no slope and no anchor lets it drift with the
+    weights it shares with the latents (0.99 and 0.88).
     """
 
     mode: str
     penalty: float
-    average: float | None = None
     released: bool = False
     updates: int = 0
+    gains: list[float] = field(default_factory=list)  # of the last updates while held
+    kept: list[float] = field(default_factory=list)  # share of P(think) that is left, of the last updates while free
 
     @property
     def holds(self) -> bool:
         return self.mode == "always" or (self.mode == "auto" and not self.released)
 
-    def update(self, gate_weighted_gain: float) -> None:
-        """Takes the gain of one update; releases the hold for good once the running average pays the penalty."""
+    def update(self, gain: float, kept: float | None = None) -> None:
+        """Takes one update's joint gain of the latents where the model thinks, in nats, and the share of the start's
+        P(think) that is left where they pay (`None` where none did)."""
+        if not math.isfinite(gain):
+            return  # an overflow says nothing
         self.updates += 1
-        before = gate_weighted_gain if self.average is None else self.average
-        self.average = 0.8 * before + 0.2 * gate_weighted_gain
-        self.released = self.released or self.average > self.penalty
+        if not self.released:
+            self.gains = [*self.gains, gain][-_MOST:]
+            if _bound(self.gains, -2.0) > self.penalty:
+                self.released, self.gains = True, []
+        elif kept is not None:
+            self.kept = [*self.kept, kept][-_MOST:]
+            if _bound(self.kept, 2.0) < 0.5:
+                self.released, self.kept = False, []
 
     @property
     def message(self) -> str:
         """What to tell the user when the E-phase ends with the gate still held."""
+        if not self.gains:
+            return (
+                "P(think) was lost where latents pay and is held again since (gate_hold='auto'): lower "
+                "`e_learning_rate`, or take more documents an update."
+            )
+        gain = fmean(self.gains)
         return (
-            f"After {self.updates} E-updates latents still bring {self.average:+.3f} nats where the model thinks, "
-            f"below the penalty {self.penalty}: P(think) was held where it began (gate_hold='auto'). Policy "
-            "annotation will place poor latents or none: use `annotation='resample'`, a larger `num_latents` or more "
-            "`e_steps`."
+            f"After {self.updates} E-updates latents bring {gain:+.3f} nats where the model thinks, not known to be "
+            f"above the penalty {self.penalty}: P(think) was held where it began (gate_hold='auto'). Few latents will "
+            "pay for themselves in annotation: use a larger `num_latents` or more `e_steps`."
         )
 
 
-def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines: int = 1) -> Sums:
+def _bound(values: Sequence[float], errors: float) -> float:
+    """Mean plus so many standard errors; of too few values the bound that says nothing."""
+    if len(values) < _FEWEST:
+        return math.copysign(math.inf, errors)
+    return fmean(values) + errors * stdev(values) / math.sqrt(len(values))
+
+
+@dataclass
+class Sameness:
+    """What the last latents said, one a document where the model thinks most, and how much better they did there than
+    another document's: whether a run goes bland."""
+
+    texts: list[str] = field(default_factory=list)
+    over_other: list[float] = field(default_factory=list)  # nats, of the last updates
+
+    def update(self, texts: Sequence[str], over_other: float | None) -> None:
+        self.texts = [*self.texts, *texts][-64:]
+        if over_other is not None:
+            self.over_other = [*self.over_other, over_other][-_MOST:]
+
+    @property
+    def distinct(self) -> float:
+        """Share of different latents."""
+        return len(set(self.texts)) / len(self.texts)
+
+    @property
+    def most_frequent(self) -> tuple[str, float]:
+        """The latent written most often, and its share."""
+        ((text, count),) = Counter(self.texts).most_common(1)
+        return text, count / len(self.texts)
+
+    def message(self, tolerance: float, penalty: float) -> str | None:
+        """What is wrong, or `None`: one latent is more than `tolerance` of all, and another document's does as well as
+        the own one, but for less than the `penalty`."""
+        if len(self.texts) < 16 or not self.over_other or self.most_frequent[1] <= tolerance:
+            return None
+        difference = fmean(self.over_other)
+        if difference >= penalty:
+            return None
+        text, share = self.most_frequent
+        return (
+            f"the latents are bland: {share:.0%} of the last {len(self.texts)} are {text.strip()!r}, and a latent "
+            f"brings {difference:+.2f} nats more than another document's, less than the penalty {penalty}"
+        )
+
+
+def rollout_sums(
+    rollouts: Sequence[Rollout],
+    token_text: TokenText,
+    known_lines: int = 1,
+    objective: str = "multi_sample",
+    penalty: float = 0.0,
+) -> Sums:
     """Numbers of a batch of rollouts (docs/logging.md): total and weight, so that batches and processes can be added
-    up. Latents that were not the policy's own (`view`) knew the next `known_lines`."""
+    up. Latents that were not the policy's own (`view`) knew the next `known_lines`; they pay where what they bring
+    together, by the `objective`, is above the `penalty`."""
     sums = MetricSums()
     for rollout in rollouts:
         group, weight = rollout.group, rollout.weight_T
         origin = "" if group.view is None else "hindsight/"
-        bounds = code_bounds(group)
-        if rollout.scored_live and bool((weight == 1).all()):  # else it is of the lines that were picked
+        bounds = code_bounds(group, weight)
+        if rollout.scored_live:
             sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not group.boundaries:
@@ -104,11 +180,14 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines
         if group.log_ratio_TG is not None:
             sums.add_total("hindsight/log_ratio", float(group.log_ratio_TG.sum()), group.log_ratio_TG.numel())
         gate_A, gain = group.decision_logps_A.exp(), rollout.returns.gain_TG.mean(1)
-        gate = weight * gate_A[list(group.boundaries)]
+        gate, together = weight * gate_A[list(group.boundaries)], joint_gain(rollout.returns.gain_TG, objective)
         reward, total = rollout.returns.latent_TG.mean(1), float(weight.sum())
         sums.add_total(origin + "reward", float((weight * reward).sum()), total)
         sums.add_total(origin + "gain", float((weight * gain).sum()), total)
         sums.add_total(origin + "gate_weighted_gain", float((gate * gain).sum()), float(gate.sum()))
+        sums.add_total(origin + "gate_weighted_joint_gain", float((gate * together).sum()), float(gate.sum()))
+        if origin == "":
+            _add_kept(sums, rollout, together > penalty)
         # Think rate and duration are of all boundaries, not only of tried ones.
         boundaries = group.document.boundaries
         sums.add_total("think_rate", float(gate_A[list(boundaries)].sum()), len(boundaries))
@@ -121,6 +200,17 @@ def rollout_sums(rollouts: Sequence[Rollout], token_text: TokenText, known_lines
         horizon = group.latent_line_logps_TGH.shape[2]
         _add_latents(sums, group, token_text, origin, horizon if group.view is None else max(horizon, known_lines))
     return sums.sums
+
+
+def _add_kept(sums: MetricSums, rollout: Rollout, pays_T: torch.Tensor) -> None:
+    """The tokens' P(think) where latents pay, as a share of what it was at the start."""
+    for chunk in rollout.chunks:
+        if chunk.reference is None:
+            return
+        where = rollout.weight_T[chunk.boundaries] * pays_T[chunk.boundaries]
+        now = rollout.group.gate_logps_A[list(rollout.group.boundaries[chunk.boundaries])].exp()
+        start = chunk.reference.gate_T.exp().cpu()
+        sums.add_total("gate_kept", float((where * now).sum()), float((where * start).sum()))
 
 
 def _add_latents(sums: MetricSums, group: RolloutGroup, token_text: TokenText, origin: str, lines: int) -> None:

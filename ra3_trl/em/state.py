@@ -17,7 +17,7 @@ from ..models import FrozenWeights
 from ..records import Document
 from ..segmentation import document_to_row, row_to_document
 from .learner import HeadLearner
-from .monitor import GateHold, MetricSums
+from .monitor import GateHold, MetricSums, Sameness
 
 
 STATE, FROZEN, HEAD = "ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors"
@@ -29,6 +29,7 @@ class EMState:
     The loop's memory.
 
     `gate_hold`: whether P(think) is held.
+    `sameness`: what the last latents said.
     `learner`: the abstraction head in training; goes on where it is when a run is begun anew, as the weights do.
     `metrics`: weighted sums since the last log line, of this process.
     `frozen`: snapshots of weights: `"start"`, `"reward"`, `"annotator"`.
@@ -41,6 +42,7 @@ class EMState:
 
     gate_hold: GateHold
     learner: HeadLearner | None = None
+    sameness: Sameness = field(default_factory=Sameness)
     metrics: MetricSums = field(default_factory=MetricSums)
     frozen: dict[str, FrozenWeights] = field(default_factory=dict)
     probe: tuple[Document, ...] = ()
@@ -86,6 +88,7 @@ class EMState:
             "pass": [self.data_pass, self.pass_updates],
             "processes": processes,
             "gate_hold": asdict(self.gate_hold),
+            "sameness": asdict(self.sameness),
             "probe_baseline": self.probe_baseline,
             "alarms": sorted(self.alarms),
             "frozen": sorted(self.frozen),
@@ -103,7 +106,9 @@ class EMState:
         own = state["processes"][rank]
         self.metrics.sums = own["metrics"]
         self.probe = tuple(row_to_document(row) for row in own["probe"])
-        self.gate_hold = GateHold(**state["gate_hold"])
+        hold = {name: value for name, value in state["gate_hold"].items() if name != "average"}  # of before 0.3
+        self.gate_hold = GateHold(**hold)
+        self.sameness = Sameness(**state.get("sameness", {}))
         self.probe_baseline = state["probe_baseline"] or 0.0
         self.alarms = set(state.get("alarms", ()))
         self.data_pass, self.pass_updates = state["pass"]

@@ -41,15 +41,32 @@ class Watch:
     def alarm(self, averages: dict[str, float], state: EMState, step: int) -> None:
         """Warns, once each, of what is wrong with an update's latents."""
         alarms = latent_alarms(averages)
-        if "gain" in averages and state.gate_hold.holds and state.gate_hold.mode == "auto":
+        hold = state.gate_hold
+        if "gain" in averages and hold.holds and hold.mode == "auto" and hold.updates >= 10:
             alarms.append(
-                "the model's own latents cost more than they bring where it thinks: P(think) is held where it "
-                "began until they pay (gate_hold='auto')."
+                "the model's own latents are not known to bring more than they cost where it thinks: P(think) is held "
+                "where it began until they do (gate_hold='auto')."
             )
+        if bland := state.sameness.message(self.policy.args.same_latent_tolerance, self.policy.args.penalty):
+            alarms.append(f"{bland}: raise `kl_coef` or `num_latents`, or lower `e_learning_rate`.")
         for alarm in alarms:
-            if alarm not in state.alarms:
-                state.alarms.add(alarm)
+            # Of one kind once, whatever numbers stand in it.
+            if (kind := alarm.partition(":")[0]) not in state.alarms:
+                state.alarms.add(kind)
                 logger.warning("update %d: %s", step, alarm)
+
+    def ends_bland(self, state: EMState, phase: Phase, m_steps: int, step: int) -> bool:
+        """Whether an E-phase is at its end, its latents are bland, and an M-phase would train on them."""
+        args = self.policy.args
+        bland = state.sameness.message(args.same_latent_tolerance, args.penalty)
+        if bland is None or not m_steps or phase.step + 1 < phase.length:
+            return False
+        logger.warning(
+            "update %d: at the end of the E-phase %s; training stops before the M-phase "
+            "(same_latent_tolerance=%s). Raise `kl_coef` or `num_latents`, or lower `e_learning_rate`.",
+            step, bland, args.same_latent_tolerance,
+        )  # fmt: skip
+        return True
 
     def code_is_harmed(self, state: EMState, phase: Phase, step: int) -> bool:
         """Whether the likelihood of the code itself has been damaged, asked every tenth of an E-phase."""

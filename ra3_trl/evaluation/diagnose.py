@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..analysis import Alternatives, effective_horizon, effective_numbers, measure_pruning
+from ..analysis import Alternatives, effective_horizon, effective_numbers, measure_pruning, shares
 from ..config import RA3Config
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..losses import compute_returns, renormalise
-from ..policy import Policy, annotate
+from ..policy import Policy, annotate, gains_over_other, most_thinking, token_text
 from ..records import Action, AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import NoiseKey
 from ..segmentation import readable_bytes
@@ -88,6 +89,7 @@ def diagnose(
             examples.append(annotate(policy, document, noise, "policy"))
             groups.append(policy.rollout(document, noise=noise))
             progress(1)
+        over_other = gains_over_other(policy.engine, groups, args.discount)
         places = [(group, boundary) for group in groups for boundary in group.boundaries]
         chosen = np.random.default_rng(args.seed).permutation(len(places))[: settings.boundaries]
         draw_lines = _Lines(policy, settings)
@@ -105,7 +107,7 @@ def diagnose(
         "horizon": asdict(horizon) | {"gamma": settings.gamma},
         "compactness": _compactness(groups, args.seed),
         "pruning": None if pruning is None else asdict(pruning) | {"left_out": draw_lines.left_out},
-        "economics": _economics(groups, args),
+        "economics": _economics(groups, args) | _sameness(policy, groups, over_other),
     }
 
 
@@ -162,6 +164,18 @@ def _economics(groups: Sequence[RolloutGroup], args: RA3Config) -> dict[str, flo
         "gain_per_token_where_it_thinks": float(weight @ gain / (weight @ length).clamp(min=tiny)),
         "price": float(price.mean()),
         "latents": len(gain),
+    }
+
+
+def _sameness(policy: Policy, groups: Sequence[RolloutGroup], over_other: Sequence[float]) -> dict[str, Any]:
+    """Says whether latents tell anything about their document; of one a document, where the model thinks most."""
+    texts = Counter(token_text(policy.tokenizer, g.latents[most_thinking(g)][0].token_ids) for g in groups)
+    distinct, most_frequent, rate = shares(texts)
+    return {
+        "gain_over_other": fmean(over_other) if over_other else None,  # of a single document there is no other
+        "distinct_rate": distinct,
+        "most_frequent": most_frequent,
+        "most_frequent_rate": rate,
     }
 
 

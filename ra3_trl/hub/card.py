@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
@@ -33,9 +34,9 @@ _TEMPLATES.globals |= {"cell": cell, "code_cell": code_cell, "paper": PAPER}
 _SHOWN = (
     "em_iterations", "e_steps", "m_steps", "max_steps", "learning_rate", "e_learning_rate",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_latents",
-    "max_latent_length", "horizon", "discount", "penalty", "line_reduction", "baseline", "reward_model", "gate",
-    "gate_hold", "boundary_selection", "kl_coef", "annotation", "prior_alpha", "action_format", "existing_comments",
-    "temperature", "seed",
+    "max_latent_length", "horizon", "discount", "penalty", "line_reduction", "objective", "reward_model", "gate",
+    "gate_hold", "exploration", "boundary_selection", "boundary_budget", "kl_coef", "annotation", "prior_alpha",
+    "same_latent_tolerance", "action_format", "existing_comments", "temperature", "seed",
 )  # fmt: skip
 _MEASURED = {
     "ce": "cross-entropy (nats per code token)",
@@ -44,6 +45,11 @@ _MEASURED = {
     "bound_multi": "negative multi-sample bound (nats per code token)",
     "think_rate": "mean P(think) at a boundary",
     "gain": "gain of a latent (nats)",
+}
+_SAMENESS = {  # absent where there was one document, or none with a boundary
+    "gain_over_other": "nats that a latent brings more than another document's",
+    "distinct_rate": "share of different latents, one a document",
+    "most_frequent_rate": "share of the most frequent latent",
 }
 _USED = {"license", "language", "tags", "finetuned_from", "dataset"}
 _UNUSED = {"tasks", "dataset_tags", "dataset_args"}  # arguments of `Trainer.create_model_card` that say nothing here
@@ -72,6 +78,8 @@ class ModelCardFacts:
             Training documents by licence; documents, boundaries and tokens of each split; tokens that the updates saw.
         settings (`Mapping[str, Any]`), versions (`Mapping[str, str]`):
             Settings of the run; versions of the packages.
+        annotated_rate (`float`, *optional*), placed_gain (`float`, *optional*):
+            Share of the boundaries that got a latent in the M-phases, and what those bring in nats, where measured.
         evaluations (`Sequence[Mapping[str, Any]]`), latents (`Sequence[Mapping[str, Any]]`), latents_of (`int`):
             Rows of [`evaluation_rows`]; of [`best_latents`], and the boundaries that these are of.
         license (`str`, *optional*), language (`str` or `list[str]`, *optional*), tags (`Sequence[str]`):
@@ -93,6 +101,8 @@ class ModelCardFacts:
     row_licenses: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     tokens_seen: int = 0
+    annotated_rate: float | None = None
+    placed_gain: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     evaluations: Sequence[Mapping[str, Any]] = ()
@@ -137,6 +147,7 @@ def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     for entry in evaluations:
         for prefix in evaluated_sets(entry):
             values = {name: entry[f"{prefix}_{name}"] for name in _MEASURED}
+            values |= {name: entry[f"{prefix}_{name}"] for name in _SAMENESS if f"{prefix}_{name}" in entry}
             by_set.setdefault(prefix.removeprefix("eval").removeprefix("_"), []).append(
                 {**values, "step": entry["step"]}
             )
@@ -147,6 +158,12 @@ def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             rows.append({"label": f"first evaluation{of}", "set": name, "last": False, **of_set[0]})
         rows.append({"label": f"last evaluation{of}", "set": name, "last": True, **of_set[-1]})
     return rows
+
+
+def mean_logged(log_history: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a metric over the lines of a log that have it, if any has."""
+    values = [entry[name] for entry in log_history if name in entry]
+    return fmean(values) if values else None
 
 
 def hub_ids(names: Sequence[str | None]) -> list[str]:
@@ -200,6 +217,8 @@ def card_facts(
         row_licenses=count_licenses(trainer.source_dataset),
         counts=trainer.cut.counts,
         tokens_seen=int(trainer.state.num_input_tokens_seen),
+        annotated_rate=mean_logged(trainer.state.log_history, "mstep/annotated_rate"),
+        placed_gain=mean_logged(trainer.state.log_history, "mstep/placed_gain"),
         settings={name: vars(args)[name] for name in _SHOWN} | {"annotation": args.annotation_way},
         versions={name: metadata.version(name) for name in packages},
         evaluations=evaluation_rows(all_evaluations(trainer.state.log_history, trainer.evaluations)),
@@ -242,8 +261,8 @@ def _eval_results(facts: ModelCardFacts) -> list[EvalResult]:
         )
         for row in facts.evaluations
         if row["last"]
-        for name, words in _MEASURED.items()
-        if math.isfinite(row[name])
+        for name, words in (_MEASURED | _SAMENESS).items()
+        if math.isfinite(row.get(name, math.nan))
     ]
 
 

@@ -18,7 +18,7 @@ from .licenses import license_metadata
 
 
 _SHOWN = (
-    "annotation", "prior_alpha", "num_latents", "max_latent_length", "horizon", "discount",
+    "annotation", "prior_alpha", "exploration", "penalty", "num_latents", "max_latent_length", "horizon", "discount",
     "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "seed",
 )  # fmt: skip
 _PREVIEWED = 8

@@ -1,9 +1,9 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
 from .elbo import code_bounds, resampling_logits
-from .estep import EStepTerms, estep_loss, gate_slope
+from .estep import EStepTerms, advantages, estep_loss, explored, gate_slope, joint_gain, log_mean_gain
 from .ntp import next_token_loss
-from .returns import Returns, advantages, compute_returns, log1mexp, renormalise
+from .returns import Returns, compute_returns, log1mexp, renormalise
 
 
 __all__ = [
@@ -13,8 +13,11 @@ __all__ = [
     "code_bounds",
     "compute_returns",
     "estep_loss",
+    "explored",
     "gate_slope",
+    "joint_gain",
     "log1mexp",
+    "log_mean_gain",
     "next_token_loss",
     "renormalise",
     "resampling_logits",

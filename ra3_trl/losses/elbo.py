@@ -27,8 +27,12 @@ class CodeBounds:
     tokens: int  # code tokens that these are over
 
 
-def code_bounds(group: RolloutGroup) -> CodeBounds:
-    """Bounds the log-likelihood of a group scored over at least one line. Kept comments and the EOS are not code."""
+def code_bounds(group: RolloutGroup, weight_T: torch.Tensor | None = None) -> CodeBounds:
+    """Bounds the log-likelihood of a group scored over at least one line. Kept comments and the EOS are not code.
+
+    With the inverse probabilities `weight_T` of its boundaries being tried, what thinking changes there stands for all
+    boundaries: in expectation the bounds are those of all of them.
+    """
     document = group.document
     code = torch.tensor([not a.comment for a in document.actions], dtype=torch.bool)
     raw_A = torch.where(code, group.line_logps_A, torch.zeros(()))
@@ -37,14 +41,17 @@ def code_bounds(group: RolloutGroup) -> CodeBounds:
     if not group.boundaries:
         return CodeBounds(total, total, total, tokens)
     boundaries = torch.tensor(group.boundaries)
-    rest = total - float(raw_A[boundaries].double().sum())
     line = compute_returns(group, 1, 1.0)
     log_p = group.decision_logps_A[boundaries]
     log_q = log1mexp(log_p)
     elbo_T = log_q.exp() * line.act_T + log_p.exp() * line.latent_TG.mean(1)
     mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])
     multi_T = torch.logaddexp(log_q + line.act_T, log_p + mean_latent_T)
-    return CodeBounds(total, rest + float(elbo_T.double().sum()), rest + float(multi_T.double().sum()), tokens)
+    weight_T = torch.ones(len(boundaries)) if weight_T is None else weight_T
+    changed = [
+        total + float((weight_T * (bound_T - raw_A[boundaries])).double().sum()) for bound_T in (elbo_T, multi_T)
+    ]
+    return CodeBounds(total, *changed, tokens)
 
 
 def resampling_logits(act_T: torch.Tensor, latent_TG: torch.Tensor, log_think_T: torch.Tensor) -> torch.Tensor:

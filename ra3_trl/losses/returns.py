@@ -1,4 +1,4 @@
-"""Line rewards, returns over the horizon, advantages.
+"""Line rewards and returns over the horizon.
 
 A reward is a renormalised line log-likelihood: the raw probability of an expert line contains the mass of not thinking
 before it, so `log(1 - P(think))` is taken out, with a latent and without (docs/design.md, "The objective").
@@ -67,20 +67,3 @@ def compute_returns(group: RolloutGroup, horizon: int, discount: float, reductio
     if group.log_ratio_TG is not None:
         latent_TG = latent_TG + group.log_ratio_TG
     return Returns((weight_TH * act_TH).sum(-1), latent_TG)
-
-
-def advantages(returns: Returns, penalty: float, baseline: str = "leave_one_out") -> torch.Tensor:
-    """Compares the returns of latents `[T, G]` with a baseline.
-
-    `"leave_one_out"`: `A_g = G_g - mean of the others'`, in which the penalty cancels. `"no_think"`:
-    `A_g = G_g - penalty - G_act`, what the latent brought over not thinking.
-
-    >>> returns = Returns(act_T=torch.tensor([-3.0]), latent_TG=torch.tensor([[-1.0, -4.0]]))
-    >>> advantages(returns, penalty=0.5), advantages(returns, penalty=0.5, baseline="no_think")
-    (tensor([[ 3., -3.]]), tensor([[ 1.5000, -1.5000]]))
-    """
-    if baseline == "no_think":
-        return returns.gain_TG - penalty
-    others = returns.latent_TG.shape[1] - 1
-    total = returns.latent_TG.sum(1, keepdim=True)
-    return returns.latent_TG - (total - returns.latent_TG) / others

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import Returns, compute_returns, log1mexp, resampling_logits
+from ..losses import compute_returns, explored, log1mexp, log_mean_gain, resampling_logits
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey
 from ..segmentation import splice
@@ -23,6 +24,7 @@ from .decisions import line_numbers
 
 
 if TYPE_CHECKING:
+    from ..config import RA3Config
     from .policy import Policy
 
 
@@ -32,10 +34,11 @@ _WINDOW = 8  # boundaries proposed together where a latent placed changes what f
 
 @dataclass(frozen=True)
 class _Choice:
-    """What was chosen for some boundaries: the latents to place, the gains that were measured in nats, and the
-    effective sample sizes of the candidates; each by boundary."""
+    """What was chosen for some boundaries: the latents to place and what each brings in nats; what thinking brings,
+    and the effective sample sizes of the candidates, where they were measured; each by boundary."""
 
     placed: dict[int, Latent] = field(default_factory=dict)
+    worth: dict[int, float] = field(default_factory=dict)
     gains: dict[int, float] = field(default_factory=dict)
     sizes: dict[int, float] = field(default_factory=dict)
 
@@ -44,11 +47,18 @@ class _Choice:
         return _Choice(*({b: value for b, value in part.items() if b <= last} for part in vars(self).values()))
 
     def __or__(self, other: _Choice) -> _Choice:
-        return _Choice(self.placed | other.placed, self.gains | other.gains, self.sizes | other.sizes)
+        return _Choice(*(mine | yours for mine, yours in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def annotate(policy: Policy, document: Document, noise: NoiseKey, way: str | None = None) -> AnnotatedExample:
-    """Splices latents into `document`, left to right.
+    """Splices latents into one document, see [`annotate_all`]."""
+    return annotate_all(policy, [document], noise, way)[0]
+
+
+def annotate_all(
+    policy: Policy, documents: Sequence[Document], noise: NoiseKey, way: str | None = None
+) -> list[AnnotatedExample]:
+    """Splices latents into documents, each left to right, all in lockstep.
 
     With a horizon above 1 each decision sees the latents already placed, so that one that still serves is not
     repeated: proposals are made for a window of boundaries, used up to the first latent placed, and made anew behind
@@ -58,8 +68,8 @@ def annotate(policy: Policy, document: Document, noise: NoiseKey, way: str | Non
         policy ([`Policy`]):
             Writes the latents and scores the lines; its head is the gate, or says which boundaries are hopeless, where
             the settings say so.
-        document ([`Document`]):
-            A chunk of expert text.
+        documents (`Sequence[Document]`):
+            Chunks of expert text.
         noise ([`NoiseKey`]):
             Keys the draws.
         way (`str`, *optional*):
@@ -67,72 +77,118 @@ def annotate(policy: Policy, document: Document, noise: NoiseKey, way: str | Non
     """
     args = policy.args
     by_policy = (way or args.annotation) == "policy"
-    done = _Choice()
-    boundaries = list(document.boundaries)
-    while boundaries:
-        # The policy's way reads gates only, which one forward gives for all boundaries.
-        window = boundaries if args.horizon == 1 or by_policy else boundaries[:_WINDOW]
-        context = splice(document, done.placed).document
-        if done.placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
-            break  # the row is full
-        choice = (_choose_by_policy if by_policy else _choose_by_resampling)(policy, context, window, noise)
-        last = window[-1]
-        if args.horizon > 1:  # a latent changes what its successors are worth: they are chosen anew
-            last = next(iter(choice.placed), last)
-        done |= choice.up_to(last)
-        boundaries = [boundary for boundary in boundaries if boundary > last]
-    return replace(splice(document, done.placed), gains=done.gains, sizes=done.sizes)
-
-
-def measured_gain(returns: Returns) -> torch.Tensor:
-    """`log mean_g exp G_g - G_act` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being summed
-    over and not known."""
-    latent = torch.logsumexp(returns.latent_TG, 1) - math.log(returns.latent_TG.shape[1])
-    return latent - returns.act_T
+    done = [_Choice() for _ in documents]
+    left = [list(document.boundaries) for document in documents]
+    # The policy's way reads gates only, which one forward gives for all boundaries.
+    most = None if args.horizon == 1 or by_policy else _WINDOW
+    while any(left):
+        asked: list[tuple[int, Document, list[int]]] = []
+        for i, boundaries in enumerate(left):
+            context = splice(documents[i], done[i].placed).document
+            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
+                left[i] = []  # the row is full
+            elif boundaries:
+                asked.append((i, context, boundaries[:most]))
+        choose = _choose_by_policy if by_policy else _choose_by_resampling
+        choices = choose(policy, [c for _, c, _ in asked], [window for _, _, window in asked], noise)
+        for (i, _, window), choice in zip(asked, choices, strict=True):
+            last = window[-1]
+            if args.horizon > 1:  # a latent changes what its successors are worth: they are chosen anew
+                last = next(iter(choice.placed), last)
+            done[i] |= choice.up_to(last)
+            left[i] = [boundary for boundary in left[i] if boundary > last]
+    return [
+        replace(splice(document, d.placed), worth=d.worth, gains=d.gains, sizes=d.sizes)
+        for document, d in zip(documents, done, strict=True)
+    ]
 
 
 def _log_prior(policy: Policy, group: RolloutGroup, boundaries: Sequence[int]) -> torch.Tensor:
     """Log prior probability of thinking at `boundaries`, `[len(boundaries)]`."""
     if policy.args.prior_alpha is None:
-        return policy.decide(group).decision_logps_A[list(boundaries)]
+        return explored(policy.decide(group).decision_logps_A[list(boundaries)], policy.args.exploration).log()
     return torch.full((len(boundaries),), math.log(1 - policy.args.prior_alpha))
 
 
-def _choose_by_policy(policy: Policy, context: Document, boundaries: Sequence[int], noise: NoiseKey) -> _Choice:
+def _choose_by_policy(
+    policy: Policy, contexts: Sequence[Document], windows: Sequence[Sequence[int]], noise: NoiseKey
+) -> list[_Choice]:
     """Latents at the boundaries where the gate, drawn by keyed noise, says think; in order."""
-    gates = policy.decide(policy.engine.trunk(context)).decision_logps_A
-    u = noise.uniform(context.doc_id, line_numbers(context, boundaries), GATE, 0)
-    thinks = [b for b, number in zip(boundaries, u, strict=True) if number < math.exp(gates[b])]
-    if policy.args.horizon > 1:
-        thinks = thinks[:1]
-    if not thinks:
-        return _Choice()
-    group = policy.engine.rollout(context, thinks, 1, policy.args.horizon, noise, score=False)
-    return _Choice({boundary: row[0] for boundary, row in zip(thinks, group.latents, strict=True)})
+    horizon, thinks = policy.args.horizon, []
+    for context, window, trunk in zip(contexts, windows, policy.engine.trunks(contexts), strict=True):
+        gates = policy.decide(trunk).decision_logps_A
+        u = noise.uniform(context.doc_id, line_numbers(context, window), GATE, 0)
+        thinking = [b for b, number in zip(window, u, strict=True) if number < math.exp(gates[b])]
+        thinks.append(thinking[:1] if horizon > 1 else thinking)
+    some = [i for i, thinking in enumerate(thinks) if thinking]
+    groups = policy.engine.rollouts([contexts[i] for i in some], [thinks[i] for i in some], 1, horizon, noise, False)
+    choices = [_Choice() for _ in contexts]
+    for i, group in zip(some, groups, strict=True):
+        choices[i] = _Choice({boundary: row[0] for boundary, row in zip(thinks[i], group.latents, strict=True)})
+    return choices
 
 
-def _choose_by_resampling(policy: Policy, context: Document, boundaries: Sequence[int], noise: NoiseKey) -> _Choice:
-    """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines, no penalty."""
-    args = policy.args
+def _undecided(
+    trunk: RolloutGroup, boundaries: Sequence[int], log_think: torch.Tensor, u: torch.Tensor, args: RA3Config
+) -> list[int]:
+    """Leaves out boundaries where the draw is <act> whatever the latents: at best these make the lines certain, a gain
+    of `-G_act`, which may be less than a latent costs, or than the draw `u` asks for."""
+    none = tuple((Latent((), False),) for _ in boundaries)
+    lines = torch.zeros(len(boundaries), 1, args.horizon)
+    group = replace(trunk, boundaries=tuple(boundaries), latents=none, latent_line_logps_TGH=lines,
+                    latent_gate_logps_TGH=torch.full_like(lines, -torch.inf))  # fmt: skip
+    best = compute_returns(group, args.horizon, args.discount)
+    acts = resampling_logits(best.act_T, best.latent_TG, log_think).double().softmax(-1)[:, 0]
+    chance = (best.gain_TG[:, 0] > args.penalty) & (u > acts)
+    return [boundary for boundary, some in zip(boundaries, chance.tolist(), strict=True) if some]
 
-    def hopeful(trunk: RolloutGroup) -> Sequence[int]:
-        if policy.head is None:
+
+def _choose_by_resampling(
+    policy: Policy, contexts: Sequence[Document], windows: Sequence[Sequence[int]], noise: NoiseKey
+) -> list[_Choice]:
+    """At each boundary <act> or one of G latents, drawn by posterior weight; sums over lines.
+
+    The penalty is no part of the weights, whose prior says how often to think; but a latent that is drawn and does not
+    bring what it costs is not placed: beside others that are no better it would be, by chance alone.
+    """
+    numbers = [
+        dict(zip(window, noise.uniform(c.doc_id, line_numbers(c, window), CHOICE, 0).tolist(), strict=True))
+        for c, window in zip(contexts, windows, strict=True)
+    ]
+
+    def hopeful(trunk: RolloutGroup, number: dict[int, float]) -> Sequence[int]:
+        boundaries = list(number)
+        if policy.proposer.causal:
+            u = torch.tensor([*number.values()], dtype=torch.float64)
+            boundaries = _undecided(trunk, boundaries, _log_prior(policy, trunk, boundaries), u, policy.args)
+        if policy.head is None or not boundaries:
             return boundaries
         log_think = _log_prior(policy, trunk, boundaries)
         return policy.head.hopeful(trunk, boundaries, log_think - log1mexp(log_think))
 
-    group = policy.propose(context, hopeful, args.num_latents, noise)
+    where = [partial(hopeful, number=number) for number in numbers]
+    groups = policy.propose(contexts, where, policy.args.num_latents, noise)
+    return [_draw(policy, group, number) for group, number in zip(groups, numbers, strict=True)]
+
+
+def _draw(policy: Policy, group: RolloutGroup, number: dict[int, float]) -> _Choice:
+    """Chooses at each boundary of a scored group by a uniform `number`."""
     if not group.boundaries:
         return _Choice()
+    args, boundaries = policy.args, group.boundaries
     returns = compute_returns(group, args.horizon, args.discount)
     worth = compute_returns(group.with_ratio(policy.proposer.kl_coef), args.horizon, args.discount)
-    log_think = _log_prior(policy, group, group.boundaries)
-    weights = resampling_logits(worth.act_T, worth.latent_TG, log_think).double().softmax(-1)
-    u = torch.as_tensor(noise.uniform(context.doc_id, line_numbers(context, group.boundaries), CHOICE, 0))
+    weights = (
+        resampling_logits(worth.act_T, worth.latent_TG, _log_prior(policy, group, boundaries)).double().softmax(-1)
+    )
+    u = torch.tensor([number[boundary] for boundary in boundaries], dtype=torch.float64)
     # Inverse CDF; the clamp is for a cumulative sum that rounding left just below 1.
     drawn = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1).tolist()
+    pays = [(t, b, g - 1) for t, (b, g) in enumerate(zip(boundaries, drawn, strict=True)) if g > 0]
+    pays = [(t, b, g) for t, b, g in pays if worth.gain_TG[t, g] > args.penalty]
     return _Choice(
-        {b: group.latents[t][g - 1] for t, (b, g) in enumerate(zip(group.boundaries, drawn, strict=True)) if g > 0},
-        dict(zip(group.boundaries, measured_gain(returns).tolist(), strict=True)),
-        dict(zip(group.boundaries, (1 / weights.square().sum(-1)).tolist(), strict=True)),
+        {b: group.latents[t][g] for t, b, g in pays},
+        {b: float(worth.gain_TG[t, g]) for t, b, g in pays},
+        dict(zip(boundaries, log_mean_gain(returns.gain_TG).tolist(), strict=True)),
+        dict(zip(boundaries, (1 / weights.square().sum(-1)).tolist(), strict=True)),
     )

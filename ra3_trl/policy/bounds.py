@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..analysis import shares
 from ..losses import code_bounds, compute_returns, renormalise
-from ..records import Document
+from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 from .annotate import annotate
+from .blandness import most_thinking, over_others
 from .decisions import choose_boundaries
+from .text import token_text
 
 
 if TYPE_CHECKING:
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 EVAL_NOISE = NoiseKey(seed=0x5EED, phase=-1, step=0)  # every evaluation tries the same boundaries with the same noise
 _SUMS = (
     "log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain", "latents",
-    "latent_tokens", "policy_latents",
+    "latent_tokens", "policy_latents", "documents", "over_other", "others",
 )  # fmt: skip
+_WRITTEN = "latent: "  # begins the name of a count of latents by what they say, so that these, too, can be added
 _HINDSIGHT = ("hindsight_elbo", "hindsight_multi", "hindsight_gain")
 
 
@@ -39,9 +43,14 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
     price of doing without. `elbo` and `multi_sample` put every latent before its own line on the clean text. With
     latents that are not the policy's own, `hindsight_elbo` and `hindsight_multi` are the same bounds with as many of
     these.
+
+    `over_other` is what latents bring more, where the model thinks most, than as many of the document before, in nats
+    (of `others` documents: the first has none before it); names that begin with `"latent: "` count what the first
+    latent there says.
     """
     args = policy.args
     sums = dict.fromkeys(_SUMS if policy.proposer.causal else (*_SUMS, *_HINDSIGHT), 0.0)
+    before: RolloutGroup | None = None
     for document in documents:
         boundaries = choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE)
         # On the clean text, each latent before its own line; then the text that the policy itself has annotated.
@@ -50,6 +59,7 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
         gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
         annotated = annotate(policy, document, EVAL_NOISE, "policy")
         trunk = policy.engine.trunk(annotated.document)
+        sums["documents"] += 1
         sums["log_likelihood"] += bounds.log_likelihood
         sums["elbo"] += bounds.elbo
         sums["multi_sample"] += bounds.multi_sample
@@ -62,8 +72,15 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
         sums["latents"] += gain.numel()
         sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
         sums["policy_latents"] += len(annotated.placed)
+        if boundaries:
+            written = _WRITTEN + token_text(policy.tokenizer, group.latents[most_thinking(group)][0].token_ids)
+            sums[written] = sums.get(written, 0.0) + 1
+            if before is not None and before.document.doc_id != document.doc_id:
+                sums["over_other"] += over_others(policy.engine, [(group, before)], args.discount)[0]
+                sums["others"] += 1
+            before = group
         if not policy.proposer.causal:
-            group = policy.propose(document, boundaries, args.eval_num_latents, EVAL_NOISE)
+            (group,) = policy.propose([document], [boundaries], args.eval_num_latents, EVAL_NOISE)
             bounds = code_bounds(group)
             gain = compute_returns(group, args.horizon, args.discount).gain_TG
             sums["hindsight_elbo"] += bounds.elbo
@@ -73,7 +90,8 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
 
 
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Averages: nats per code token (bounds negated, so that lower is better), rates, nats per latent."""
+    """Averages: nats per code token (bounds negated, so that lower is better), rates, nats per latent. What was not
+    measured is left out."""
     tokens, boundaries, latents = (max(sums[name], 1) for name in ("tokens", "boundaries", "latents"))
     metrics = {
         "loss": -sums["log_likelihood"] / tokens,
@@ -92,4 +110,8 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
         metrics["elbo_hindsight"] = -sums["hindsight_elbo"] / tokens
         metrics["bound_hindsight"] = -sums["hindsight_multi"] / tokens
         metrics["gain_hindsight"] = sums["hindsight_gain"] / latents
+    if sums["others"]:
+        metrics["gain_over_other"] = sums["over_other"] / sums["others"]
+    if written := {name: count for name, count in sums.items() if name.startswith(_WRITTEN)}:
+        metrics["distinct_rate"], _, metrics["most_frequent_rate"] = shares(written)
     return metrics

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import RA3Config
+from ..losses import explored
 from ..models import AbstractionHead
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey, keyed_uniform
@@ -75,7 +76,7 @@ def line_numbers(document: Document, boundaries: Sequence[int]) -> np.ndarray:
 
 
 def choose_boundaries(document: Document, limit: int, noise: NoiseKey) -> tuple[int, ...]:
-    """Chooses the boundaries to try: all, or `limit` of them drawn without replacement by keyed noise."""
+    """Chooses all boundaries, or `limit` of them drawn without replacement by keyed noise."""
     boundaries = document.boundaries
     if not limit or len(boundaries) <= limit:
         return boundaries
@@ -84,22 +85,72 @@ def choose_boundaries(document: Document, limit: int, noise: NoiseKey) -> tuple[
     return tuple(sorted(boundaries[i] for i in u.argsort()[:limit]))
 
 
-def choose_by_promise(
-    document: Document, promise_S: torch.Tensor, args: RA3Config, noise: NoiseKey
-) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Chooses the boundaries to try under a budget: those of the largest promise, and some of the others, drawn.
+Tried = tuple[tuple[int, ...], torch.Tensor]  # boundaries to try, and `[T]` inverse probabilities of being tried
 
-    A share `boundary_exploration` of them is drawn, so that no boundary is out of reach.
+
+def choose_to_try(policy_head: HeadDecisions | None, trunk: RolloutGroup, args: RA3Config, noise: NoiseKey) -> Tried:
+    """Chooses where an E-step tries latents, by `boundary_selection`.
 
     Returns:
-        The boundaries and their weights `[T]`: inverse probabilities of being tried, 1 on average, so that weighted
-        averages over the tried ones are unbiased for all.
+        The boundaries and their weights, with which sums over the tried ones are unbiased for sums over all.
+    """
+    document = trunk.document
+    total, most = len(document.boundaries), args.max_boundaries
+    if args.boundary_selection == "random":
+        boundaries = choose_boundaries(document, most, noise)
+        return boundaries, torch.full((len(boundaries),), total / max(len(boundaries), 1))
+    count = math.ceil(args.boundary_budget * total)
+    count = min(count, most) if most else count
+    if count >= total:
+        return document.boundaries, torch.ones(total)
+    if args.boundary_selection == "head" and policy_head is not None and trunk.states_SD is not None:
+        return choose_by_promise(document, policy_head.promise(trunk.states_SD), count, args, noise)
+    log_think_S = trunk.decision_logps_A[list(document.boundaries)]
+    return choose_by_gate(document, explored(log_think_S, args.exploration), count, noise)
+
+
+def inclusion_probs(size_S: np.ndarray, count: int) -> np.ndarray:
+    """Computes probabilities in proportion to `size_S`, none above 1, that add up to `count`; all alike where every
+    size is 0.
+
+    >>> inclusion_probs(np.array([0.6, 0.1, 0.1]), count=2)  # the first alone would have 1.5
+    array([1. , 0.5, 0.5])
+    """
+    sizes = size_S if size_S.max() > 0 else np.ones_like(size_S)
+    sizes = np.maximum(sizes, sizes.max() * 1e-9)  # each has some chance
+    certain = np.zeros(len(sizes), dtype=bool)
+    while True:
+        probs = np.where(certain, 1.0, sizes * (count - certain.sum()) / max(sizes[~certain].sum(), 1e-300))
+        above = probs > 1.0
+        if not above.any():
+            return probs
+        certain |= above
+
+
+def choose_by_gate(document: Document, think_S: torch.Tensor, count: int, noise: NoiseKey) -> Tried:
+    """Chooses `count` boundaries in proportion to how often the E-step thinks there, `think_S`.
+
+    Systematic sampling: points one apart, from one keyed number on, are laid over the summed probabilities. So each
+    boundary has exactly its probability, and the count is fixed.
     """
     boundaries = document.boundaries
-    count = math.ceil(args.boundary_budget * len(boundaries))
-    count = min(count, args.max_boundaries) if args.max_boundaries else count
-    if count >= len(boundaries):
-        return boundaries, torch.ones(len(boundaries))
+    probs = inclusion_probs(think_S.double().numpy(), count)
+    start = line_numbers(document, boundaries[:1])
+    u = keyed_uniform(noise.seed, noise.phase, noise.step, document.doc_id, start, _BOUNDARIES)
+    ends = probs.cumsum()
+    ends[-1] = count  # whatever the sum was rounded to
+    tried = np.searchsorted(ends, np.minimum(u, 1 - 2.0**-32) + np.arange(count), side="right")
+    return tuple(boundaries[i] for i in tried), torch.tensor(1 / probs[tried], dtype=torch.float32)
+
+
+def choose_by_promise(
+    document: Document, promise_S: torch.Tensor, count: int, args: RA3Config, noise: NoiseKey
+) -> Tried:
+    """Chooses `count` boundaries: those of the largest promise, and some of the others, drawn.
+
+    A share `boundary_exploration` of them is drawn, so that no boundary is out of reach.
+    """
+    boundaries = document.boundaries
     key = (noise.seed, noise.phase, noise.step, document.doc_id, line_numbers(document, boundaries))
     tie, draw = keyed_uniform(*key, _BOUNDARIES), keyed_uniform(*key, _EXPLORED)
     drawn = max(1, round(args.boundary_exploration * count))
@@ -110,5 +161,4 @@ def choose_by_promise(
     stands_for = np.ones(len(boundaries))
     stands_for[rest] = len(rest) / drawn
     tried = sorted([*best, *rest[:drawn]])
-    weight_T = torch.tensor(stands_for[tried] * count / len(boundaries), dtype=torch.float32)
-    return tuple(boundaries[i] for i in tried), weight_T
+    return tuple(boundaries[i] for i in tried), torch.tensor(stands_for[tried], dtype=torch.float32)

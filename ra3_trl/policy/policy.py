@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -42,7 +43,7 @@ from .text import token_text
 THINKING = (
     "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
     "top_p", "gate", "boundary_selection", "boundary_budget", "annotation_skip", "horizon", "discount",
-    "line_reduction", "annotation", "prior_alpha",
+    "line_reduction", "penalty", "exploration", "annotation", "prior_alpha",
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ class Policy:
         if head is not None and (not head.config.trained_on or head.config.action_format != args.action_format):
             head = None  # it knows nothing of such boundaries
         if head is None or not args.abstraction_head:
-            for field, other in (("gate", "token"), ("boundary_selection", "random")):
+            for field, other in (("gate", "token"), ("boundary_selection", "gate")):
                 if changes.get(field) == "head":
                     raise ValueError(
                         f"`{field}` is 'head', but {name!r} has no trained abstraction head for "
@@ -264,11 +265,14 @@ class Policy:
         with self.inference(whole=False):
             return self.decide(self.engine.score(document, boundaries, latents, self.args.horizon))
 
-    def propose(self, document: Document, boundaries: Boundaries, num_latents: int, noise: NoiseKey) -> RolloutGroup:
-        """As `rollout`, with latents of the `proposer`."""
+    def propose(
+        self, documents: Sequence[Document], boundaries: Sequence[Boundaries], num_latents: int, noise: NoiseKey
+    ) -> list[RolloutGroup]:
+        """As `rollout` of each document, with latents of the `proposer`."""
         engine, horizon = self.engine, self.args.horizon
         with self.inference(whole=False):
-            return self.decide(self.proposer.propose(engine, document, boundaries, num_latents, horizon, noise))
+            groups = self.proposer.propose(engine, documents, boundaries, num_latents, horizon, noise)
+        return [self.decide(group) for group in groups]
 
     def annotate(self, document: Document, noise: NoiseKey | None = None, way: str | None = None) -> AnnotatedExample:
         """Splices latents into a document, see [`annotate`]; `text` reads the result."""
@@ -322,13 +326,15 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         `ValueError`: for a field that there is none of, or a bad value.
     """
     settings = {name: saved[name] for name in THINKING if name in saved} | changes
+    if "penalty" not in changes and settings.get("penalty") == math.inf:
+        del settings["penalty"]  # how one trains without latents; asked for some, the policy places what pays
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
     if unknown:
         raise ValueError(f"`{unknown[0]}` is no setting of a policy; see `RA3Config`.")
     if settings.get("annotation") is None:
         settings["annotation"] = "resample"
-    # Of the trainer's checks only these could refuse what a policy can do: against no latent one is enough.
-    fixed: dict[str, Any] = {"baseline": "no_think", "report_to": "none"}
+    # Of the trainer's checks only those of an E-phase could refuse what a policy can do, such as with one latent.
+    fixed: dict[str, Any] = {"e_steps": 0, "report_to": "none"}
     with beside_trainers():
         return RA3Config(**fixed | settings)
 

@@ -18,9 +18,15 @@ class LatentSource(Protocol):
     """One origin of latents in an E-phase: it draws its share, and learns from it."""
 
     def draw(
-        self, engine: RolloutEngine, document: Document, boundaries: Boundaries, noise: NoiseKey, score: bool
-    ) -> RolloutGroup:
-        """Draws latents at `boundaries`; the group's `view` is what they were drawn from, where not the document."""
+        self,
+        engine: RolloutEngine,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
+        noise: NoiseKey,
+        score: bool,
+    ) -> list[RolloutGroup]:
+        """Draws latents at the `boundaries` of each document; a group's `view` is what they were drawn from, where not
+        the document."""
 
     def weigh(self, engine: RolloutEngine, group: RolloutGroup) -> RolloutGroup:
         """Adds the latents' `log_ratio_TG` under the weights in use."""
@@ -42,16 +48,16 @@ class Proposer(Protocol):
     def propose(
         self,
         engine: RolloutEngine,
-        document: Document,
-        boundaries: Boundaries,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
-    ) -> RolloutGroup:
-        """Pools the latents of all origins, scored, with their `log_ratio_TG`."""
+    ) -> list[RolloutGroup]:
+        """Pools the latents of all origins at the `boundaries` of each document, scored, with their `log_ratio_TG`."""
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
-        """Shares `num_latents` out among the origins, each `least` or more, for an E-phase."""
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
+        """Shares `num_latents` out among the origins, each two or more, for an E-phase."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,14 @@ class _OwnSource:
     horizon: int
 
     def draw(
-        self, engine: RolloutEngine, document: Document, boundaries: Boundaries, noise: NoiseKey, score: bool
-    ) -> RolloutGroup:
-        return engine.rollout(document, boundaries, self.num_latents, self.horizon, noise, score=score)
+        self,
+        engine: RolloutEngine,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
+        noise: NoiseKey,
+        score: bool,
+    ) -> list[RolloutGroup]:
+        return engine.rollouts(documents, boundaries, self.num_latents, self.horizon, noise, score)
 
     def weigh(self, engine: RolloutEngine, group: RolloutGroup) -> RolloutGroup:
         return group
@@ -79,15 +90,15 @@ class OwnLatents:
     def propose(
         self,
         engine: RolloutEngine,
-        document: Document,
-        boundaries: Boundaries,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
         num_latents: int,
         horizon: int,
         noise: NoiseKey,
-    ) -> RolloutGroup:
-        return engine.rollout(document, boundaries, num_latents, horizon, noise)
+    ) -> list[RolloutGroup]:
+        return engine.rollouts(documents, boundaries, num_latents, horizon, noise)
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
         return (_OwnSource(num_latents, horizon),)
 
 

@@ -26,6 +26,7 @@ _TRAINING = {  # of each kind of run: what is logged, title, unit
         ("estep/reward", "E-phase: reward", "nats"),
         ("estep/gain", "E-phase: gain of a latent", "nats"),
         ("estep/gate_weighted_gain", "E-phase: gain where it thinks", "nats"),
+        ("estep/gain_over_other", "E-phase: gain over another document's", "nats"),
         ("estep/think_rate", "E-phase: P(think)", ""),
         ("mstep/annotated_rate", "M-phase: boundaries with a latent", "share"),
         ("mstep/code_loss", "M-phase: loss of code tokens", "nats a token"),
@@ -40,7 +41,7 @@ _TRAINING = {  # of each kind of run: what is logged, title, unit
         ("latent_length", "RLVR: length of a latent", "tokens"),
     ),
 }
-_DEMO = ("estep/gain", "estep/think_rate", "mstep/code_loss")
+_DEMO = ("estep/gain", "estep/gain_over_other", "estep/think_rate", "mstep/code_loss")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .show import visible
+
 
 # Of each number: what it is called, and how it is written.
 _ROWS = {
@@ -35,6 +37,10 @@ _ROWS = {
         "helps": ("latents that bring something", ".0%"),
         "gain_where_it_thinks": ("nats, weighed by P(think)", "+.3f"),
         "gain_per_token_where_it_thinks": ("for each token, weighed", "+.3f"),
+        "gain_over_other": ("nats more than another document's bring", "+.3f"),
+        "distinct_rate": ("different ones, one a document", ".0%"),
+        "most_frequent": ("the most frequent of these", ""),
+        "most_frequent_rate": ("its share", ".0%"),
         "price": ("nats to write one, -log pi(z | s)", ".2f"),
         "latent_tokens": ("tokens of a latent", ".1f"),
     },
@@ -50,7 +56,8 @@ def print_diagnosis(diagnosis: dict[str, Any], console: Console) -> None:
         numbers = diagnosis[section] or {}
         for key, (label, form) in rows.items():
             if numbers.get(key) is not None:
-                table.add_row(Text(label), format(numbers[key], form))
+                cell = visible(numbers[key].strip()) if isinstance(numbers[key], str) else format(numbers[key], form)
+                table.add_row(Text(label), Text(cell))
         console.print(table)
     table = Table(title="Compactness", title_justify="left")
     for name in ("", "entropy (nats)", "effective number", "distinct", "given the state (nats)"):

@@ -38,11 +38,12 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
 
 
 def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_table.Table:
-    """Makes a rich table of the rows with the largest gains."""
+    """Makes a rich table of the rows with the largest gains, equal ones once."""
     table = rich_table.Table(title=title, title_justify="left")
     for name in ("gain (nats)", "P(think)", "latent", "next line"):
         table.add_column(name, justify="left" if name in ("latent", "next line") else "right", overflow="fold")
-    for row in sorted(rows, key=lambda r: -r["gain"])[:_SHOWN]:
+    different = {(row["latent"], row["line"], row["gain"]): row for row in rows}.values()
+    for row in sorted(different, key=lambda r: -r["gain"])[:_SHOWN]:
         cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table

@@ -59,6 +59,7 @@ def look(
             continue
         with policy.inference():
             group = policy.rollout(document, tuple(places))
+            over = over_elsewhere(policy, group)
         gains_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
         by_head = {}
         if policy.head is not None:
@@ -73,13 +74,27 @@ def look(
             if group.head_logps_A is not None:  # the head decides
                 prob, other = other, prob
             latents = _latents(group, t, gains_TG[t].tolist(), data, action_format)
-            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted))
+            shown.append(ShownBoundary(line, column, indent, prob, latents, other, predicted, over[t]))
         progress(len(shown), total)
     settings, decides = (
         {field: getattr(args, field) for field in _SETTINGS},
         "head" if args.gate == "head" else "tokens",
     )
     return ShownFile(name, text, checkpoint, tuple(shown), lines[0], lines[-1], settings, decides)
+
+
+def over_elsewhere(policy: Policy, group: RolloutGroup) -> list[float] | list[None]:
+    """Measures what the latents at each boundary bring more than those drawn half the group's boundaries away, in
+    nats; nothing where there is one boundary only."""
+    # Half the way round: of the next boundary a latent may still tell something.
+    count = len(group.boundaries)
+    if count < 2:
+        return [None] * count
+    latents = [group.latents[(t + count // 2) % count] for t in range(count)]
+    horizon = group.latent_line_logps_TGH.shape[2]
+    instead = policy.engine.score(group.document, group.boundaries, latents, horizon)
+    own, others = (compute_returns(g, horizon, policy.args.discount).latent_TG for g in (group, instead))
+    return (own.mean(1) - others.mean(1)).tolist()
 
 
 def _latents(

@@ -16,7 +16,14 @@ GAIN_SCALE = 3.0  # nats at which the shade of a gain is full
 
 def render_page(shown: ShownFile) -> str:
     """Renders a file as HTML; everything that comes from the file or the model is escaped."""
-    return render("page.html.jinja", shown=shown, rows=shown.rows(), summary=shown.summary(), scale=GAIN_SCALE)
+    return render(
+        "page.html.jinja",
+        shown=shown,
+        rows=shown.rows(),
+        summary=shown.summary(),
+        sameness=shown.sameness(),
+        scale=GAIN_SCALE,
+    )
 
 
 def render(template: str, **values: Any) -> str:

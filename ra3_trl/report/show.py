@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +15,8 @@ from pygments.token import Comment, Keyword, Name, Number, String, Token
 from pygments.util import ClassNotFound
 from rich.console import Console
 from rich.text import Text
+
+from ..analysis import shares
 
 
 Runs = list[tuple[str, str]]  # kind of token ("" is plain) and text
@@ -54,7 +57,8 @@ class ShownBoundary:
 
     `line` counts from 1; `column` is 0 where nothing but white space stands before. `think_prob` is the P(think) that
     decides, `other_prob` that of the other of tokens and abstraction head, if there is a head; `predicted_gain` (nats)
-    is the head's. `latents`: the one drawn most often first, of these the likeliest.
+    is the head's. `latents`: the one drawn most often first, of these the likeliest. `over_elsewhere` (nats) is what
+    they bring more, on average, than as many that were drawn at another boundary of the file.
     """
 
     line: int
@@ -64,6 +68,7 @@ class ShownBoundary:
     latents: tuple[ShownLatent, ...]
     other_prob: float | None = None
     predicted_gain: float | None = None
+    over_elsewhere: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,20 @@ class ShownFile:
             "gain": fmean(gains or [0]),
             "helps": fmean([gain > 0 for gain in gains] or [0]),
         }
+
+    @property
+    def over_elsewhere(self) -> float | None:
+        """What latents bring more than those drawn at another boundary of the file, on average; `None` for one."""
+        known = [b.over_elsewhere for b in self.boundaries if b.over_elsewhere is not None]
+        return fmean(known) if known else None
+
+    def sameness(self) -> tuple[float, str, float] | None:
+        """Finds the share of different ones among all that were drawn, the most frequent, and its share."""
+        texts = Counter[str]()
+        for boundary in self.boundaries:
+            for latent in boundary.latents:
+                texts[latent.text] += latent.count
+        return shares(texts) if texts else None
 
     def rows(self) -> Iterator[Row]:
         """Yields the lines shown, each once and in order; their runs join to the line without its end."""
@@ -181,6 +200,7 @@ def print_file(shown: ShownFile, console: Console) -> None:
     for line in (
         f"Boundaries: {sums['boundaries']}, mean P(think) {sums['think_prob']:.3f}, expected latents "
         f"{sums['expected_latents']:.1f}; mean gain {sums['gain']:+.2f} nats, above 0 for {sums['helps']:.0%}.",
+        *_sameness_lines(shown),
         f"P(think), by the {shown.decides}: probability of a latent before the line. gain: what the latent above the "
         f"line, of {shown.settings['num_latents']} the one drawn most often, adds to the log-likelihood of the next "
         f"lines (horizon {shown.settings['horizon']}), in nats.",
@@ -202,6 +222,20 @@ def print_file(shown: ShownFile, console: Console) -> None:
                 cells[2:4] = [f"{boundary.other_prob:6.3f}", f"{boundary.predicted_gain:+9.2f}"]
         code = Text.assemble(*((visible(text), _STYLES.get(kind, "")) for kind, text in row.runs))
         _print_row(console, cells, code)
+
+
+def _sameness_lines(shown: ShownFile) -> list[str]:
+    """Says whether the latents tell anything about where they stand."""
+    lines = []
+    if (found := shown.sameness()) is not None:
+        different, text, share = found
+        lines.append(f"Of all latents drawn {different:.0%} are different; {share:.0%} are {visible(text)!r}.")
+    if shown.over_elsewhere is not None:
+        lines.append(
+            f"A latent brings {shown.over_elsewhere:+.2f} nats more than one drawn at another boundary of this file: "
+            "near 0 latents tell nothing about where they stand."
+        )
+    return lines
 
 
 def _print_latent(console: Console, boundary: ShownBoundary, cells: list[str]) -> None:

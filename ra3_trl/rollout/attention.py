@@ -1,14 +1,15 @@
-"""One attention function for branches that share a document.
+"""One attention function for branches that share documents.
 
-A branch sees the document's tokens before its boundary and its own. Registered with
-`transformers.AttentionInterface`, it is reached through an extra keyword argument of the model, so no model code is
-patched and no [tokens, tokens] mask ever exists. Branches are handled in blocks: the queries of a block attend to
-[own keys of the block | document keys up to the block's last boundary] in one call of PyTorch's fused attention.
+A branch sees its document's tokens before its boundary and its own. Several documents go through one forward, so that
+the layers around read their weights once for all of them. Registered with `transformers.AttentionInterface`, it is
+reached through an extra keyword argument of the model, so no model code is patched and no [tokens, tokens] mask ever
+exists. Branches are handled in blocks of one document: the queries of a block attend to [own keys of the block |
+document keys up to the block's last boundary] in one call of PyTorch's fused attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "ra3_branch"
 _OWN_KEYS = 1024  # most own keys in a block, unless one branch alone has more
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, or `[kv_heads, M, slots, D]`
 
 
 @dataclass
@@ -43,8 +45,9 @@ class _Block:
 
     first: int
     last: int
+    document: int  # number of their document
     slots: int  # own keys of each branch
-    document: int  # document keys that the last of them sees
+    shared: int  # document keys that the last of them sees
     row_MS: torch.Tensor  # row of each query among the branch tokens, -1 where a branch has fewer
     visible_MSL: torch.Tensor  # which own slots each query sees
     position_MS: torch.Tensor  # of the queries
@@ -53,12 +56,12 @@ class _Block:
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
     def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask `[repeat*M*S, M*L + document]`, made once for all layers of a kind."""
+        """Additive mask `[repeat*M*S, M*L + shared]`, made once for all layers of a kind."""
         if window not in self.masks:
             branches, queries = self.row_MS.shape
             device = self.row_MS.device
             own = self.visible_MSL
-            keys = torch.arange(self.document, device=device)
+            keys = torch.arange(self.shared, device=device)
             shared = (keys < self.prefix_M[:, None, None]).expand(-1, queries, -1)
             if window is not None:
                 own = own & (self.position_MS[:, :, None] - self.position_ML[:, None, :] < window)
@@ -94,22 +97,32 @@ def _causal(
 
 
 class BranchState:
-    """Holds keys and values of one document and of the branches in flight, and what the current forward is.
+    """Holds keys and values of documents and of the branches in flight, and what the current forward is.
 
-    `prefix_M` are the document tokens that each branch sees, ascending; `slots` the most tokens of a branch. `cached`
-    keeps keys and values from forward to forward (no gradients); without, there is one packed forward
-    [document | branches] with gradients. The document's are those of another state, if given.
+    `prefix_M` are the document tokens that each branch sees, `document_M` the numbers of their documents, ascending
+    (and the prefixes within a document); `slots` the most tokens of a branch. `cached` keeps keys and values from
+    forward to forward (no gradients); without, there is one packed forward [documents | branches] with gradients. The
+    documents' are those of another state, if given.
     """
 
-    def __init__(self, prefix_M: torch.Tensor, slots: int, cached: bool, document: BranchState | None = None):
+    def __init__(
+        self,
+        prefix_M: torch.Tensor,
+        document_M: Sequence[int],
+        slots: int,
+        cached: bool,
+        trunk: BranchState | None = None,
+    ):
         self.prefix_M = prefix_M
+        self.document_M = document_M
         self.slots = slots
         self.cached = cached
-        self._document: dict[int, tuple[torch.Tensor, ...]] = document._document if document else {}  # by layer
-        self._own: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._documents: dict[int, list[KeysValues]] = trunk._documents if trunk else {}  # by layer
+        self._own: dict[int, KeysValues] = {}
+        self._roomy: dict[tuple[int, int], KeysValues] = {}  # by layer and document
         self._position_ML = torch.zeros(len(prefix_M), slots, dtype=torch.long, device=prefix_M.device)
         self.blocks: list[_Block] = []
-        self.document_length = 0
+        self._lengths: list[int] = []
         self._tokens: BranchTokens | None = None
         self._own_row: torch.Tensor | None = None
         self._query_row: torch.Tensor | None = None
@@ -118,24 +131,27 @@ class BranchState:
 
     @property
     def layers(self) -> int:
-        """Number of layers that attended to the document through this state."""
-        return len(self._document)
+        """Number of layers that attended to the documents through this state."""
+        return len(self._documents)
 
     def spread(self, count: int) -> BranchState:
         """Each branch `count` times, one after the other, with the keys and values that it has: what they have in
         common is run once."""
-        state = BranchState(self.prefix_M.repeat_interleave(count), self.slots, self.cached)
-        state._document = self._document
-        state._own = {layer: tuple(x.repeat_interleave(count, 1) for x in kept) for layer, kept in self._own.items()}
+        documents = [number for number in self.document_M for _ in range(count)]
+        state = BranchState(self.prefix_M.repeat_interleave(count), documents, self.slots, self.cached, self)
+        state._own = {
+            layer: (k.repeat_interleave(count, 1), v.repeat_interleave(count, 1))
+            for layer, (k, v) in self._own.items()
+        }
         state._position_ML = self._position_ML.repeat_interleave(count, 0)
         return state
 
-    def begin(self, tokens: BranchTokens | None, document_length: int = 0) -> torch.Tensor:
-        """Announces a forward of `document_length` document tokens followed by `tokens`; returns its position ids."""
-        self._tokens, self.document_length, self.blocks = tokens, document_length, []
-        positions = torch.arange(document_length, device=self.prefix_M.device)
+    def begin(self, tokens: BranchTokens | None, lengths: Sequence[int] = ()) -> torch.Tensor:
+        """Announces a forward of documents of so many tokens followed by `tokens`; returns its position ids."""
+        self._tokens, self._lengths, self.blocks = tokens, list(lengths), []
+        positions = [torch.arange(length, device=self.prefix_M.device) for length in lengths]
         if tokens is None:
-            return positions
+            return torch.cat(positions)
         depth = torch.where(tokens.sees_n > tokens.slot_n, tokens.slot_n, tokens.sees_n + tokens.slot_n - tokens.run_n)
         position_n = self.prefix_M[tokens.branch_n] + depth
         self._position_ML[tokens.branch_n, tokens.slot_n] = position_n
@@ -143,7 +159,7 @@ class BranchState:
             self._own_row = torch.zeros_like(self._position_ML)
             self._own_row[tokens.branch_n, tokens.slot_n] = torch.arange(len(tokens), device=position_n.device)
         self._make_blocks(tokens, position_n)
-        return torch.cat([positions, position_n])
+        return torch.cat([*positions, position_n])
 
     def _make_blocks(self, tokens: BranchTokens, position_n: torch.Tensor) -> None:
         branches, counts = torch.unique_consecutive(tokens.branch_n, return_counts=True)
@@ -154,7 +170,7 @@ class BranchState:
         while i < len(ids):
             most = max(1, min(64, _OWN_KEYS // slots, max(8, prefix[ids[i]] // (2 * slots))))
             j = i + 1
-            while j < len(ids) and j - i < most and ids[j] - ids[i] < most:
+            while j < len(ids) and ids[j] - ids[i] < most and self.document_M[ids[j]] == self.document_M[ids[i]]:
                 j += 1
             self.blocks.append(self._block(tokens, position_n, ids[i:j], bounds[i : j + 1], slots))
             rows.append(self.blocks[-1].row_MS.flatten())
@@ -178,28 +194,27 @@ class BranchState:
         j = torch.arange(slots, device=device)
         sees, run, slot = (x[at][:, :, None] for x in (tokens.sees_n, tokens.run_n, tokens.slot_n))
         visible = (j < sees) | ((j >= run) & (j <= slot))
-        prefix = self.prefix_M[first:last]
-        document, own_positions = int(prefix.max()), self._position_ML[first:last, :slots]
-        return _Block(first, last, slots, document, row, visible, position_n[at], prefix, own_positions)
+        document, prefix, own = (
+            self.document_M[first],
+            self.prefix_M[first:last],
+            self._position_ML[first:last, :slots],
+        )
+        return _Block(first, last, document, slots, int(prefix.max()), row, visible, position_n[at], prefix, own)
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
         """Attention output `[1, tokens, heads, D]` of one layer; arguments as the model hands them over."""
-        q, k, v = (x[0] for x in qkv)
-        cut, outputs = self.document_length, []
-        if cut:
-            outputs.append(_causal(q[:, :cut], k[:, :cut], v[:, :cut], scale, window, cap))
-            self._keep_document(layer, k[:, :cut], v[:, :cut])
+        # Split and not sliced: the backward of a slice fills a tensor of the whole's size, for every document.
+        rest = qkv[0].shape[2] - sum(self._lengths)
+        *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
+        outputs = [_causal(*document, scale, window, cap) for document in documents]
+        if documents:
+            self._documents[layer] = [(k, v) for _, k, v in documents]
         if self._tokens is not None:
-            self._keep_own(self._tokens, layer, k[:, cut:], v[:, cut:])
-            outputs.append(self._attend_blocks(layer, q[:, cut:], scale, window, cap))
+            self._keep_own(self._tokens, layer, k, v)
+            outputs.append(self._attend_blocks(layer, q, scale, window, cap))
         return torch.cat(outputs, 1).transpose(0, 1)[None]
-
-    def _keep_document(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        # Room in front: a block's own keys are written there, so that [own | document] is a view and not a copy.
-        room = _OWN_KEYS if self.cached else 0
-        self._document[layer] = tuple(pad(x, (0, 0, room, 0)) if room else x for x in (k, v))
 
     def _keep_own(self, tokens: BranchTokens, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if not self.cached:
@@ -211,16 +226,31 @@ class BranchState:
         for kept, new in zip(self._own[layer], (k, v), strict=True):
             kept[:, tokens.branch_n, tokens.slot_n] = new
 
-    def _keys(self, block: _Block, own: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
-        mine = own[:, :, : block.slots].flatten(1, 2)
-        if not self.cached:
-            return torch.cat([mine, document[:, : block.document]], 1)
-        room = _OWN_KEYS
-        if mine.shape[1] > room:
-            return torch.cat([mine, document[:, room : room + block.document]], 1)
-        start = room - mine.shape[1]
-        document[:, start:room] = mine
-        return document[:, start : room + block.document]
+    def _keys(self, layer: int, block: _Block, own: KeysValues) -> tuple[torch.Tensor, ...]:
+        """Keys and values `[kv_heads, own | shared, D]` that a block attends to."""
+        mine = [x[:, :, : block.slots].flatten(1, 2) for x in own]
+        count = mine[0].shape[1]
+        if not self.cached or count > _OWN_KEYS:
+            documents = self._documents[layer][block.document]
+            return tuple(torch.cat([x, d[:, : block.shared]], 1) for x, d in zip(mine, documents, strict=True))
+        # A block's own keys are written in front of the document's: [own | document] is a view, no copy at each step.
+        roomy = self._with_room(layer, block.document)
+        room = roomy[0].shape[1] - self._documents[layer][block.document][0].shape[1]
+        for x, kept in zip(mine, roomy, strict=True):
+            kept[:, room - count : room] = x
+        return tuple(kept[:, room - count : room + block.shared] for kept in roomy)
+
+    def drop_room(self) -> None:
+        """Lets go of the copies that forwards have made; the next one makes them anew."""
+        self._roomy.clear()
+
+    def _with_room(self, layer: int, document: int) -> KeysValues:
+        """Keys and values of a document behind room for those of a block."""
+        if (layer, document) not in self._roomy:
+            room = min(_OWN_KEYS, self.slots * self.document_M.count(document))
+            k, v = self._documents[layer][document]
+            self._roomy[layer, document] = (pad(k, (0, 0, room, 0)), pad(v, (0, 0, room, 0)))
+        return self._roomy[layer, document]
 
     def _attend_blocks(
         self, layer: int, q: torch.Tensor, scale: float | None, window: int | None, cap: float | None
@@ -235,7 +265,7 @@ class BranchState:
             owns = list(zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True))
         outputs = []
         for block, query, own in zip(self.blocks, queries, owns, strict=True):
-            k, v = (self._keys(block, x, doc) for x, doc in zip(own, self._document[layer], strict=True))
+            k, v = self._keys(layer, block, own)
             repeat = len(q) // len(k)
             mask = block.mask(window, repeat, q.dtype)
             grouped = query.reshape(len(k), repeat * query.shape[1], -1)

@@ -1,9 +1,10 @@
-"""The branch engine: one forward of the document, then all branches together on its cache."""
+"""The branch engine: one forward of the documents, then all branches together on their cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,78 +13,91 @@ from torch import nn
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .attention import BranchState, BranchTokens, branch_attention
-from .engine import Flight, MakeFlight, RolloutEngine, gate_tokens
+from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, gate_targets
 from .sampler import draw_from_hidden, fed_tokens
 
 
 class BranchEngine(RolloutEngine):
-    """Lets the branches of a document share its prefix, see `attention.py`."""
+    """Lets the branches of documents share their prefixes, see `attention.py`."""
 
     name = "branch"
 
     def _forward(
         self,
         state: BranchState,
-        document: Sequence[int],
+        documents: Sequence[Sequence[int]],
         tokens: BranchTokens | None,
         through: nn.Module | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[tokens, hidden_size]` of document tokens followed by branch tokens."""
-        positions, ids = state.begin(tokens, len(document)), self._long(document)
+        """Hidden states `[tokens, hidden_size]` of documents' tokens followed by branch tokens."""
+        positions = state.begin(tokens, [*map(len, documents)])
+        ids = self._long([token for document in documents for token in document])
         row = ids if tokens is None else torch.cat([ids, tokens.token_n])
         return self.backbone.hidden(through, input_ids=row[None], position_ids=positions[None], ra3=state)[0]
 
-    def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
-        trunk = BranchState(self._long([]), 1, cached=True)
-        hidden = self._forward(trunk, document.input_ids, None)
+    def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
+        trunk = BranchState(self._long([]), (), 1, cached=True)
+        ids = [document.input_ids for document in documents]
+        hidden = self._forward(trunk, ids, None)
         layers = self.backbone.causal_lm.config.get_text_config().num_hidden_layers
         if trunk.layers != layers:  # any other way of mixing tokens would mix branches
             raise ValueError(f"only {trunk.layers} of {layers} layers are plain attention")
-        ids, actions = np.array(document.input_ids), document.actions
-        lines = torch.zeros(len(actions), device=hidden.device)
-        gates = torch.full_like(lines, float("-inf"))
-        if actions:
-            # Line by line, and not all between the first and the last: what stands between two (a latent, in an
-            # annotated document) is of neither. The first token of a row is predicted by nothing.
-            spans = [np.arange(max(a.start, 1), a.end) for a in actions]
-            at, owner = np.concatenate(spans), np.repeat(np.arange(len(spans)), [len(s) for s in spans])
-            logps = self.backbone.token_logps(hidden[self._long(at - 1)], self._long(ids[at]))
-            lines.index_add_(0, self._long(owner), logps)
-            self._gates(document, hidden, trunk, gates)
-        empty = torch.zeros(0, 0, 0)
-        states = hidden[self._long([actions[i].start - 1 for i in document.boundaries])].float().cpu()
-        group = RolloutGroup(document, (), (), lines.cpu(), gates.cpu(), empty, empty, states)
-        return group, partial(_Flight, self, document, trunk)
+        lines, gates = self._own_tokens(documents, hidden)
+        counts, empty = [len(document.actions) for document in documents], torch.zeros(0, 0, 0)
+        groups = []
+        for document, states, *scores in zip(
+            documents, hidden.split([*map(len, ids)]), lines.split(counts), gates.split(counts), strict=True
+        ):
+            at = self._long([document.actions[i].start - 1 for i in document.boundaries])
+            groups.append(RolloutGroup(document, (), (), *scores, empty, empty, states[at].float().cpu()))
+        self._side_runs(groups, trunk)
+        return groups, partial(_Flight, self, trunk)
 
-    def _gates(self, document: Document, hidden: torch.Tensor, trunk: BranchState, gates_A: torch.Tensor) -> None:
-        """Fills in `log P(think)`; think tokens that the document's own tokens do not lead to run as branches."""
-        rows, targets, owner, branched = [], [], [], []
-        for i in document.boundaries:
-            action = document.actions[i]
-            if not action.decides:
-                continue
-            following = document.input_ids[action.start :]
-            pairs, side_run = gate_targets(action.think, action.start - 1, following, len(document.input_ids))
-            if side_run:  # here the document predicts the first think token only
-                pairs = pairs[:1]
-                branched.append(i)
-            rows += [row for row, _ in pairs]
-            targets += [token for _, token in pairs]
-            owner += [i] * len(pairs)
-        if not rows:
+    def _own_tokens(self, documents: Sequence[Document], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of all documents' lines, and of think tokens as far as the documents' own tokens lead to them, one
+        number an action each."""
+        wanted: list[tuple[int, int, int, bool]] = []  # row, token after it, action, whether a gate
+        first = number = 0
+        for document in documents:
+            for i, action in enumerate(document.actions):
+                # Line by line, and not all between the first and the last: what stands between two (a latent, in an
+                # annotated document) is of neither. The first token of a row is predicted by nothing.
+                line = range(max(action.start, 1), action.end)
+                wanted += [(first + at - 1, document.input_ids[at], number, False) for at in line]
+                if action.decides:
+                    wanted += [(first + at, token, number, True) for at, token in _led_to(document, i)[0]]
+                number += 1
+            first += len(document.input_ids)
+        lines = torch.zeros(number)
+        gates = torch.full_like(lines, float("-inf"))
+        if wanted:
+            row, target, owner, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
+            logps = self.backbone.token_logps(hidden[self._long(row)], self._long(target)).cpu()
+            lines.index_add_(0, torch.as_tensor(owner[~is_gate]), logps[~is_gate])
+            gates[owner[is_gate]] = 0.0
+            gates.index_add_(0, torch.as_tensor(owner[is_gate]), logps[is_gate])
+        return lines, gates
+
+    def _side_runs(self, groups: Sequence[RolloutGroup], trunk: BranchState) -> None:
+        """Adds to `log P(think)` the think tokens that the documents' own tokens do not lead to: they run as
+        branches."""
+        branched = [
+            (d, i, group.document.actions[i])
+            for d, group in enumerate(groups)
+            for i in group.document.boundaries
+            if group.document.actions[i].decides and _led_to(group.document, i)[1]
+        ]
+        if not branched:
             return
-        logps = self.backbone.token_logps(hidden[self._long(rows)], self._long(targets))
-        gates_A[self._long(sorted(set(owner)))] = 0.0
-        gates_A.index_add_(0, self._long(owner), logps)
-        if branched:
-            thinks = [document.actions[i].think for i in branched]
-            prefix = self._long([document.actions[i].start for i in branched])
-            branches = BranchState(prefix, max(map(len, thinks)), True, trunk)
-            behind = self._forward(branches, (), self._chains([think[:-1] for think in thinks]))
-            logps = self.backbone.token_logps(behind, self._long(np.concatenate([think[1:] for think in thinks])))
-            gates_A.index_add_(0, self._long(np.repeat(branched, [len(think) - 1 for think in thinks])), logps)
+        thinks = [action.think for _, _, action in branched]
+        prefix = self._long([action.start for _, _, action in branched])
+        state = BranchState(prefix, [d for d, _, _ in branched], max(map(len, thinks)), True, trunk)
+        behind = self._forward(state, (), self._chains([think[:-1] for think in thinks]))
+        logps = self.backbone.token_logps(behind, self._long(np.concatenate([think[1:] for think in thinks]))).cpu()
+        for (d, i, _), of_one in zip(branched, logps.split([len(think) - 1 for think in thinks]), strict=True):
+            groups[d].gate_logps_A[i] += of_one.sum()
 
     def _chains(
         self, chains: Sequence[Sequence[int]], branches: np.ndarray | None = None, offsets: np.ndarray | None = None
@@ -97,50 +111,80 @@ class BranchEngine(RolloutEngine):
         token = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
         return BranchTokens(*map(self._long, (token, branch, slot, slot + 1, slot)))
 
-    # ---- gradients: one packed forward [document | branches], no cache ----
+    # ---- gradients: one packed forward [documents | branches], no cache ----
 
     def gradients(self) -> AbstractContextManager[None]:
         return branch_attention(self.backbone.causal_lm)
 
-    def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
-        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
-        latents = [z for row in group.latents[chunk] for z in row]
-        opened = [action for action in actions for _ in range(group.num_latents)]  # one a branch
-        chains = [(*action.think, *fed_tokens(z)) for action, z in zip(opened, latents, strict=True)]
-        tokens = self._chains(chains)
-        prefix = group.document.input_ids[: max(action.start for action in actions)]
-        state = BranchState(self._long([a.start for a in opened]), max(map(len, chains)), cached=False)
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        # Half of a group's latents may be the same: each different one runs once, and its log-probs stand for all.
+        different = [different_latents(piece) for piece in pieces]
+        once = self._packed([piece for piece, _ in different], through)
+        return [_repeat(logps, *each) for logps, each in zip(once, different, strict=True)]
+
+    def _packed(self, pieces: Sequence[Piece], through: nn.Module | None) -> list[PolicyLogProbs]:
+        """Log-probs of pieces whose boundaries may have different numbers of latents."""
+        places = of_pieces(pieces)
+        opened = [(p, action, z) for p, action, row in places for z in row]  # one a branch
+        chains = [(*action.think, *fed_tokens(z)) for _, action, z in opened]
+        prefixes = [
+            group.document.input_ids[
+                : max(group.document.actions[boundary].start for boundary in group.boundaries[part])
+            ]
+            for group, part in pieces
+        ]
+        sees = self._long([action.start for _, action, _ in opened])
+        state = BranchState(sees, [p for p, _, _ in opened], max(map(len, chains)), cached=False)
         with branch_attention(self.backbone.causal_lm):
-            hidden = self._forward(state, prefix, tokens, through)
-        router = self.backbone.router_loss
-        # Where each branch begins in the row. A gate is read off the first of a boundary's branches, its first token
-        # off the document; a latent's symbols from the last think token on.
-        first = len(prefix) + np.cumsum([0, *map(len, chains)])[:-1]
+            hidden = self._forward(state, prefixes, self._chains(chains), through)
+        # Where each document and each branch begins in the row. A gate is read off the first of a boundary's branches,
+        # its first token off the document; a latent's symbols from the last think token on.
+        *begins, first = np.cumsum([0, *map(len, prefixes)]).tolist()
+        starts = (first + np.cumsum([0, *map(len, chains)])[:-1]).tolist()
+        firsts = np.cumsum([0, *(len(row) for _, _, row in places)])[:-1]
         gate_rows: list[int] = []
-        for action, start in zip(actions, first[:: max(group.num_latents, 1)], strict=True):
-            gate_rows += [action.start - 1, *range(start, start + len(gate_tokens(action)) - 1)]
-        rows = np.concatenate(
-            [f + len(a.think) - 1 + np.arange(len(z.logps)) for f, a, z in zip(first, opened, latents, strict=True)]
-        )
-        gate_T = self._gate_logps(actions, hidden[self._long(gate_rows)])
-        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, hidden[self._long(rows)]), router)
+        for (p, action, _), m in zip(places, firsts, strict=True):
+            gate_rows += [begins[p] + action.start - 1, *range(starts[m], starts[m] + len(gate_tokens(action)) - 1)]
+        rows = [
+            start + len(action.think) - 1 + np.arange(len(z.logps))
+            for start, (_, action, z) in zip(starts, opened, strict=True)
+        ]
+        return self._by_piece(pieces, hidden[self._long(gate_rows)], hidden[self._long(np.concatenate(rows))])
+
+
+def _repeat(logps: PolicyLogProbs, piece: Piece, which: list[int]) -> PolicyLogProbs:
+    """Log-probs of the piece's branches `which`, in this order, where one may come several times."""
+    counts = [len(z.logps) for row in piece[0].latents[piece[1]] for z in row]
+    begins = np.cumsum([0, *counts])
+    index = torch.as_tensor(np.concatenate([np.arange(begins[m], begins[m + 1]) for m in which]))
+    branch = torch.as_tensor(np.repeat(np.arange(len(which)), [counts[m] for m in which]))
+    device = logps.token_n.device
+    return replace(logps, token_n=logps.token_n[index.to(device)], branch_n=branch.to(device))
+
+
+def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Pairs the positions that predict tokens of a think prefix with these, where a document's own tokens lead there;
+    and gives the side run that the others need, see [`gate_targets`]."""
+    action, ids = document.actions[boundary], document.input_ids
+    pairs, side_run = gate_targets(action.think, action.start - 1, ids[action.start :], len(ids))
+    return (pairs[:1] if side_run else pairs), side_run
 
 
 class _Flight(Flight):
-    """Runs branches on one document's cache.
+    """Runs branches on their documents' cache.
 
     Sampling opens them once a boundary and feeds them token by token; scoring goes on in the same cache, or begins
     with the think prefixes where nothing was sampled.
     """
 
     def __init__(
-        self, engine: BranchEngine, document: Document, trunk: BranchState, plans: list[BranchPlan], num_latents: int
+        self, engine: BranchEngine, trunk: BranchState, plans: list[BranchPlan], documents: list[int], num_latents: int
     ):
-        super().__init__(document, plans, num_latents)
+        super().__init__(plans, num_latents)
         self.engine = engine
         slots = max(len(p.think) + len(p.tokens) for p in plans) + engine.params.max_length
-        self.opening = BranchState(engine._long([p.start for p in plans]), slots, True, trunk)
-        self.state = BranchState(engine._long([p.start for p in self.plans]), slots, True, trunk)
+        self.opening = BranchState(engine._long([p.start for p in plans]), documents, slots, True, trunk)
+        self.state = self.opening.spread(num_latents)
         self.fed = np.zeros(len(self.plans), dtype=np.int64)  # tokens that each branch has run
 
     def _open(self) -> torch.Tensor:
@@ -149,6 +193,7 @@ class _Flight(Flight):
         lengths = np.array([len(think) for think in thinks])
         hidden = self.engine._forward(self.opening, (), self.engine._chains(thinks))
         self.state = self.opening.spread(self.num_latents)
+        self.opening.drop_room()  # the branches' state has its own
         self.fed = np.repeat(lengths, self.num_latents)
         return hidden[self.engine._long(np.cumsum(lengths) - 1)].repeat_interleave(self.num_latents, 0)
 
@@ -164,18 +209,16 @@ class _Flight(Flight):
         rows = [torch.cat([b, h]) for b, h in zip(behind.split(1), hidden.split([*map(len, fed)]), strict=True)]
         return torch.cat([row[: len(z.logps)] for row, z in zip(rows, latents, strict=True)])
 
-    def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[tuple[Latent, ...]]:
+    def sample(self, noise: NoiseKey) -> list[tuple[Latent, ...]]:
         engine, count = self.engine, len(self.plans)
         logps: list[list[float]] = [[] for _ in range(count)]
         kept: list[list[torch.Tensor]] = [[] for _ in range(count)]
         stopped = np.zeros(count, dtype=bool)
         active = np.arange(count)  # branches that go on; `hidden` and `state` hold a row for each of them
-        index, latent = np.repeat(index_T, self.num_latents), np.tile(np.arange(self.num_latents), len(index_T))
         hidden = self._open()
         state = torch.zeros(count, dtype=torch.long, device=hidden.device)
         for step in range(engine.params.max_length):
-            numbers = noise.uniform(self.document.doc_id, index[active], latent[active], step)
-            uniform = torch.as_tensor(numbers, device=hidden.device)
+            uniform = torch.as_tensor(self.uniform(noise, step, active), device=hidden.device)
             draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
             token = draw.tokens_n.cpu().numpy()
             goes_on = token != engine.table.stop_id

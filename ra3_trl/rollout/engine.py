@@ -1,7 +1,8 @@
-"""What the E-step, annotation and evaluation ask an engine for: it runs a document, then branches at its boundaries.
+"""What the E-step, annotation and evaluation ask an engine for: it runs documents, then branches at their boundaries.
 
-The order of things is the same for every engine and stands here: the document first, then as many boundaries together
-as fit (a *flight*), sampled and scored. How a document and a flight are run is what engines differ in.
+The order of things is the same for every engine and stands here: as many documents together as fit, then as many of
+their boundaries together as fit (a *flight*), sampled and scored. How documents and a flight are run is what engines
+differ in.
 """
 
 from __future__ import annotations
@@ -27,17 +28,22 @@ Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to
 
 
 class Flight(ABC):
-    """Runs branches at some boundaries of a document, from their think prefixes to the scores."""
+    """Runs branches at some boundaries of documents, from their think prefixes to the scores."""
 
-    def __init__(self, document: Document, plans: list[BranchPlan], num_latents: int):
-        self.document = document
+    def __init__(self, plans: list[BranchPlan], num_latents: int):
         self.num_latents = num_latents
         self.plans = [plan for plan in plans for _ in range(num_latents)]  # one a branch
         self.tokens: list[list[int]] = [[] for _ in self.plans]  # of each latent, sampled or given
 
+    def uniform(self, noise: NoiseKey, step: int, branches: np.ndarray) -> np.ndarray:
+        """Noise for the symbol number `step` of some branches."""
+        doc_id = np.array([plan.document.doc_id for plan in self.plans])
+        index = np.array([plan.index for plan in self.plans])
+        return noise.uniform(doc_id[branches], index[branches], branches % self.num_latents, step)
+
     @abstractmethod
-    def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[tuple[Latent, ...]]:
-        """Draws `num_latents` latents a boundary; `index_T` are the ordinals of their lines, which key the noise."""
+    def sample(self, noise: NoiseKey) -> list[tuple[Latent, ...]]:
+        """Draws `num_latents` latents a boundary."""
 
     @abstractmethod
     def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,13 +54,18 @@ class Flight(ABC):
         """Hidden states `[n, hidden_size]` that predict each symbol of given latents."""
 
 
-MakeFlight = Callable[[list[BranchPlan], int], Flight]  # from plans and the number of latents at each
+# From plans, the numbers of their documents (ascending) and the number of latents at each.
+MakeFlight = Callable[[list[BranchPlan], list[int], int], Flight]
+Piece = tuple[RolloutGroup, slice]  # some boundaries of a group
+_Place = tuple[int, int]  # number of a document, position in its boundaries
 
 
 class RolloutEngine(ABC):
-    """Samples latents at many boundaries of a document and scores expert lines under them.
+    """Samples latents at many boundaries of documents and scores expert lines under them.
 
-    `max_branch_tokens` bounds branches in flight times their longest length; any value gives the same result.
+    Documents go in lockstep, as many as fit; methods of one document are those of a list of one. `max_branch_tokens`
+    bounds branches in flight times their longest length, and the tokens of documents that run together; any value
+    gives the same result.
     """
 
     name: str
@@ -67,13 +78,10 @@ class RolloutEngine(ABC):
         self.max_branch_tokens = max_branch_tokens
         self.score_seconds = 0.0  # spent on scoring so far, for the log
 
-    @torch.no_grad()
     def trunk(self, document: Document) -> RolloutGroup:
         """Scores a document as it stands, lines and gates: a group without boundaries."""
-        with self.gradients():
-            return self._run(document)[0]
+        return self.trunks([document])[0]
 
-    @torch.no_grad()
     def rollout(
         self,
         document: Document,
@@ -83,31 +91,71 @@ class RolloutEngine(ABC):
         noise: NoiseKey,
         score: bool = True,
     ) -> RolloutGroup:
-        """Samples `num_latents` latents before each action in `boundaries` (a function is asked once the document has
-        run); with `score`, scores the `horizon` lines under each."""
-        with self.gradients():
-            group, make_flight = self._run(document)
-            group = _unscored(group, boundaries(group) if callable(boundaries) else boundaries, num_latents, horizon)
-            latents: dict[int, tuple[Latent, ...]] = {}
-            for chunk, flight in self._flights(group, make_flight):
-                index = np.array([document.actions[group.boundaries[t]].index for t in chunk])
-                latents |= zip(chunk, flight.sample(noise, index), strict=True)
-                if score:  # at once, while the flight has its cache
-                    self._score(group, chunk, flight)
-        return replace(group, latents=tuple(latents[t] for t in range(len(group.boundaries))))
+        """Samples and scores latents of one document, see `rollouts`."""
+        return self.rollouts([document], [boundaries], num_latents, horizon, noise, score)[0]
 
-    @torch.no_grad()
     def score(
         self, document: Document, boundaries: Sequence[int], latents: Sequence[Sequence[Latent]], horizon: int
     ) -> RolloutGroup:
-        """Scores the same lines under given latents."""
+        """Scores given latents of one document, see `scores`."""
+        return self.scores([document], [boundaries], [latents], horizon)[0]
+
+    @torch.no_grad()
+    def trunks(self, documents: Sequence[Document]) -> list[RolloutGroup]:
+        """Scores documents as they stand, lines and gates: groups without boundaries."""
         with self.gradients():
-            group, make_flight = self._run(document)
-            group = _unscored(group, boundaries, len(latents[0]) if latents else 0, horizon)
-            for chunk, flight in self._flights(group, make_flight):
-                flight.tokens = [list(latent.token_ids) for t in chunk for latent in latents[t]]
-                self._score(group, chunk, flight)
-        return replace(group, latents=tuple(map(tuple, latents)))
+            return [group for part in self._together(documents) for group in self._run(documents[part])[0]]
+
+    @torch.no_grad()
+    def rollouts(
+        self,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
+        num_latents: int,
+        horizon: int,
+        noise: NoiseKey,
+        score: bool = True,
+    ) -> list[RolloutGroup]:
+        """Samples `num_latents` latents before each action in a document's `boundaries` (a function is asked once the
+        document has run; in the documents' order); with `score`, scores the `horizon` lines under each."""
+        found: list[RolloutGroup] = []
+        with self.gradients():
+            for part in self._together(documents):
+                trunks, make_flight = self._run(documents[part])
+                chosen = [b(g) if callable(b) else b for b, g in zip(boundaries[part], trunks, strict=True)]
+                groups = [_unscored(g, b, num_latents, horizon) for g, b in zip(trunks, chosen, strict=True)]
+                drawn: dict[_Place, tuple[Latent, ...]] = {}
+                for places, flight in self._flights(groups, make_flight):
+                    drawn |= zip(places, flight.sample(noise), strict=True)
+                    if score:  # at once, while the flight has its cache
+                        self._score(groups, places, flight)
+                found += [
+                    replace(group, latents=tuple(drawn[d, t] for t in range(len(group.boundaries))))
+                    for d, group in enumerate(groups)
+                ]
+        return found
+
+    @torch.no_grad()
+    def scores(
+        self,
+        documents: Sequence[Document],
+        boundaries: Sequence[Sequence[int]],
+        latents: Sequence[Sequence[Sequence[Latent]]],
+        horizon: int,
+    ) -> list[RolloutGroup]:
+        """Scores the same lines under given latents, `[T, G]` of each document, with one `G` for all that have any."""
+        found: list[RolloutGroup] = []
+        count = _count(latents)
+        with self.gradients():
+            for part in self._together(documents):
+                trunks, make_flight = self._run(documents[part])
+                given = zip(trunks, boundaries[part], latents[part], strict=True)
+                groups = [replace(_unscored(g, b, count, horizon), latents=tuple(map(tuple, z))) for g, b, z in given]
+                for places, flight in self._flights(groups, make_flight):
+                    flight.tokens = [list(latent.token_ids) for d, t in places for latent in groups[d].latents[t]]
+                    self._score(groups, places, flight)
+                found += groups
+        return found
 
     @torch.no_grad()
     def latent_logps(
@@ -115,10 +163,11 @@ class RolloutEngine(ABC):
     ) -> torch.Tensor:
         """Scores latents `[T, G]`, whoever drew them, under the distribution that is drawn from there, or `whole`,
         without its truncation. A truncation set that a latent does not bring (`kept`) is found anew."""
-        logps_TG = torch.zeros(len(boundaries), len(latents[0]) if latents else 0)
+        logps_TG = torch.zeros(len(boundaries), _count([latents]))
         with self.gradients():
-            group, make_flight = self._run(document)
-            for chunk, flight in self._flights(_unscored(group, boundaries, logps_TG.shape[1], 1), make_flight):
+            (group,), make_flight = self._run([document])
+            for places, flight in self._flights([_unscored(group, boundaries, logps_TG.shape[1], 1)], make_flight):
+                chunk = [t for _, t in places]
                 flat = [latent for t in chunk for latent in latents[t]]
                 logps_n, branch_n = self._symbol_logps(flat, flight.predictors(flat), whole)
                 total = logps_n.new_zeros(len(flat)).index_add(0, branch_n, logps_n)
@@ -128,53 +177,98 @@ class RolloutEngine(ABC):
     def split(self, group: RolloutGroup) -> list[slice]:
         """Cuts the group's boundaries into slices whose branches may run together with gradients."""
         slices, begin, widest = [], 0, 0
-        for t, (boundary, row) in enumerate(zip(group.boundaries, group.latents, strict=True)):
-            action = group.document.actions[boundary]
-            length = self._repeated(action.start) + len(action.think) + max(len(z.token_ids) for z in row)
-            if t > begin and (t + 1 - begin) * len(row) * max(widest, length) > self.max_branch_tokens:
+        for t, length in enumerate(self._lengths(group)):
+            if t > begin and (t + 1 - begin) * group.num_latents * max(widest, length) > self.max_branch_tokens:
                 slices.append(slice(begin, t))
                 begin, widest = t, 0
             widest = max(widest, length)
         return [*slices, slice(begin, len(group.boundaries))] if group.boundaries else []
+
+    def join(self, pieces: Sequence[Piece]) -> list[slice]:
+        """Cuts pieces into slices that run together with gradients: documents and branches fit, or it is one piece."""
+        sizes = []
+        for group, part in pieces:
+            lengths, starts = (
+                self._lengths(group)[part],
+                [group.document.actions[b].start for b in group.boundaries[part]],
+            )
+            sizes.append(max(starts) + len(lengths) * group.num_latents * max(lengths))
+        return fill(sizes, self.max_branch_tokens)
+
+    def _lengths(self, group: RolloutGroup) -> list[int]:
+        """Tokens of the longest branch at each of the group's boundaries."""
+        actions = [group.document.actions[boundary] for boundary in group.boundaries]
+        longest = [max(len(z.token_ids) for z in row) for row in group.latents]
+        return [self._repeated(a.start) + len(a.think) + most for a, most in zip(actions, longest, strict=True)]
 
     @abstractmethod
     def gradients(self) -> AbstractContextManager[None]:
         """Encloses all forwards, and the backward pass: activation checkpointing runs forwards anew there, which must
         attend as the first ones did."""
 
-    @abstractmethod
     def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
         """Scores the group's latents at `boundaries[chunk]` under the present weights, differentiably."""
+        return self.packed_log_probs([(group, chunk)], through)[0]
 
     @abstractmethod
-    def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
-        """Runs the document: its scores, and what makes branches at its boundaries."""
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        """Scores the latents of several pieces as `log_probs` does, in one forward."""
+
+    @abstractmethod
+    def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
+        """Runs documents: their scores, and what makes branches at their boundaries."""
 
     def _repeated(self, start: int) -> int:
         """Tokens of the document that a branch from token `start` on runs once more."""
         return 0
 
-    def _flights(self, group: RolloutGroup, make_flight: MakeFlight) -> Iterator[tuple[list[int], Flight]]:
-        """Positions in the group's boundaries, longest branches first, as many as fit, and their branches."""
-        _, num_latents, horizon = group.latent_line_logps_TGH.shape
-        plans = [plan_boundary(group.document, boundary, horizon) for boundary in group.boundaries]
+    def _together(self, documents: Sequence[Document]) -> list[slice]:
+        """Cuts documents into slices that run together."""
+        return fill([len(document.input_ids) for document in documents], self.max_branch_tokens)
+
+    def _flights(
+        self, groups: Sequence[RolloutGroup], make_flight: MakeFlight
+    ) -> Iterator[tuple[list[_Place], Flight]]:
+        """Boundaries of the groups, longest branches first, as many as fit, and their branches."""
+        _, num_latents, horizon = groups[0].latent_line_logps_TGH.shape
+        places = [(d, t) for d, group in enumerate(groups) for t in range(len(group.boundaries))]
+        plans = {(d, t): plan_boundary(groups[d].document, groups[d].boundaries[t], horizon) for d, t in places}
         most = self.params.max_length
-        length = [self._repeated(p.start) + len(p.think) + most + len(p.tokens) for p in plans]
-        order = sorted(range(len(plans)), key=lambda t: -length[t])
+        length = {at: self._repeated(p.start) + len(p.think) + most + len(p.tokens) for at, p in plans.items()}
+        order = sorted(places, key=lambda at: -length[at])
         while order:
             fit = max(1, self.max_branch_tokens // (length[order[0]] * max(num_latents, 1)))
             chunk, order = sorted(order[:fit]), order[fit:]
-            yield chunk, make_flight([plans[t] for t in chunk], num_latents)
+            yield chunk, make_flight([plans[at] for at in chunk], [d for d, _ in chunk], num_latents)
 
-    def _score(self, group: RolloutGroup, chunk: list[int], flight: Flight) -> None:
-        """Fills the group's scores in at some of its boundaries."""
+    def _score(self, groups: Sequence[RolloutGroup], places: list[_Place], flight: Flight) -> None:
+        """Fills the groups' scores in at some of their boundaries."""
         begin = time.perf_counter()
-        lines, gates = flight.score(group.latent_line_logps_TGH.shape[2])
-        group.latent_line_logps_TGH[chunk], group.latent_gate_logps_TGH[chunk] = lines, gates
+        lines, gates = flight.score(groups[0].latent_line_logps_TGH.shape[2])
+        for (d, t), line_GH, gate_GH in zip(places, lines, gates, strict=True):
+            groups[d].latent_line_logps_TGH[t], groups[d].latent_gate_logps_TGH[t] = line_GH, gate_GH
         self.score_seconds += time.perf_counter() - begin
 
     def _long(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.backbone.device)
+
+    def _by_piece(
+        self, pieces: Sequence[Piece], gate_nD: torch.Tensor, symbol_nD: torch.Tensor
+    ) -> list[PolicyLogProbs]:
+        """Log-probs of each piece from the hidden states that predict all pieces' [`gate_tokens`] and symbols."""
+        router = self.backbone.router_loss  # of their forward; the head's may be checkpointed
+        opened = [[(a, row) for _, a, row in of_pieces([piece])] for piece in pieces]
+        gates = self._gate_logps([a for own in opened for a, _ in own], gate_nD)
+        latents = [[z for _, row in own for z in row] for own in opened]
+        token_n, branch_n = self._symbol_logps([z for own in latents for z in own], symbol_nD)
+        counts, found, first = [sum(len(z.logps) for z in own) for own in latents], [], 0
+        columns = zip(
+            gates.split([*map(len, opened)]), token_n.split(counts), branch_n.split(counts), latents, strict=True
+        )
+        for gate_T, of_piece, branches, own in columns:
+            found.append(PolicyLogProbs(gate_T, of_piece, branches - first, router))
+            first += len(own)
+        return found
 
     def _gate_logps(self, actions: Sequence[Action], hidden_nD: torch.Tensor) -> torch.Tensor:
         """log P(think) `[T]` from the hidden states that predict the [`gate_tokens`] of all actions."""
@@ -192,10 +286,52 @@ class RolloutEngine(ABC):
         return symbol_logps(self.backbone, self.distribution, hidden_nD, symbols, states, steps, kept), branches
 
 
+def of_pieces(pieces: Sequence[Piece]) -> list[tuple[int, Action, tuple[Latent, ...]]]:
+    """Lists the boundaries of pieces: number of the piece, action behind, latents."""
+    return [
+        (p, group.document.actions[boundary], row)
+        for p, (group, part) in enumerate(pieces)
+        for boundary, row in zip(group.boundaries[part], group.latents[part], strict=True)
+    ]
+
+
+def different_latents(piece: Piece) -> tuple[Piece, list[int]]:
+    """The piece with each boundary's different latents, and which of these, counted from its first boundary on, each
+    of its latents is."""
+    group, part = piece
+    rows, which, first = list(group.latents), list[int](), 0
+    for t in range(len(rows))[part]:
+        different = {(z.token_ids, len(z.logps)): z for z in rows[t]}
+        number = {key: first + i for i, key in enumerate(different)}
+        which += [number[z.token_ids, len(z.logps)] for z in rows[t]]
+        rows[t], first = tuple(different.values()), first + len(different)
+    return (replace(group, latents=tuple(rows)), part), which
+
+
 def gate_tokens(action: Action) -> tuple[int, ...]:
     """Tokens whose log-probs add up to a gate's. Where none is asked for, the think prefix may be a whole prompt: its
     first token stands for it, so that each boundary has a number."""
     return action.think if action.decides else action.think[:1]
+
+
+def fill(sizes: Sequence[int], most: int) -> list[slice]:
+    """Cuts a list into slices whose sizes add up to `most` at most, or that hold one thing.
+
+    >>> fill([2, 3, 4, 9, 1], most=5)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    slices, begin, total = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > begin and total + size > most:
+            slices.append(slice(begin, i))
+            begin, total = i, 0
+        total += size
+    return [*slices, slice(begin, len(sizes))] if sizes else []
+
+
+def _count(latents: Sequence[Sequence[Sequence[Latent]]]) -> int:
+    """Number of latents at each boundary of documents; 0 where there is no boundary."""
+    return next((len(row) for rows in latents for row in rows), 0)
 
 
 def _unscored(trunk: RolloutGroup, boundaries: Sequence[int], num_latents: int, horizon: int) -> RolloutGroup:

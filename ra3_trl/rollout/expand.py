@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
-from .engine import Flight, MakeFlight, RolloutEngine, gate_tokens
+from .engine import Flight, MakeFlight, Piece, RolloutEngine, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
 from .sampler import Draw, LatentDistribution, draw, fed_tokens
@@ -25,15 +25,12 @@ class _KeyedDraw(LogitsProcessor):
     """Makes `generate` emit the symbols that keyed noise picks, and keeps the draws."""
 
     distribution: LatentDistribution
-    noise: NoiseKey
-    doc_id: int
-    index: np.ndarray
-    latent: np.ndarray
+    uniform: Callable[[int], np.ndarray]  # noise of a step
     draws: list[Draw] = field(default_factory=list)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = len(self.draws)
-        uniform = torch.as_tensor(self.noise.uniform(self.doc_id, self.index, self.latent, step), device=scores.device)
+        uniform = torch.as_tensor(self.uniform(step), device=scores.device)
         state = self.draws[-1].state_n.clamp(min=0) if self.draws else input_ids.new_zeros(len(input_ids))
         self.draws.append(draw(self.distribution, scores.float(), state, step, uniform))
         return torch.full_like(scores, float("-inf")).scatter(1, self.draws[-1].tokens_n[:, None], 0.0)
@@ -47,7 +44,10 @@ class ExpandEngine(RolloutEngine):
     def _repeated(self, start: int) -> int:
         return start
 
-    def _run(self, document: Document) -> tuple[RolloutGroup, MakeFlight]:
+    def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
+        return [self._trunk(document) for document in documents], partial(_Flight, self)
+
+    def _trunk(self, document: Document) -> RolloutGroup:
         ids = document.input_ids
         rows: list[tuple[int, ...]] = [ids]
         wanted: list[tuple[int, int, int, int, bool]] = []  # row, position, target after it, action, whether a gate
@@ -71,7 +71,7 @@ class ExpandEngine(RolloutEngine):
         empty = torch.zeros(0, 0, 0)
         at = [document.actions[i].start - 1 for i in document.boundaries]
         states = self._hidden([ids])[0, at].float().cpu()
-        return RolloutGroup(document, (), (), lines, gates, empty, empty, states), partial(_Flight, self, document)
+        return RolloutGroup(document, (), (), lines, gates, empty, empty, states)
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, torch.Tensor]:
         width = max(map(len, rows))
@@ -121,32 +121,31 @@ class ExpandEngine(RolloutEngine):
         at = [len(head) - 1 + np.arange(len(z.logps)) for head, z in zip(heads, latents, strict=True)]
         return hidden, hidden[rows, np.concatenate(at)]
 
-    def log_probs(self, group: RolloutGroup, chunk: slice, through: nn.Module | None = None) -> PolicyLogProbs:
-        actions = [group.document.actions[boundary] for boundary in group.boundaries[chunk]]
-        latents = [z for row in group.latents[chunk] for z in row]
-        heads = [(*group.document.input_ids[: a.start], *a.think) for a in actions for _ in range(group.num_latents)]
-        hidden, predictors = self._read(heads, latents, through)
-        router = self.backbone.router_loss
+    def packed_log_probs(self, pieces: Sequence[Piece], through: nn.Module | None = None) -> list[PolicyLogProbs]:
+        places = of_pieces(pieces)
+        heads = [
+            (*pieces[p][0].document.input_ids[: action.start], *action.think) for p, action, row in places for _ in row
+        ]
+        hidden, predictors = self._read(heads, [z for _, _, row in places for z in row], through)
         # A gate is read off the first of a boundary's rows.
-        rows = np.repeat(np.arange(len(actions)) * group.num_latents, [len(gate_tokens(a)) for a in actions])
-        at = np.concatenate([a.start - 1 + np.arange(len(gate_tokens(a))) for a in actions])
-        gate_T = self._gate_logps(actions, hidden[rows, at])
-        return PolicyLogProbs(gate_T, *self._symbol_logps(latents, predictors), router)
+        firsts = np.cumsum([0, *(len(row) for _, _, row in places)])[:-1]
+        gates = [action.start - 1 + np.arange(len(gate_tokens(action))) for _, action, _ in places]
+        gate_nD = hidden[np.repeat(firsts, [*map(len, gates)]), np.concatenate(gates)]
+        return self._by_piece(pieces, gate_nD, predictors)
 
 
 class _Flight(Flight):
     """Runs each branch in rows of its own."""
 
-    def __init__(self, engine: ExpandEngine, document: Document, plans: list[BranchPlan], num_latents: int):
-        super().__init__(document, plans, num_latents)
+    def __init__(self, engine: ExpandEngine, plans: list[BranchPlan], documents: list[int], num_latents: int):
+        super().__init__(plans, num_latents)
         self.engine = engine
-        self.heads = [(*document.input_ids[: plan.start], *plan.think) for plan in self.plans]
+        self.heads = [(*plan.document.input_ids[: plan.start], *plan.think) for plan in self.plans]
 
-    def sample(self, noise: NoiseKey, index_T: np.ndarray) -> list[tuple[Latent, ...]]:
-        index, latent = np.repeat(index_T, self.num_latents), np.tile(np.arange(self.num_latents), len(index_T))
+    def sample(self, noise: NoiseKey) -> list[tuple[Latent, ...]]:
         drawn: dict[int, Latent] = {}
         for batch in self.engine._batches(self.heads):
-            keyed = _KeyedDraw(self.engine.distribution, noise, self.document.doc_id, index[batch], latent[batch])
+            keyed = _KeyedDraw(self.engine.distribution, partial(self.uniform, noise, branches=batch))
             drawn |= zip(batch.tolist(), self._generate([self.heads[m] for m in batch], keyed), strict=True)
         self.tokens = [list(drawn[m].token_ids) for m in range(len(self.plans))]
         firsts = range(0, len(self.plans), self.num_latents)

@@ -40,7 +40,9 @@ class NoiseKey:
         """Noise for another draw at the same boundaries; 0 is this one."""
         return replace(self, proposal=proposal)
 
-    def uniform(self, doc_id: int, index: int | np.ndarray, latent: int | np.ndarray, token: int) -> np.ndarray:
-        """Uniform numbers for boundaries `index` (ordinal of the line in its text) of a document."""
+    def uniform(
+        self, doc_id: int | np.ndarray, index: int | np.ndarray, latent: int | np.ndarray, token: int
+    ) -> np.ndarray:
+        """Uniform numbers for boundaries `index` (ordinal of the line in its text) of documents."""
         further = (self.proposal,) if self.proposal else ()
         return keyed_uniform(self.seed, self.phase, self.step, doc_id, index, latent, token, *further)

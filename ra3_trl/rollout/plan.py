@@ -31,6 +31,8 @@ class BranchPlan:
     [(0, 5, False), (1, 6, False), (0, 7, True), (2, 8, True)]
     """
 
+    document: Document
+    index: int  # ordinal of the boundary's line in its text, by which noise is keyed
     start: int  # tokens of the document that the branch sees
     think: tuple[int, ...]  # think prefix, before the latent
     tokens: np.ndarray  # token ids to run, main chain first; the last token of the horizon predicts nothing wanted
@@ -101,7 +103,8 @@ def plan_boundary(document: Document, boundary: int, horizon: int) -> BranchPlan
         slot += length
     predictor, target, line, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
     arrays = (np.array(tokens), np.array(sees), np.array(run), predictor, target, line, is_gate)
-    return BranchPlan(action.start, action.think, *arrays, lines=count, undecided=tuple(undecided))
+    opening = (document, action.index, action.start, action.think)
+    return BranchPlan(*opening, *arrays, lines=count, undecided=tuple(undecided))
 
 
 def collect_scores(

@@ -81,9 +81,9 @@ class HindsightConfig(RA3Config):
              "`annotation='resample'`."),
             (hindsight and self.line_reduction == "mean",
              f"{proposal}, whose reward is an ELBO in nats; set `line_reduction='sum'`."),
-            (hindsight and e_phase and self.baseline == "leave_one_out" and self.num_latents < 2 * len(shares),
-             f"`num_latents` is {self.num_latents}: the leave-one-out baseline needs 2 latents of each of the "
-             f"{len(shares)} parts of `proposal`; raise it or set `baseline='no_think'`."),
+            (hindsight and e_phase and self.num_latents < 2 * len(shares),
+             f"`num_latents` is {self.num_latents}: in an E-phase latents learn from each other, 2 or more of each of "
+             f"the {len(shares)} parts of `proposal`; raise it."),
             (not causal and e_phase and self.gate_hold == "always",
              "`gate_hold` is 'always', but without the policy's own latents P(think) is free; give 'causal' a share "
              "of `proposal`."),

@@ -50,11 +50,18 @@ class Proposal:
         return self.prompt.views(document, boundaries, self.lines)
 
     def sample(
-        self, engine: RolloutEngine, document: Document, boundaries: Sequence[int], count: int, noise: NoiseKey
-    ) -> list[tuple[Latent, ...]]:
-        """Draws `count` latents at each boundary."""
-        views = self.views(document, boundaries)
-        return [row for view, at in views for row in engine.rollout(view, at, count, 1, noise, score=False).latents]
+        self,
+        engine: RolloutEngine,
+        documents: Sequence[Document],
+        boundaries: Sequence[Sequence[int]],
+        count: int,
+        noise: NoiseKey,
+    ) -> list[tuple[tuple[Latent, ...], ...]]:
+        """Draws `count` latents at each boundary of each document."""
+        views = [self.views(document, at) for document, at in zip(documents, boundaries, strict=True)]
+        flat, places = [view for own in views for view, _ in own], [at for own in views for _, at in own]
+        groups = iter(engine.rollouts(flat, places, count, 1, noise, score=False))
+        return [tuple(row for _ in own for row in next(groups).latents) for own in views]
 
     def logps(
         self, engine: RolloutEngine, document: Document, boundaries: Sequence[int], latents: Latents
@@ -98,18 +105,26 @@ class _Source:
     horizon: int
 
     def draw(
-        self, engine: RolloutEngine, document: Document, boundaries: Boundaries, noise: NoiseKey, score: bool
-    ) -> RolloutGroup:
-        trunk = engine.trunk(document)
-        chosen = tuple(boundaries(trunk) if callable(boundaries) else boundaries)
-        latents = tuple(self.proposal.sample(engine, document, chosen, self.num_latents, noise))
-        # At most one view, or `make_proposals` would have refused the prompt.
-        view = next((view for view, _ in self.proposal.views(document, chosen)), document)
-        if chosen and score:
-            return replace(engine.score(document, chosen, latents, self.horizon), view=view)
-        lines = torch.zeros(len(chosen), self.num_latents, self.horizon)
-        return replace(trunk, boundaries=chosen, latents=latents, view=view,
-                       latent_line_logps_TGH=lines, latent_gate_logps_TGH=lines - torch.inf)  # fmt: skip
+        self,
+        engine: RolloutEngine,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
+        noise: NoiseKey,
+        score: bool,
+    ) -> list[RolloutGroup]:
+        trunks = engine.trunks(documents)
+        chosen = [tuple(at(trunk) if callable(at) else at) for at, trunk in zip(boundaries, trunks, strict=True)]
+        latents = self.proposal.sample(engine, documents, chosen, self.num_latents, noise)
+        groups = engine.scores(documents, chosen, latents, self.horizon) if score else trunks
+        drawn = []
+        for group, at, rows in zip(groups, chosen, latents, strict=True):
+            # At most one view, or `make_proposals` would have refused the prompt.
+            view = next((view for view, _ in self.proposal.views(group.document, at)), group.document)
+            if not score:
+                lines = torch.zeros(len(at), self.num_latents, self.horizon)
+                group = replace(group, latent_line_logps_TGH=lines, latent_gate_logps_TGH=lines - torch.inf)
+            drawn.append(replace(group, boundaries=at, latents=rows, view=view))
+        return drawn
 
     def weigh(self, engine: RolloutEngine, group: RolloutGroup) -> RolloutGroup:
         if not group.boundaries:
@@ -130,13 +145,29 @@ class Proposals:
         self.lines = max((member.lines for member in members if member.prompt is not None), default=1)
         self.settings: dict[str, Any] = {"proposal_func": prompts.pop("function", None), "prompts": prompts}
 
-    def sources(self, num_latents: int, horizon: int, least: int) -> Sequence[LatentSource]:
+    def sources(self, num_latents: int, horizon: int) -> Sequence[LatentSource]:
         return [
-            _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon, least)[0]
-            for member, count in zip(self.members, share_out(num_latents, self.shares, least), strict=True)
+            _Source(member, count, horizon) if member.prompt else OWN_LATENTS.sources(count, horizon)[0]
+            for member, count in zip(self.members, share_out(num_latents, self.shares, 2), strict=True)
         ]
 
     def propose(
+        self,
+        engine: RolloutEngine,
+        documents: Sequence[Document],
+        boundaries: Sequence[Boundaries],
+        num_latents: int,
+        horizon: int,
+        noise: NoiseKey,
+    ) -> list[RolloutGroup]:
+        """Pools the latents of all members, each with its `log_ratio_TG` under the balance heuristic. Of the policy's
+        own latents alone it is the engine's rollout, bit for bit."""
+        if self.causal:
+            return engine.rollouts(documents, boundaries, num_latents, horizon, noise)
+        pairs = zip(documents, boundaries, strict=True)
+        return [self._pool(engine, document, at, num_latents, horizon, noise) for document, at in pairs]
+
+    def _pool(
         self,
         engine: RolloutEngine,
         document: Document,
@@ -145,16 +176,12 @@ class Proposals:
         horizon: int,
         noise: NoiseKey,
     ) -> RolloutGroup:
-        """Pools the latents of all members, each with its `log_ratio_TG` under the balance heuristic. Of the policy's
-        own latents alone it is the engine's rollout, bit for bit."""
-        if self.causal:
-            return engine.rollout(document, boundaries, num_latents, horizon, noise)
         boundaries = boundaries(engine.trunk(document)) if callable(boundaries) else boundaries
         if not boundaries:
             return engine.rollout(document, boundaries, num_latents, horizon, noise)
         counts = share_out(num_latents, self.shares)
         drawn = [
-            member.sample(engine, document, boundaries, count, noise.of(j))
+            member.sample(engine, [document], [boundaries], count, noise.of(j))[0]
             for j, (member, count) in enumerate(zip(self.members, counts, strict=True))
         ]
         pooled = [sum(rows, ()) for rows in zip(*drawn, strict=True)]
