@@ -48,10 +48,10 @@ def code_bounds(group: RolloutGroup, weight_T: torch.Tensor | None = None) -> Co
     mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])
     multi_T = torch.logaddexp(log_q + line.act_T, log_p + mean_latent_T)
     weight_T = torch.ones(len(boundaries)) if weight_T is None else weight_T
-    changed = [
+    elbo, multi = (
         total + float((weight_T * (bound_T - raw_A[boundaries])).double().sum()) for bound_T in (elbo_T, multi_T)
-    ]
-    return CodeBounds(total, *changed, tokens)
+    )
+    return CodeBounds(total, elbo, multi, tokens)
 
 
 def resampling_logits(act_T: torch.Tensor, latent_TG: torch.Tensor, log_think_T: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ class BranchState:
         # Split and not sliced: the backward of a slice fills a tensor of the whole's size, for every document.
         rest = qkv[0].shape[2] - sum(self._lengths)
         *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
-        outputs = [_causal(*document, scale, window, cap) for document in documents]
+        outputs = [_causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
         if documents:
             self._documents[layer] = [(k, v) for _, k, v in documents]
         if self._tokens is not None:

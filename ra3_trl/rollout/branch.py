@@ -47,11 +47,11 @@ class BranchEngine(RolloutEngine):
         lines, gates = self._own_tokens(documents, hidden)
         counts, empty = [len(document.actions) for document in documents], torch.zeros(0, 0, 0)
         groups = []
-        for document, states, *scores in zip(
+        for document, states, line_A, gate_A in zip(
             documents, hidden.split([*map(len, ids)]), lines.split(counts), gates.split(counts), strict=True
         ):
             at = self._long([document.actions[i].start - 1 for i in document.boundaries])
-            groups.append(RolloutGroup(document, (), (), *scores, empty, empty, states[at].float().cpu()))
+            groups.append(RolloutGroup(document, (), (), line_A, gate_A, empty, empty, states[at].float().cpu()))
         self._side_runs(groups, trunk)
         return groups, partial(_Flight, self, trunk)
 
