@@ -324,7 +324,7 @@ def test_a_trained_checkpoint_thinks_as_it_was_trained(make_trainer, tasks, tiny
     trainer.train()
     trainer.save_model("ours")
     for think in ("auto", "always", "never"):
-        words = ("--max_new_tokens", "24", "--think", think, "--num_samples", "8", "--output_dir", think)
+        words = ("--max_new_tokens", "24", "--think", think, "--num_samples", "24", "--output_dir", think)
         assert run("ours", "--task", tasks, *words) == 0
         assert read_results(think)["run"]["settings"]["think"] == think
     never, always = (read_results(think)["latents_per_sample"] for think in ("never", "always"))

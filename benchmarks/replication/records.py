@@ -328,12 +328,12 @@ class TraceMidRecipe:
 @dataclass(frozen=True)
 class TraceMeasureRecipe:
     """What is measured of a checkpoint on held-out programs, the same for all arms and seeds; `drawn` programs are
-    others, with `draws` comments each."""
+    others, with `draws` comments each: one, since four of a program that gets it right are one and the same."""
 
     start: PreparedRecipe | TraceMidRecipe
     tasks: int = 200
-    drawn: int = 40
-    draws: int = 4
+    drawn: int = 160
+    draws: int = 1
     task_seed: int = 99
     drawn_seed: int = 123
     version: int = 1

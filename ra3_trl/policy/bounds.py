@@ -14,7 +14,6 @@ from ..rollout import NoiseKey
 from .annotate import annotate
 from .blandness import most_thinking, over_others
 from .decisions import choose_boundaries
-from .text import token_text
 
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _SUMS = (
     "log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain", "latents",
     "latent_tokens", "policy_latents", "documents", "over_other", "others",
 )  # fmt: skip
-_WRITTEN = "latent: "  # begins the name of a count of latents by what they say, so that these, too, can be added
+_WRITTEN = "latent: "  # begins the name of a count of latents by their tokens, so that these, too, can be added
 _HINDSIGHT = ("hindsight_elbo", "hindsight_multi", "hindsight_gain")
 
 
@@ -73,7 +72,7 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
         sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
         sums["policy_latents"] += len(annotated.placed)
         if boundaries:
-            written = _WRITTEN + token_text(policy.tokenizer, group.latents[most_thinking(group)][0].token_ids)
+            written = _WRITTEN + " ".join(map(str, group.latents[most_thinking(group)][0].token_ids))
             sums[written] = sums.get(written, 0.0) + 1
             if before is not None and before.document.doc_id != document.doc_id:
                 sums["over_other"] += over_others(policy.engine, [(group, before)], args.discount)[0]
