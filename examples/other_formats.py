@@ -19,8 +19,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ra3_trl import RA3Config, RA3MidTrainer
-from ra3_trl.policy import annotate
-from ra3_trl.rollout import NoiseKey
 
 
 TEXTS = {
@@ -62,19 +60,17 @@ def main() -> None:
                 output_dir=output, action_format=name, e_steps=2, m_steps=2, max_length=256, max_latent_length=6,
                 per_device_train_batch_size=2, report_to="none", disable_tqdm=True, log_latents_steps=0,
                 save_strategy="no", logging_strategy="no", use_cpu=True,
+                prior_alpha=0.1, penalty=0.0,  # or a random model, which hardly thinks, would place none
             )  # fmt: skip
             trainer = RA3MidTrainer(
                 tiny_model(len(tokenizer)), args, Dataset.from_dict({"text": [text] * 4}), processing_class=tokenizer
             )
             trainer.train()
-        (document,) = trainer.policy.segmenter(0, text)
-        trainer.model.eval()
-        with torch.no_grad():
-            example = annotate(trainer.policy.engine, document, args, NoiseKey(seed=1, phase=1, step=0))
-        ids = [i for i in example.input_ids if i != tokenizer.eos_token_id]
+        (document,) = trainer.policy.segment(text)
+        example = trainer.policy.annotate(document)
         print(
             f"\n--- {name}: {len(document.boundaries)} boundaries, {len(example.placed)} latents\n"
-            + tokenizer.decode(ids)
+            + trainer.policy.text(example)
         )
 
 

@@ -80,6 +80,31 @@ def test_training_stops_before_the_m_phase(make_trainer, caplog, settings, at, u
     assert len(said) - len(stops) == (0 if at == 9 or tolerant else 1)  # the alarm, once
 
 
+def test_a_run_holds_again_what_it_loses(make_trainer, caplog):
+    """Five updates in which a tenth of P(think) is left where latents pay; the log says from when on it is held."""
+    trainer = make_trainer(TEXTS, e_steps=6, m_steps=0, logging_steps=1)
+    trainer.loop.state.gate_hold.released = True
+    observe = trainer.loop.observe
+
+    def losing(rollouts, shares):
+        trainer.loop.state.gate_hold.released |= trainer.loop.step == 0  # training begins anew with a state of its own
+        return observe(rollouts, [replace(s, sums=s.sums | {"gate_kept": [0.1, 1.0]}) for s in shares])
+
+    trainer.loop.observe = losing
+    trainer.train()
+    held = [entry["estep/gate_held"] for entry in trainer.state.log_history if "estep/gate_held" in entry]
+    assert held == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_loss_is_divided_by_all_boundaries(make_trainer):
+    """Two documents of four boundaries, of which a quarter, one each, is tried."""
+    trainer = make_trainer(TEXTS)
+    documents = [row_to_document(row) for row in trainer.train_dataset][:2]
+    window = trainer.loop.collect([documents], 1, 0)
+    assert [len(d.boundaries) for d in documents] == [4, 4] and window.denominator == 8.0
+    assert [len(r.group.boundaries) for r in window.batches[0].rollouts] == [1, 1]
+
+
 def test_a_run_logs_what_its_latents_say(make_trainer):
     """The logged difference is that of the rollouts, scored under the reward model; one document has no other."""
     trainer = make_trainer(TEXTS, e_steps=1, m_steps=0, reward_model="frozen", logging_steps=1)

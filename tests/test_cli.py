@@ -495,6 +495,14 @@ def test_one_file_example():
     assert numbers(claim)[0] == pytest.approx(nats[-1] - nats[0], abs=2e-3) and numbers(claim)[0] > 0.9
 
 
+def test_other_formats_example():
+    """Every format places latents that look as the page says."""
+    file = ROOT / "examples" / "other_formats.py"
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120, check=True)
+    said = dict(re.findall(r"--- (\w+): .*?\n(.*?)(?=\n--- |\Z)", done.stdout, re.DOTALL))
+    assert re.search(r"^ *// ", said["slashes"], re.MULTILINE) and "[" in said["prose"] and "<think>" in said["tags"]
+
+
 def test_midtrain_example(model, code, tmp_path):
     argv = ["--model_name_or_path", model, "--code_dir", code, "--output_dir", str(tmp_path / "out"), *SMALL]
     command = [sys.executable, str(ROOT / "examples" / "midtrain.py"), *argv]

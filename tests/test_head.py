@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ra3_trl import RA3Config
 from ra3_trl.em import EStep, pack, rollout_sums
 from ra3_trl.em.learner import HeadLearner, Observations, observe
-from ra3_trl.losses import Returns, code_bounds, compute_returns, explored, gate_slope, log_mean_gain
+from ra3_trl.losses import Returns, advantages, code_bounds, compute_returns, explored, gate_slope, log_mean_gain
 from ra3_trl.models import AbstractionConfig, AbstractionHead, load_head, save_head
 from ra3_trl.policy import annotate, choose_by_promise, choose_to_try
 from ra3_trl.records import Action, Boundary, Document, Latent, RolloutGroup
@@ -295,7 +295,10 @@ def test_the_e_step_rolls_out_where_a_good_latent_would_gain_most(make_trainer):
         log_think = rollout.group.gate_logps_A[list(rollout.group.boundaries)]
         slope = gate_slope(rollout.returns.gain_TG, log_think, trainer.args.penalty)
         torch.testing.assert_close(terms.gate_gain_T, slope * rollout.weight_T)
-        torch.testing.assert_close(terms.weight_T, explored(log_think, 0.05) * rollout.weight_T)
+        think = explored(log_think, 0.05)
+        torch.testing.assert_close(terms.weight_T, think * rollout.weight_T)
+        worth = advantages(rollout.returns.gain_TG, think, trainer.args.penalty)
+        torch.testing.assert_close(terms.advantage_TG, worth * rollout.weight_T[:, None])
         sums = rollout_sums([rollout], lambda ids: "")
         assert sums["gain"][0] == pytest.approx(float((rollout.returns.gain_TG.mean(1) * rollout.weight_T).sum()))
     assert {boundary for boundaries in tried for boundary in boundaries} == set(document.boundaries)
