@@ -152,11 +152,8 @@ class RA3Config(TrainingArguments):
     )  # fmt: skip
     exploration: float = setting(
         "Share e of thinking beside the gate: the E-step thinks with probability (1 - e) P(think) + e, and that is "
-        "the prior of annotation.",
-        0.05,
-        0,
-        0.5,
-    )
+        "the prior of annotation.", 0.05, 0, 0.5
+    )  # fmt: skip
     gate_hold: str = setting(
         "auto holds P(think) where it began until latents are known to bring more than they cost where the model "
         "thinks, and again where it has been lost.", "auto",

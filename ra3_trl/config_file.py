@@ -2,8 +2,8 @@
 
 Version 4 holds what [`RA3Config`] needs to do the run again: its own fields and the training ones of `_TRAINING`; and,
 apart, those of an experimental trainer. No path, no token, nothing of the machine. Version 3 weighed latents in
-another way; version 2 had other names and more
-fields; version 1 is what checkpoints of before kept in `ra3_state.json`.
+another way; version 2 had other names and more fields; version 1 is what checkpoints of before kept in
+`ra3_state.json`.
 """
 
 from __future__ import annotations
@@ -77,13 +77,14 @@ def _from_3(content: Content) -> Content:
     `latent_weight`: P(think) alone was `exploration=0`, as was the prior of annotation by the gate; a weight of 1 is
     no more."""
     settings = dict(content["settings"])
-    weight, _ = settings.pop("latent_weight", None), settings.pop("baseline", None)
-    settings.setdefault("objective", "elbo")
-    by_gate = weight == "gate" or settings.get("prior_alpha", 0.7) is None
-    settings.setdefault("exploration", 0.0 if by_gate else 0.05)
-    then = {"prior_alpha": 0.7, "boundary_selection": "random", "boundary_budget": 0.5, "num_latents": 4}
-    for name, value in (then | {"e_learning_rate": 1e-5, "same_latent_tolerance": 1.0}).items():
-        settings.setdefault(name, value)  # the defaults of then
+    settings.pop("baseline", None)
+    by_gate = settings.pop("latent_weight", None) == "gate" or settings.get("prior_alpha", 0.7) is None
+    then = {
+        "objective": "elbo", "exploration": 0.0 if by_gate else 0.05, "prior_alpha": 0.7,
+        "boundary_selection": "random", "boundary_budget": 0.5, "num_latents": 4, "e_learning_rate": 1e-5,
+        "same_latent_tolerance": 1.0,
+    }  # fmt: skip
+    settings = then | settings
     if settings.get("e_steps", 20) and settings["num_latents"] == 1:
         settings["num_latents"] = 2
     return content | {"settings": settings}

@@ -29,14 +29,14 @@ def test_sameness_by_hand():
     where another document's does as well but for less than the penalty; the last 64 count."""
     said = Sameness()
     said.update([" same"] * 12 + [f" {i}" for i in range(8)], 0.05)
-    assert said.distinct == pytest.approx(9 / 20) and said.most_frequent == (" same", 0.6)
+    assert said.shares == (9 / 20, " same", 0.6)
     assert "60% of the last 20 are 'same'" in said.message(0.5, penalty=0.2)
     assert said.message(0.6, penalty=0.2) is None  # not more than that
     assert said.message(0.5, penalty=0.04) is None  # tells 0.05 nats about its document
     said.update([], 3.0)  # (0.05 + 3) / 2
     assert said.message(0.5, penalty=0.2) is None
     said.update([f" new {i}" for i in range(64)], None)
-    assert said.most_frequent[1] == 1 / 64
+    assert said.shares[2] == 1 / 64
     assert Sameness([" same"] * 15, [0.0]).message(0.5, 0.2) is None  # too few to tell
     assert Sameness([" same"] * 16, []).message(0.5, 0.2) is None  # of one document there is no other
 
@@ -48,7 +48,10 @@ def bland(trainer, at: int) -> None:
     def observing(rollouts, shares):
         if trainer.loop.step >= at:
             shares = [
-                replace(s, texts=[" simple step"] * 64, sums=s.sums | {"gain_over_other": [0.0, 1.0]}) for s in shares
+                replace(
+                    s, texts=[" simple step"] * 64, sums=s.sums | {"gain_over_other": [0.02 * trainer.loop.step, 1.0]}
+                )
+                for s in shares
             ]
             trainer.loop.state.sameness.over_other = []
         return observe(rollouts, shares)
@@ -94,6 +97,23 @@ def test_a_run_holds_again_what_it_loses(make_trainer, caplog):
     trainer.train()
     held = [entry["estep/gate_held"] for entry in trainer.state.log_history if "estep/gate_held" in entry]
     assert held == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_an_e_phase_judges_by_what_it_has_seen_itself(make_trainer):
+    """Two documents an update, three updates: 2, 4 and 6 latents are known, in the second E-phase again."""
+    trainer = make_trainer(TEXTS, e_steps=3, m_steps=1, em_iterations=2)
+    observe, known = trainer.loop.observe, []
+
+    def counting(rollouts, shares):
+        stop = observe(rollouts, shares)
+        known.append((len(trainer.loop.state.sameness.texts), len(trainer.loop.state.gate_hold.kept)))
+        trainer.loop.state.gate_hold.kept = [0.1] * 4
+        return stop
+
+    trainer.loop.observe = counting
+    trainer.train()
+    texts, kept = zip(*known, strict=True)
+    assert texts == (2, 4, 6) * 2 and kept[0] == kept[3] == 0
 
 
 def test_the_loss_is_divided_by_all_boundaries(make_trainer):
@@ -169,14 +189,15 @@ def test_an_overflow_says_nothing_and_a_lost_gate_is_named():
     assert hold.holds and "was lost where latents pay" in hold.message and "nan" not in hold.message
 
 
-@pytest.mark.parametrize(("logit", "m"), [(18.0, -25.0), (20.0, -60.0), (25.0, -120.0)])
+@pytest.mark.parametrize(("logit", "m"), [(18.0, -25.0), (20.0, -60.0), (25.0, -120.0), (200.0, -120.0)])
 def test_a_gate_shut_open_against_harm_has_a_bounded_slope(logit, m):
-    """P(think) rounds to 1 and every latent harms: in the log-odds the slope is the posterior, 0, less 1."""
+    """P(think) rounds to 1 and every latent harms: in the log-odds the slope is the posterior, 0, less 1; where even
+    the log of P(think) has rounded to 0, so has its slope."""
     odds = torch.tensor([logit], requires_grad=True)
     log_p = torch.nn.functional.logsigmoid(odds)
     slope = gate_slope(torch.tensor([[m, m]]), log_p.detach(), 0.0)
     (log_p.exp() * slope).sum().backward()
-    assert -1.01 < float(odds.grad) < 0
+    assert -1.01 < float(odds.grad) < (0 if logit < 100 else 1e-9)
 
 
 def test_the_penalty_of_a_run_without_latents_is_none_of_the_policys(make_trainer, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ra3_trl import Policy
+from ra3_trl.analysis import shares
 
 from ..common import load
 from .real import checkpoint
@@ -83,13 +84,13 @@ def draw(
 def variety(comments: list[list[str]], asked: list[TraceTask]) -> dict[str, Any]:
     """Of the comments drawn behind programs: how many are different, right, and the same; the first of some."""
     counts = Counter(comment for row in comments for comment in row)
-    (most, times), total = counts.most_common(1)[0], counts.total()
+    distinct, most, share = shares(counts)
     right = [comment == one.trace for row, one in zip(comments, asked, strict=True) for comment in row]
     pairs = list(zip(comments, asked, strict=True))[:SAMPLES]
     return {
-        "distinct": len(counts) / total,
+        "distinct": distinct,
         "drawn_right": fmean(right),
-        "most_frequent": {"text": most, "share": times / total},
+        "most_frequent": {"text": most, "share": share},
         "samples": [{"text": row[0], "trace": one.trace} for row, one in pairs],
     }
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from ..config import RA3Config
 from ..models import BaseWeights, FrozenWeights
-from ..policy import Policy, annotate_all, most_thinking, token_text
+from ..policy import Policy, annotate_all, first_latent, token_text
 from ..records import AnnotatedExample, Document
 from ..rewards import RewardPlugIns
 from ..rollout import NoiseKey
@@ -219,6 +219,7 @@ class EMLoop:
         begin, scored = time.perf_counter(), engine.score_seconds
         estep = self.estep
         rollouts = estep.roll_out([d for batch in batches for d in batch], self.noise)
+        over_other = estep.over_other(rollouts)
         scored = engine.score_seconds - scored
         metrics.add("seconds/score", scored)
         metrics.add("seconds/rollout", time.perf_counter() - begin - scored)
@@ -226,7 +227,6 @@ class EMLoop:
         # The head learns from the policy's own latents, whose gate it is.
         own = [r for r in rollouts if self.learner is not None and r.group.boundaries and r.group.view is None]
         ordered = [r for batch in prepared for r in batch.rollouts]
-        over_other = estep.over_other(ordered)
         sums = rollout_sums(ordered, self._text, self.policy.proposer.lines, self.args.objective, self.args.penalty)
         if over_other:
             sums["gain_over_other"] = [sum(over_other), float(len(over_other))]
@@ -236,11 +236,7 @@ class EMLoop:
             sum(len(d.input_ids) for batch in batches for d in batch),
             sums,
             [observe(r.group, r.returns, r.weight_T, self.args) for r in own],
-            [
-                self._text(r.group.latents[most_thinking(r.group)][0].token_ids)
-                for r in ordered
-                if r.group.boundaries and r.group.view is None
-            ],
+            [self._text(first_latent(r.group)) for r in ordered if r.group.boundaries and r.group.view is None],
         )
 
     def observe(self, rollouts: Sequence[Rollout], shares: Sequence[Share]) -> bool:
@@ -263,8 +259,9 @@ class EMLoop:
         texts = [text for share in shares for text in share.texts]
         if texts:
             state.sameness.update(texts, averages.get("gain_over_other"))
-            state.metrics.add("estep/distinct_rate", state.sameness.distinct)
-            state.metrics.add("estep/most_frequent_rate", state.sameness.most_frequent[1])
+            distinct, _, most_frequent = state.sameness.shares
+            state.metrics.add("estep/distinct_rate", distinct)
+            state.metrics.add("estep/most_frequent_rate", most_frequent)
         self.on_rollouts(self.step, rollouts)
         if self.watch is None:
             return False

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 import torch
 
+from ..analysis import shares
 from ..losses import code_bounds, joint_gain
 from ..records import RolloutGroup
 from .estep import Rollout
@@ -132,25 +133,19 @@ class Sameness:
             self.over_other = [*self.over_other, over_other][-_MOST:]
 
     @property
-    def distinct(self) -> float:
-        """Share of different latents."""
-        return len(set(self.texts)) / len(self.texts)
-
-    @property
-    def most_frequent(self) -> tuple[str, float]:
-        """The latent written most often, and its share."""
-        ((text, count),) = Counter(self.texts).most_common(1)
-        return text, count / len(self.texts)
+    def shares(self) -> tuple[float, str, float]:
+        """Share of different latents, the one written most often, and its share."""
+        return shares(Counter(self.texts))
 
     def message(self, tolerance: float, penalty: float) -> str | None:
         """What is wrong, or `None`: one latent is more than `tolerance` of all, and another document's does as well as
         the own one, but for less than the `penalty`."""
-        if len(self.texts) < 16 or not self.over_other or self.most_frequent[1] <= tolerance:
+        if len(self.texts) < 16 or not self.over_other:
             return None
+        _, text, share = self.shares
         difference = fmean(self.over_other)
-        if difference >= penalty:
+        if share <= tolerance or difference >= penalty:
             return None
-        text, share = self.most_frequent
         return (
             f"the latents are bland: {share:.0%} of the last {len(self.texts)} are {text.strip()!r}, and a latent "
             f"brings {difference:+.2f} nats more than another document's, less than the penalty {penalty}"

@@ -16,6 +16,7 @@ from .state import EMState
 
 logger = get_logger(__name__)  # of the main process
 _PROBE_DOCUMENTS = 8
+_LESS_BLAND = "raise `kl_coef` or `num_latents`, or lower `e_learning_rate`"
 
 
 class Watch:
@@ -48,7 +49,7 @@ class Watch:
                 "where it began until they do (gate_hold='auto')."
             )
         if bland := state.sameness.message(self.policy.args.same_latent_tolerance, self.policy.args.penalty):
-            alarms.append(f"{bland}: raise `kl_coef` or `num_latents`, or lower `e_learning_rate`.")
+            alarms.append(f"{bland}: {_LESS_BLAND}.")
         for alarm in alarms:
             # Of one kind once, whatever numbers stand in it.
             if (kind := alarm.partition(":")[0]) not in state.alarms:
@@ -63,8 +64,8 @@ class Watch:
             return False
         logger.warning(
             "update %d: at the end of the E-phase %s; training stops before the M-phase "
-            "(same_latent_tolerance=%s). Raise `kl_coef` or `num_latents`, or lower `e_learning_rate`.",
-            step, bland, args.same_latent_tolerance,
+            "(same_latent_tolerance=%s): %s.",
+            step, bland, args.same_latent_tolerance, _LESS_BLAND,
         )  # fmt: skip
         return True
 

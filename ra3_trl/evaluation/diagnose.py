@@ -15,7 +15,7 @@ from ..analysis import Alternatives, effective_horizon, effective_numbers, measu
 from ..config import RA3Config
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..losses import compute_returns, renormalise
-from ..policy import Policy, annotate, gains_over_other, most_thinking, token_text
+from ..policy import Policy, annotate, first_latent, gains_over_other, token_text
 from ..records import Action, AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import NoiseKey
 from ..segmentation import readable_bytes
@@ -169,7 +169,7 @@ def _economics(groups: Sequence[RolloutGroup], args: RA3Config) -> dict[str, flo
 
 def _sameness(policy: Policy, groups: Sequence[RolloutGroup], over_other: Sequence[float]) -> dict[str, Any]:
     """Says whether latents tell anything about their document; of one a document, where the model thinks most."""
-    texts = Counter(token_text(policy.tokenizer, g.latents[most_thinking(g)][0].token_ids) for g in groups)
+    texts = Counter(token_text(policy.tokenizer, first_latent(g)) for g in groups)
     distinct, most_frequent, rate = shares(texts)
     return {
         "gain_over_other": fmean(over_other) if over_other else None,  # of a single document there is no other

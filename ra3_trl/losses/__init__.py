@@ -1,9 +1,9 @@
 """Pure tensor functions: returns, advantages, gate, policy gradient, next-token loss, bounds."""
 
 from .elbo import code_bounds, resampling_logits
-from .estep import EStepTerms, advantages, estep_loss, explored, gate_slope, joint_gain, log_mean_gain
+from .estep import EStepTerms, advantages, estep_loss, explored, gate_slope, joint_gain
 from .ntp import next_token_loss
-from .returns import Returns, compute_returns, log1mexp, renormalise
+from .returns import Returns, compute_returns, log1mexp, log_mean_gain, renormalise
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..records import RolloutGroup
-from .returns import compute_returns, log1mexp
+from .returns import compute_returns, log1mexp, log_mean_gain
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def code_bounds(group: RolloutGroup, weight_T: torch.Tensor | None = None) -> Co
     log_p = group.decision_logps_A[boundaries]
     log_q = log1mexp(log_p)
     elbo_T = log_q.exp() * line.act_T + log_p.exp() * line.latent_TG.mean(1)
-    mean_latent_T = torch.logsumexp(line.latent_TG, 1) - math.log(line.latent_TG.shape[1])
-    multi_T = torch.logaddexp(log_q + line.act_T, log_p + mean_latent_T)
+    multi_T = line.act_T + torch.logaddexp(log_q, log_p + log_mean_gain(line.gain_TG))
     weight_T = torch.ones(len(boundaries)) if weight_T is None else weight_T
     elbo, multi = (
         total + float((weight_T * (bound_T - raw_A[boundaries])).double().sum()) for bound_T in (elbo_T, multi_T)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..records import PolicyLogProbs
-from .returns import log1mexp
+from .returns import log1mexp, log_mean_gain
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,6 @@ def explored(log_think: torch.Tensor, exploration: float) -> torch.Tensor:
     tensor([0.5500, 0.1000])
     """
     return (1 - exploration) * log_think.exp() + exploration
-
-
-def log_mean_gain(gain_TG: torch.Tensor) -> torch.Tensor:
-    """Computes `log mean_g exp(gain_g)` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being
-    summed over and not known.
-
-    >>> log_mean_gain(torch.tensor([[1.5, -torch.inf]])).exp() / torch.tensor(1.5).exp()
-    tensor([0.5000])
-    """
-    return torch.logsumexp(gain_TG, 1) - math.log(gain_TG.shape[1])
 
 
 def joint_gain(gain_TG: torch.Tensor, objective: str) -> torch.Tensor:

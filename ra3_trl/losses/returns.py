@@ -7,6 +7,7 @@ Without that a useless comment looks like a gain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,13 @@ def compute_returns(group: RolloutGroup, horizon: int, discount: float, reductio
     if group.log_ratio_TG is not None:
         latent_TG = latent_TG + group.log_ratio_TG
     return Returns((weight_TH * act_TH).sum(-1), latent_TG)
+
+
+def log_mean_gain(gain_TG: torch.Tensor) -> torch.Tensor:
+    """Computes `log mean_g exp(gain_g)` `[T]`: the rise of the lines' log-likelihood from thinking, the latent being
+    summed over and not known.
+
+    >>> log_mean_gain(torch.tensor([[1.5, -torch.inf]])).exp() / torch.tensor(1.5).exp()
+    tensor([0.5000])
+    """
+    return torch.logsumexp(gain_TG, 1) - math.log(gain_TG.shape[1])

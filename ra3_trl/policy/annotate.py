@@ -83,12 +83,12 @@ def annotate_all(
     most = None if args.horizon == 1 or by_policy else _WINDOW
     while any(left):
         asked: list[tuple[int, Document, list[int]]] = []
-        for i, boundaries in enumerate(left):
+        for i in [i for i, boundaries in enumerate(left) if boundaries]:
             context = splice(documents[i], done[i].placed).document
             if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
                 left[i] = []  # the row is full
-            elif boundaries:
-                asked.append((i, context, boundaries[:most]))
+            else:
+                asked.append((i, context, left[i][:most]))
         choose = _choose_by_policy if by_policy else _choose_by_resampling
         choices = choose(policy, [c for _, c, _ in asked], [window for _, _, window in asked], noise)
         for (i, _, window), choice in zip(asked, choices, strict=True):

@@ -18,6 +18,11 @@ def most_thinking(group: RolloutGroup) -> int:
     return int(group.decision_logps_A[list(group.boundaries)].argmax())
 
 
+def first_latent(group: RolloutGroup) -> tuple[int, ...]:
+    """Reads the tokens of the first latent there: what a document is counted by where latents are compared."""
+    return group.latents[most_thinking(group)][0].token_ids
+
+
 def gains_over_other(engine: RolloutEngine, groups: Sequence[RolloutGroup], discount: float) -> list[float]:
     """Measures, in each group, the mean return of the latents before the line where the model thinks most, less that
     of as many latents of another document, in nats.

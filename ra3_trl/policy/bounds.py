@@ -12,7 +12,7 @@ from ..losses import code_bounds, compute_returns, renormalise
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
 from .annotate import annotate
-from .blandness import most_thinking, over_others
+from .blandness import first_latent, over_others
 from .decisions import choose_boundaries
 
 
@@ -72,7 +72,7 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
         sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
         sums["policy_latents"] += len(annotated.placed)
         if boundaries:
-            written = _WRITTEN + " ".join(map(str, group.latents[most_thinking(group)][0].token_ids))
+            written = _WRITTEN + " ".join(map(str, first_latent(group)))
             sums[written] = sums.get(written, 0.0) + 1
             if before is not None and before.document.doc_id != document.doc_id:
                 sums["over_other"] += over_others(policy.engine, [(group, before)], args.discount)[0]

@@ -88,7 +88,7 @@ def choose_boundaries(document: Document, limit: int, noise: NoiseKey) -> tuple[
 Tried = tuple[tuple[int, ...], torch.Tensor]  # boundaries to try, and `[T]` inverse probabilities of being tried
 
 
-def choose_to_try(policy_head: HeadDecisions | None, trunk: RolloutGroup, args: RA3Config, noise: NoiseKey) -> Tried:
+def choose_to_try(head: HeadDecisions | None, trunk: RolloutGroup, args: RA3Config, noise: NoiseKey) -> Tried:
     """Chooses where an E-step tries latents, by `boundary_selection`.
 
     Returns:
@@ -103,8 +103,8 @@ def choose_to_try(policy_head: HeadDecisions | None, trunk: RolloutGroup, args: 
     count = min(count, most) if most else count
     if count >= total:
         return document.boundaries, torch.ones(total)
-    if args.boundary_selection == "head" and policy_head is not None and trunk.states_SD is not None:
-        return choose_by_promise(document, policy_head.promise(trunk.states_SD), count, args, noise)
+    if args.boundary_selection == "head" and head is not None and trunk.states_SD is not None:
+        return choose_by_promise(document, head.promise(trunk.states_SD), count, args, noise)
     log_think_S = trunk.decision_logps_A[list(document.boundaries)]
     return choose_by_gate(document, explored(log_think_S, args.exploration), count, noise)
 
