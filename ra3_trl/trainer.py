@@ -36,7 +36,6 @@ from .em import (
     EMLoop,
     Gradients,
     LoopCallback,
-    MetricSums,
     PreemptionCallback,
     Watch,
     check_resumable,
@@ -163,6 +162,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
+        use_cache = model.config.to_dict().get("use_cache", False)
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
@@ -175,6 +175,8 @@ class RA3MidTrainer(HubMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if not args.use_cache:  # of training, whose forwards here say it themselves; the checkpoint stays the base's
+            model.config.use_cache = use_cache
         # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
@@ -237,6 +239,8 @@ class RA3MidTrainer(HubMixin, Trainer):
     # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None:  # the best lies beside it now, should the run have moved
+            name_best(Path(resume_from_checkpoint), self.state)
         if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
             return passes, 0  # no pass begins, and nothing is evaluated or saved again
         if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
@@ -289,11 +293,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
                 logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
-            together = MetricSums()
-            for sums in gather_object([self.loop.state.metrics.sums]):
-                together.add_sums(sums)
-            self.loop.state.metrics.pop()
-            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.loop.pop_metrics() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
 
