@@ -9,8 +9,10 @@ from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_type_hints
 
 import torch
-from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from .versions import TrainingArguments
 
 
 # Fields that went, and what to do instead.
