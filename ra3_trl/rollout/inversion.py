@@ -35,17 +35,16 @@ def _invert(probs_nB: torch.Tensor, share_n: torch.Tensor) -> tuple[torch.Tensor
     return at[:, 0], point - before[:, 0]
 
 
-def invert(scaled_nV: torch.Tensor, uniform_n: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Draws from logits that may be `-inf`: symbols, their log-probs, and the log of the normaliser."""
-    total_n = torch.logsumexp(scaled_nV, -1)
+def invert(scaled_nV: torch.Tensor, uniform_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from logits that may be `-inf`: symbols and their log-probs."""
     logps_nV = torch.log_softmax(scaled_nV, -1)
     tokens = _invert(logps_nV.exp(), uniform_n)[0]
-    return tokens, logps_nV.gather(-1, tokens[:, None])[:, 0], total_n
+    return tokens, logps_nV.gather(-1, tokens[:, None])[:, 0]
 
 
 def invert_by_blocks(
     scaled_nV: torch.Tensor, uniform_n: torch.Tensor, first_K: torch.Tensor, some_K: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws the same in one pass over the logits.
 
     `first_K` are symbols, one in each of K blocks of equal size, whose logits are finite; where there is none,
@@ -63,4 +62,4 @@ def invert_by_blocks(
     share = rest / share_nK.gather(-1, block[:, None])[:, 0]
     place = _invert(within_nB.exp(), share)[0]
     logps = within_nB.gather(-1, place[:, None])[:, 0] + mass_nK.gather(-1, block[:, None])[:, 0] - total_n
-    return block * within_nB.shape[1] + place, logps, total_n
+    return block * within_nB.shape[1] + place, logps
