@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .loop import EMLoop
 
 
-_CHANGED = ("save_only_model", "load_best_model_at_end", "save_total_limit")
+_CHANGED = ("save_only_model", "load_best_model_at_end")
 
 
 class LoopCallback(TrainerCallback):
@@ -95,6 +95,4 @@ class PreemptionCallback(TrainerCallback):
         if any(gather_object([self._signalled])):
             self.asked = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it would take time, and may decide whether to save
-            # The checkpoint must be whole and stay: `Trainer` deletes what is not the best at the end of training.
-            args.save_only_model = args.load_best_model_at_end = False
-            args.save_total_limit = None
+            args.save_only_model = args.load_best_model_at_end = False  # the checkpoint must be one to resume from
