@@ -61,8 +61,8 @@ class LoopCallback(TrainerCallback):
 class PreemptionCallback(TrainerCallback):
     """Saves a checkpoint and stops training after the update in which a SIGTERM came, on whichever process.
 
-    A second SIGTERM ends the process at once. Signals can be listened to in the main thread only; elsewhere nothing
-    changes.
+    Further SIGTERMs before that change nothing: a cluster sends one to all processes, and their launcher passes its own
+    on. Signals can be listened to in the main thread only; elsewhere nothing changes.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,6 @@ class PreemptionCallback(TrainerCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
