@@ -45,8 +45,8 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[None]:
-    """Inside, the first Ctrl-C is a `KeyboardInterrupt`, after which things end in order; a second one ends the process
-    where it stands. Files are whole at any time, and programs in the sandbox end with it."""
+    """Inside, the first Ctrl-C is a `KeyboardInterrupt`, after which things end in order; a second one ends the
+    process where it stands. Files are whole at any time, and programs in the sandbox end with it."""
 
     def first(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -61,8 +61,8 @@ class LoopCallback(TrainerCallback):
 class PreemptionCallback(TrainerCallback):
     """Saves a checkpoint and stops training after the update in which a SIGTERM came, on whichever process.
 
-    Further SIGTERMs before that change nothing: a cluster sends one to all processes, and their launcher passes its own
-    on. Signals can be listened to in the main thread only; elsewhere nothing changes.
+    Further SIGTERMs before that change nothing: a cluster sends one to all processes, and their launcher passes its
+    own on. Signals can be listened to in the main thread only; elsewhere nothing changes.
     """
 
     def __init__(self) -> None:
