@@ -369,7 +369,7 @@ def test_fractions_of_a_pass_are_those_of_sft(make, tokenizer, tiny_model, tmp_p
     """11 texts in batches of 4 are 3 batches (2 whole ones): 0.5 passes are 2 updates, 1.5 are 5, 2.9 are 9."""
     shared = {"per_device_train_batch_size": 4, "num_train_epochs": epochs, "learning_rate": 1e-3, "report_to": "none",
               "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "max_length": 256} | settings  # fmt: skip
-    args = SFTConfig(str(tmp_path / "sft"), bf16=False, activation_checkpointing=False, **shared)
+    args = SFTConfig(str(tmp_path / "sft"), bf16=False, **{CHECKPOINTING: False}, **shared)
     data = Dataset.from_dict({"text": TEXTS[:11]})
     sft = SFTTrainer(tiny_model("llama", tokenizer), args, train_dataset=data, processing_class=tokenizer)
     sft.train()
