@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -130,7 +130,7 @@ def scheduler_kwargs(kwargs: dict[str, Any] | None, kinds: Mapping[str, str]) ->
         raise ValueError(f"`lr_scheduler_kwargs` is {kwargs!r}; give a dict, such as {{'num_cycles': 2}}.")
     names = {}
     for field_name, kind in kinds.items():
-        function: Callable[..., Any] = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
+        function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
         taken = inspect.signature(function).parameters
         names[field_name] = set(taken) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     unknown = sorted(set(kwargs or {}) - set().union(*names.values()))

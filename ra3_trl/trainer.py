@@ -41,6 +41,7 @@ from .em import (
     collate,
     keep_best_alone,
     make_learner,
+    name_best,
     not_evened_out,
     phase_scheduler,
     plan_phases,
@@ -165,7 +166,8 @@ class RA3MidTrainer(HubMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
-        use_cache = model.config.to_dict().get("use_cache", False)
+        # `Trainer` would write its own into the checkpoint; our forwards of training say themselves that they keep none.
+        args.use_cache |= bool(model.config.to_dict().get("use_cache"))
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
@@ -178,8 +180,6 @@ class RA3MidTrainer(HubMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if not args.use_cache:  # of training, whose forwards here say it themselves; the checkpoint stays the base's
-            model.config.use_cache = use_cache
         # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
@@ -247,11 +247,12 @@ class RA3MidTrainer(HubMixin, Trainer):
     # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is not None:  # the best lies beside it now, should the run have moved
-            name_best(Path(resume_from_checkpoint), self.state)
-        if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
+        if resume_from_checkpoint is None:
+            return begun
+        name_best(Path(resume_from_checkpoint), self.state)  # it lies beside this one, should the run have moved
+        if self.state.global_step >= self.schedule.total:
             return passes, 0  # no pass begins, and nothing is evaluated or saved again
-        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+        if not isinstance(self.train_dataset, IterableDataset):
             return begun
         number, updates = read_state(Path(resume_from_checkpoint))["pass"]
         return number, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
