@@ -166,8 +166,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
-        # `Trainer` would write its own into the checkpoint; our forwards of training say themselves that they keep none.
-        args.use_cache |= bool(model.config.to_dict().get("use_cache"))
+        args.use_cache |= bool(model.config.to_dict().get("use_cache"))  # else `Trainer` would save False
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
