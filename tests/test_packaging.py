@@ -22,10 +22,9 @@ def archives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packaging")
     source = folder / "source"
     source.mkdir()
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    subprocess.run(["tar", "-cf", folder / "files.tar", *filter(None, files)], cwd=ROOT, check=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = set(listed.splitlines())
+    subprocess.run(["tar", "-cf", folder / "files.tar", *sorted(files)], cwd=ROOT, check=True)
     subprocess.run(["tar", "-xf", folder / "files.tar"], cwd=source, check=True)
     code = "from setuptools import build_meta as b; b.build_wheel('..'); b.build_sdist('..')"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
@@ -34,7 +33,7 @@ def archives(tmp_path_factory):
         in_wheel = set(opened.namelist())
     with tarfile.open(sdist) as opened:
         in_sdist = {name.partition("/")[2] for name in opened.getnames() if "/" in name}
-    return set(filter(None, files)), in_wheel, in_sdist
+    return files, in_wheel, in_sdist
 
 
 def test_the_wheel_has_the_package_and_nothing_else(archives):

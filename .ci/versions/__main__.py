@@ -106,27 +106,27 @@ def main() -> None:
     if unknown := set(args.cells) - set(CELLS):
         parser.error(f"no such environment: {', '.join(unknown)}; use {', '.join(CELLS)}")
     everything = not (args.cells or args.short or args.resolve or args.wheel or args.page)
-    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"cells": {}}
-    ran = {}
+    cells = {}
     for name in SHORT if args.short else CELLS if everything else args.cells:
-        ran[name] = run_cell(name, SHORT_TESTS if args.short else CELLS[name].tests, args.workers)
+        cells[name] = run_cell(name, SHORT_TESTS if args.short else CELLS[name].tests, args.workers)
         if not args.short:
-            results["cells"] = {
-                cell: (results["cells"] | ran)[cell] for cell in CELLS if cell in results["cells"] | ran
-            }
-            write(results)
+            write({"cells": {name: cells[name]}})
+    wheel = check_wheel() if everything or args.wheel else []
+    if wheel:
+        write({"wheel": now() | {"rows": wheel}})
     if everything or args.resolve:
-        results["beside"] = now() | {"rows": resolve_all()}
-    if everything or args.wheel:
-        results["wheel"] = now() | {"rows": check_wheel()}
-    if not args.short:
-        write(results)
-    wrong = unexplained(ran) + [row["command"] for row in results.get("wheel", {}).get("rows", []) if row["code"]]
+        write({"beside": now() | {"rows": resolve_all()}})
+    if args.page:
+        write({})
+    wrong = unexplained(cells) + [row["command"] for row in wheel if row["code"]]
     sys.exit("\n".join(["these failed, and .ci/versions/reasons.py has no reason:", *wrong]) if wrong else 0)
 
 
-def write(results: dict) -> None:
-    """Writes the results and the page that shows them."""
+def write(new: dict) -> None:
+    """Puts new rows in the place of older ones, in `results.json` and on the page."""
+    results = json.loads(RESULTS.read_text("utf-8"))
+    cells = results["cells"] | new.get("cells", {})
+    results |= new | {"cells": {name: cells[name] for name in CELLS if name in cells}}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     PAGE.write_text(write_page(results), "utf-8")
 
