@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from beside import resolve_all
+from beside import SHOWN, resolve_all
 from environments import CELLS, ROOT, Missing, build
 from page import write_page
 from reasons import reason
@@ -79,7 +79,8 @@ def run_cell(name: str, tests: tuple[str, ...], workers: int) -> dict:
         print(f"{name} is not run: {why}", flush=True)
         return now() | {"missing": str(why)}
     print(f"built in {time.monotonic() - begin:.0f} s: " + " ".join(map("==".join, versions.items())), flush=True)
-    return now() | run_tests(python, tests, workers) | {"versions": versions}
+    shown = {name: versions[name] for name in ("python", *SHOWN)}
+    return now() | run_tests(python, tests, workers) | {"versions": shown}
 
 
 def unexplained(cells: dict[str, dict]) -> list[str]:

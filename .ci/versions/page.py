@@ -47,6 +47,7 @@ def _beside(found: dict) -> str:
         rows.append([", ".join(with_version), *shown, "no: " + row["conflict"] if "conflict" in row else "yes"])
     text = (
         f"What uv chose for Python 3.12 on {found['date']} at {found['commit']}: resolved, neither installed nor run."
+        " It may choose an older version of a project to make it fit."
     )
     return f"\n## Beside other projects\n\n{text}\n\n{_table(['beside', *SHOWN, 'goes together'], rows)}"
 
