@@ -39,6 +39,7 @@ from .em import (
     MetricSums,
     PreemptionCallback,
     Watch,
+    check_packing,
     check_resumable,
     collate,
     make_learner,
@@ -150,9 +151,10 @@ class RA3MidTrainer(HubMixin, Trainer):
         if isinstance(model, str) and args.abstraction_head:
             head = load_head(name, **place_of(args.model_init_kwargs))
         model = prepare_model(model, tokenizer, args, peft_config, find_format(args.action_format).tags)
+        self.policy = Policy.of_model(model, tokenizer, args, room_for_latents=args.uses_latents)
         if train_dataset is not None:
             check_trainable(model)
-        self.policy = Policy.of_model(model, tokenizer, args, room_for_latents=args.uses_latents)
+            check_packing(self.policy.backbone, args.max_length, args.packing)
         self.policy.proposer = self.make_proposer(args, train_dataset is not None)
         learner = make_learner(args, head, state_width(self.policy.backbone.causal_lm))
         self.policy.head = learner
