@@ -118,9 +118,12 @@ class _Check:
 
     def _numbers(self, engine: RolloutEngine) -> Numbers:
         """What an engine says of the made-up documents, in the order of `PlainForwards.numbers`."""
-        columns = [[group.document for group in self.made_up]]
-        columns += [[group.boundaries for group in self.made_up], [group.latents for group in self.made_up]]
-        groups = engine.scores(*columns, HORIZON)
+        groups = engine.scores(
+            [group.document for group in self.made_up],
+            [group.boundaries for group in self.made_up],
+            [group.latents for group in self.made_up],
+            HORIZON,
+        )
         policies = engine.packed_log_probs([(group, slice(0, len(group.boundaries))) for group in groups])
         kinds = [
             [group.line_logps_A for group in groups],
