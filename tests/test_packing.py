@@ -175,7 +175,8 @@ def test_the_trainer_is_sft_on_every_architecture(model_type, make_trainer, toke
     calm = {"dropout": 0.0} if model_type == "opt" else {}  # which `SFTTrainer` leaves on
     shared = {
         "max_length": 64, "learning_rate": 0.05, "optim": "sgd", "per_device_train_batch_size": 3, "max_steps": 4,
-        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3, "use_cpu": True, "disable_tqdm": True,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3, "use_cpu": True,
+        "disable_tqdm": True,
     }  # fmt: skip
     sft = SFTTrainer(
         tiny_model(model_type, tokenizer, **calm),
