@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 
 from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
+from .versions import TrainingArguments
 
 
 _UNSUPPORTED = {

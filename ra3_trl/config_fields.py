@@ -6,7 +6,7 @@ import math
 from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_type_hints
 
-from transformers import TrainingArguments
+from .versions import TrainingArguments
 
 
 # Fields that went, and what to do instead.
