@@ -11,7 +11,7 @@ import torch
 from ..records import Action, Boundary, Document, Latent, RolloutGroup, TokenTable
 from .backbone import Backbone
 from .noise import keyed_uniform
-from .sampler import LatentDistribution, SamplingParams, kept_sets, sampled_symbols, symbol_logps
+from .sampler import LatentDistribution, SamplingParams, kept_sets, sampled_symbols
 
 
 HORIZON = 2
@@ -95,7 +95,8 @@ class PlainForwards:
     def logp(self, prefix: Sequence[int], tokens: Sequence[int]) -> float:
         """log pi(tokens | prefix)."""
         hidden = self.hidden((*prefix, *tokens[:-1]))[len(prefix) - 1 :]
-        return float(self.backbone.token_logps(hidden, torch.tensor(tokens, device=hidden.device)).sum())
+        logps = self.backbone.logits(hidden).log_softmax(-1)
+        return float(logps.gather(1, torch.tensor(tokens, device=logps.device)[:, None]).sum())
 
     def symbols(self, group: RolloutGroup) -> list[float]:
         """Log-prob of each symbol of the group's latents, under the distribution that they are drawn from."""
@@ -107,10 +108,18 @@ class PlainForwards:
                 behind = len(head) - 1 + len(latent.logps)
                 hidden.append(self.hidden((*head, *latent.token_ids)[:behind])[len(head) - 1 :])
                 flat.append(latent)
-        columns = sampled_symbols(flat, self.table)
-        symbols, states, steps, _ = (torch.as_tensor(c, device=self.backbone.device) for c in columns)
-        kept = kept_sets(flat) if self.params.truncated else None
-        return symbol_logps(self.backbone, self.distribution, torch.cat(hidden), symbols, states, steps, kept).tolist()
+        symbols = sampled_symbols(flat, self.table)
+        token, state, step = (
+            torch.as_tensor(column, device=self.backbone.device)
+            for column in (symbols.token, symbols.state, symbols.step)
+        )
+        scaled = self.distribution(self.backbone.logits(torch.cat(hidden)), state, step)
+        if self.params.truncated:
+            for row, kept in zip(scaled, kept_sets(flat), strict=True):
+                assert kept is not None  # made up or just drawn
+                gone = torch.ones(len(row), dtype=torch.bool).index_fill(0, kept, False)
+                row[gone.to(row.device)] = -torch.inf
+        return scaled.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
 
     def numbers(self, groups: Sequence[RolloutGroup]) -> Numbers:
         """All that an engine says of documents and given latents."""
