@@ -7,9 +7,11 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -21,23 +23,34 @@ from .logps import Targets, linear_logps, rows_at_once
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
+_LOCK = threading.Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # [how many are inside, their modes before]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside.
+    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside. Of several
+    threads inside at once the last to leave does the latter.
 
-    Layers of quantized weights stay in training mode: they do the same in both, but bitsandbytes' 4-bit layers pack
-    their weights anew on a CPU when they evaluate, with scales rounded to bfloat16, and training goes on with what is
-    left.
+    Layers of quantized weights are in training mode inside: they do the same in both, but bitsandbytes' 4-bit layers
+    pack their weights anew on a CPU when they evaluate, with scales rounded to bfloat16, and training goes on with
+    what is left.
     """
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in before:
-        module.training = _holds_quantized(module)
+    with _LOCK:
+        state = _INSIDE.setdefault(model, [0, {}])
+        state[0] += 1
+        for module in model.modules():
+            state[1].setdefault(module, module.training)
+            module.training = _holds_quantized(module)
     try:
         yield
     finally:
-        for module, training in before.items():
-            module.training = training
+        with _LOCK:
+            state[0] -= 1
+            if not state[0]:
+                del _INSIDE[model]
+                for module, training in state[1].items():
+                    module.training = training
 
 
 def _holds_quantized(module: nn.Module) -> bool:
