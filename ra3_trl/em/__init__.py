@@ -4,6 +4,7 @@ from .callbacks import LoopCallback, PreemptionCallback
 from .checkpoint import (
     check_resumable,
     keep_best_alone,
+    name_best,
     resumed_folder,
     rotate,
     rotation_taken_over,
@@ -49,6 +50,7 @@ __all__ = [
     "latent_alarms",
     "make_learner",
     "mstep_loss",
+    "name_best",
     "not_evened_out",
     "pack",
     "phase_scheduler",

@@ -7,9 +7,11 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -22,16 +24,28 @@ from .logps import Targets, linear_logps, rows_at_once
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
+_LOCK = threading.Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # [how many are inside, who was in training]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside. Of several
+    threads inside at once the last to leave does the latter."""
+    with _LOCK:
+        state = _INSIDE.setdefault(model, [0, []])
+        state[0] += 1
+        state[1] += [module for module in model.modules() if module.training]
+        model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _LOCK:
+            state[0] -= 1
+            if not state[0]:
+                del _INSIDE[model]
+                for module in state[1]:
+                    module.training = True
 
 
 class Backbone:
