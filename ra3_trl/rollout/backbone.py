@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -92,6 +93,8 @@ class Backbone:
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
         self._softcap = config.get("final_logit_softcapping")  # Gemma 2
+        # Whether logits are more than a product with a matrix of plain numbers.
+        self._bends = bool(self._softcap or config.get("quantization_config"))
 
     @property
     def device(self) -> torch.device:
@@ -170,10 +173,10 @@ class Backbone:
     def matrix(self) -> nn.Parameter | None:
         """The head's weight, where the head is that matrix and nothing else; else `None`."""
         head = self.causal_lm.get_output_embeddings()
-        plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
-        hooked = plain and ("forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
-        sharded = is_fsdp2(self.model) or is_zero3(self.model)
-        return None if not plain or hooked or sharded or self._softcap else head.weight
+        if type(head) is not nn.Linear or head.bias is not None or isinstance(head.weight, DTensor) or self._bends:
+            return None
+        hooked = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
+        return None if hooked or is_fsdp2(self.model) or is_zero3(self.model) else head.weight
 
     def chunked(self, hidden_nD: torch.Tensor, reduce: Callable, *per_row: torch.Tensor) -> list[torch.Tensor]:
         """`reduce(logits_chunk, *per_row_chunk) -> tuple of [rows] tensors` over bounded chunks of rows, joined.
