@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,7 +32,7 @@ from ..models import (
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine, evaluating
-from ..segmentation import Segmenter, build_token_table, find_format, readable_bytes, require_tags
+from ..segmentation import Segmenter, build_token_table, find_format, prompt_ids, readable_bytes, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
@@ -39,6 +40,11 @@ from .propose import OWN_LATENTS, Proposer
 from .text import token_text
 
 
+logger = logging.getLogger(__name__)
+_REPLACED = (
+    "`attn_implementation` is %r, which the branch engine replaces in E-phases, annotation and evaluation by "
+    "PyTorch's fused attention with a mask of branches. The M-step keeps %r; with `engine='expand'` everything does."
+)
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
 THINKING = (
     "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
@@ -186,6 +192,9 @@ class Policy:
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
         with backbone.gathered():
             engine = build_engine(args.engine, backbone, table, params, args.max_branch_tokens)
+        attention = backbone.causal_lm.config._attn_implementation or ""
+        if engine.name == "branch" and "flash" in attention:
+            logger.warning(_REPLACED, attention, attention)
         longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
 
@@ -300,11 +309,11 @@ class Policy:
             )
         head = None if self.head is None else self.head.head
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
-        if not inputs["input_ids"].numel():
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)], dtype=torch.long, device=self.backbone.device)
+        if not ids.numel():
             raise ValueError("`prompt` has no tokens; give some text, such as a newline.")
-        output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
-        return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), think=think, threshold=threshold, **kwargs)
+        return self._decode(output[0, ids.shape[1] :].tolist())
 
     def text(self, source: Document | AnnotatedExample) -> str:
         """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
