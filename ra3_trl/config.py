@@ -55,7 +55,7 @@ class RA3Config(TrainingArguments):
     """
 
     trainer: ClassVar[str] = "RA3MidTrainer"  # whose settings they are
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
 
     # Values that differ from TrainingArguments
     learning_rate: float = setting("Peak learning rate of the M-phase.", 2e-5)
@@ -67,10 +67,27 @@ class RA3Config(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = setting("Keyword arguments of `from_pretrained`, as JSON.", None)
 
     # Data
-    max_length: int = setting(
-        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.", 1024, 16
-    )
+    max_length: int | None = setting(
+        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost. None is the "
+        "model's context, and rows are not packed.", 1024, 16
+    )  # fmt: skip
     dataset_text_field: str = setting("Column that holds the text.", "text")
+    dataset_kwargs: dict[str, Any] | str | None = setting(
+        "As in TRL: `skip_prepare_dataset` says that rows are tokens (`input_ids`, `labels`), which is seen anyway.",
+        None,
+    )
+    completion_only_loss: bool | None = setting(
+        "Train on the completion only. Left out: where the data has `prompt` and `completion`.", None
+    )
+    assistant_only_loss: bool | None = setting(
+        "Train on the assistant's turns only. Left out: of `messages`, but not of `prompt` and `completion`.", None
+    )
+    chat_template_path: str | None = setting(
+        "A Jinja file, or a folder or Hub id of a tokenizer, whose chat template (and tokens) to take.", None
+    )
+    eos_token: str | None = setting("End of text, of the tokenizer's tokens; its own if left out.", None)
+    pad_token: str | None = setting("Padding, of the tokenizer's tokens; its own if left out.", None)
+    shuffle_dataset: bool = setting("Shuffle the training data before anything is done with it.", False)
     dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
     action_format: str = setting(
         "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, tags, python_tags, "
@@ -270,6 +287,10 @@ class RA3Config(TrainingArguments):
                 "`prior_alpha` is 1, so that resampling would never place a latent; lower it, or set `penalty=inf` "
                 "for next-token prediction."
             )
+        if unknown := set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}:
+            raise ValueError(
+                f"`dataset_kwargs` has {min(unknown)!r}; the one key there is, is `skip_prepare_dataset`."
+            )
         for name in ("gate", "boundary_selection"):
             if getattr(self, name) == "head" and not self.abstraction_head:
                 raise ValueError(f"`{name}` is 'head', but `abstraction_head` is False; leave one of the two out.")
@@ -337,6 +358,12 @@ class RA3Config(TrainingArguments):
     def annotation_way(self) -> str | None:
         """`annotation`, or what it stands for where it is left out; `None` is next-token prediction."""
         return self.annotation or ("resample" if self.uses_latents else None)
+
+    @property
+    def row_length(self) -> int:
+        """`max_length`, once a model is there to say what `None` is."""
+        assert self.max_length is not None
+        return self.max_length
 
     @property
     def uses_latents(self) -> bool:

@@ -126,7 +126,7 @@ def _time_mstep(policy: Policy, examples: list[AnnotatedExample]) -> float:
     """Times an M-update without its optimizer step: seconds per token."""
     policy.model.train()
     begin = time.perf_counter()
-    rows = pack(examples, policy.args.max_length, policy.args.packing)
+    rows = pack(examples, policy.args.row_length, policy.args.packing)
     with policy.autocast():
         loss, *_ = mstep_loss(policy.backbone, rows, float(max(rows.num_tokens, 1)))
         loss.backward()

@@ -292,7 +292,7 @@ class EMLoop:
         else:
             examples = [splice(document, {}) for document in flat]
         args = self.args
-        rows = [pack(own, args.max_length, args.packing) if own else None for own in _split(examples, batches)]
+        rows = [pack(own, args.row_length, args.packing) if own else None for own in _split(examples, batches)]
         tokens = sum(r.num_tokens for r in rows if r is not None)
         return [Batch(rows=r) for r in rows], Share([1] * len(rows), float(tokens), tokens)
 

@@ -85,7 +85,7 @@ def annotate_all(
         asked: list[tuple[int, Document, list[int]]] = []
         for i in [i for i, boundaries in enumerate(left) if boundaries]:
             context = splice(documents[i], done[i].placed).document
-            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
+            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.row_length:
                 left[i] = []  # the row is full
             else:
                 asked.append((i, context, left[i][:most]))
