@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ..records import Latent, TokenTable
 from .backbone import Backbone
@@ -37,32 +39,51 @@ class LatentDistribution:
     def __init__(self, table: TokenTable, params: SamplingParams):
         self.table = table
         self.params = params
-        self._allowed: dict[tuple[int, int], torch.Tensor] = {}
+        # Read once, here: each read of a number waits for the device.
+        self._longest = int(table.pending_S.max())  # bytes that a state may wait for
+        self._is_stop_V = torch.zeros_like(table.blank_V)
+        self._is_stop_V[table.stop_id] = True
+        self._allowed_XV: torch.Tensor | None = None
+
+    def _row(self, state: Any, step: Any) -> Any:
+        """Row of the table of allowed symbols for a state and a step, numbers or tensors: whether the step is the
+        first, how many are left as far as that matters, and the state."""
+        left = self.params.max_length - step
+        left = left.clamp(0, self._longest + 1) if isinstance(left, torch.Tensor) else self._clamped(left)
+        return ((step == 0) * (self._longest + 2) + left) * len(self.table.pending_S) + state
+
+    def _clamped(self, left: int) -> int:
+        return min(max(left, 0), self._longest + 1)
+
+    def _table(self) -> torch.Tensor:
+        """Symbols that may follow, a row for each [`_row`]."""
+        if self._allowed_XV is None:
+            table = self.table
+            following = table.next_state_SV.long()
+            pending = table.pending_S[following.clamp(min=0)]
+            rows = []
+            for first in (False, True):
+                for left in range(-1, self._longest + 1):  # of steps behind this one
+                    mask = (following >= 0) & (pending <= left)
+                    mask[:, table.stop_ids] = False
+                    if first:
+                        mask &= ~table.blank_V
+                    else:
+                        mask[0] |= self._is_stop_V
+                    rows.append(mask)
+            self._allowed_XV = torch.cat(rows)
+        return self._allowed_XV
 
     def allowed(self, state: int, step: int) -> torch.Tensor:
         """Symbols `[V]` that may follow in UTF-8 state `state` as token number `step`."""
-        if (state, step) not in self._allowed:
-            table, left = self.table, self.params.max_length - 1 - step
-            following = table.next_state_SV[state].long()
-            mask = (following >= 0) & (table.pending_S[following.clamp(min=0)] <= left)
-            mask[table.stop_ids] = False
-            if step == 0:
-                mask &= ~table.blank_V
-            elif state == 0:
-                mask[table.stop_id] = True
-            self._allowed[state, step] = mask
-        return self._allowed[state, step]
+        return self._table()[self._row(state, step)]
 
     def __call__(self, logits_nV: torch.Tensor, state_n: torch.Tensor, step_n: torch.Tensor) -> torch.Tensor:
         """Scaled logits with forbidden symbols at `-inf` and the stop symbol at `stop_ids[0]`."""
         scaled = logits_nV if self.params.temperature == 1.0 else logits_nV / self.params.temperature
         stop_n = torch.logsumexp(scaled[:, self.table.stop_ids], -1)
-        pairs, which = torch.unique(torch.stack([state_n, step_n]), dim=1, return_inverse=True)
-        masks = torch.stack([self.allowed(int(s), int(j)) for s, j in pairs.T.tolist()])
-        mask_nV = masks if len(masks) == 1 else masks[which]
-        is_stop = torch.zeros_like(self.table.blank_V)
-        is_stop[self.table.stop_id] = True
-        scaled = torch.where(is_stop, stop_n[:, None], scaled)
+        mask_nV = self._table()[self._row(state_n, step_n)]
+        scaled = torch.where(self._is_stop_V, stop_n[:, None], scaled)
         return scaled.masked_fill(~mask_nV, float("-inf"))
 
     def kept(self, scaled_nV: torch.Tensor) -> torch.Tensor:
@@ -85,7 +106,7 @@ class Draw:
     tokens_n: torch.Tensor
     logps_n: torch.Tensor
     state_n: torch.Tensor  # UTF-8 state behind the token
-    kept: tuple[torch.Tensor, ...] | None  # ids of each truncation set; `None` without truncation
+    kept: torch.Tensor | None  # truncation sets, a bit a symbol, see `packed_bits`; `None` without truncation
 
 
 def check_finite(logps: torch.Tensor) -> None:
@@ -104,20 +125,23 @@ def draw(
     step: int,
     uniform_n: torch.Tensor,
 ) -> Draw:
-    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`."""
+    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`.
+
+    Nothing is read, so that the host does not wait; who reads the log-probs checks that they are finite.
+    """
     scaled = distribution(logits_nV, state_n, torch.full_like(state_n, step))
     kept = None
     if distribution.params.truncated:
         keep = distribution.kept(scaled)
-        kept = tuple(row.nonzero()[:, 0] for row in keep)
+        kept = packed_bits(keep)
         scaled = scaled.masked_fill(~keep, float("-inf"))
     total_n = torch.logsumexp(scaled, -1)
-    check_finite(total_n)
     cumulative = (scaled - total_n[:, None]).exp_().cumsum(-1)
     # Kept below the last sum, so that rounding cannot push the point past the end; `right` skips symbols of mass zero.
     last = cumulative[:, -1]
     point = torch.minimum(uniform_n.to(last.dtype) * last, torch.nextafter(last, torch.zeros_like(last)))
     tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
+    tokens = tokens.clamp(max=scaled.shape[-1] - 1)  # beyond the end where numbers are not finite
     logps = scaled.gather(-1, tokens[:, None])[:, 0] - total_n
     state = distribution.table.next_state_SV[state_n, tokens].long()
     return Draw(tokens, logps, state, kept)
@@ -132,15 +156,26 @@ def draw_from_hidden(
     uniform_n: torch.Tensor,
 ) -> Draw:
     """Draws as [`draw`] does, over bounded chunks of logits."""
-    kept: list[torch.Tensor] = []
 
     def reduce(logits: torch.Tensor, state: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
         drawn = draw(distribution, logits, state, step, uniform)
-        kept.extend(drawn.kept or ())
-        return drawn.tokens_n, drawn.logps_n, drawn.state_n
+        columns = (drawn.tokens_n, drawn.logps_n, drawn.state_n)
+        return columns if drawn.kept is None else (*columns, drawn.kept)
 
-    tokens, logps, states = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
-    return Draw(tokens, logps, states, tuple(kept) if distribution.params.truncated else None)
+    tokens, logps, states, *kept = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
+    return Draw(tokens, logps, states, kept[0] if kept else None)
+
+
+def packed_bits(mask_nV: torch.Tensor) -> torch.Tensor:
+    """Packs a mask into `[n, V / 8]` bytes: truncation sets differ in size, which the host would have to wait for."""
+    eights = pad(mask_nV, (0, -mask_nV.shape[1] % 8)).view(len(mask_nV), -1, 8)
+    weights = 1 << torch.arange(8, device=mask_nV.device)
+    return (eights * weights.to(torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def ids_of_bits(bits: np.ndarray) -> torch.Tensor:
+    """Lists what a row of [`packed_bits`] holds, ascending."""
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(bits, bitorder="little")))
 
 
 def symbol_logps(
@@ -158,22 +193,40 @@ def symbol_logps(
     one is `None` (drawn from elsewhere) it is found anew, and what it leaves out has log-prob `-inf`.
     """
 
+    sets = None if kept is None else _KeptSets(distribution, kept, targets_n.device)
+
     def reduce(logits: torch.Tensor, *per_row: torch.Tensor) -> tuple[torch.Tensor]:
         targets, state, step, row = per_row
         # Masks are applied to the scaled logits, so that the log-probs are of the distribution that was drawn from.
         scaled = distribution(logits, state, step)
-        if kept is not None:
-            mask = torch.zeros_like(scaled, dtype=torch.bool)
-            unknown = [i for i, r in enumerate(row.tolist()) if kept[r] is None]
-            mask[unknown] = distribution.kept(scaled[unknown])
-            for i, r in enumerate(row.tolist()):
-                if kept[r] is not None:
-                    mask[i, kept[r]] = True
-            scaled = scaled.masked_fill(~mask, float("-inf"))
+        if sets is not None:
+            scaled = scaled.masked_fill(~sets.mask(scaled, int(row[0]), int(row[-1]) + 1), float("-inf"))
         return (scaled.log_softmax(-1).gather(-1, targets[:, None])[:, 0],)
 
-    rows = torch.arange(len(targets_n), device=targets_n.device)
+    rows = torch.arange(len(targets_n))  # on the host, which need not wait to know which chunk it is
     return backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)[0]
+
+
+class _KeptSets:
+    """Holds truncation sets, one a row, on a device as one list."""
+
+    def __init__(self, distribution: LatentDistribution, kept: list[torch.Tensor | None], device: torch.device):
+        self.distribution = distribution
+        self.unknown = [k is None for k in kept]
+        self.ends = np.cumsum([0, *(0 if k is None else len(k) for k in kept)])
+        row = np.repeat(np.arange(len(kept)), np.diff(self.ends))
+        ids = [row, *(k.numpy() for k in kept if k is not None)]
+        self.rows, self.ids = torch.as_tensor(np.concatenate(ids), device=device).split([len(row), len(row)])
+        self.unknown_n = torch.as_tensor(self.unknown, device=device)
+
+    def mask(self, scaled_nV: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Mask `[n, V]` of the sets of rows `begin` to `end`; unknown ones are of the logits."""
+        part = slice(int(self.ends[begin]), int(self.ends[end]))
+        mask = torch.zeros_like(scaled_nV, dtype=torch.bool)
+        mask[self.rows[part] - begin, self.ids[part]] = True
+        if any(self.unknown[begin:end]):
+            mask |= self.distribution.kept(scaled_nV) & self.unknown_n[begin:end, None]
+        return mask
 
 
 def kept_sets(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
@@ -188,7 +241,6 @@ def fed_tokens(latent: Latent) -> tuple[int, ...]:
 
 def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.ndarray, ...]:
     """Lists symbol, UTF-8 state, step and branch number of everything that was drawn, in order."""
-    next_state = table.next_state_SV.cpu()
     symbols, states, steps, branches = [], [], [], []
     for m, latent in enumerate(latents):
         state = 0
@@ -197,5 +249,5 @@ def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.nd
             states.append(state)
             steps.append(step)
             branches.append(m)
-            state = int(next_state[state, token])
+            state = int(table.next_state[state, token])
     return tuple(np.array(column, dtype=np.int64) for column in (symbols, states, steps, branches))
