@@ -191,7 +191,7 @@ class Segmenter:
 
 def _within(enc: Encoding, start: int, end: int) -> Encoding:
     """The tokens that stand for characters of a part of the text and no others."""
-    inside = [i for i in range(len(enc.ids)) if start <= enc.starts[i] and enc.ends[i] <= end]
+    inside = [i for i in range(enc.bos, len(enc.ids)) if start <= enc.starts[i] and enc.ends[i] <= end]
     ids, starts, ends = ([column[i] for i in inside] for column in (enc.ids, enc.starts, enc.ends))
     return Encoding(tuple(ids), tuple(starts), tuple(ends), bos=0)
 
