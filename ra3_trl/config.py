@@ -360,16 +360,16 @@ class RA3Config(TrainingArguments):
         return self.annotation or ("resample" if self.uses_latents else None)
 
     @property
-    def row_length(self) -> int:
-        """`max_length`, once a model is there to say what `None` is."""
-        assert self.max_length is not None
-        return self.max_length
-
-    @property
     def uses_latents(self) -> bool:
         """Whether the M-step trains on annotated text: after an E-phase, or where `annotation` is set (annotation with
         no RL); else the run is next-token prediction."""
         return self.penalty < math.inf and (self.e_steps > 0 or self.annotation is not None)
+
+
+def row_length(args: RA3Config) -> int:
+    """`max_length`, once a model is there to say what `None` is."""
+    assert args.max_length is not None
+    return args.max_length
 
 
 def check_args(args: TrainingArguments, kind: type) -> None:

@@ -17,7 +17,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from ..config import RA3Config
+from ..config import RA3Config, row_length
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy, annotate_all, first_latent, token_text
 from ..records import AnnotatedExample, Document
@@ -292,7 +292,7 @@ class EMLoop:
         else:
             examples = [splice(document, {}) for document in flat]
         args = self.args
-        rows = [pack(own, args.row_length, args.packing) if own else None for own in _split(examples, batches)]
+        rows = [pack(own, row_length(args), args.packing) if own else None for own in _split(examples, batches)]
         tokens = sum(r.num_tokens for r in rows if r is not None)
         return [Batch(rows=r) for r in rows], Share([1] * len(rows), float(tokens), tokens)
 
