@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 
-from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
+from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
+from .versions import TrainingArguments
 
 
 _UNSUPPORTED = {
@@ -25,6 +26,9 @@ _UNSUPPORTED = {
     "torch_compile_mode": "it switches `torch_compile` on",
     "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
     "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
+    "auto_find_batch_size": "an attempt that runs out of memory has changed weights and gate, and the plan is of "
+    "its batch; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`, which gives the same "
+    "updates, or lower `max_branch_tokens`",
     "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
 }
 
@@ -94,7 +98,10 @@ class RA3Config(TrainingArguments):
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
     existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
-    disable_dropout: bool = setting("Set all dropout to 0.", True)
+    disable_dropout: bool | None = setting(
+        "Set all dropout to 0. Left out: in E-phases only, where what is trained must be the policy that sampled; "
+        "M-phases have it as in SFTTrainer, `lora_dropout` too.", None
+    )  # fmt: skip
 
     # Schedule
     em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
@@ -228,6 +235,7 @@ class RA3Config(TrainingArguments):
         super().__post_init__()
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
+        _ = self.phase_scheduler_kwargs  # refuses what no phase takes
 
     @staticmethod
     def _lower_is_better(metric: str) -> bool:
@@ -286,10 +294,6 @@ class RA3Config(TrainingArguments):
             raise ValueError(
                 "`prior_alpha` is 1, so that resampling would never place a latent; lower it, or set `penalty=inf` "
                 "for next-token prediction."
-            )
-        if unknown := set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}:
-            raise ValueError(
-                f"`dataset_kwargs` has {min(unknown)!r}; the one key there is, is `skip_prepare_dataset`."
             )
         for name in ("gate", "boundary_selection"):
             if getattr(self, name) == "head" and not self.abstraction_head:
@@ -355,6 +359,16 @@ class RA3Config(TrainingArguments):
         return values
 
     @property
+    def _schedules(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("lr_scheduler_type", "e_lr_scheduler_type")}
+
+    @property
+    def phase_scheduler_kwargs(self) -> dict[str, dict[str, Any]]:
+        """`lr_scheduler_kwargs` by the field whose schedule takes them: `lr_scheduler_type`, `e_lr_scheduler_type`."""
+        assert not isinstance(self.lr_scheduler_kwargs, str)  # `TrainingArguments` has read the JSON
+        return scheduler_kwargs(self.lr_scheduler_kwargs, self._schedules)
+
+    @property
     def annotation_way(self) -> str | None:
         """`annotation`, or what it stands for where it is left out; `None` is next-token prediction."""
         return self.annotation or ("resample" if self.uses_latents else None)
@@ -364,12 +378,6 @@ class RA3Config(TrainingArguments):
         """Whether the M-step trains on annotated text: after an E-phase, or where `annotation` is set (annotation with
         no RL); else the run is next-token prediction."""
         return self.penalty < math.inf and (self.e_steps > 0 or self.annotation is not None)
-
-
-def row_length(args: RA3Config) -> int:
-    """`max_length`, once a model is there to say what `None` is."""
-    assert args.max_length is not None
-    return args.max_length
 
 
 def check_args(args: TrainingArguments, kind: type) -> None:

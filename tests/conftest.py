@@ -287,7 +287,8 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
     time; `data` and `eval_data` are lists of texts or data sets, further arguments the config's. With `proposal` it is
     the one of the experiment."""
 
-    def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None, **settings):
+    def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None,
+             optimizers=(None, None), **settings):  # fmt: skip
         defaults = {
             "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
             "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
@@ -299,7 +300,7 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
         trainer, config = kinds
         return trainer(
             model or tiny_model("llama", tokenizer), config(**defaults | settings), data, eval_data, tokenizer,
-            callbacks, peft_config=peft_config, reward_funcs=reward_funcs,
+            callbacks, optimizers, peft_config=peft_config, reward_funcs=reward_funcs,
         )  # fmt: skip
 
     return make

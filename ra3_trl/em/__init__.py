@@ -1,7 +1,17 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
 from .callbacks import LoopCallback, PreemptionCallback
-from .checkpoint import ASIDE, check_resumable, name_best, put_in_place, resumed_folder, run_settings, saving_aside
+from .checkpoint import (
+    check_resumable,
+    keep_best_alone,
+    name_best,
+    resumed_folder,
+    rotate,
+    rotation_taken_over,
+    run_settings,
+    settle,
+    written_whole,
+)
 from .data import Cutter, collate
 from .estep import Chunk, EStep, Rollout
 from .gradients import Gradients
@@ -16,7 +26,6 @@ from .watch import Watch
 
 
 __all__ = [
-    "ASIDE",
     "Batch",
     "Chunk",
     "Cutter",
@@ -37,6 +46,7 @@ __all__ = [
     "Window",
     "check_resumable",
     "collate",
+    "keep_best_alone",
     "latent_alarms",
     "make_learner",
     "mstep_loss",
@@ -46,12 +56,14 @@ __all__ = [
     "phase_scheduler",
     "plan_phases",
     "plan_schedule",
-    "put_in_place",
     "read_state",
     "resumed_folder",
+    "rotate",
+    "rotation_taken_over",
     "rollout_sums",
     "run_settings",
-    "saving_aside",
+    "settle",
     "split_example",
     "stream_loader",
+    "written_whole",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import row_length
+from ..config_fields import row_length
 from ..losses import compute_returns, explored, log1mexp, log_mean_gain, resampling_logits
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import RA3Config, row_length
+from ..config import RA3Config
+from ..config_fields import row_length
 from ..em import Schedule
 from ..rollout import Backbone
 

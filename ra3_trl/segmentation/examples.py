@@ -51,16 +51,24 @@ class RowForms:
         """Those of a configuration.
 
         Raises:
-            `ValueError`: for a `formatting_func`, whose text has no completion, with `completion_only_loss`.
+            `ValueError`: for a `formatting_func`, whose text has no completion, with `completion_only_loss`; and for
+            a key of `dataset_kwargs` that there is none of.
         """
+        kwargs = args.dataset_kwargs or {}
+        assert isinstance(kwargs, dict)  # `TrainingArguments` has read the JSON
+        if unknown := set(kwargs) - {"skip_prepare_dataset"}:
+            raise ValueError(
+                f"`dataset_kwargs` has {min(unknown)!r}; the one key there is, is `skip_prepare_dataset`."
+            )
         if formatting_func is not None and args.completion_only_loss:
             raise ValueError(
                 "`completion_only_loss` is True, and `formatting_func` makes one text, in which no completion is told "
                 "from its prompt; leave one of the two out."
             )
-        prepared = isinstance(args.dataset_kwargs, dict) and bool(args.dataset_kwargs.get("skip_prepare_dataset"))
         losses = args.completion_only_loss, args.assistant_only_loss
-        return cls(formatting_func, args.dataset_text_field, *losses, tokens_only=prepared)
+        return cls(
+            formatting_func, args.dataset_text_field, *losses, tokens_only=bool(kwargs.get("skip_prepare_dataset"))
+        )
 
 
 class RowReader:
