@@ -238,6 +238,7 @@ _SETTINGS |= {  # tests/test_architectures.py
     "codegen": {**_GPT, "rotary_dim": 4},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
 from .monitor import MetricSums, Sameness, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
+from .packing import check_packing
 from .schedule import Phase, Schedule
 from .state import EMState
 from .watch import Watch
@@ -111,6 +112,8 @@ class EMLoop:
         self.learner = learner
         self.plug_ins = plug_ins
         self.watch = watch
+        if watch is not None:  # there is something to train on
+            check_packing(policy.backbone, policy.args.max_length, policy.args.packing)
         self.on_phase = on_phase
         self.on_rollouts: Callable[[int, Sequence[Rollout]], Any] = lambda step, rollouts: None
         self.dropout = Dropout(policy.model)

@@ -25,18 +25,24 @@ from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
 _LOCK = threading.Lock()
-_INSIDE: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # [how many are inside, who was in training]
+_INSIDE: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # [how many are inside, their modes before]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside. Of several
-    threads inside at once the last to leave does the latter."""
+    threads inside at once the last to leave does the latter.
+
+    Layers of quantized weights are in training mode inside: they do the same in both, but bitsandbytes' 4-bit layers
+    pack their weights anew on a CPU when they evaluate, with scales rounded to bfloat16, and training goes on with
+    what is left.
+    """
     with _LOCK:
-        state = _INSIDE.setdefault(model, [0, []])
+        state = _INSIDE.setdefault(model, [0, {}])
         state[0] += 1
-        state[1] += [module for module in model.modules() if module.training]
-        model.eval()
+        for module in model.modules():
+            state[1].setdefault(module, module.training)
+            module.training = _holds_quantized(module)
     try:
         yield
     finally:
@@ -44,8 +50,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             state[0] -= 1
             if not state[0]:
                 del _INSIDE[model]
-                for module in state[1]:
-                    module.training = True
+                for module, training in state[1].items():
+                    module.training = training
+
+
+def _holds_quantized(module: nn.Module) -> bool:
+    """Whether weights of the module itself are stored as whole numbers, whatever type they travel in."""
+    return any(not p.is_floating_point() or "quant_state" in vars(p) for p in module.parameters(recurse=False))
 
 
 class Backbone:
@@ -75,6 +86,8 @@ class Backbone:
                 f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
                 "loss; leave it out."
             )
+        self.packs = True  # whether documents of one row do not see each other, see `em/packing.py`
+        self._takes_more = any(p.kind is p.VAR_KEYWORD for p in forward.values())
         self.router_loss: torch.Tensor | None = None  # weighted, of the last forward with gradients
         self._settled = False  # whether FSDP2 has been told which weights to keep between forwards
         self._divide = config.get("logits_scaling") or 1.0  # Granite
@@ -95,7 +108,16 @@ class Backbone:
     @property
     def wants_flat_rows(self) -> bool:
         """Flash attention keeps packed documents apart in a batch of one row only; a router loss counts padding."""
-        return bool(self._router_coef) or "flash" in (self.causal_lm.config._attn_implementation or "")
+        return bool(self._router_coef) or self._flash
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether attention reads the lengths of documents in a flat row, as flash attention does."""
+        return self._flash and self._takes_more
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in (self.causal_lm.config._attn_implementation or "")
 
     def hidden(self, through: nn.Module | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states `[rows, L, hidden_size]`.
