@@ -79,6 +79,7 @@ CASES = {
     "text halves": (QWEN, [{"prompt": code[:20], "completion": code[20:]} for code in CODE], {}, {}),
     "text halves, all": (QWEN, [{"prompt": code[:20], "completion": code[20:]} for code in CODE],
                          {"completion_only_loss": False}, {"completion_only_loss": False}),
+    "halves that merge": (QWEN, [{"prompt": code[:10], "completion": code[10:]} for code in CODE], {}, {}),
     "tokens and labels": (QWEN, None, {}, {}),
 }  # fmt: skip
 

@@ -86,7 +86,7 @@ class Cutter:
         # Evaluation always draws latents, so its chunks are the same for next-token prediction: longer ones alone
         # lower its cross-entropy.
         longest = chunk_length(args, context_length(self.policy.backbone.causal_lm), True)
-        return Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments)
+        return Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments, True)
 
     def _count(self, dataset: Dataset, segmented: Dataset, split: str) -> None:
         self.counts[split] = counts = count_documents(dataset, segmented)

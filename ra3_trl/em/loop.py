@@ -113,7 +113,7 @@ class EMLoop:
         self.plug_ins = plug_ins
         self.watch = watch
         if watch is not None:  # there is something to train on
-            check_packing(policy.backbone, policy.args.max_length, policy.args.packing)
+            check_packing(policy.backbone, row_length(policy.args), policy.args.packing)
         self.on_phase = on_phase
         self.on_rollouts: Callable[[int, Sequence[Rollout]], Any] = lambda step, rollouts: None
         self.dropout = Dropout(policy.model)

@@ -196,7 +196,7 @@ class Policy:
         if engine.name == "branch" and "flash" in attention:
             logger.warning(_REPLACED, attention, attention)
         longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
-        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
+        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments, True), head)
 
     # ---- parts ----
 

@@ -15,18 +15,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
-from .documents import Encoding, Tokens
+from .documents import Encoding, Tokens, common_prefix
 
 
 Message = dict[str, Any]
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Counts the leading tokens that two texts have in common: as TRL, a completion begins behind them, not behind the
-    prompt's own, whose last may merge with it."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 class ChatReader:

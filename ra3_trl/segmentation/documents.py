@@ -19,6 +19,13 @@ from .lines import Line
 from .tokens import FragmentEncoder, require_tags, token_bytes, without_bos
 
 
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Counts the leading tokens that two texts have in common: as in TRL, a completion begins behind them, and not
+    behind the prompt's own, whose last may merge with it."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 class Encoding(NamedTuple):
     """Holds the token ids of a text with their character spans."""
 
@@ -52,11 +59,13 @@ class Segmenter:
         action_format: ActionFormat,
         max_tokens: int,
         existing_comments: str = "keep",
+        trains_merged: bool = False,
     ):
         self.tokenizer = tokenizer
         self.format = action_format
         self.max_tokens = max_tokens
         self.existing_comments = existing_comments
+        self.trains_merged = trains_merged
         self.fragment = FragmentEncoder(tokenizer)
         self._bytes = token_bytes(tokenizer)
         self._tags = set(require_tags(tokenizer, action_format).values())
@@ -74,6 +83,8 @@ class Segmenter:
         if not enc.ids[enc.bos :]:  # a normalizer may leave nothing of white space
             return []
         prompt_tokens = bisect_right(enc.starts, prompt_chars - 1) if prompt_chars else 0
+        if self.trains_merged and prompt_chars:
+            prompt_tokens = common_prefix(self.tokenizer(text[:prompt_chars], verbose=False)["input_ids"], enc.ids)
         context = max(enc.bos, prompt_tokens)
         lines, status = self._lines(text, prompt_chars, enc), "actions"
         if lines is None:
