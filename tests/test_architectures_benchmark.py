@@ -1,4 +1,4 @@
-"""`python -m benchmarks architectures`: every causal type of transformers that can be made small is exact or refused."""
+"""`python -m benchmarks architectures`: every causal type that can be made small is exact or refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def test_one_of_each_kind(capsys):
     kinds = {name: (row["engine"], row["packing"]) for name, row in rows.items()}
     assert kinds == {
         "llama": ("branch", True), "opt": ("branch", False), "codegen": ("expand", True), "mamba": ("expand", False),
-        "rwkv": ("refused", None), "bert": ("refused", None), "xlnet": ("refused", None), "pegasus": ("not_made", None),
+        "rwkv": ("refused", None), "bert": ("refused", None), "xlnet": ("refused", None),
+        "pegasus": ("not_made", None),
     }  # fmt: skip
     assert rows["llama"]["why"] == "" and rows["pegasus"]["why"] == "ValueError: an encoder-decoder"
     for name, why in {
