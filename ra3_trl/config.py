@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 
-from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
+from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
+from .versions import TrainingArguments
 
 
 _UNSUPPORTED = {
@@ -25,6 +26,9 @@ _UNSUPPORTED = {
     "torch_compile_mode": "it switches `torch_compile` on",
     "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
     "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
+    "auto_find_batch_size": "an attempt that runs out of memory has changed weights and gate, and the plan is of "
+    "its batch; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`, which gives the same "
+    "updates, or lower `max_branch_tokens`",
     "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
 }
 
@@ -77,7 +81,10 @@ class RA3Config(TrainingArguments):
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
     existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
-    disable_dropout: bool = setting("Set all dropout to 0.", True)
+    disable_dropout: bool | None = setting(
+        "Set all dropout to 0. Left out: in E-phases only, where what is trained must be the policy that sampled; "
+        "M-phases have it as in SFTTrainer, `lora_dropout` too.", None
+    )  # fmt: skip
 
     # Schedule
     em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
@@ -211,6 +218,7 @@ class RA3Config(TrainingArguments):
         super().__post_init__()
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
+        _ = self.phase_scheduler_kwargs  # refuses what no phase takes
 
     @staticmethod
     def _lower_is_better(metric: str) -> bool:
@@ -332,6 +340,16 @@ class RA3Config(TrainingArguments):
         if "token" in (values["model_init_kwargs"] or {}):
             values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
         return values
+
+    @property
+    def _schedules(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("lr_scheduler_type", "e_lr_scheduler_type")}
+
+    @property
+    def phase_scheduler_kwargs(self) -> dict[str, dict[str, Any]]:
+        """`lr_scheduler_kwargs` by the field whose schedule takes them: `lr_scheduler_type`, `e_lr_scheduler_type`."""
+        assert not isinstance(self.lr_scheduler_kwargs, str)  # `TrainingArguments` has read the JSON
+        return scheduler_kwargs(self.lr_scheduler_kwargs, self._schedules)
 
     @property
     def annotation_way(self) -> str | None:

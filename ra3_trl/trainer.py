@@ -26,32 +26,33 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .config import RA3Config, check_args
 from .em import (
-    ASIDE,
     Batch,
     Cutter,
     EMLoop,
     Gradients,
     LoopCallback,
-    MetricSums,
     PreemptionCallback,
     Watch,
     check_resumable,
     collate,
+    keep_best_alone,
     make_learner,
     name_best,
     not_evened_out,
     phase_scheduler,
     plan_phases,
-    put_in_place,
     read_state,
     resumed_folder,
+    rotate,
+    rotation_taken_over,
     run_settings,
-    saving_aside,
+    settle,
     stream_loader,
+    written_whole,
 )
 from .files import written_aside
 from .generation import AutoModelForCausalLMWithAbstractionHead
@@ -124,6 +125,8 @@ class RA3MidTrainer(HubMixin, Trainer):
         `ValueError`: before any training, for data, tokenizers or settings that can't work, with the cure.
     """
 
+    save_total_limit: int | None = None  # `args.save_total_limit`, which `Trainer` is not told: it deletes in place
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
@@ -163,6 +166,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
+        args.use_cache |= bool(model.config.to_dict().get("use_cache"))  # else `Trainer` would save False
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
@@ -213,15 +217,20 @@ class RA3MidTrainer(HubMixin, Trainer):
         Raises:
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
+        settle(Path(str(self.args.output_dir)), self.args.should_save)
         self.following.resumed_from = folder = resumed_folder(resume_from_checkpoint, str(self.args.output_dir))
         if folder is not None:  # of `True` without any, `Trainer.train` says so
             apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
             check_resumable(folder, self._run_settings(), self.schedule, with_optimizer=apart)
-        with self.preemption.listening(self.args):
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.preemption.listening(self.args), rotation_taken_over(self.args) as self.save_total_limit:
+            output = super().train(str(folder) if folder else resume_from_checkpoint, *args, **kwargs)
+        if self.args.should_save and self.save_total_limit == 1 and not self.preemption.asked:
+            keep_best_alone(self.state)
         if self.preemption.asked:
-            logger.warning("Stopped by SIGTERM after update %d, which is saved. Go on with %s.",
-                           self.state.global_step, self.resume_hint)  # fmt: skip
+            done = self.state.global_step
+            logger.warning(
+                "Stopped by SIGTERM after update %d, which is saved. Go on with %s.", done, self.resume_hint
+            )
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
         return output
@@ -237,9 +246,12 @@ class RA3MidTrainer(HubMixin, Trainer):
     # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
+        if resume_from_checkpoint is None:
+            return begun
+        name_best(Path(resume_from_checkpoint), self.state)  # it lies beside this one, should the run have moved
+        if self.state.global_step >= self.schedule.total:
             return passes, 0  # no pass begins, and nothing is evaluated or saved again
-        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+        if not isinstance(self.train_dataset, IterableDataset):
             return begun
         number, updates = read_state(Path(resume_from_checkpoint))["pass"]
         return number, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
@@ -289,11 +301,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
                 logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
-            together = MetricSums()
-            for sums in gather_object([self.loop.state.metrics.sums]):
-                together.add_sums(sums)
-            self.loop.state.metrics.pop()
-            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.loop.pop_metrics() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
 
@@ -369,25 +377,19 @@ class RA3MidTrainer(HubMixin, Trainer):
     # Private, since `Trainer` writes in place and deletes older checkpoints by itself.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
-        args, run = self.args, Path(self._get_output_dir(trial))
-        push, limit = args.push_to_hub, args.save_total_limit
-        with saving_aside(args):
+        run, writes = Path(self._get_output_dir(trial)), self.args.should_save
+        with written_whole(self.args, run, self.state) as folder:
             super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, final = run / ASIDE / name, run / name
-        if not args.save_only_model:
-            phase = self.schedule.phase_at(self.state.global_step - 1)
-            facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
-            of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand again
-            self.loop.state.save(aside, facts, args.should_save, keep_probe=of_stream)
-        if args.should_save:
-            put_in_place(aside, final, self.state)
-        self.accelerator.wait_for_everyone()
-        name_best(final, self.state)
-        if push:
+            if not self.args.save_only_model:
+                phase = self.schedule.phase_at(self.state.global_step - 1)
+                facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
+                of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand
+                self.loop.state.save(folder, facts, writes, keep_probe=of_stream)
+        final = run / folder.name
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        if args.should_save:
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if writes:
+            rotate(run, self.save_total_limit, [final, self.state.best_model_checkpoint])
 
     def _run_settings(self) -> dict[str, Any]:
         """What a resumed run must share with this one."""

@@ -280,6 +280,24 @@ def test_the_best_checkpoint_by_elbo_is_loaded(make, tmp_path):
     assert furthest(weights(trainer.model), dict(loaded.named_parameters())) == 0
 
 
+def test_the_best_checkpoint_of_a_finished_run_that_was_moved(make, tmp_path):
+    """Paths in its state are those of before; the last weights are others than the best."""
+    settings = {
+        "e_steps": 0, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
+        "save_strategy": "steps", "learning_rate": 4.0, "lr_scheduler_type": "constant", "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }  # fmt: skip
+    alone = make(eval_data=TEXTS[:2], output_dir=str(tmp_path / "a"), **settings)
+    alone.train()
+    best = f"checkpoint-{alone.state.best_global_step}"
+    assert best != "checkpoint-3"
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = make(eval_data=TEXTS[:2], output_dir=str(tmp_path / "b"), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "b" / best)
+    assert furthest(weights(alone.model), weights(again.model)) == 0
+
+
 def test_early_stopping_by_elbo(make):
     """A learning rate of 0 never gets better: the evaluation after update 1 is the best, patience 2 ends after 3."""
     trainer = make(
@@ -304,23 +322,24 @@ def test_several_evaluation_sets(make):
 
 
 class Terminate(TrainerCallback):
-    """Sends this process a SIGTERM in update `at`."""
+    """Sends this process SIGTERMs in update `at`."""
 
-    def __init__(self, at: int):
-        self.at = at
+    def __init__(self, at: int, signals: int = 1):
+        self.at, self.signals = at, signals
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.at:
+        for _ in range(self.signals if state.global_step + 1 == self.at else 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at", [1, 4])
-def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at):
-    """In an E-phase and in an M-phase; the resumed run ends as one left alone."""
+@pytest.mark.parametrize("at, signals", [(1, 1), (4, 3)])
+def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at, signals):
+    """In an E-phase and in an M-phase, where a launcher passes on what came to all; the resumed run ends as one left
+    alone."""
     alone = make(output_dir=str(tmp_path / "alone"))
     alone.train()
     before = signal.getsignal(signal.SIGTERM)
-    trainer = make(callbacks=[Terminate(at)])
+    trainer = make(callbacks=[Terminate(at, signals)])
     with pytest.raises(SystemExit) as stop:
         trainer.train()
     assert stop.value.code == 143  # 128 + SIGTERM, as a shell reports it

@@ -1,7 +1,17 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
 from .callbacks import LoopCallback, PreemptionCallback
-from .checkpoint import ASIDE, check_resumable, name_best, put_in_place, resumed_folder, run_settings, saving_aside
+from .checkpoint import (
+    check_resumable,
+    keep_best_alone,
+    name_best,
+    resumed_folder,
+    rotate,
+    rotation_taken_over,
+    run_settings,
+    settle,
+    written_whole,
+)
 from .data import Cutter, collate
 from .estep import Chunk, EStep, Rollout
 from .gradients import Gradients
@@ -9,6 +19,7 @@ from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
+from .packing import check_packing
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
 from .stream import not_evened_out, stream_loader
@@ -16,7 +27,6 @@ from .watch import Watch
 
 
 __all__ = [
-    "ASIDE",
     "Batch",
     "Chunk",
     "Cutter",
@@ -35,8 +45,10 @@ __all__ = [
     "Schedule",
     "Watch",
     "Window",
+    "check_packing",
     "check_resumable",
     "collate",
+    "keep_best_alone",
     "latent_alarms",
     "make_learner",
     "mstep_loss",
@@ -46,12 +58,14 @@ __all__ = [
     "phase_scheduler",
     "plan_phases",
     "plan_schedule",
-    "put_in_place",
     "read_state",
     "resumed_folder",
+    "rotate",
+    "rotation_taken_over",
     "rollout_sums",
     "run_settings",
-    "saving_aside",
+    "settle",
     "split_example",
     "stream_loader",
+    "written_whole",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..config import RA3Config
@@ -30,7 +31,7 @@ from ..models import (
     save_head,
     state_width,
 )
-from .processor import ThinkLogitsProcessor
+from .processor import ThinkLogitsProcessor, refuse_several_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -38,30 +39,23 @@ _HEAD = "abstraction_head."
 
 
 @dataclass
-class CausalLMOutputWithAbstraction(ModelOutput):
+class CausalLMOutputWithAbstraction(CausalLMOutputWithPast):
     """
-    What [`AutoModelForCausalLMWithAbstractionHead`] returns.
+    What [`AutoModelForCausalLMWithAbstractionHead`] returns: what its language model does, and the head's part.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
             Next-token loss (with `labels`) plus the head's (with `think_labels` or `gain_labels`).
         logits (`torch.Tensor` of shape `(batch, length, vocab_size)`):
-            The language model's.
+            The language model's, as are the cache, `hidden_states` and `attentions`.
         think_logits (`torch.Tensor` of shape `(batch, length)`):
             Log-odds of beginning a latent behind each token; of use behind those that end a line.
         gain (`torch.Tensor` of shape `(batch, length)`):
             Expected rise of the next lines' log-likelihood from a latent there, in nats.
-        past_key_values, hidden_states, attentions:
-            As the language model returns them.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     think_logits: torch.Tensor | None = None
     gain: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class AutoModelForCausalLMWithAbstractionHead(nn.Module):
@@ -138,7 +132,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         if isinstance(pretrained_model, nn.Module):
             return cls(load_model(pretrained_model, kwargs or None, peft_config), tokenizer=tokenizer)
         name, place = str(pretrained_model), place_of(kwargs)
-        model = load_model(name, {"dtype": "auto"} | kwargs, peft_config)
+        model = load_model(name, kwargs, peft_config, dtype="auto")
         width, settings = state_width(model), read_settings(name, **place) or {}
         head = load_head(name, width, **place)
         if head is None:
@@ -167,11 +161,13 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     @contextmanager
     def _states(self) -> Iterator[list[torch.Tensor]]:
         """Catches what the language-model head reads in the latest forward inside, `[batch, length, hidden_size]`; in
-        generation the last state only."""
+        generation the last state only. Forwards of other threads are theirs."""
         caught: list[torch.Tensor] = []
+        caller = threading.get_ident()
 
         def catch(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            caught[:] = args[:1]
+            if threading.get_ident() == caller:
+                caught[:] = args[:1]
 
         handle = self.pretrained_model.get_output_embeddings().register_forward_pre_hook(catch)
         try:
@@ -218,11 +214,10 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             at = ~gain_labels.isnan()
             loss = nn.functional.huber_loss(gain[at], gain_labels[at].to(gain), reduction="sum")
             losses.append(loss / at.sum().clamp(min=1))
-        return CausalLMOutputWithAbstraction(
-            loss=sum(losses) if losses else None, logits=output.logits, think_logits=think_logits, gain=gain,
-            past_key_values=output.get("past_key_values"), hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-        )  # fmt: skip
+        # By the fields' names, since transformers 5.24 calls the cache otherwise.
+        kept = {entry.name: output.get(entry.name) for entry in fields(CausalLMOutputWithPast)}
+        kept["loss"] = sum(losses) if losses else None
+        return CausalLMOutputWithAbstraction(**kept, think_logits=think_logits, gain=gain)
 
     # ---- generation ----
 
@@ -256,7 +251,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             `ValueError`: for a bad `think` or `threshold`, assisted decoding, or without a tokenizer.
         """
         # The gate reads the state of the text's last token: there must be one text, a token at a time.
-        _refuse_several_tokens(kwargs)
+        refuse_several_tokens(kwargs)
         with self.thinking(think, threshold, tokenizer, prompt_is_code) as processor:
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
             return self.pretrained_model.generate(*args, tokenizer=tokenizer or self.tokenizer, **kwargs)
@@ -386,15 +381,3 @@ def _tokenizer_of(name: str, base: str, place: dict[str, Any]) -> PreTrainedToke
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return None
-
-
-def _refuse_several_tokens(options: dict[str, Any]) -> None:
-    """Refuses decoding in which the last hidden state is not that of the text: several tokens at once, two texts."""
-    config = options.get("generation_config")
-    settings = {} if config is None else config.to_dict()
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"):
-        value = options.get(name, settings.get(name))
-        if value is not None and value != 1:
-            raise ValueError(
-                f"`{name}` runs more than the text's last token, for which there is no gate; leave it out."
-            )

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import find_adapter_config_file
 from trl import GRPOConfig, GRPOTrainer
 
+from ..config_fields import model_options
 from ..config_file import read_settings, write_settings
 from ..models import context_length, load_tokenizer, place_of
 from .data import RLVRData, check_rows
@@ -68,7 +69,7 @@ def build_grpo_trainer(
     """
     check_heeded(args)
     args = copy(args)
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})
+    options: dict[str, Any] = model_options(args.model_init_kwargs)
     tokenizer = load_tokenizer(model, options)  # first, since it says best that there is no such checkpoint
     settings = read_settings(model, **place_of(options))
     rollout = CompletionRollout.for_checkpoint(settings, data.stop, think)

@@ -32,7 +32,7 @@ class _KeyedDraw(LogitsProcessor):
         step = len(self.draws)
         uniform = torch.as_tensor(self.uniform(step), device=scores.device)
         state = self.draws[-1].state_n.clamp(min=0) if self.draws else input_ids.new_zeros(len(input_ids))
-        self.draws.append(draw(self.distribution, scores.float(), state, step, uniform))
+        self.draws.append(draw(self.distribution, scores.float().clone(), state, step, uniform))
         return torch.full_like(scores, float("-inf")).scatter(1, self.draws[-1].tokens_n[:, None], 0.0)
 
 

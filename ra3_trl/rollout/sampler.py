@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from ..records import Latent, TokenTable
 from .backbone import Backbone
+from .inversion import block_size, invert, invert_by_blocks
+from .logps import Part, Targets
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class LatentDistribution:
         self._is_stop_V = torch.zeros_like(table.blank_V)
         self._is_stop_V[table.stop_id] = True
         self._allowed_XV: torch.Tensor | None = None
+        self._masks: dict[int, torch.Tensor] = {}
+        self._columns: list[_Columns] = []
 
     def _row(self, state: Any, step: Any) -> Any:
         """Row of the table of allowed symbols for a state and a step, numbers or tensors: whether the step is the
@@ -78,6 +82,33 @@ class LatentDistribution:
         """Symbols `[V]` that may follow in UTF-8 state `state` as token number `step`."""
         return self._table()[self._row(state, step)]
 
+    def kind(self, step: int) -> int:
+        """Numbers the steps at which the same symbols may follow."""
+        return int(self._row(0, step)) // len(self.table.pending_S)
+
+    def mask(self, state: int, step: int) -> torch.Tensor:
+        """0 for the symbols `[V]` that may follow, `-inf` for others; where the stop symbol may, all of its tokens do:
+        the sum over them is the same, merged or not."""
+        row = int(self._row(state, step))
+        if row not in self._masks:
+            allowed = self._table()[row]
+            stops = (
+                torch.zeros_like(allowed).index_fill_(0, self.table.stop_ids, True) & allowed[self.table.stop_ids[:1]]
+            )
+            self._masks[row] = torch.where(allowed | stops, 0.0, float("-inf"))
+        return self._masks[row]
+
+    def prepare(self) -> LatentDistribution:
+        """Makes the lists that draws need, now: to make them on a device means to wait for it."""
+        table, states = self._table(), len(self.table.pending_S)
+        allowed_XSV = table.cpu().view(-1, states, table.shape[1])
+        self._columns = [_Columns.of(allowed, self.table.stop_id, table.device) for allowed in allowed_XSV]
+        return self
+
+    def columns(self, step: int) -> _Columns:
+        """What is forbidden at a step, as lists of columns."""
+        return (self if self._columns else self.prepare())._columns[self.kind(step)]
+
     def __call__(self, logits_nV: torch.Tensor, state_n: torch.Tensor, step_n: torch.Tensor) -> torch.Tensor:
         """Scaled logits with forbidden symbols at `-inf` and the stop symbol at `stop_ids[0]`."""
         scaled = logits_nV if self.params.temperature == 1.0 else logits_nV / self.params.temperature
@@ -97,6 +128,28 @@ class LatentDistribution:
             nucleus = probs.cumsum(-1) - probs < self.params.top_p
             keep &= torch.zeros_like(keep).scatter(-1, order, nucleus)
         return keep
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Lists what may follow at a step: between characters nearly all, inside one only what goes on with it."""
+
+    stops: bool  # whether the stop may follow between characters
+    forbidden: torch.Tensor  # columns that may not follow between characters
+    first_K: torch.Tensor  # of each block of columns one that may, if `some_K`
+    some_K: torch.Tensor
+    inside: torch.Tensor  # columns that may follow inside some character
+    allowed_SE: torch.Tensor  # which of them may in each state
+
+    @classmethod
+    def of(cls, allowed_SV: torch.Tensor, stop_id: int, device: torch.device) -> _Columns:
+        between, inside_SV = allowed_SV[0], allowed_SV.clone()
+        inside_SV[0] = False
+        inside = inside_SV.any(0).nonzero()[:, 0]
+        blocks = between.view(-1, block_size(len(between)))
+        first = blocks.int().argmax(-1) + torch.arange(len(blocks)) * blocks.shape[1]
+        lists = ((~between).nonzero()[:, 0], first, blocks.any(-1), inside, inside_SV[:, inside])
+        return cls(bool(between[stop_id]), *(x.to(device) for x in lists))
 
 
 @dataclass(frozen=True)
@@ -125,26 +178,40 @@ def draw(
     step: int,
     uniform_n: torch.Tensor,
 ) -> Draw:
-    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`.
+    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`; the logits are used up.
 
     Nothing is read, so that the host does not wait; who reads the log-probs checks that they are finite.
     """
-    scaled = distribution(logits_nV, state_n, torch.full_like(state_n, step))
     kept = None
     if distribution.params.truncated:
+        scaled = distribution(logits_nV, state_n, torch.full_like(state_n, step))
         keep = distribution.kept(scaled)
         kept = packed_bits(keep)
-        scaled = scaled.masked_fill(~keep, float("-inf"))
-    total_n = torch.logsumexp(scaled, -1)
-    cumulative = (scaled - total_n[:, None]).exp_().cumsum(-1)
-    # Kept below the last sum, so that rounding cannot push the point past the end; `right` skips symbols of mass zero.
-    last = cumulative[:, -1]
-    point = torch.minimum(uniform_n.to(last.dtype) * last, torch.nextafter(last, torch.zeros_like(last)))
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-    tokens = tokens.clamp(max=scaled.shape[-1] - 1)  # beyond the end where numbers are not finite
-    logps = scaled.gather(-1, tokens[:, None])[:, 0] - total_n
-    state = distribution.table.next_state_SV[state_n, tokens].long()
-    return Draw(tokens, logps, state, kept)
+        tokens, logps = invert(scaled.masked_fill(~keep, float("-inf")), uniform_n)
+    else:
+        tokens, logps = _draw_in_place(distribution, logits_nV, state_n, step, uniform_n)
+    return Draw(tokens, logps, distribution.table.next_state_SV[state_n, tokens].long(), kept)
+
+
+def _draw_in_place(
+    distribution: LatentDistribution, scaled: torch.Tensor, state_n: torch.Tensor, step: int, uniform_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symbols and log-probs, with masks written into the logits where they differ from row to row least:
+    between characters nearly all is allowed, and the few columns that go on with a character are looked at apart."""
+    columns, table = distribution.columns(step), distribution.table
+    if distribution.params.temperature != 1.0:
+        scaled.div_(distribution.params.temperature)
+    stop_n = torch.logsumexp(scaled.index_select(1, table.stop_ids), -1)
+    inside = scaled.index_select(1, columns.inside)
+    scaled.index_fill_(1, columns.forbidden, float("-inf"))
+    if columns.stops:
+        scaled.index_copy_(1, table.stop_ids[:1], stop_n[:, None])
+    drawn = invert_by_blocks(scaled, uniform_n, columns.first_K, columns.some_K)
+    if not len(columns.inside):
+        return drawn
+    tokens, logps = invert(inside.masked_fill_(~columns.allowed_SE[state_n], float("-inf")), uniform_n)
+    between, goes_on = state_n == 0, columns.inside[tokens]
+    return torch.where(between, drawn[0], goes_on), torch.where(between, drawn[1], logps)
 
 
 def draw_from_hidden(
@@ -182,9 +249,7 @@ def symbol_logps(
     backbone: Backbone,
     distribution: LatentDistribution,
     hidden_nD: torch.Tensor,
-    targets_n: torch.Tensor,
-    state_n: torch.Tensor,
-    step_n: torch.Tensor,
+    symbols: Symbols,
     kept: list[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Scores symbols `[n]` as they were sampled, differentiably.
@@ -192,8 +257,13 @@ def symbol_logps(
     `kept` are the stored truncation sets: a recomputed nucleus could leave out the very symbol that was drawn. Where
     one is `None` (drawn from elsewhere) it is found anew, and what it leaves out has log-prob `-inf`.
     """
+    device = hidden_nD.device
+    if kept is None and backbone.matrix is not None:
+        order, targets = _by_kind(distribution, symbols, device)
+        at, back = (torch.as_tensor(x, device=device) for x in (order, np.argsort(order)))
+        return backbone.matrix_logps(hidden_nD[at], targets, distribution.params.temperature)[back]
 
-    sets = None if kept is None else _KeptSets(distribution, kept, targets_n.device)
+    sets = None if kept is None else _KeptSets(distribution, kept, device)
 
     def reduce(logits: torch.Tensor, *per_row: torch.Tensor) -> tuple[torch.Tensor]:
         targets, state, step, row = per_row
@@ -203,8 +273,24 @@ def symbol_logps(
             scaled = scaled.masked_fill(~sets.mask(scaled, int(row[0]), int(row[-1]) + 1), float("-inf"))
         return (scaled.log_softmax(-1).gather(-1, targets[:, None])[:, 0],)
 
-    rows = torch.arange(len(targets_n))  # on the host, which need not wait to know which chunk it is
-    return backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)[0]
+    columns = [torch.as_tensor(c, device=device) for c in (symbols.token, symbols.state, symbols.step)]
+    rows = torch.arange(len(symbols.token))  # on the host, which need not wait to know which chunk it is
+    return backbone.chunked(hidden_nD, reduce, *columns, rows)[0]
+
+
+def _by_kind(distribution: LatentDistribution, symbols: Symbols, device: torch.device) -> tuple[np.ndarray, Targets]:
+    """Puts symbols in an order in which those that share what is forbidden stand together."""
+    kinds = np.array([distribution.kind(step) for step in symbols.step.tolist()], dtype=np.int64)
+    keys = np.array([symbols.state, kinds])
+    order = np.lexsort(keys)
+    begins = np.flatnonzero(np.diff(keys[:, order], prepend=-2).any(0))
+    parts = []
+    for begin, end in zip(begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True):
+        first = order[begin]
+        parts.append(Part(slice(begin, end), distribution.mask(int(symbols.state[first]), int(symbols.step[first]))))
+    token, table = symbols.token[order], distribution.table
+    stops = np.flatnonzero(token == table.stop_id)
+    return order, Targets(torch.as_tensor(token, device=device), parts, stops, table.stop_ids)
 
 
 class _KeptSets:
@@ -239,7 +325,17 @@ def fed_tokens(latent: Latent) -> tuple[int, ...]:
     return latent.token_ids if latent.stopped else latent.token_ids[:-1]
 
 
-def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.ndarray, ...]:
+@dataclass(frozen=True)
+class Symbols:
+    """Lists everything that was drawn, in order, one number each."""
+
+    token: np.ndarray
+    state: np.ndarray  # UTF-8 state before it
+    step: np.ndarray
+    branch: np.ndarray
+
+
+def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> Symbols:
     """Lists symbol, UTF-8 state, step and branch number of everything that was drawn, in order."""
     symbols, states, steps, branches = [], [], [], []
     for m, latent in enumerate(latents):
@@ -250,4 +346,4 @@ def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.nd
             steps.append(step)
             branches.append(m)
             state = int(table.next_state[state, token])
-    return tuple(np.array(column, dtype=np.int64) for column in (symbols, states, steps, branches))
+    return Symbols(*(np.array(column, dtype=np.int64) for column in (symbols, states, steps, branches)))
