@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType
 
-from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
+from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 from .versions import TrainingArguments
 
@@ -26,6 +26,9 @@ _UNSUPPORTED = {
     "torch_compile_mode": "it switches `torch_compile` on",
     "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
     "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
+    "auto_find_batch_size": "an attempt that runs out of memory has changed weights and gate, and the plan is of "
+    "its batch; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`, which gives the same "
+    "updates, or lower `max_branch_tokens`",
     "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
 }
 
@@ -56,7 +59,7 @@ class RA3Config(TrainingArguments):
     """
 
     trainer: ClassVar[str] = "RA3MidTrainer"  # whose settings they are
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
 
     # Values that differ from TrainingArguments
     learning_rate: float = setting("Peak learning rate of the M-phase.", 2e-5)
@@ -68,17 +71,37 @@ class RA3Config(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = setting("Keyword arguments of `from_pretrained`, as JSON.", None)
 
     # Data
-    max_length: int = setting(
-        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.", 1024, 16
-    )
+    max_length: int | None = setting(
+        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost. None is the "
+        "model's context, and rows are not packed.", 1024, 16
+    )  # fmt: skip
     dataset_text_field: str = setting("Column that holds the text.", "text")
+    dataset_kwargs: dict[str, Any] | str | None = setting(
+        "As in TRL: `skip_prepare_dataset` says that rows are tokens (`input_ids`, `labels`), which is seen anyway.",
+        None,
+    )
+    completion_only_loss: bool | None = setting(
+        "Train on the completion only. Left out: where the data has `prompt` and `completion`.", None
+    )
+    assistant_only_loss: bool | None = setting(
+        "Train on the assistant's turns only. Left out: of `messages`, but not of `prompt` and `completion`.", None
+    )
+    chat_template_path: str | None = setting(
+        "A Jinja file, or a folder or Hub id of a tokenizer, whose chat template (and tokens) to take.", None
+    )
+    eos_token: str | None = setting("End of text, of the tokenizer's tokens; its own if left out.", None)
+    pad_token: str | None = setting("Padding, of the tokenizer's tokens; its own if left out.", None)
+    shuffle_dataset: bool = setting("Shuffle the training data before anything is done with it.", False)
     dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
     action_format: str = setting(
         "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, tags, python_tags, "
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
     existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
-    disable_dropout: bool = setting("Set all dropout to 0.", True)
+    disable_dropout: bool | None = setting(
+        "Set all dropout to 0. Left out: in E-phases only, where what is trained must be the policy that sampled; "
+        "M-phases have it as in SFTTrainer, `lora_dropout` too.", None
+    )  # fmt: skip
 
     # Schedule
     em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
@@ -212,6 +235,7 @@ class RA3Config(TrainingArguments):
         super().__post_init__()
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
+        _ = self.phase_scheduler_kwargs  # refuses what no phase takes
 
     @staticmethod
     def _lower_is_better(metric: str) -> bool:
@@ -333,6 +357,16 @@ class RA3Config(TrainingArguments):
         if "token" in (values["model_init_kwargs"] or {}):
             values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
         return values
+
+    @property
+    def _schedules(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("lr_scheduler_type", "e_lr_scheduler_type")}
+
+    @property
+    def phase_scheduler_kwargs(self) -> dict[str, dict[str, Any]]:
+        """`lr_scheduler_kwargs` by the field whose schedule takes them: `lr_scheduler_type`, `e_lr_scheduler_type`."""
+        assert not isinstance(self.lr_scheduler_kwargs, str)  # `TrainingArguments` has read the JSON
+        return scheduler_kwargs(self.lr_scheduler_kwargs, self._schedules)
 
     @property
     def annotation_way(self) -> str | None:

@@ -35,13 +35,13 @@ from .em import (
     EMLoop,
     Gradients,
     LoopCallback,
-    MetricSums,
     PreemptionCallback,
     Watch,
     check_resumable,
     collate,
     keep_best_alone,
     make_learner,
+    name_best,
     not_evened_out,
     phase_scheduler,
     plan_phases,
@@ -71,7 +71,7 @@ from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_me
 from .records import Document
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
-from .segmentation import FEATURES, find_format
+from .segmentation import find_format
 from .trackers import check_best_metric, check_trackers
 
 
@@ -103,7 +103,8 @@ class RA3MidTrainer(HubMixin, Trainer):
         args ([`RA3Config`], *optional*):
             Settings. `None` is the default configuration, written to `<model>-RA3`.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Expert text: a text column, `prompt` and `completion`, or anything with a `formatting_func`.
+            Expert text: a text column, `prompt` and `completion`, conversations, tokens, or anything with a
+            `formatting_func`; see docs/data.md.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             Held-out text of the same form.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -166,6 +167,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
+        args.use_cache |= bool(model.config.to_dict().get("use_cache"))  # else `Trainer` would save False
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
@@ -245,9 +247,12 @@ class RA3MidTrainer(HubMixin, Trainer):
     # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
+        if resume_from_checkpoint is None:
+            return begun
+        name_best(Path(resume_from_checkpoint), self.state)  # it lies beside this one, should the run have moved
+        if self.state.global_step >= self.schedule.total:
             return passes, 0  # no pass begins, and nothing is evaluated or saved again
-        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+        if not isinstance(self.train_dataset, IterableDataset):
             return begun
         number, updates = read_state(Path(resume_from_checkpoint))["pass"]
         return number, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
@@ -297,11 +302,7 @@ class RA3MidTrainer(HubMixin, Trainer):
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
                 logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
-            together = MetricSums()
-            for sums in gather_object([self.loop.state.metrics.sums]):
-                together.add_sums(sums)
-            self.loop.state.metrics.pop()
-            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.loop.pop_metrics() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
 
@@ -315,26 +316,21 @@ class RA3MidTrainer(HubMixin, Trainer):
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        """As `Trainer`'s; no row counts twice."""
+        """As `Trainer`'s, of rows as the trainer takes them; no row counts twice."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
+        named = isinstance(data, str)
+        return self._loader_of(self.eval_dataset[data] if named else data, "eval", data if named else None)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        """As `Trainer`'s, of rows as the trainer takes them; no row counts twice."""
+        return self._loader_of(test_dataset, "test")
+
+    def _loader_of(self, data: Any, split: str, name: str | None = None) -> DataLoader:
+        data = self.cut(data, split)
         if isinstance(data, IterableDataset):
             return stream_loader(data, self.args, self.args.eval_batch_size, self.data_collator, train=False)
         with not_evened_out(self.accelerator):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
-        """As `Trainer`'s; no row counts twice."""
-        if isinstance(test_dataset, IterableDataset):
-            return stream_loader(test_dataset, self.args, self.args.eval_batch_size, self.data_collator, train=False)
-        with not_evened_out(self.accelerator):
-            return super().get_test_dataloader(test_dataset)
-
-    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
-        """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""
-        if isinstance(eval_dataset, (Dataset, IterableDataset)) and set(eval_dataset.features or ()) != set(FEATURES):
-            eval_dataset = self.cut(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().get_eval_dataloader(data if name is None else name)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
