@@ -285,10 +285,17 @@ PYTHON_TEXT = "def f(x):\n    # kept\n    if x:\n        return 1\n    return (2
 TEXTS = {
     "slashes": "int f(int x) {\n    if (x) {\n        return g(1,\n            2);\n    }\n\n    return x; // é\n}\n",
     "prose": "He ran. She sat (it rained).\n\nThe end was near. 你好。再见！ Was it? Yes!\nSo it was.",
+    "markdown": "# A\n\n1. Do\n   ```py\n   if x:\n       f(\n   1)\n   ```\n\n> ~~~js\n> g(é);\n> h();\n> ~~~\n\nEnd",
     "tags": TAGGED_TEXT,
     "python_tags": PYTHON_TEXT,
 }
-LATENT = {"slashes": " why \"it's (é", "prose": " why (é 日本", "tags": " why # é", "python_tags": " why # é"}
+LATENT = {
+    "slashes": " why \"it's (é",
+    "prose": " why (é 日本",
+    "markdown": " why ```",
+    "tags": " why # é",
+    "python_tags": " why # é",
+}
 FORMATS = tuple(TEXTS)
 
 
