@@ -51,7 +51,9 @@ class Decoding:
         self.device = device
         self.branches = np.arange(len(think))
         self.rows = len(think)  # the first ones, that go on
-        self.step = 0
+        self._longest_think = int(think.max())
+        # In mixed precision keys may be wider than values; fused attention wants one type.
+        opened.own = {layer: (k.to(v.dtype), v) for layer, (k, v) in opened.own.items()}
         self._documents, number = np.unique(opened.document_M, return_inverse=True)
         self._number = number  # of each branch's document among those
         self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -95,8 +97,8 @@ class Decoding:
 
     def begin(self, step: int) -> torch.Tensor:
         """Announces the step that runs token number `step` of each row's latent; gives its position ids."""
-        self.step = step
         self._slot = self._think + step
+        self._wide = self._longest_think + step + 1  # slots that there are by now
         self._own_masks: dict[int | None, torch.Tensor] = {}
         if any(window is not None for window in self._doc_masks):
             self._doc_masks = {}
@@ -128,7 +130,7 @@ class Decoding:
                 x.index_select(1, self._keys.flatten()).view(len(x), len(self._documents), self._longest, -1)
                 for x in self.opened.documents[layer]
             )
-            self._shared[layer] = (k.transpose(0, 1), v.transpose(0, 1))
+            self._shared[layer] = (k.to(v.dtype).transpose(0, 1), v.transpose(0, 1))
         return self._shared[layer]
 
     def _query_index(self, heads: int, kv_heads: int) -> torch.Tensor:
@@ -149,7 +151,7 @@ class Decoding:
         for kept, new in zip(own, (k, v), strict=True):
             kept[:, self._row, self._slot] = new.to(kept.dtype)
         q, (heads, kv_heads) = q.to(own[0].dtype).transpose(0, 1), (len(q), len(k))  # [rows, heads, D]
-        repeat, width = heads // kv_heads, int(self.think.max()) + self.step + 1
+        repeat, width = heads // kv_heads, self._wide
         grouped = q.reshape(self.rows, kv_heads, repeat, -1)
         mine = (x[:, : self.rows, :width].transpose(0, 1) for x in own)
         out, lse = attention_and_normaliser(grouped, *mine, self._own_mask(window, width, q.dtype), scale, cap)
@@ -162,6 +164,6 @@ class Decoding:
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
         doc_out = doc_out.transpose(1, 2).reshape(len(self._at), -1).index_select(0, self._place).view(out.shape)
         doc_lse = doc_lse.transpose(1, 2).reshape(len(self._at), -1).index_select(0, self._place).view(lse.shape)
-        weight = torch.sigmoid(doc_lse - lse)[..., None].to(out.dtype)
-        merged = torch.lerp(out, doc_out, weight)
+        weight = torch.sigmoid(doc_lse - lse)[..., None]
+        merged = torch.lerp(out.float(), doc_out.float(), weight).to(out.dtype)
         return merged.transpose(1, 2).reshape(1, self.rows, heads, -1)
