@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..config_fields import row_length
 from ..losses import compute_returns, explored, log1mexp, log_mean_gain, resampling_logits
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey
@@ -90,7 +91,7 @@ def annotate_all(
             asked: list[tuple[int, Document, list[int]]] = []
             for i in [i for i, boundaries in enumerate(left) if boundaries]:
                 context, window = splice(documents[i], done[i].placed).document, left[i][: width[i]]
-                if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
+                if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > row_length(args):
                     left[i] = []  # the row is full
                 else:
                     # What a proposer sees of a document is its own affair; the policy needs no more than the window.

@@ -32,7 +32,7 @@ from ..models import (
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine, evaluating
-from ..segmentation import Segmenter, build_token_table, find_format, readable_bytes, require_tags
+from ..segmentation import Segmenter, build_token_table, find_format, prompt_ids, readable_bytes, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
@@ -196,7 +196,7 @@ class Policy:
         if engine.name == "branch" and "flash" in attention:
             logger.warning(_REPLACED, attention, attention)
         longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
-        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
+        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments, True), head)
 
     # ---- parts ----
 
@@ -309,11 +309,11 @@ class Policy:
             )
         head = None if self.head is None else self.head.head
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
-        if not inputs["input_ids"].numel():
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)], dtype=torch.long, device=self.backbone.device)
+        if not ids.numel():
             raise ValueError("`prompt` has no tokens; give some text, such as a newline.")
-        output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
-        return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), think=think, threshold=threshold, **kwargs)
+        return self._decode(output[0, ids.shape[1] :].tolist())
 
     def text(self, source: Document | AnnotatedExample) -> str:
         """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
@@ -354,6 +354,10 @@ def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
     Raises:
         `ValueError`: if the model's `context` is shorter than `max_length`, or latents leave no room for text.
     """
+    if args.max_length is None:
+        if context is None:
+            raise ValueError("`max_length` is None, and the model has no longest text; give a number.")
+        args.max_length, args.packing = context, False  # nothing bounds a packed row
     if args.max_length > (context or args.max_length):
         raise ValueError(
             f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."

@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..config_fields import model_options
 from ..config_file import read_settings, write_settings
 from ..models import context_length, load_tokenizer, place_of
+from ..segmentation import prompt_ids
 from .data import RLVRData, check_rows
 from .rewards import EXECUTED, code_execution_reward, get_think_cost_reward
 from .rollout import CompletionRollout, check_heeded, until_stop
@@ -118,7 +119,7 @@ def _check_lengths(trainer: GRPOTrainer) -> None:
     for rows in (trainer.train_dataset, trainer.eval_dataset):
         if most is None or not isinstance(rows, Dataset) or not isinstance(rows[0]["prompt"], str):
             continue
-        lengths = [len(ids) for ids in trainer.processing_class(rows["prompt"][:])["input_ids"]]
+        lengths = [len(prompt_ids(trainer.processing_class, prompt)) for prompt in rows["prompt"]]
         if max(lengths) + room > most:
             raise ValueError(
                 f"`max_completion_length` is {room} and the prompt of row {lengths.index(max(lengths))} has "

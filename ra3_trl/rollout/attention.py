@@ -308,7 +308,7 @@ class BranchState:
             shape = (len(k), len(self.prefix), self.slots, k.shape[-1])
             self.own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
         for kept, new in zip(self.own[layer], (k, v), strict=True):
-            kept[:, branch, slot] = new
+            kept[:, branch, slot] = new.to(kept.dtype)
 
     def _document(self, layer: int, number: int) -> KeysValues:
         if not self.cached:

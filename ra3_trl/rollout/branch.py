@@ -21,7 +21,21 @@ from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bi
 from .trunk import Begun, SideRuns, summed, wanted_logps
 
 
-CACHED = 16  # a token that is only kept, by its keys and values, takes less than this part of one that runs
+_CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
+
+
+def _rounded(slots: int) -> int:
+    """What the kept tokens of a sampled branch count for."""
+    return -(-slots // _CACHED)
+
+
+def most_cached(max_branch_tokens: int, max_length: int) -> int:
+    """Bounds the tokens whose keys and values sampling keeps, for latents of `max_length` behind one think token.
+
+    >>> most_cached(8192, 15), most_cached(8192, 16)  # 8,192 branches of 16 tokens, 4,096 of 17
+    (131072, 69632)
+    """
+    return max_branch_tokens // _rounded(max_length + 1) * (max_length + 1)
 
 
 class BranchEngine(RolloutEngine):
@@ -37,7 +51,7 @@ class BranchEngine(RolloutEngine):
         if self.params.truncated:  # sets are kept until all are drawn, a bit a symbol of the vocabulary
             return slots
         # A decoding step runs one token a branch and keeps keys and values only; think prefixes run once a boundary.
-        return max(-(-slots // CACHED), -(-len(plan.think) // max(num_latents, 1)))
+        return max(_rounded(slots), -(-len(plan.think) // max(num_latents, 1)))
 
     def _forward(
         self,

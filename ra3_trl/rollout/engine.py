@@ -64,8 +64,8 @@ class RolloutEngine(ABC):
     """Samples latents at many boundaries of documents and scores expert lines under them.
 
     Documents go in lockstep, as many as fit; methods of one document are those of a list of one. `max_branch_tokens`
-    bounds branches in flight times their longest length, and the tokens of documents that run together; any value
-    gives the same result.
+    bounds the branch tokens of a forward, and the tokens of documents that run together; of tokens whose keys and
+    values are only kept, while latents are drawn, there may be more. Any value gives the same result.
     """
 
     name: str
