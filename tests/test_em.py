@@ -187,7 +187,7 @@ def test_resampling_left_to_right_is_that_of_one_boundary_at_a_time(setting, tmp
     found = annotate(policy, document, NOISE)
     assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
     assert found.gains == pytest.approx(gains, abs=2e-3)
-    assert 2 <= len(placed) < len(document.boundaries)
+    assert 1 <= len(placed) < len(document.boundaries)
 
 
 def test_annotation_runs_its_text_once_and_documents_together(setting, tmp_path, monkeypatch):

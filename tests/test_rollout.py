@@ -484,7 +484,8 @@ def test_documents_in_lockstep_share_their_forwards(llama, tokenizers, several):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2"])
 def test_what_is_remembered_of_a_text_changes_nothing(model_type, tiny_model, tokenizers, segmenter):
-    """A text up to line 6, the whole, with a latent before line 4, without it again; another text of that number."""
+    """A text up to line 6, the whole, with a latent before line 4, without it again; another text of that number,
+    twice; the first one and the same with another token in line 4, whose lines stand where the others do."""
     tokenizer = tokenizers["newline_alone"]  # side runs at dedents
     model = tiny_model(model_type, tokenizer)
     document, other = (segmenter(tokenizer)(5, text)[0] for text in (CODE, OTHER))
@@ -492,7 +493,10 @@ def test_what_is_remembered_of_a_text_changes_nothing(model_type, tiny_model, to
     engine, run = engine_of(BranchEngine, model, tokenizer), list[int]()
     (latent,) = engine.rollout(document, [document.boundaries[3]], 1, 1, KEY, score=False).latents[0]
     spliced = splice(document, {document.boundaries[3]: latent}).document
-    texts = (start, document, spliced, document, other, other)
+    at = document.actions[3].end - 2
+    changed = replace(document, input_ids=(*document.input_ids[:at], 77, *document.input_ids[at + 1 :]))
+    assert changed.input_ids != document.input_ids
+    texts = (start, document, spliced, document, other, other, document, changed)
     alone = [engine.rollout(text, text.boundaries[1::2], 2, 2, KEY) for text in texts]
     handle = engine.backbone.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: run.append(kwargs["input_ids"].numel()), with_kwargs=True
