@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import RA3Config
 from .frozen import BaseWeights
 from .load import check_vocabulary, disable_dropout, load_model
+from .special import set_chat_template, set_special_tokens, training_tokens
 from .tags import add_tags
 
 
@@ -28,12 +29,14 @@ def prepare_model(
     """
     kwargs = args.model_init_kwargs
     assert not isinstance(kwargs, str)  # `TrainingArguments` has read the JSON
-    model = load_model(model, kwargs, None if tags else peft_config)
-    if tags:
+    changed = bool(tags or args.chat_template_path)
+    model = load_model(model, kwargs, None if changed else peft_config)
+    set_special_tokens(model, tokenizer, args.eos_token, args.pad_token)
+    new = set_chat_template(model, tokenizer, args.chat_template_path) if args.chat_template_path else []
+    add_tags(model, tokenizer, tags)
+    if changed and peft_config is not None:  # the rows of new tokens must be there before the adapter is made
+        model = load_model(model, None, training_tokens(peft_config, new))
         add_tags(model, tokenizer, tags)
-        if peft_config is not None:  # the rows of the tags must be there before the adapter is made
-            model = load_model(model, None, peft_config)
-            add_tags(model, tokenizer, tags)
     check_vocabulary(model, tokenizer)
     if args.reward_model == "base":
         BaseWeights(model)
