@@ -47,6 +47,7 @@ class NextToken:
 
     def inputs_of(self, documents: Sequence[Document]) -> dict[str, Any]:
         """Model inputs of documents as they are, a row each."""
+        assert self.args.max_length is not None  # the policy has put the model's own in the place of `None`
         return self.inputs(pack([splice(document, {}) for document in documents], self.args.max_length, packing=False))
 
     def __call__(
