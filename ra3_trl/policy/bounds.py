@@ -115,7 +115,6 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
     measured is left out."""
     tokens, boundaries, latents = (max(sums[name], 1) for name in ("tokens", "boundaries", "latents"))
     metrics = {
-        "loss": -sums["log_likelihood"] / tokens,
         "ce": -sums["log_likelihood"] / tokens,
         "ce_never": -sums["never"] / tokens,
         "ce_policy": -sums["policy"] / tokens,
