@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.member(owner):
             raise Refusal(403, f'You don\'t have the rights to create a {type} under the namespace "{owner}"')
         repo = Repo(
-            f"{owner}/{asked['name']}", type, asked.get("visibility") == "private" or bool(asked.get("private"))
+            f"{owner}/{asked['name']}", type, asked.get("visibility") == "private" or asked.get("private") is True
         )
         if (type, repo.id) in self.server.repos:
             raise Refusal(409, f"You already created this {type} repo", url=self.address(repo))

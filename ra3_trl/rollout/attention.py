@@ -125,13 +125,15 @@ def _fused(
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
 ) -> torch.Tensor:
-    """Plain causal attention of a document, `q` `[heads, N, D]`, `k` and `v` `[kv_heads, N, D]`."""
+    """Plain causal attention of a document, or of its last tokens: `q` `[heads, last, D]`, `k` and `v`
+    `[kv_heads, N, D]`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    length = q.shape[1]
-    if cap is None and (window is None or length <= window):
+    length, rest = k.shape[1], q.shape[1]
+    if cap is None and (window is None or length <= window) and rest == length:
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
     i = torch.arange(length, device=q.device)
-    seen = (i[:, None] >= i) & (i[:, None] - i < (window or length))
+    query = i[length - rest :, None]
+    seen = (query >= i) & (query - i < (window or length))
     return _fused(q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), scale, cap)
 
 
@@ -158,6 +160,9 @@ class BranchState:
         self.cached = cached
         self.documents: dict[int, KeysValues] = trunk.documents if trunk else {}  # by layer, one after the other
         self.lengths: list[int] = trunk.lengths if trunk else []  # tokens of each document
+        # Of each document of a forward: which has been run, in which state, and how many of its tokens stand for this
+        # one's first.
+        self.begun: list[tuple[BranchState | None, int, int]] = []
         self.own: dict[int, KeysValues] = {}  # by layer
         # Of each slot; think prefixes and latents follow the document, other tokens say where they stand.
         self._position = self.prefix[:, None] + np.arange(slots)
@@ -196,12 +201,13 @@ class BranchState:
         return pad(x, (0, 0, 0, slots - self.slots))  # or narrow, where slots are fewer
 
     def plan(self, tokens: BranchTokens | None, documents: Sequence[Sequence[int]] = ()) -> Plan:
-        """Plans a forward of documents' tokens followed by `tokens`."""
+        """Plans a forward of documents' tokens, those that they have not `begun` with, followed by `tokens`."""
         lengths = [len(document) for document in documents]
+        firsts = [tokens for _, _, tokens in self.begun] or [0] * len(lengths)
         if lengths:
-            self.lengths = lengths
+            self.lengths = [first + length for first, length in zip(firsts, lengths, strict=True)]
         ids = [token for document in documents for token in document]
-        positions = [np.arange(length) for length in lengths]
+        positions = [first + np.arange(length) for first, length in zip(firsts, lengths, strict=True)]
         if tokens is None:
             return Plan(lengths, None, [], 0, [np.array(ids), np.concatenate(positions)])
         depth = np.where(tokens.sees > tokens.slot, tokens.slot, tokens.sees + tokens.slot - tokens.run)
@@ -268,15 +274,30 @@ class BranchState:
         total = sum(self._lengths)
         rest = qkv[0].shape[2] - total
         *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
+        if self.begun:
+            documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
         outputs = [_causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
         if documents:
-            if self.cached:
+            if self.begun:
+                self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
+                                         torch.cat([v for _, _, v in documents], 1))  # fmt: skip
+            elif self.cached:
                 self.documents[layer] = (qkv[1][0, :, :total], qkv[2][0, :, :total])
             self._parts = [(k, v) for _, k, v in documents]
         if self._tokens:
             self._keep_own(layer, k, v)
             outputs.append(self._attend_blocks(layer, q, scale, window, cap))
         return torch.cat(outputs, 1).transpose(0, 1)[None]
+
+    def _behind(
+        self, layer: int, state: BranchState | None, number: int, tokens: int, *own: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a document's last tokens, the keys and values behind those of its first."""
+        if state is None or not tokens:
+            return own
+        q, *new = own
+        past = state._document(layer, number)
+        return q, *(torch.cat([x[:, :tokens], y], 1) for x, y in zip(past, new, strict=True))
 
     def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         branch, slot, *own_row = self._tokens

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents,
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
 from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bits
-from .trunk import SideRuns, summed, wanted_logps
+from .trunk import Begun, SideRuns, summed, wanted_logps
 
 
 _CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
@@ -42,6 +42,7 @@ class BranchEngine(RolloutEngine):
     """Lets the branches of documents share their prefixes, see `attention.py`."""
 
     name = "branch"
+    _memory: dict[tuple[int, int], Begun] | None = None  # by document and chunk
 
     def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> int:
         if not sampling:
@@ -65,15 +66,23 @@ class BranchEngine(RolloutEngine):
 
     def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
         """Runs documents, and behind them the think tokens that their own tokens do not lead to, as branches; one copy
-        to the device and one back."""
-        trunk, ids = BranchState(np.zeros(0), (), 1, cached=True), [document.input_ids for document in documents]
-        plan, wanted = trunk.plan(None, ids), wanted_logps(documents)
-        side = SideRuns(documents, trunk)
-        first = np.cumsum([0, *map(len, ids)])
-        at = [first[d] + a.start - 1 for d, doc in enumerate(documents) for a in doc.actions if a.boundary is not None]
+        to the device and one back. What they begin with is not run anew where it is remembered."""
+        begun = [self._begun(document) for document in documents]
+        trunk = BranchState(np.zeros(0), (), 1, cached=True)
+        trunk.begun = [(b.trunk, b.number, b.tokens) for b in begun] if any(b.tokens for b in begun) else []
+        rest = [document.input_ids[b.tokens :] for document, b in zip(documents, begun, strict=True)]
+        plan, wanted = trunk.plan(None, rest), wanted_logps(documents, begun)
+        side = SideRuns(documents, trunk, begun)
+        at = [
+            first - b.tokens + document.actions[i].start - 1
+            for first, document, b in zip(np.cumsum([0, *map(len, rest)]), documents, begun, strict=False)
+            for i in document.boundaries
+            if i >= b.actions
+        ]
         further = (wanted[:, 0], wanted[:, 1], np.array(at))
         groups = to_device(self.backbone.device, plan.arrays, further, side.arrays)
         hidden = self._forward(trunk, plan, groups[0])
+        trunk.begun = []  # what was before is let go
         layers = self.backbone.causal_lm.config.get_text_config().num_hidden_layers
         if trunk.layers != layers:  # any other way of mixing tokens would mix branches
             raise ValueError(f"only {trunk.layers} of {layers} layers are plain attention")
@@ -87,19 +96,34 @@ class BranchEngine(RolloutEngine):
         logps, of_side, states = read.split([len(wanted), side.count, states_SD.numel()])
         lines, gates = summed(documents, wanted, logps)
         side.add(gates, of_side)
-        return self._groups(documents, lines, gates, states.view_as(states_SD)), partial(_Flight, self, trunk)
+        made = self._groups(documents, begun, (lines, gates, states.view_as(states_SD)))
+        if self._memory is not None:
+            self._memory |= {(g.document.doc_id, g.document.chunk): Begun(g, trunk, d) for d, g in enumerate(made)}
+        return made, partial(_Flight, self, trunk)
+
+    def _begun(self, document: Document) -> Begun:
+        """What is remembered of the document."""
+        before = None if self._memory is None else self._memory.get((document.doc_id, document.chunk))
+        return Begun() if before is None else before.of(document)
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        self._memory = {}
+        try:
+            yield
+        finally:
+            self._memory = None
 
     def _groups(
-        self, documents: Sequence[Document], lines: torch.Tensor, gates: torch.Tensor, states_SD: torch.Tensor
+        self, documents: Sequence[Document], begun: Sequence[Begun], scores: tuple[torch.Tensor, ...]
     ) -> list[RolloutGroup]:
         """Groups without boundaries, of all documents' lines, gates and states."""
         counts, empty = [len(document.actions) for document in documents], torch.zeros(0, 0, 0)
-        states = states_SD.split([len(document.boundaries) for document in documents])
+        fresh = [sum(i >= b.actions for i in doc.boundaries) for doc, b in zip(documents, begun, strict=True)]
+        columns = (x.split(sizes) for x, sizes in zip(scores, (counts, counts, fresh), strict=True))
         return [
-            RolloutGroup(document, (), (), line_A, gate_A, empty, empty, of_one)
-            for document, line_A, gate_A, of_one in zip(
-                documents, lines.split(counts), gates.split(counts), states, strict=True
-            )
+            b.completed(RolloutGroup(document, (), (), line_A, gate_A, empty, empty, of_one))
+            for document, b, line_A, gate_A, of_one in zip(documents, begun, *columns, strict=True)
         ]
 
     # ---- gradients: one packed forward [documents | branches], no cache ----

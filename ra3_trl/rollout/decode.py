@@ -153,13 +153,14 @@ class Decoding:
         q, (heads, kv_heads) = q.to(own[0].dtype).transpose(0, 1), (len(q), len(k))  # [rows, heads, D]
         repeat, width = heads // kv_heads, self._wide
         grouped = q.reshape(self.rows, kv_heads, repeat, -1)
-        mine = (x[:, : self.rows, :width].transpose(0, 1) for x in own)
-        out, lse = attention_and_normaliser(grouped, *mine, self._own_mask(window, width, q.dtype), scale, cap)
+        own_k, own_v = (x[:, : self.rows, :width].transpose(0, 1) for x in own)
+        own_mask = self._own_mask(window, width, q.dtype)
+        out, lse = attention_and_normaliser(grouped, own_k, own_v, own_mask, scale, cap)
         queries = q.reshape(self.rows * heads, -1).index_select(0, self._query_index(heads, kv_heads))
         queries = queries.view(len(self._documents), kv_heads, self._width * repeat, -1)
-        shared = self._document(layer)
+        doc_k, doc_v = self._document(layer)
         mask = self._doc_mask(window, repeat, q.dtype)
-        doc_out, doc_lse = attention_and_normaliser(queries, *shared, mask, scale, cap)
+        doc_out, doc_lse = attention_and_normaliser(queries, doc_k, doc_v, mask, scale, cap)
         # Both as [rows, repeat, kv_heads, D], the order in which fused attention writes.
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
         doc_out = doc_out.transpose(1, 2).reshape(len(self._at), -1).index_select(0, self._place).view(out.shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -200,6 +200,11 @@ class RolloutEngine(ABC):
         actions = [group.document.actions[boundary] for boundary in group.boundaries]
         longest = [max(len(z.token_ids) for z in row) for row in group.latents]
         return [self._repeated(a.start) + len(a.think) + most for a, most in zip(actions, longest, strict=True)]
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Lets documents inside that begin as the same chunk did before share what has been run of it, where the
+        engine keeps anything; the weights must stay."""
+        return nullcontext()
 
     @abstractmethod
     def gradients(self) -> AbstractContextManager[None]:
