@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.records import Document, Latent
 from ra3_trl.segmentation import PYTHON, RowForms, Segmenter, row_to_document, segment_dataset, splice
+from ra3_trl.versions import CHECKPOINTING
 
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -116,7 +117,7 @@ _SHARED = {
 @pytest.fixture
 def make_sft(tmp_path):
     def make(model, tokenizer, data, **settings) -> SFTTrainer:
-        args = SFTConfig(str(tmp_path / "sft"), bf16=False, activation_checkpointing=False, **_SHARED | settings)
+        args = SFTConfig(str(tmp_path / "sft"), bf16=False, **{CHECKPOINTING: False}, **_SHARED | settings)
         return SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
 
     return make
