@@ -27,7 +27,8 @@ _TRAINING = (
     "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
     "max_steps", "bf16", "fp16", "activation_checkpointing", "dataloader_drop_last",
 )  # fmt: skip
-_OF_THE_MACHINE = {"model_init_kwargs", "dataset_num_proc"}  # the first may hold a token
+# The first may hold a token; whose code runs is for the user to say, not for a file.
+_OF_THE_MACHINE = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc"}
 
 
 def settings_of(args: Any, own: Iterable[str]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 from conftest import furthest, weights
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
 
@@ -476,5 +476,6 @@ def test_a_split_that_was_forgotten_is_asked_for(tiny_model, tokenizers):
 
 def test_settings_of_another_kind_are_refused(tiny_model, tokenizers):
     tokenizer = tokenizers["newline_indent"]
-    with pytest.raises(ValueError, match="`args` is a TrainingArguments; make an `RA3Config` of it"):
-        RA3MidTrainer(tiny_model("llama", tokenizer), TrainingArguments("x", use_cpu=True), processing_class=tokenizer)
+    args = GRPOConfig("x", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="`args` is a GRPOConfig; make an `RA3Config`"):
+        RA3MidTrainer(tiny_model("llama", tokenizer), args, processing_class=tokenizer)

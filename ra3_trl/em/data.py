@@ -23,6 +23,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     return {"documents": [row_to_document(row) for row in rows]}
 
 
+def _prompt_and_completion(row: dict[str, str]) -> str:
+    return row["prompt"] + row["completion"]
+
+
 class Cutter:
     """
     Cuts data sets for a policy, and counts where their texts went.
@@ -56,14 +60,30 @@ class Cutter:
         if dataset is None:
             return None
         args = self.policy.args
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
         if isinstance(dataset, IterableDataset):
             dataset = own_share(dataset, args.process_index, args.world_size)
         segmented = segment_dataset(
-            dataset, self._segmenter(split), args.dataset_text_field, self.formatting_func, args.dataset_num_proc
+            dataset, self._segmenter(split), args.dataset_text_field, self._text_of(dataset), args.dataset_num_proc
         )
         if isinstance(segmented, Dataset):
             self._count(dataset, segmented, split)
         return segmented
+
+    def _text_of(self, dataset: Dataset | IterableDataset) -> Callable[[dict], str] | None:
+        """`formatting_func`, or what makes one text of prompt and completion where `completion_only_loss` is false."""
+        args, columns = self.policy.args, set(next(iter(dataset), {}))
+        pairs = {"prompt", "completion"} <= columns and args.dataset_text_field not in columns
+        if args.completion_only_loss and (self.formatting_func is not None or not pairs):
+            raise ValueError(
+                f"`completion_only_loss` is True, but texts come from "
+                f"{'`formatting_func`' if self.formatting_func is not None else f'the columns {sorted(columns)}'} and "
+                "not from a prompt and a completion; leave it out."
+            )
+        if args.completion_only_loss is False and pairs and self.formatting_func is None:
+            return _prompt_and_completion
+        return self.formatting_func
 
     def _segmenter(self, split: str) -> Segmenter:
         segmenter, args = self.policy.segmenter, self.policy.args

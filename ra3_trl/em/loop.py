@@ -320,7 +320,7 @@ class EMLoop:
             loss = self.policy.backbone.idle(gradients.through)
             gradients.backward(loss)
             return float(loss.detach())
-        loss, parts, seen = mstep_loss(self.policy.backbone, rows, denominator, gradients.through)
+        loss, parts, seen = mstep_loss(self.policy.backbone, rows, denominator, gradients.through, self.args.loss_type)
         gradients.backward(loss)
         if self.learner is not None:
             self.learner.noted.append(seen)

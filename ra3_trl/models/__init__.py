@@ -13,7 +13,7 @@ from .load import (
     place_of,
     state_width,
 )
-from .prepare import prepare_model
+from .prepare import prepare_model, with_special_tokens
 from .tags import add_tags
 
 
@@ -36,4 +36,5 @@ __all__ = [
     "place_of",
     "save_head",
     "state_width",
+    "with_special_tokens",
 ]

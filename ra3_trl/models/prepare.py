@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RA3Config
 from .frozen import BaseWeights
-from .load import check_vocabulary, disable_dropout, load_model
+from .load import check_vocabulary, disable_dropout, end_ids, load_model
 from .tags import add_tags
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RA3Config) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy with `args.eos_token` and `args.pad_token`.
+
+    Raises:
+        `ValueError`: for a token that it does not have.
+    """
+    tokens = {name: getattr(args, name) for name in ("eos_token", "pad_token") if getattr(args, name) is not None}
+    for name, token in tokens.items():
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"`{name}` is {token!r}, which the tokenizer does not have; name one of its tokens.")
+    if not tokens:
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
 
 
 def prepare_model(
@@ -35,6 +54,9 @@ def prepare_model(
             model = load_model(model, None, peft_config)
             add_tags(model, tokenizer, tags)
     check_vocabulary(model, tokenizer)
+    if args.eos_token is not None:  # which ends a generated text too, beside what did before
+        model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+        model.generation_config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, *end_ids(model)]))
     if args.reward_model == "base":
         BaseWeights(model)
     if tokenizer.pad_token is None:
