@@ -58,8 +58,7 @@ class Segmenter:
         enc = self._tokenize(text)
         if not enc.ids[enc.bos :]:  # a normalizer may leave nothing of white space
             return []
-        prompt_tokens = bisect_right(enc.starts, prompt_chars - 1) if prompt_chars else 0
-        context = max(enc.bos, prompt_tokens)
+        context = max(enc.bos, self._prompt_tokens(text[:prompt_chars], enc))
         lines, status = self.format.segment(text), "actions"
         if lines is None:
             status = "plain"
@@ -77,6 +76,13 @@ class Segmenter:
         stop = next((i for i in range(bos, len(ids)) if added[i]), len(ids))
         spans = [(0, 0)] * bos + offsets[bos:stop]
         return Encoding(tuple(ids[:stop]), tuple(a for a, _ in spans), tuple(b for _, b in spans), bos)
+
+    def _prompt_tokens(self, prompt: str, enc: Encoding) -> int:
+        """Counts the tokens that a prompt has by itself and in its text: a token that the completion makes another one
+        is trained, as in `SFTTrainer`."""
+        alone = self._tokenize(prompt).ids if prompt else ()
+        pairs = enumerate(zip(alone, enc.ids, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(alone), len(enc.ids)))
 
     def _text_bytes(self, enc: Encoding) -> bytes:
         return b"".join(self._bytes[i] or b"\xff" for i in enc.ids[enc.bos :])
