@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 
-from . import head, phases, picture, proposals, replication, rollout, sandbox
+from . import head, launches, phases, picture, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
     "rollout": rollout,
     "phases": phases,
+    "launches": launches,
     "head": head,
     "proposals": proposals,
     "sandbox": sandbox,

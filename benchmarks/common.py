@@ -25,11 +25,12 @@ from transformers import (
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.records import Document
 from ra3_trl.segmentation import PYTHON, Segmenter, document_to_row, standard_library
+from ra3_trl.versions import CHECKPOINTING
 
 
 # The same on all sides. TRL's own configs would switch on bfloat16 and gradient checkpointing.
 SHARED = {
-    "use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "save_strategy": "no",
+    "use_cpu": True, "bf16": False, CHECKPOINTING: False, "report_to": "none", "save_strategy": "no",
     "disable_tqdm": True, "logging_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 1e-5,
     "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
 }  # fmt: skip

@@ -14,11 +14,12 @@ from os import PathLike, fspath
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 
 from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 from .refusals import keep_ours
+from .versions import TrainingArguments
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import math
 from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
+
+from .versions import TrainingArguments
 
 
 FORMER = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}  # names that are still taken

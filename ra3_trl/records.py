@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -183,9 +185,15 @@ class TokenTable:
     token_bytes: tuple[bytes | None, ...]
     eos_token_id: int
 
-    @property
+    # Read once, since a read waits for the device that the table is on.
+    @cached_property
     def stop_id(self) -> int:
         return int(self.stop_ids[0])
+
+    @cached_property
+    def next_state(self) -> np.ndarray:
+        """`next_state_SV` on the host."""
+        return self.next_state_SV.cpu().numpy()
 
     def to(self, device: torch.device | str) -> TokenTable:
         return TokenTable(

@@ -9,9 +9,8 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .em import ASIDE, EMLoop, Schedule, name_best, put_in_place, run_settings, saving_aside
+from .em import EMLoop, Schedule, rotate, run_settings, written_whole
 from .em.data import Cutter
 from .files import written_aside
 from .hub import HubMixin
@@ -27,6 +26,7 @@ class SavingMixin(HubMixin):
     schedule: Schedule
     cut: Cutter
     asked_max_steps: int
+    save_total_limit: int | None
 
     # Private, since this is where TRL's trainers, too, say what a checkpoint is: `save_model` calls it with the state
     # dict that it has gathered.
@@ -46,25 +46,19 @@ class SavingMixin(HubMixin):
     # Private, since `Trainer` writes in place and deletes older checkpoints by itself.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
-        args, run = self.args, Path(self._get_output_dir(trial))
-        push, limit = args.push_to_hub, args.save_total_limit
-        with saving_aside(args):
+        run, writes = Path(self._get_output_dir(trial)), self.args.should_save
+        with written_whole(self.args, run, self.state) as folder:
             super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, final = run / ASIDE / name, run / name
-        if not args.save_only_model:
-            phase = self.schedule.phase_at(self.state.global_step - 1)
-            facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
-            of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand again
-            self.loop.state.save(aside, facts, args.should_save, keep_probe=of_stream)
-        if args.should_save:
-            put_in_place(aside, final, self.state)
-        self.accelerator.wait_for_everyone()
-        name_best(final, self.state)
-        if push:
+            if not self.args.save_only_model:
+                phase = self.schedule.phase_at(self.state.global_step - 1)
+                facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
+                of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand
+                self.loop.state.save(folder, facts, writes, keep_probe=of_stream)
+        final = run / folder.name
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        if args.should_save:
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if writes:
+            rotate(run, self.save_total_limit, [final, self.state.best_model_checkpoint])
 
     def _run_settings(self) -> dict[str, Any]:
         """What a resumed run must share with this one."""

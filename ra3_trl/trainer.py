@@ -39,12 +39,15 @@ from .em import (
     Watch,
     check_resumable,
     collate,
+    keep_best_alone,
     make_learner,
     not_evened_out,
     phase_scheduler,
     plan_phases,
     read_state,
     resumed_folder,
+    rotation_taken_over,
+    settle,
     stream_loader,
 )
 from .generation import AutoModelForCausalLMWithAbstractionHead
@@ -119,6 +122,8 @@ class RA3MidTrainer(SavingMixin, Trainer):
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work, with the cure.
     """
+
+    save_total_limit: int | None = None  # `args.save_total_limit`, which `Trainer` is not told: it deletes in place
 
     def __init__(
         self,
@@ -209,15 +214,20 @@ class RA3MidTrainer(SavingMixin, Trainer):
         Raises:
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
+        settle(Path(str(self.args.output_dir)), self.args.should_save)
         self.following.resumed_from = folder = resumed_folder(resume_from_checkpoint, str(self.args.output_dir))
         if folder is not None:  # of `True` without any, `Trainer.train` says so
             apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
             check_resumable(folder, self._run_settings(), self.schedule, with_optimizer=apart)
-        with self.preemption.listening(self.args):
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.preemption.listening(self.args), rotation_taken_over(self.args) as self.save_total_limit:
+            output = super().train(str(folder) if folder else resume_from_checkpoint, *args, **kwargs)
+        if self.args.should_save and self.save_total_limit == 1 and not self.preemption.asked:
+            keep_best_alone(self.state)
         if self.preemption.asked:
-            logger.warning("Stopped by SIGTERM after update %d, which is saved. Go on with %s.",
-                           self.state.global_step, self.resume_hint)  # fmt: skip
+            done = self.state.global_step
+            logger.warning(
+                "Stopped by SIGTERM after update %d, which is saved. Go on with %s.", done, self.resume_hint
+            )
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
         return output

@@ -285,6 +285,34 @@ def test_a_real_ctrl_c(model, code, tmp_path):
     assert "Stopped before the first checkpoint" in said
 
 
+SLOW_TO_END = """
+import time
+from ra3_trl.cli.main import guarded
+
+def command(words):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("ending", flush=True)
+        time.sleep(60)
+
+raise SystemExit(guarded(command, []))
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """The first one ends in order, which may take long; neither shows a traceback."""
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SLOW_TO_END], preexec_fn=heeding, **pipes) as process:
+        for said in ("begun\n", "ending\n"):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 130
+
+
 # ---- dry run ----
 
 

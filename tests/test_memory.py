@@ -7,6 +7,7 @@ import torch
 from conftest import furthest, weights
 
 from ra3_trl import RA3MidTrainer
+from ra3_trl.versions import CHECKPOINTING, enable_checkpointing
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(8)]
@@ -74,7 +75,7 @@ def test_model_is_as_before_when_a_rollout_raises(make, monkeypatch, where):
     from ra3_trl.rollout import branch
 
     trainer = make(activation_checkpointing=True)
-    trainer.model.activation_checkpointing_enable()
+    enable_checkpointing(trainer.model)
     trainer.model.train()
     attention = trainer.model.config._attn_implementation
 
@@ -85,7 +86,7 @@ def test_model_is_as_before_when_a_rollout_raises(make, monkeypatch, where):
         patch.setattr(branch._Flight, where, fail)
         with pytest.raises(RuntimeError, match="out of luck"):
             trainer.train()
-    assert trainer.model.training and trainer.model.is_activation_checkpointing
+    assert trainer.model.training and getattr(trainer.model, f"is_{CHECKPOINTING}")
     assert trainer.model.config._attn_implementation == attention
     trainer.train()
     assert trainer.state.global_step == 4

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import furthest, weights
 from peft import LoraConfig
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead, Policy, RA3Config
 from ra3_trl.losses import compute_returns
@@ -84,6 +88,24 @@ def test_a_model_at_hand_is_not_copied(tiny_model, tokenizers):
     assert policy.model is model and policy.tokenizer is tokenizer
     with pytest.raises(ValueError, match="no name to load a tokenizer by"):
         open_here(model)
+
+
+def test_flash_attention_is_not_replaced_without_a_word(tiny_model, tokenizers, caplog):
+    """Branches need a mask that flash attention has none of; the M-step keeps it. Here it is PyTorch's by such a name,
+    which transformers would look for a kernel of."""
+    AttentionInterface.register("flash_here", sdpa_attention_forward)
+    AttentionMaskInterface.register("flash_here", sdpa_mask)
+    for attention, engine, words in (("flash_here", "auto", 1), ("flash_here", "expand", 0), ("sdpa", "auto", 0)):
+        model = tiny_model("llama", tokenizers["newline_indent"])
+        model.set_attn_implementation = partial(setattr, model.config, "_attn_implementation")
+        model.set_attn_implementation(attention)
+        caplog.clear()
+        policy = open_here(model, tokenizer=tokenizers["newline_indent"], num_latents=2, engine=engine)
+        said = [r.getMessage() for r in caplog.records if "`attn_implementation` is 'flash_here'" in r.getMessage()]
+        assert len(said) == words and model.config._attn_implementation == attention
+        assert policy.engine.name == ("expand" if engine == "expand" else "branch")
+        policy.rollout(policy.segment(TEXTS[0])[0])
+        assert len(caplog.records) == words  # once, and not at each rollout
 
 
 def test_a_model_with_its_head(trained, tokenizers):

@@ -304,23 +304,24 @@ def test_several_evaluation_sets(make):
 
 
 class Terminate(TrainerCallback):
-    """Sends this process a SIGTERM in update `at`."""
+    """Sends this process SIGTERMs in update `at`."""
 
-    def __init__(self, at: int):
-        self.at = at
+    def __init__(self, at: int, signals: int = 1):
+        self.at, self.signals = at, signals
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.at:
+        for _ in range(self.signals if state.global_step + 1 == self.at else 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at", [1, 4])
-def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at):
-    """In an E-phase and in an M-phase; the resumed run ends as one left alone."""
+@pytest.mark.parametrize("at, signals", [(1, 1), (4, 3)])
+def test_sigterm_saves_and_names_the_way_on(make, tmp_path, caplog, at, signals):
+    """In an E-phase and in an M-phase, where a launcher passes on what came to all; the resumed run ends as one left
+    alone."""
     alone = make(output_dir=str(tmp_path / "alone"))
     alone.train()
     before = signal.getsignal(signal.SIGTERM)
-    trainer = make(callbacks=[Terminate(at)])
+    trainer = make(callbacks=[Terminate(at, signals)])
     with pytest.raises(SystemExit) as stop:
         trainer.train()
     assert stop.value.code == 143  # 128 + SIGTERM, as a shell reports it

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.versions import CHECKPOINTING
 
 
 TEXTS = [
@@ -55,9 +56,7 @@ def test_without_e_steps_it_is_sft(make, tokenizer, tiny_model, tmp_path, packin
     }  # fmt: skip
     sft = SFTTrainer(
         tiny_model(architecture, tokenizer),
-        SFTConfig(
-            output_dir=str(tmp_path / "sft"), bf16=False, activation_checkpointing=False, packing=False, **shared
-        ),
+        SFTConfig(output_dir=str(tmp_path / "sft"), bf16=False, packing=False, **{CHECKPOINTING: False}, **shared),
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         processing_class=tokenizer,
     )

@@ -22,6 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from ra3_trl.versions import CHECKPOINTING
+
 from .records import BaseRecipe
 from .store import Store
 from .testbed import make_tokenizer, programs
@@ -32,7 +34,7 @@ HEADS = 4
 CAREFUL_DATA = 30_000  # added to the seed, so that no phase sees the programs of another
 QUIET = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
-    "save_total_limit": 1, "activation_checkpointing": False,
+    "save_total_limit": 1, CHECKPOINTING: False,
 }  # fmt: skip
 
 

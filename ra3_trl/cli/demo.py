@@ -22,13 +22,14 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import RA3Config, RA3MidTrainer, load_code_directory
 from ..em import EStep
 from ..policy import EVAL_NOISE
 from ..report import latent_rows, latent_table, plot_run
 from ..segmentation import row_to_document, standard_library
+from ..versions import plain_gguf
 from .data import load_splits
 
 
@@ -51,8 +52,7 @@ def default_model() -> Path:
         ) from error
     gguf = Path(next(f for f in files if f.suffix == ".gguf").locate())
     console.print(f"Converting {gguf.name} to safetensors, once ...")
-    source = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **plain_gguf(gguf.name))
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     aside = target.with_name(f"{target.name}.{os.getpid()}")
     model.save_pretrained(aside)

@@ -24,6 +24,7 @@ from ..report.estimate import Estimate, Workload, count_memory, count_work
 from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
+from ..versions import enable_checkpointing
 
 
 _LOOKED_AT = 256  # chunks of a stream
@@ -79,7 +80,7 @@ def time_updates(
     """Times one E-update and one M-update, forwards and backwards: seconds of the whole run, by phase."""
     args, policy = trainer.args, trainer.policy
     if args.activation_checkpointing:
-        policy.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        enable_checkpointing(policy.model, args.activation_checkpointing_kwargs)
     _time_mstep(policy, [splice(documents[0], {})])  # what happens the first time only stays out of the timing
     seconds, examples = {"E-phase": 0.0, "annotation": 0.0}, [splice(document, {}) for document in documents]
     if args.e_steps:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from types import FrameType
 
 
 COMMANDS = {
@@ -27,7 +31,8 @@ COMMANDS = {
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of `command(argv)`: what the user can mend is printed without a traceback (2), Ctrl-C is 130."""
     try:
-        return command(argv)
+        with _interrupts():
+            return command(argv)
     except (ValueError, OSError) as error:
         if os.environ.get("RA3_TRACEBACK"):
             raise
@@ -36,6 +41,28 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Inside, the first Ctrl-C is a `KeyboardInterrupt`, after which things end in order; a second one ends the
+    process where it stands. Files are whole at any time, and programs in the sandbox end with it."""
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        raise KeyboardInterrupt
+
+    # Not where somebody else listens, or where Ctrl-C is to be ignored, as in the background of a shell.
+    listens = threading.current_thread() is threading.main_thread()
+    if not listens or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:  # else the process is on its way out
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: list[str] | None = None) -> int:

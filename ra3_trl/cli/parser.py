@@ -12,12 +12,12 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from ..config import RA3Config
 from ..refusals import SETTINGS, find, keep_ours, near
+from ..versions import TrainingArguments
 
 
 _FILES = """--config FILE is a YAML file of the options below (`max_steps: 8`), which options on the command line

@@ -120,7 +120,7 @@ def run(trainer: GRPOTrainer, source: str, resume: bool | str | None) -> None:
         print_once("The abstraction head is not taken along: it reads states of the weights as they were before.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=source)
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> int:

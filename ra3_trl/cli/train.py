@@ -149,7 +149,7 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) ->
         pushed = trainer.push_to_hub(dataset_name=dataset_name)
         if pushed is not None:  # None on other processes
             print(f"Pushed to {pushed.repo_url}.")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def _dry_run(script, args: HindsightConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:

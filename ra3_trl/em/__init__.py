@@ -1,7 +1,16 @@
 """The EM loop: schedule, E-step, M-step, what it remembers and watches."""
 
 from .callbacks import LoopCallback, PreemptionCallback
-from .checkpoint import ASIDE, check_resumable, name_best, put_in_place, resumed_folder, run_settings, saving_aside
+from .checkpoint import (
+    check_resumable,
+    keep_best_alone,
+    resumed_folder,
+    rotate,
+    rotation_taken_over,
+    run_settings,
+    settle,
+    written_whole,
+)
 from .data import Cutter, collate
 from .estep import Chunk, EStep, Rollout
 from .gradients import Gradients
@@ -16,7 +25,6 @@ from .watch import Watch
 
 
 __all__ = [
-    "ASIDE",
     "Batch",
     "Chunk",
     "Cutter",
@@ -37,21 +45,23 @@ __all__ = [
     "Window",
     "check_resumable",
     "collate",
+    "keep_best_alone",
     "latent_alarms",
     "make_learner",
     "mstep_loss",
-    "name_best",
     "not_evened_out",
     "pack",
     "phase_scheduler",
     "plan_phases",
     "plan_schedule",
-    "put_in_place",
     "read_state",
     "resumed_folder",
+    "rotate",
+    "rotation_taken_over",
     "rollout_sums",
     "run_settings",
-    "saving_aside",
+    "settle",
     "split_example",
     "stream_loader",
+    "written_whole",
 ]

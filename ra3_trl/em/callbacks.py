@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .loop import EMLoop
 
 
-_CHANGED = ("save_only_model", "load_best_model_at_end", "save_total_limit")
+_CHANGED = ("save_only_model", "load_best_model_at_end")
 
 
 class LoopCallback(TrainerCallback):
@@ -61,8 +61,8 @@ class LoopCallback(TrainerCallback):
 class PreemptionCallback(TrainerCallback):
     """Saves a checkpoint and stops training after the update in which a SIGTERM came, on whichever process.
 
-    A second SIGTERM ends the process at once. Signals can be listened to in the main thread only; elsewhere nothing
-    changes.
+    Further SIGTERMs before that change nothing: a cluster sends one to all processes, and their launcher passes its
+    own on. Signals can be listened to in the main thread only; elsewhere nothing changes.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,6 @@ class PreemptionCallback(TrainerCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +94,4 @@ class PreemptionCallback(TrainerCallback):
         if any(gather_object([self._signalled])):
             self.asked = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it would take time, and may decide whether to save
-            # The checkpoint must be whole and stay: `Trainer` deletes what is not the best at the end of training.
-            args.save_only_model = args.load_best_model_at_end = False
-            args.save_total_limit = None
+            args.save_only_model = args.load_best_model_at_end = False  # the checkpoint must be one to resume from

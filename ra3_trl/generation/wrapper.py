@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..config import RA3Config
@@ -38,30 +38,23 @@ _HEAD = "abstraction_head."
 
 
 @dataclass
-class CausalLMOutputWithAbstraction(ModelOutput):
+class CausalLMOutputWithAbstraction(CausalLMOutputWithPast):
     """
-    What [`AutoModelForCausalLMWithAbstractionHead`] returns.
+    What [`AutoModelForCausalLMWithAbstractionHead`] returns: what its language model does, and the head's part.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*):
             Next-token loss (with `labels`) plus the head's (with `think_labels` or `gain_labels`).
         logits (`torch.Tensor` of shape `(batch, length, vocab_size)`):
-            The language model's.
+            The language model's, as are the cache, `hidden_states` and `attentions`.
         think_logits (`torch.Tensor` of shape `(batch, length)`):
             Log-odds of beginning a latent behind each token; of use behind those that end a line.
         gain (`torch.Tensor` of shape `(batch, length)`):
             Expected rise of the next lines' log-likelihood from a latent there, in nats.
-        past_key_values, hidden_states, attentions:
-            As the language model returns them.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     think_logits: torch.Tensor | None = None
     gain: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class AutoModelForCausalLMWithAbstractionHead(nn.Module):
@@ -218,11 +211,10 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             at = ~gain_labels.isnan()
             loss = nn.functional.huber_loss(gain[at], gain_labels[at].to(gain), reduction="sum")
             losses.append(loss / at.sum().clamp(min=1))
-        return CausalLMOutputWithAbstraction(
-            loss=sum(losses) if losses else None, logits=output.logits, think_logits=think_logits, gain=gain,
-            past_key_values=output.get("past_key_values"), hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-        )  # fmt: skip
+        # By the fields' names, since transformers 5.24 calls the cache otherwise.
+        kept = {entry.name: output.get(entry.name) for entry in fields(CausalLMOutputWithPast)}
+        kept["loss"] = sum(losses) if losses else None
+        return CausalLMOutputWithAbstraction(**kept, think_logits=think_logits, gain=gain)
 
     # ---- generation ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,6 +40,11 @@ from .propose import OWN_LATENTS, Proposer
 from .text import token_text
 
 
+logger = logging.getLogger(__name__)
+_REPLACED = (
+    "`attn_implementation` is %r, which the branch engine replaces in E-phases, annotation and evaluation by "
+    "PyTorch's fused attention with a mask of branches. The M-step keeps %r; with `engine='expand'` everything does."
+)
 # Of the settings that a checkpoint was trained with: those that say how it thinks and how thoughts are valued.
 THINKING = (
     "action_format", "existing_comments", "max_length", "num_latents", "max_latent_length", "temperature", "top_k",
@@ -186,6 +192,9 @@ class Policy:
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
         with backbone.gathered():
             engine = build_engine(args.engine, backbone, table, params, args.max_branch_tokens)
+        attention = backbone.causal_lm.config._attn_implementation or ""
+        if engine.name == "branch" and "flash" in attention:
+            logger.warning(_REPLACED, attention, attention)
         longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .logps import Targets, linear_logps, rows_at_once
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
@@ -129,13 +130,22 @@ class Backbone:
             logits = logits * (self._multiply / self._divide)
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
+    @property
+    def matrix(self) -> nn.Parameter | None:
+        """The head's weight, where the head is that matrix and nothing else; else `None`."""
+        head = self.causal_lm.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+        hooked = plain and ("forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
+        sharded = is_fsdp2(self.model) or is_zero3(self.model)
+        return None if not plain or hooked or sharded or self._softcap else head.weight
+
     def chunked(self, hidden_nD: torch.Tensor, reduce: Callable, *per_row: torch.Tensor) -> list[torch.Tensor]:
         """`reduce(logits_chunk, *per_row_chunk) -> tuple of [rows] tensors` over bounded chunks of rows, joined.
 
         With gradients each chunk is recomputed in the backward pass, so that never more than one chunk of logits is
         alive.
         """
-        rows = max(1, (1 << (24 if hidden_nD.device.type == "cpu" else 27)) // self.vocab_size)
+        rows = rows_at_once(self.device, self.vocab_size)
         if torch.is_grad_enabled() and is_zero3(self.model):  # each call of the head gathers: one on every process
             rows = max(1, len(hidden_nD))
 
@@ -149,9 +159,17 @@ class Backbone:
             chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
         return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
+    def matrix_logps(self, hidden_nD: torch.Tensor, targets: Targets, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probs `[n]` of targets under a head that is a `matrix`; no logits are kept."""
+        assert self.matrix is not None
+        scale = self._multiply / self._divide / temperature
+        return linear_logps(hidden_nD, self.matrix, targets, rows_at_once(self.device, self.vocab_size), scale)
+
     def token_logps(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """`log pi(target)` `[n]` under the model's own distribution (temperature 1, nothing forbidden)."""
-        return self.chunked(hidden_nD, _gather_logps, targets_n)[0]
+        if self.matrix is None:
+            return self.chunked(hidden_nD, _gather_logps, targets_n)[0]
+        return self.matrix_logps(hidden_nD, Targets.of_tokens(targets_n))
 
 
 def _gather_logps(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor]:

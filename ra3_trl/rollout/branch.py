@@ -16,7 +16,7 @@ from .attention import BranchState, BranchTokens, branch_attention
 from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores, gate_targets
-from .sampler import draw_from_hidden, fed_tokens
+from .sampler import check_finite, draw_from_hidden, fed_tokens, ids_of_bits
 
 
 class BranchEngine(RolloutEngine):
@@ -220,12 +220,14 @@ class _Flight(Flight):
         for step in range(engine.params.max_length):
             uniform = torch.as_tensor(self.uniform(noise, step, active), device=hidden.device)
             draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
+            check_finite(draw.logps_n)
             token = draw.tokens_n.cpu().numpy()
+            sets = None if draw.kept is None else draw.kept.cpu().numpy()
             goes_on = token != engine.table.stop_id
             for i, (m, logp) in enumerate(zip(active, draw.logps_n.tolist(), strict=True)):
                 logps[m].append(logp)
-                if draw.kept is not None:
-                    kept[m].append(draw.kept[i].cpu())
+                if sets is not None:
+                    kept[m].append(ids_of_bits(sets[i]))
                 if goes_on[i]:
                     self.tokens[m].append(int(token[i]))
             stopped[active[~goes_on]] = True

@@ -281,9 +281,9 @@ class RolloutEngine(ABC):
         self, latents: Sequence[Latent], hidden_nD: torch.Tensor, whole: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob of each symbol from the hidden states that predict them, and its branch."""
-        symbols, states, steps, branches = (self._long(column) for column in sampled_symbols(latents, self.table))
+        symbols = sampled_symbols(latents, self.table)
         kept = kept_sets(latents) if self.params.truncated and not whole else None
-        return symbol_logps(self.backbone, self.distribution, hidden_nD, symbols, states, steps, kept), branches
+        return symbol_logps(self.backbone, self.distribution, hidden_nD, symbols, kept), self._long(symbols.branch)
 
 
 def of_pieces(pieces: Sequence[Piece]) -> list[tuple[int, Action, tuple[Latent, ...]]]:

@@ -17,7 +17,7 @@ from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
 from .engine import Flight, MakeFlight, Piece, RolloutEngine, gate_tokens, of_pieces
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
-from .sampler import Draw, LatentDistribution, draw, fed_tokens
+from .sampler import Draw, LatentDistribution, check_finite, draw, fed_tokens, ids_of_bits
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _KeyedDraw(LogitsProcessor):
         step = len(self.draws)
         uniform = torch.as_tensor(self.uniform(step), device=scores.device)
         state = self.draws[-1].state_n.clamp(min=0) if self.draws else input_ids.new_zeros(len(input_ids))
-        self.draws.append(draw(self.distribution, scores.float(), state, step, uniform))
+        self.draws.append(draw(self.distribution, scores.float().clone(), state, step, uniform))
         return torch.full_like(scores, float("-inf")).scatter(1, self.draws[-1].tokens_n[:, None], 0.0)
 
 
@@ -166,13 +166,15 @@ class _Flight(Flight):
             causal_lm.generation_config = models_own
         symbols = torch.stack([d.tokens_n for d in keyed.draws], 1).tolist()
         symbol_logps = torch.stack([d.logps_n for d in keyed.draws], 1).tolist()
+        sets = [None if d.kept is None else d.kept.cpu().numpy() for d in keyed.draws]
         latents = []
         for i, (row, logps) in enumerate(zip(symbols, symbol_logps, strict=True)):
             # A row that has stopped is drawn for as long as others go on: what comes then is of no latent.
             length = row.index(stop) if stop in row else len(row)
             stopped = length < len(row)
-            kept = tuple(d.kept[i].cpu() for d in keyed.draws[: length + stopped] if d.kept is not None)
+            kept = tuple(ids_of_bits(s[i]) for s in sets[: length + stopped] if s is not None)
             drawn_logps = tuple(logps[: length + stopped])
+            check_finite(torch.tensor(drawn_logps))
             latents.append(
                 Latent(tuple(row[:length]), stopped, drawn_logps, kept if engine.params.truncated else None)
             )

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from ..records import Latent, TokenTable
 from .backbone import Backbone
+from .inversion import block_size, invert, invert_by_blocks
+from .logps import Part, Targets
 
 
 @dataclass(frozen=True)
@@ -37,32 +41,77 @@ class LatentDistribution:
     def __init__(self, table: TokenTable, params: SamplingParams):
         self.table = table
         self.params = params
-        self._allowed: dict[tuple[int, int], torch.Tensor] = {}
+        # Read once, here: each read of a number waits for the device.
+        self._longest = int(table.pending_S.max())  # bytes that a state may wait for
+        self._is_stop_V = torch.zeros_like(table.blank_V)
+        self._is_stop_V[table.stop_id] = True
+        self._allowed_XV: torch.Tensor | None = None
+        self._masks: dict[int, torch.Tensor] = {}
+        self._columns: list[_Columns] = []
+
+    def _row(self, state: Any, step: Any) -> Any:
+        """Row of the table of allowed symbols for a state and a step, numbers or tensors: whether the step is the
+        first, how many are left as far as that matters, and the state."""
+        left = self.params.max_length - step
+        left = left.clamp(0, self._longest + 1) if isinstance(left, torch.Tensor) else self._clamped(left)
+        return ((step == 0) * (self._longest + 2) + left) * len(self.table.pending_S) + state
+
+    def _clamped(self, left: int) -> int:
+        return min(max(left, 0), self._longest + 1)
+
+    def _table(self) -> torch.Tensor:
+        """Symbols that may follow, a row for each [`_row`]."""
+        if self._allowed_XV is None:
+            table = self.table
+            following = table.next_state_SV.long()
+            pending = table.pending_S[following.clamp(min=0)]
+            rows = []
+            for first in (False, True):
+                for left in range(-1, self._longest + 1):  # of steps behind this one
+                    mask = (following >= 0) & (pending <= left)
+                    mask[:, table.stop_ids] = False
+                    if first:
+                        mask &= ~table.blank_V
+                    else:
+                        mask[0] |= self._is_stop_V
+                    rows.append(mask)
+            self._allowed_XV = torch.cat(rows)
+        return self._allowed_XV
 
     def allowed(self, state: int, step: int) -> torch.Tensor:
         """Symbols `[V]` that may follow in UTF-8 state `state` as token number `step`."""
-        if (state, step) not in self._allowed:
-            table, left = self.table, self.params.max_length - 1 - step
-            following = table.next_state_SV[state].long()
-            mask = (following >= 0) & (table.pending_S[following.clamp(min=0)] <= left)
-            mask[table.stop_ids] = False
-            if step == 0:
-                mask &= ~table.blank_V
-            elif state == 0:
-                mask[table.stop_id] = True
-            self._allowed[state, step] = mask
-        return self._allowed[state, step]
+        return self._table()[self._row(state, step)]
+
+    def kind(self, step: int) -> int:
+        """Numbers the steps at which the same symbols may follow."""
+        return int(self._row(0, step)) // len(self.table.pending_S)
+
+    def mask(self, state: int, step: int) -> torch.Tensor:
+        """0 for the symbols `[V]` that may follow, `-inf` for others; where the stop symbol may, all of its tokens do:
+        the sum over them is the same, merged or not."""
+        row = int(self._row(state, step))
+        if row not in self._masks:
+            allowed = self._table()[row]
+            stops = (
+                torch.zeros_like(allowed).index_fill_(0, self.table.stop_ids, True) & allowed[self.table.stop_ids[:1]]
+            )
+            self._masks[row] = torch.where(allowed | stops, 0.0, float("-inf"))
+        return self._masks[row]
+
+    def columns(self, step: int) -> _Columns:
+        """What is forbidden at a step, as lists of columns."""
+        if not self._columns:
+            table, states = self._table(), len(self.table.pending_S)
+            allowed_XSV = table.cpu().view(-1, states, table.shape[1])  # the one read, for all kinds of steps
+            self._columns = [_Columns.of(allowed, self.table.stop_id, table.device) for allowed in allowed_XSV]
+        return self._columns[self.kind(step)]
 
     def __call__(self, logits_nV: torch.Tensor, state_n: torch.Tensor, step_n: torch.Tensor) -> torch.Tensor:
         """Scaled logits with forbidden symbols at `-inf` and the stop symbol at `stop_ids[0]`."""
         scaled = logits_nV if self.params.temperature == 1.0 else logits_nV / self.params.temperature
         stop_n = torch.logsumexp(scaled[:, self.table.stop_ids], -1)
-        pairs, which = torch.unique(torch.stack([state_n, step_n]), dim=1, return_inverse=True)
-        masks = torch.stack([self.allowed(int(s), int(j)) for s, j in pairs.T.tolist()])
-        mask_nV = masks if len(masks) == 1 else masks[which]
-        is_stop = torch.zeros_like(self.table.blank_V)
-        is_stop[self.table.stop_id] = True
-        scaled = torch.where(is_stop, stop_n[:, None], scaled)
+        mask_nV = self._table()[self._row(state_n, step_n)]
+        scaled = torch.where(self._is_stop_V, stop_n[:, None], scaled)
         return scaled.masked_fill(~mask_nV, float("-inf"))
 
     def kept(self, scaled_nV: torch.Tensor) -> torch.Tensor:
@@ -79,13 +128,35 @@ class LatentDistribution:
 
 
 @dataclass(frozen=True)
+class _Columns:
+    """Lists what may follow at a step: between characters nearly all, inside one only what goes on with it."""
+
+    stops: bool  # whether the stop may follow between characters
+    forbidden: torch.Tensor  # columns that may not follow between characters
+    first_K: torch.Tensor  # of each block of columns one that may, if `some_K`
+    some_K: torch.Tensor
+    inside: torch.Tensor  # columns that may follow inside some character
+    allowed_SE: torch.Tensor  # which of them may in each state
+
+    @classmethod
+    def of(cls, allowed_SV: torch.Tensor, stop_id: int, device: torch.device) -> _Columns:
+        between, inside_SV = allowed_SV[0], allowed_SV.clone()
+        inside_SV[0] = False
+        inside = inside_SV.any(0).nonzero()[:, 0]
+        blocks = between.view(-1, block_size(len(between)))
+        first = blocks.int().argmax(-1) + torch.arange(len(blocks)) * blocks.shape[1]
+        lists = ((~between).nonzero()[:, 0], first, blocks.any(-1), inside, inside_SV[:, inside])
+        return cls(bool(between[stop_id]), *(x.to(device) for x in lists))
+
+
+@dataclass(frozen=True)
 class Draw:
     """Holds one step of sampling for `n` branches."""
 
     tokens_n: torch.Tensor
     logps_n: torch.Tensor
     state_n: torch.Tensor  # UTF-8 state behind the token
-    kept: tuple[torch.Tensor, ...] | None  # ids of each truncation set; `None` without truncation
+    kept: torch.Tensor | None  # truncation sets, a bit a symbol, see `packed_bits`; `None` without truncation
 
 
 def check_finite(logps: torch.Tensor) -> None:
@@ -104,23 +175,40 @@ def draw(
     step: int,
     uniform_n: torch.Tensor,
 ) -> Draw:
-    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`."""
-    scaled = distribution(logits_nV, state_n, torch.full_like(state_n, step))
+    """Draws one symbol per row by inverting the cumulative distribution at `uniform_n`; the logits are used up.
+
+    Nothing is read, so that the host does not wait; who reads the log-probs checks that they are finite.
+    """
     kept = None
     if distribution.params.truncated:
+        scaled = distribution(logits_nV, state_n, torch.full_like(state_n, step))
         keep = distribution.kept(scaled)
-        kept = tuple(row.nonzero()[:, 0] for row in keep)
-        scaled = scaled.masked_fill(~keep, float("-inf"))
-    total_n = torch.logsumexp(scaled, -1)
-    check_finite(total_n)
-    cumulative = (scaled - total_n[:, None]).exp_().cumsum(-1)
-    # Kept below the last sum, so that rounding cannot push the point past the end; `right` skips symbols of mass zero.
-    last = cumulative[:, -1]
-    point = torch.minimum(uniform_n.to(last.dtype) * last, torch.nextafter(last, torch.zeros_like(last)))
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-    logps = scaled.gather(-1, tokens[:, None])[:, 0] - total_n
-    state = distribution.table.next_state_SV[state_n, tokens].long()
-    return Draw(tokens, logps, state, kept)
+        kept = packed_bits(keep)
+        tokens, logps = invert(scaled.masked_fill(~keep, float("-inf")), uniform_n)
+    else:
+        tokens, logps = _draw_in_place(distribution, logits_nV, state_n, step, uniform_n)
+    return Draw(tokens, logps, distribution.table.next_state_SV[state_n, tokens].long(), kept)
+
+
+def _draw_in_place(
+    distribution: LatentDistribution, scaled: torch.Tensor, state_n: torch.Tensor, step: int, uniform_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symbols and log-probs, with masks written into the logits where they differ from row to row least:
+    between characters nearly all is allowed, and the few columns that go on with a character are looked at apart."""
+    columns, table = distribution.columns(step), distribution.table
+    if distribution.params.temperature != 1.0:
+        scaled.div_(distribution.params.temperature)
+    stop_n = torch.logsumexp(scaled.index_select(1, table.stop_ids), -1)
+    inside = scaled.index_select(1, columns.inside)
+    scaled.index_fill_(1, columns.forbidden, float("-inf"))
+    if columns.stops:
+        scaled.index_copy_(1, table.stop_ids[:1], stop_n[:, None])
+    drawn = invert_by_blocks(scaled, uniform_n, columns.first_K, columns.some_K)
+    if not len(columns.inside):
+        return drawn
+    tokens, logps = invert(inside.masked_fill_(~columns.allowed_SE[state_n], float("-inf")), uniform_n)
+    between, goes_on = state_n == 0, columns.inside[tokens]
+    return torch.where(between, drawn[0], goes_on), torch.where(between, drawn[1], logps)
 
 
 def draw_from_hidden(
@@ -132,24 +220,33 @@ def draw_from_hidden(
     uniform_n: torch.Tensor,
 ) -> Draw:
     """Draws as [`draw`] does, over bounded chunks of logits."""
-    kept: list[torch.Tensor] = []
 
     def reduce(logits: torch.Tensor, state: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
         drawn = draw(distribution, logits, state, step, uniform)
-        kept.extend(drawn.kept or ())
-        return drawn.tokens_n, drawn.logps_n, drawn.state_n
+        columns = (drawn.tokens_n, drawn.logps_n, drawn.state_n)
+        return columns if drawn.kept is None else (*columns, drawn.kept)
 
-    tokens, logps, states = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
-    return Draw(tokens, logps, states, tuple(kept) if distribution.params.truncated else None)
+    tokens, logps, states, *kept = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
+    return Draw(tokens, logps, states, kept[0] if kept else None)
+
+
+def packed_bits(mask_nV: torch.Tensor) -> torch.Tensor:
+    """Packs a mask into `[n, V / 8]` bytes: truncation sets differ in size, which the host would have to wait for."""
+    eights = pad(mask_nV, (0, -mask_nV.shape[1] % 8)).view(len(mask_nV), -1, 8)
+    weights = 1 << torch.arange(8, device=mask_nV.device)
+    return (eights * weights.to(torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def ids_of_bits(bits: np.ndarray) -> torch.Tensor:
+    """Lists what a row of [`packed_bits`] holds, ascending."""
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(bits, bitorder="little")))
 
 
 def symbol_logps(
     backbone: Backbone,
     distribution: LatentDistribution,
     hidden_nD: torch.Tensor,
-    targets_n: torch.Tensor,
-    state_n: torch.Tensor,
-    step_n: torch.Tensor,
+    symbols: Symbols,
     kept: list[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Scores symbols `[n]` as they were sampled, differentiably.
@@ -157,23 +254,62 @@ def symbol_logps(
     `kept` are the stored truncation sets: a recomputed nucleus could leave out the very symbol that was drawn. Where
     one is `None` (drawn from elsewhere) it is found anew, and what it leaves out has log-prob `-inf`.
     """
+    device = hidden_nD.device
+    if kept is None and backbone.matrix is not None:
+        order, targets = _by_kind(distribution, symbols, device)
+        at, back = (torch.as_tensor(x, device=device) for x in (order, np.argsort(order)))
+        return backbone.matrix_logps(hidden_nD[at], targets, distribution.params.temperature)[back]
+
+    sets = None if kept is None else _KeptSets(distribution, kept, device)
 
     def reduce(logits: torch.Tensor, *per_row: torch.Tensor) -> tuple[torch.Tensor]:
         targets, state, step, row = per_row
         # Masks are applied to the scaled logits, so that the log-probs are of the distribution that was drawn from.
         scaled = distribution(logits, state, step)
-        if kept is not None:
-            mask = torch.zeros_like(scaled, dtype=torch.bool)
-            unknown = [i for i, r in enumerate(row.tolist()) if kept[r] is None]
-            mask[unknown] = distribution.kept(scaled[unknown])
-            for i, r in enumerate(row.tolist()):
-                if kept[r] is not None:
-                    mask[i, kept[r]] = True
-            scaled = scaled.masked_fill(~mask, float("-inf"))
+        if sets is not None:
+            scaled = scaled.masked_fill(~sets.mask(scaled, int(row[0]), int(row[-1]) + 1), float("-inf"))
         return (scaled.log_softmax(-1).gather(-1, targets[:, None])[:, 0],)
 
-    rows = torch.arange(len(targets_n), device=targets_n.device)
-    return backbone.chunked(hidden_nD, reduce, targets_n, state_n, step_n, rows)[0]
+    columns = [torch.as_tensor(c, device=device) for c in (symbols.token, symbols.state, symbols.step)]
+    rows = torch.arange(len(symbols.token))  # on the host, which need not wait to know which chunk it is
+    return backbone.chunked(hidden_nD, reduce, *columns, rows)[0]
+
+
+def _by_kind(distribution: LatentDistribution, symbols: Symbols, device: torch.device) -> tuple[np.ndarray, Targets]:
+    """Puts symbols in an order in which those that share what is forbidden stand together."""
+    kinds = np.array([distribution.kind(step) for step in symbols.step.tolist()], dtype=np.int64)
+    keys = np.array([symbols.state, kinds])
+    order = np.lexsort(keys)
+    begins = np.flatnonzero(np.diff(keys[:, order], prepend=-2).any(0))
+    parts = []
+    for begin, end in zip(begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True):
+        first = order[begin]
+        parts.append(Part(slice(begin, end), distribution.mask(int(symbols.state[first]), int(symbols.step[first]))))
+    token, table = symbols.token[order], distribution.table
+    stops = np.flatnonzero(token == table.stop_id)
+    return order, Targets(torch.as_tensor(token, device=device), parts, stops, table.stop_ids)
+
+
+class _KeptSets:
+    """Holds truncation sets, one a row, on a device as one list."""
+
+    def __init__(self, distribution: LatentDistribution, kept: list[torch.Tensor | None], device: torch.device):
+        self.distribution = distribution
+        self.unknown = [k is None for k in kept]
+        self.ends = np.cumsum([0, *(0 if k is None else len(k) for k in kept)])
+        row = np.repeat(np.arange(len(kept)), np.diff(self.ends))
+        ids = [row, *(k.numpy() for k in kept if k is not None)]
+        self.rows, self.ids = torch.as_tensor(np.concatenate(ids), device=device).split([len(row), len(row)])
+        self.unknown_n = torch.as_tensor(self.unknown, device=device)
+
+    def mask(self, scaled_nV: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Mask `[n, V]` of the sets of rows `begin` to `end`; unknown ones are of the logits."""
+        part = slice(int(self.ends[begin]), int(self.ends[end]))
+        mask = torch.zeros_like(scaled_nV, dtype=torch.bool)
+        mask[self.rows[part] - begin, self.ids[part]] = True
+        if any(self.unknown[begin:end]):
+            mask |= self.distribution.kept(scaled_nV) & self.unknown_n[begin:end, None]
+        return mask
 
 
 def kept_sets(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
@@ -186,9 +322,18 @@ def fed_tokens(latent: Latent) -> tuple[int, ...]:
     return latent.token_ids if latent.stopped else latent.token_ids[:-1]
 
 
-def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.ndarray, ...]:
+@dataclass(frozen=True)
+class Symbols:
+    """Lists everything that was drawn, in order, one number each."""
+
+    token: np.ndarray
+    state: np.ndarray  # UTF-8 state before it
+    step: np.ndarray
+    branch: np.ndarray
+
+
+def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> Symbols:
     """Lists symbol, UTF-8 state, step and branch number of everything that was drawn, in order."""
-    next_state = table.next_state_SV.cpu()
     symbols, states, steps, branches = [], [], [], []
     for m, latent in enumerate(latents):
         state = 0
@@ -197,5 +342,5 @@ def sampled_symbols(latents: Sequence[Latent], table: TokenTable) -> tuple[np.nd
             states.append(state)
             steps.append(step)
             branches.append(m)
-            state = int(next_state[state, token])
-    return tuple(np.array(column, dtype=np.int64) for column in (symbols, states, steps, branches))
+            state = int(table.next_state[state, token])
+    return Symbols(*(np.array(column, dtype=np.int64) for column in (symbols, states, steps, branches)))

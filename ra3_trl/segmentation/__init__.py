@@ -3,6 +3,7 @@
 from .corpus import load_code_directory, standard_library
 from .datasets import FEATURES, count_documents, document_to_row, row_text, row_to_document, segment_dataset
 from .documents import Segmenter, splice
+from .fences import PYTHON_NAMES, Fence, find_fences
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
 from .python import OwnLineComment, count_code_lines, own_line_comments, statements_end
@@ -13,11 +14,13 @@ __all__ = [
     "ACTION_FORMATS",
     "PROSE",
     "PYTHON",
+    "PYTHON_NAMES",
     "PYTHON_TAGS",
     "SLASHES",
     "TAGS",
     "ActionFormat",
     "FEATURES",
+    "Fence",
     "FragmentEncoder",
     "Line",
     "OwnLineComment",
@@ -26,6 +29,7 @@ __all__ = [
     "count_code_lines",
     "count_documents",
     "document_to_row",
+    "find_fences",
     "find_format",
     "load_code_directory",
     "own_line_comments",

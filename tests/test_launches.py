@@ -1,0 +1,120 @@
+"""What the engine asks of an accelerator: the counter itself, and ceilings on a small configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.launches_device import DEVICE, DeviceTensor, Watch, to_device
+
+
+SMALL = [
+    "--layers", "2", "--documents", "2", "--tokens", "128", "--num_latents", "2", "--latent_tokens", "4",
+    "--vocab_size", "512", "--annotated", "2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def x() -> DeviceTensor:
+    return DeviceTensor(torch.tensor([3.0, -1.0, 2.0]))
+
+
+def waits(watch: Watch) -> list[str]:
+    return [why for counts in watch.by_phase.values() for why, _ in counts.waits]
+
+
+@pytest.mark.parametrize(
+    "ask, why",
+    [
+        (lambda x: x[0].item(), "_local_scalar_dense"),
+        (lambda x: bool((x > 0).all()), "_local_scalar_dense"),
+        (lambda x: x.tolist(), "to host"),
+        (lambda x: x.cpu(), "to host"),
+        (lambda x: torch.as_tensor([1, 2], device=DEVICE), "to device"),
+        (lambda x: torch.arange(3).to(DEVICE), "to device"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "boolean index"),
+        (lambda x: x[[0, 2]], "host index"),
+        (lambda x: x[torch.tensor([1])], "host index"),
+        (lambda x: x.unique(), "_unique2"),
+        (lambda x: torch.unique_consecutive(x), "unique_consecutive"),
+        (lambda x: x.repeat_interleave(x.long().clamp(min=0)), "repeat_interleave"),
+    ],
+)
+def test_every_wait_is_counted(x, ask, why):
+    with Watch(0).watching() as watch:
+        ask(x)
+    assert waits(watch) == [why]
+
+
+def test_what_does_not_wait_is_not_counted(x):
+    with Watch(0).watching() as watch:
+        y = torch.arange(3, device=DEVICE) + x.cumsum(0)
+        y[1:] = 0.0
+        x.index_select(0, torch.argsort(x)).repeat_interleave(2)
+        y.to("cpu", non_blocking=True)
+        torch.arange(3).tolist()
+    assert waits(watch) == [] and not watch.mixes
+
+
+def test_launches_are_operations_that_are_no_views(x):
+    """By hand: a matrix product, an addition, a copy of the transposed view."""
+    with Watch(0).watching() as watch:
+        m = DeviceTensor(torch.ones(3, 3))
+        (m @ m + x).view(9)[2:].reshape(1, 7)
+        m.T.contiguous()
+    assert watch.counts.launches == 3
+
+
+def test_a_planted_mix_of_host_and_device_is_caught(x):
+    with Watch(0).watching() as watch:
+        x + torch.ones(())  # a number of the host is no mix
+        x * torch.ones(3)
+    assert dict(watch.mixes) == {"mul": 1}
+
+
+def test_the_pretended_device_computes_what_the_cpu_does():
+    torch.manual_seed(0)
+    host = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    rows = torch.randn(2, 5, 8)
+    host(rows).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in host.named_parameters()}
+    host.zero_grad(set_to_none=True)
+    to_device(host)
+    with Watch(0).watching() as watch:
+        host(rows.to(DEVICE)).square().sum().backward()
+    assert not watch.mixes and watch.counts.launches > 20
+    for name, parameter in host.named_parameters():
+        torch.testing.assert_close(parameter.grad.held, wanted[name])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main(["launches", "--json", *SMALL])
+    return json.loads(out.getvalue())
+
+
+def test_every_figure_is_there(found):
+    assert found["mixes"] == 0
+    for name in ("syncs_per_rollout", "syncs_per_decode_step", "launches_per_decode_forward", "launches_per_piece",
+                 "launches_per_decode_token", "decode_forwards_per_update", "alike", "cpu_ratio", "mask_mb",
+                 "annotation_trunk_ratio", "annotation_speedup", "decode_shapes", "graph_breaks"):  # fmt: skip
+        assert found[name] >= 0, name
+    assert set(found["bytes_per_logit"]) == {"draw", "no_grad", "grad"}
+    phases = ("trunk", "open", "decode", "draw", "score", "reference", "update", "annotation", "evaluation", "M-step")
+    assert all(found["phases"][phase]["launches"] > 0 for phase in phases)
+
+
+def test_ceilings(found):
+    """A latent of 4 tokens takes 3 decoding forwards, whatever the number of documents."""
+    assert found["decode_forwards_per_update"] == 3
+    assert found["alike"] >= 0.97
