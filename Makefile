@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .cache/tools
 ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install chromium bubblewrap test test-slow lint matrix demo replication clean
+.PHONY: install chromium bubblewrap test test-slow lint test-versions demo replication clean
 
 install: $(VENV)/.installed
 
@@ -47,9 +48,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# make matrix ARGS="5.23.0 1.15.0": other versions of transformers and trl; without ARGS the table of docs/versions.md.
-matrix: install
-	.ci/matrix $(ARGS)
+# Other versions of the libraries, beside other projects, the built wheel; writes docs/versions.md. ARGS: see .ci/versions.
+test-versions: $(TOOLS)/.installed chromium bubblewrap
+	$(TOOLS)/bin/python .ci/versions $(ARGS)
+
+$(TOOLS)/.installed:
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet 'uv>=0.13,<1' 'build>=1.2,<2' 'twine>=6'
+	touch $@
 
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
@@ -62,5 +68,5 @@ replication: install
 	$(BIN)/python -m benchmarks picture runs/replication/table.json --output_dir runs/replication
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .cache runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

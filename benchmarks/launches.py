@@ -30,6 +30,7 @@ from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, splice, s
 
 from .common import say
 from .launches_device import Counts, Watch, to_device
+from .launches_logits import bytes_per_logit
 
 
 NOISE = NoiseKey(0, 0, 0)
@@ -74,11 +75,7 @@ def run(args: argparse.Namespace) -> dict:
         result |= measures[part]()
         say(f"{part}: {time.perf_counter() - since:.0f} s")
     result["phases"] = {name: summary(counts) for name, counts in bench.counted.items()}
-    result["bytes_per_logit"] = {
-        kind: round(counts.vocabulary_bytes / counts.logits, 1)
-        for kind, phase in (("draw", "draw"), ("no_grad", "reference"), ("grad", "update"))
-        if (counts := bench.counted.get(phase)) and counts.logits
-    }
+    result["bytes_per_logit"] = bytes_per_logit(bench.tokenizer, args.latent_tokens)
     result["mixes"] = sum(watch.mixes.total() for watch in bench.watches)
     return result | {"benchmark_seconds": round(time.perf_counter() - begin, 1)}
 

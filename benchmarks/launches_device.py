@@ -7,7 +7,7 @@ paths that it takes on an accelerator, a mix of host and device tensors shows, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,12 @@ _WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
     "is_nonzero", "bincount",
 }  # fmt: skip
+# Of a tensor of logits they move what an index picks, or nothing but its shape.
+_PICKS = {
+    "index", "index_select", "gather", "index_put_", "_index_put_impl_", "index_fill_", "index_copy_", "index_add_",
+    "scatter_add_", "searchsorted",
+}  # fmt: skip
+_SHAPE_ONLY = {"new_empty", "new_full", "new_zeros", "zeros_like", "empty_like"}
 _NO_KERNEL = {"detach", "lift_fresh", "_unsafe_view", "alias", "empty", "empty_like", "new_empty", "empty_strided"}
 
 
@@ -195,14 +201,32 @@ class Watch:
         if name == "_scaled_dot_product_efficient_attention" and args[3] is not None:
             storage = args[3].held.untyped_storage()
             self.masks.setdefault(self.current, {})[storage.data_ptr()] = storage.nbytes()
-        wide = [x for x in {id(x): x for x in [*ours, *results]}.values() if self._has_logits(x)]
-        self.counts.vocabulary_bytes += sum(x.numel() * x.element_size() for x in wide)
+        self.counts.vocabulary_bytes += self._moved(name, args, kwargs, results)
         if name in ("mm", "addmm", "linear"):
             self.counts.logits += sum(x.numel() for x in results if self._has_logits(x))
 
+    def _moved(self, name: str, args: tuple, kwargs: dict[str, Any], results: Sequence[torch.Tensor]) -> int:
+        """Bytes of logits that an operation reads and writes. One that picks rows or columns by an index moves what it
+        picks, and an operand that only gives a shape, or room for the result, is not read."""
+        if name in _PICKS:
+            # Of a change in place: what is put there, or as many numbers as the index has (in each row of a column).
+            put = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)] if name.endswith("_") else results
+            rows = args[0].numel() // self.vocab_size if name == "index_fill_" else 1
+            return 2 * max((x.numel() * rows for x in put), default=0) * args[0].element_size()
+        read = () if name in _SHAPE_ONLY else tree_leaves((args, {**kwargs, "out": None}))
+        moved = [x for x in (*read, *results) if isinstance(x, torch.Tensor) and self._has_logits(x)]
+        return sum(x.numel() * x.element_size() for x in moved)
+
     def _has_logits(self, x: torch.Tensor) -> bool:
-        # A transposed weight has as long rows, but not one behind the other.
-        return x.dim() > 1 and x.shape[-1] == self.vocab_size and x.stride(-1) == 1
+        """Tells rows of the vocabulary, in blocks or transposed too, from a transposed weight: its rows are as long,
+        but do not have one symbol behind the other."""
+        if x.dim() == 2 and x.shape[0] == self.vocab_size and x.stride(0) == 1 < x.shape[1]:
+            return True
+        return (
+            x.dim() > 1
+            and x.stride(-1) == 1
+            and self.vocab_size in (x.shape[-1], x.shape[-1] * x.shape[-2] * (x.dim() > 2))
+        )
 
 
 class _Operations(TorchDispatchMode):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType
 
-from .config_fields import FORMER, check_fields, field_docs, own_fields, setting
+from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 from .refusals import keep_ours
 from .versions import TrainingArguments
@@ -91,7 +91,10 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
     existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
-    disable_dropout: bool = setting("Set all dropout to 0.", True)
+    disable_dropout: bool | None = setting(
+        "Set all dropout to 0. Left out: in E-phases only, where what is trained must be the policy that sampled; "
+        "M-phases have it as in SFTTrainer, `lora_dropout` too.", None
+    )  # fmt: skip
 
     # Schedule
     em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
@@ -230,6 +233,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         super().__post_init__()
         # Rows carry documents, not model inputs; the trainer counts its own tokens.
         self.remove_unused_columns = False
+        _ = self.phase_scheduler_kwargs  # refuses what no phase takes
 
     @staticmethod
     def _lower_is_better(metric: str) -> bool:
@@ -343,6 +347,16 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         if "token" in (values["model_init_kwargs"] or {}):
             values["model_init_kwargs"] = values["model_init_kwargs"] | {"token": "<TOKEN>"}
         return values
+
+    @property
+    def _schedules(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("lr_scheduler_type", "e_lr_scheduler_type")}
+
+    @property
+    def phase_scheduler_kwargs(self) -> dict[str, dict[str, Any]]:
+        """`lr_scheduler_kwargs` by the field whose schedule takes them: `lr_scheduler_type`, `e_lr_scheduler_type`."""
+        assert not isinstance(self.lr_scheduler_kwargs, str)  # `TrainingArguments` has read the JSON
+        return scheduler_kwargs(self.lr_scheduler_kwargs, self._schedules)
 
     @property
     def annotation_way(self) -> str | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
@@ -127,3 +132,45 @@ def field_docs(cls: type[TrainingArguments]) -> str:
         default = "" if entry.default is MISSING or entry.default is None else f", defaults to `{entry.default!r}`"
         lines.append(f"        {name} (`{entry.type}`, *optional*{default}):\n            {entry.metadata['help']}\n")
     return "    Args:\n" + "".join(lines)
+
+
+def model_options(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Reads `torch_dtype`, a former name that `from_pretrained` still takes, as `dtype`; with both it would not be
+    heeded.
+
+    Raises:
+        `ValueError`: if both are there.
+    """
+    options = dict(model_init_kwargs or {})
+    if {"dtype", "torch_dtype"} <= set(options):
+        raise ValueError("`model_init_kwargs` has `dtype` and `torch_dtype`, its former name; leave the latter out.")
+    return {"dtype" if name == "torch_dtype" else name: value for name, value in options.items()}
+
+
+def scheduler_kwargs(kwargs: dict[str, Any] | None, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Shares `lr_scheduler_kwargs` out: the schedule of each field in `kinds` gets those that it takes.
+
+    Raises:
+        `ValueError`: for one that none of the schedules takes, or a schedule that can't be made of its share.
+    """
+    if not isinstance(kwargs or {}, dict):
+        raise ValueError(f"`lr_scheduler_kwargs` is {kwargs!r}; give a dict, such as {{'num_cycles': 2}}.")
+    names = {}
+    for field_name, kind in kinds.items():
+        function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
+        taken = inspect.signature(function).parameters
+        names[field_name] = set(taken) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    unknown = sorted(set(kwargs or {}) - set().union(*names.values()))
+    if unknown:
+        schedules = " nor ".join(f"{name}={SchedulerType(kind).value!r}" for name, kind in kinds.items())
+        raise ValueError(f"`lr_scheduler_kwargs` has {unknown[0]!r}, which neither {schedules} takes; leave it out.")
+    shares = {n: {key: value for key, value in (kwargs or {}).items() if key in names[n]} for n in kinds}
+    for field_name, kind in kinds.items():
+        try:
+            get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, shares[field_name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`{field_name}` is {SchedulerType(kind).value!r}, which can't be made with `lr_scheduler_kwargs` "
+                f"{shares[field_name]}: {error}"
+            ) from error
+    return shares

@@ -34,13 +34,13 @@ from .em import (
     EMLoop,
     Gradients,
     LoopCallback,
-    MetricSums,
     PreemptionCallback,
     Watch,
     check_resumable,
     collate,
     keep_best_alone,
     make_learner,
+    name_best,
     not_evened_out,
     phase_scheduler,
     plan_phases,
@@ -163,6 +163,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
+        args.use_cache |= bool(model.config.to_dict().get("use_cache"))  # else `Trainer` would save False
         watch = None if train_dataset is None else Watch(self.policy, train_dataset)
         self.loop = EMLoop(self.policy, self.schedule, learner, plug_ins, watch, self._begin_phase)
         super().__init__(
@@ -243,9 +244,12 @@ class RA3MidTrainer(SavingMixin, Trainer):
     # takes all updates for one pass, and would skip through the first to find the batches of a later one.
     def _init_training_state(self, max_steps, updates_per_pass, passes, resume_from_checkpoint, trial):
         begun = super()._init_training_state(max_steps, updates_per_pass, passes, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is not None and self.state.global_step >= self.schedule.total:
+        if resume_from_checkpoint is None:
+            return begun
+        name_best(Path(resume_from_checkpoint), self.state)  # it lies beside this one, should the run have moved
+        if self.state.global_step >= self.schedule.total:
             return passes, 0  # no pass begins, and nothing is evaluated or saved again
-        if resume_from_checkpoint is None or not isinstance(self.train_dataset, IterableDataset):
+        if not isinstance(self.train_dataset, IterableDataset):
             return begun
         number, updates = read_state(Path(resume_from_checkpoint))["pass"]
         return number, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
@@ -295,11 +299,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
         if "loss" in logs:
             if not self.state.log_history:  # where every text went, once
                 logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
-            together = MetricSums()
-            for sums in gather_object([self.loop.state.metrics.sums]):
-                together.add_sums(sums)
-            self.loop.state.metrics.pop()
-            logs |= together.averages() | {"tokens": self.state.num_input_tokens_seen}
+            logs |= self.loop.pop_metrics() | {"tokens": self.state.num_input_tokens_seen}
             logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
         super().log(logs, start_time)
 

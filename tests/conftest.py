@@ -238,6 +238,7 @@ _SETTINGS |= {  # tests/test_architectures.py
     "codegen": {**_GPT, "rotary_dim": 4},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
 }  # fmt: skip
 
 
@@ -287,7 +288,8 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
     time; `data` and `eval_data` are lists of texts or data sets, further arguments the config's. With `proposal` it is
     the one of the experiment."""
 
-    def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None, **settings):
+    def make(data, eval_data=None, model=None, callbacks=None, peft_config=None, reward_funcs=None,
+             optimizers=(None, None), **settings):  # fmt: skip
         defaults = {
             "output_dir": str(tmp_path / "run"), "max_length": 256, "e_steps": 2, "m_steps": 2, "num_latents": 3,
             "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
@@ -299,7 +301,7 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
         trainer, config = kinds
         return trainer(
             model or tiny_model("llama", tokenizer), config(**defaults | settings), data, eval_data, tokenizer,
-            callbacks, peft_config=peft_config, reward_funcs=reward_funcs,
+            callbacks, optimizers, peft_config=peft_config, reward_funcs=reward_funcs,
         )  # fmt: skip
 
     return make

@@ -40,6 +40,8 @@ def test_schedule_is_a_pure_function_of_the_step():
         (-1, 30, 1.0, 10, 12),  # 30 // 2 iterations - 3 E-updates
         (-1, -1, 3.0, 10, 15),  # 3 passes of 10 updates over 2 iterations
         (-1, -1, 1.0, 3, 2),  # 3 updates over 2 iterations, rounded up so that no document is left out
+        (-1, -1, 0.1, 10, 1),  # 1 update, over 2 iterations
+        (-1, -1, 1.25, 6, 4),  # 7.5 updates are 8, 4 in each iteration
     ],
 )
 def test_schedule_lengths(m_steps, max_steps, epochs, updates, expected):
@@ -51,6 +53,8 @@ def test_schedule_refuses_what_has_no_length():
         plan_schedule(1, 3, -1, -1, 1, None)
     with pytest.raises(ValueError, match="e_steps=50"):
         plan_schedule(1, 50, -1, 20, 1, 10)
+    with pytest.raises(ValueError, match="`num_train_epochs` is 0"):
+        plan_schedule(1, 3, -1, -1, 0, 10)
 
 
 def example(length: int, first: int = 0) -> AnnotatedExample:

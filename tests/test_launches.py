@@ -118,3 +118,8 @@ def test_ceilings(found):
     """A latent of 4 tokens takes 3 decoding forwards, whatever the number of documents."""
     assert found["decode_forwards_per_update"] == 3
     assert found["alike"] >= 0.97
+    # A logit is written once (4 bytes), read and written by a softmax (8) and picked from. With gradients it is made
+    # twice, and read by two matrix products (8): 2 * 12 + 8.
+    assert {kind: round(number) for kind, number in found["bytes_per_logit"].items()} == {
+        "draw": 12, "no_grad": 12, "grad": 32
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl import AutoModelForCausalLMWithAbstractionHead, RA3Config, RA3MidTrainer
+from ra3_trl.em import EMLoop
 from ra3_trl.models import (
     BaseWeights,
     FrozenWeights,
@@ -58,7 +60,7 @@ def folder(tmp_path, llama, tokenizer):
 def train(tmp_path, monkeypatch):
     """`train(model, tokenizer, bf16=True)`: a trainer after two E- and two M-updates."""
 
-    def run(model, tokenizer=None, peft_config=None, steps=2, **settings) -> RA3MidTrainer:
+    def run(model, tokenizer=None, peft_config=None, steps=2, resume=None, **settings) -> RA3MidTrainer:
         defaults = {
             "output_dir": str(tmp_path / "run"), "max_length": 128, "e_steps": steps, "m_steps": steps,
             "num_latents": 2, "max_latent_length": 4, "learning_rate": 1e-3, "e_learning_rate": 1e-3,
@@ -68,7 +70,7 @@ def train(tmp_path, monkeypatch):
         AcceleratorState._reset_state(True)  # mixed precision is settled by the first trainer of a process
         args, data = RA3Config(**defaults | settings), Dataset.from_dict({"text": TEXTS})
         trainer = RA3MidTrainer(model, args, data, None, tokenizer, peft_config=peft_config)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
@@ -370,6 +372,59 @@ def test_dropout_left_on(tiny_model, tokenizer, train):
     model = tiny_model("gpt2", tokenizer, resid_pdrop=0.1)
     trainer = train(model, tokenizer, disable_dropout=False, steps=1)
     assert model.transformer.h[0].mlp.dropout.p == 0.1 and all(map(torch.isfinite, map(torch.tensor, losses(trainer))))
+
+
+@pytest.mark.parametrize(
+    ("disable_dropout", "expected"), [(None, {"E": 0.0, "M": 0.25}), (True, {"E": 0.0, "M": 0.0}),
+                                      (False, {"E": 0.25, "M": 0.25})],
+)  # fmt: skip
+def test_dropout_acts_where_no_policy_is_trained(llama, tokenizer, train, monkeypatch, disable_dropout, expected):
+    """`lora_dropout` as in `SFTTrainer` in M-phases; in E-phases the policy that is trained must be the one that
+    sampled."""
+    seen = {}
+
+    def note(module, args):
+        if module.training and torch.is_grad_enabled():
+            seen.setdefault(trainer_phase[-1], set()).add(module.p)
+
+    trainer_phase, backward = [], EMLoop.backward
+
+    def noting(loop, batch, *args):
+        trainer_phase.append(loop.phase.kind)
+        return backward(loop, batch, *args)
+
+    monkeypatch.setattr(EMLoop, "backward", noting)
+    model = get_peft_model(llama, LoraConfig(**LORA, lora_dropout=0.25))
+    drops = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)]
+    for module in drops:
+        module.register_forward_pre_hook(note)
+    train(model, tokenizer, disable_dropout=disable_dropout)
+    assert len(drops) == 4 and seen == {kind: {rate} for kind, rate in expected.items()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_former_name_of_dtype(llama, tokenizer, train, folder, dtype):
+    """`from_pretrained` takes it, so `model_init_kwargs` does; with `dtype` beside it one would do nothing."""
+    assert load_model(folder, {"torch_dtype": dtype}, None).dtype == torch.bfloat16
+    wrapped = AutoModelForCausalLMWithAbstractionHead.from_pretrained(folder, torch_dtype=dtype)
+    assert wrapped.pretrained_model.dtype == torch.bfloat16
+    trainer = train(folder, tokenizer, model_init_kwargs={"torch_dtype": dtype})
+    assert trainer.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`dtype` and `torch_dtype`, its former name"):
+        load_model(folder, {"torch_dtype": dtype, "dtype": "float32"}, None)
+
+
+def test_weights_with_strides_are_saved_and_resumed(llama, tokenizer, train, tmp_path):
+    """As a conversion by transposes leaves them; safetensors takes contiguous ones only, the snapshots' too."""
+    for name, p in llama.named_parameters():
+        if "q_proj" in name:
+            p.data = p.data.t().contiguous().t()
+    assert not all(p.is_contiguous() for p in llama.parameters())
+    wanted = train(copy.deepcopy(llama), tokenizer)
+    train(copy.deepcopy(llama), tokenizer, save_strategy="steps", save_steps=1)
+    assert not FrozenWeights(llama).values["model.layers.0.self_attn.q_proj.weight"].is_contiguous()
+    resumed = train(llama, tokenizer, resume=str(tmp_path / "run" / "checkpoint-3"))
+    assert all(torch.equal(a, b) for a, b in zip(wanted.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 def test_a_small_learned_context(tiny_model, tokenizer, train):

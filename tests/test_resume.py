@@ -280,6 +280,24 @@ def test_the_best_checkpoint_by_elbo_is_loaded(make, tmp_path):
     assert furthest(weights(trainer.model), dict(loaded.named_parameters())) == 0
 
 
+def test_the_best_checkpoint_of_a_finished_run_that_was_moved(make, tmp_path):
+    """Paths in its state are those of before; the last weights are others than the best."""
+    settings = {
+        "e_steps": 0, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
+        "save_strategy": "steps", "learning_rate": 4.0, "lr_scheduler_type": "constant", "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }  # fmt: skip
+    alone = make(eval_data=TEXTS[:2], output_dir=str(tmp_path / "a"), **settings)
+    alone.train()
+    best = f"checkpoint-{alone.state.best_global_step}"
+    assert best != "checkpoint-3"
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = make(eval_data=TEXTS[:2], output_dir=str(tmp_path / "b"), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "b" / best)
+    assert furthest(weights(alone.model), weights(again.model)) == 0
+
+
 def test_early_stopping_by_elbo(make):
     """A learning rate of 0 never gets better: the evaluation after update 1 is the best, patience 2 ends after 3."""
     trainer = make(

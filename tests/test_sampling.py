@@ -9,6 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.generation import CompletionSettings, cut_at_stop, draw_completions
+from ra3_trl.rollout import evaluating
 
 
 PROMPTS = ("def f(x):\n", "import os\n\n\ndef area(radius, unit):\n    y = 1\n", "x")
@@ -175,3 +176,24 @@ def test_bad_settings_are_refused(settings, says):
 def test_an_empty_prompt_is_refused(wrapped):
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         draw_completions(wrapped(), [[]], CompletionSettings())
+
+
+def test_the_model_stays_as_it_is_while_it_draws(wrapped):
+    """Another thread may generate by the checkpoint's generation config, or draw for longer without dropout."""
+    model = wrapped()
+    config = model.pretrained_model.generation_config = GenerationConfig(max_new_tokens=3, suppress_tokens=[5])
+    seen = []
+    model.pretrained_model.model.register_forward_pre_hook(
+        lambda *args: seen.append(model.pretrained_model.generation_config is config)
+    )
+    drawn(model, *PROMPTS, max_new_tokens=4)
+    assert set(seen) == {True}
+
+    model.pretrained_model.train()
+    first, second = evaluating(model.pretrained_model), evaluating(model.pretrained_model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.pretrained_model.modules())  # the second is still inside
+    second.__exit__(None, None, None)
+    assert all(module.training for module in model.pretrained_model.modules())

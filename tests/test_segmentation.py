@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import random
 import textwrap
@@ -10,8 +11,10 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from conftest import EOS, TOKENIZERS
+from conftest import BOS, EOS, TOKENIZERS, _sentencepiece
 from datasets import Dataset
+from tokenizers import normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from ra3_trl.records import Latent
 from ra3_trl.segmentation import (
@@ -19,6 +22,7 @@ from ra3_trl.segmentation import (
     count_documents,
     document_to_row,
     load_code_directory,
+    prompt_ids,
     row_to_document,
     segment_dataset,
     splice,
@@ -197,15 +201,12 @@ def test_no_boundary_at_the_start_without_bos_and_none_before_eos(tokenizer, seg
 
 def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
     """Byte-level with BOS (as Llama-3): the first line has a boundary, predicted from BOS."""
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
     backend = tokenizers["newline_punctuation"].backend_tokenizer
-    copy = type(backend).from_str(backend.to_str())
-    copy.post_processor = processors.TemplateProcessing(
-        single=f"{EOS} $A", special_tokens=[(EOS, copy.token_to_id(EOS))]
+    raw = type(backend).from_str(backend.to_str())
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, raw.token_to_id(EOS))]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token=EOS, bos_token=EOS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, bos_token=EOS)
     (document,) = segmenter(tokenizer)(0, "x = 1\ny = 2\n")
     assert document.context == 1 and document.boundaries == (0, 1)
     assert document.actions[0].boundary.close == FragmentEncoder(tokenizer)("\n")
@@ -223,8 +224,6 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
         ("x = 1\ry = 2\n", "plain"),  # a lone carriage return ends a line for Python, not for us
         ("x = 1\0\n", "plain"),
         ("x = $ + ?\n", "plain"),
-        (f"x = '{EOS}'\ny = 2\n", "lossy"),  # the tokenizer reads the text as its end-of-text token
-        (f"x = 1\ny = 2\n{EOS}", "lossy"),
     ],
 )
 def test_text_that_does_not_fit_is_kept_whole_without_boundaries(tokenizer, segmenter, text, status):
@@ -234,6 +233,90 @@ def test_text_that_does_not_fit_is_kept_whole_without_boundaries(tokenizer, segm
         assert body_text(tokenizer, document.input_ids) == text
     assert document.input_ids[-1] == tokenizer.eos_token_id != document.input_ids[-2]
     assert_tiles(document)
+
+
+def lines_with_boundary(tokenizer, document) -> list[str]:
+    """The text from each boundary to the next action."""
+    return [
+        tokenizer.decode(list(document.input_ids[a.start : a.end]), clean_up_tokenization_spaces=False).strip()
+        for a in document.actions
+        if a.boundary is not None
+    ]
+
+
+def test_an_end_of_text_of_its_own_is_the_end(tokenizer, segmenter):
+    cut = segmenter(tokenizer)
+    assert cut(0, CODE + EOS) == cut(0, CODE)
+    assert cut(0, CODE + EOS, prompt_chars=10) == cut(0, CODE, prompt_chars=10)
+    (document,) = cut(0, CODE + EOS, prompt_chars=len(CODE))  # nothing but the end is to be learned
+    assert document.actions == () and document.input_ids[document.context :] == (tokenizer.eos_token_id,)
+    assert cut(0, "x = 1\n" + EOS, prompt_chars=len("x = 1\n" + EOS)) == [] == cut(0, EOS)
+    (strip,) = segmenter(tokenizer, existing_comments="strip")(0, f"x = 1\n# why{EOS}")
+    assert body_text(tokenizer, strip.input_ids) == "x = 1"
+
+
+def test_a_beginning_of_text_of_its_own_is_not_doubled(tokenizers, segmenter):
+    tokenizer = tokenizers["sentencepiece"]  # adds one
+    cut = segmenter(tokenizer)
+    assert cut(0, BOS + CODE) == cut(0, CODE) and cut(0, CODE)[0].input_ids.count(tokenizer.bos_token_id) == 1
+    assert cut(0, BOS + CODE, prompt_chars=len(BOS) + 10) == cut(0, CODE, prompt_chars=10)
+
+
+def test_special_tokens_in_a_text_are_opaque(tokenizer, segmenter):
+    """No boundary next to them; the rest of the text has its own, and all of it comes back."""
+    text = f"def end(x):\n    eos = '{EOS}'\n    y = x\n{EOS}\nreturn_y = 1\nz = 2\n"
+    (document,) = segmenter(tokenizer)(0, text)
+    assert document.status == "actions" and document.input_ids.count(tokenizer.eos_token_id) == 3
+    assert_tiles(document)
+    # Not the lone token's line; that of the token in a string is beside letters and has one.
+    lines = [line.replace(f"{EOS} ", EOS) for line in lines_with_boundary(tokenizer, document)]  # a dummy space
+    assert lines[-4:] == [f"eos = '{EOS}'", "y = x", "return_y = 1", "z = 2"]
+    beside = {i for a in document.actions if a.boundary for i in document.input_ids[max(a.start - 1, 0) : a.start + 1]}
+    assert tokenizer.eos_token_id not in beside
+    spliced = splice(document, dict.fromkeys(document.boundaries, latents_of(tokenizer)[0]))
+    kept = [i for i, latent in zip(spliced.input_ids, spliced.is_latent, strict=True) if not latent]
+    assert tuple(kept) == document.input_ids
+    (several,) = segmenter(tokenizer)(0, f"x = 1{EOS}{EOS}y = 2\nz = 3\n{EOS}{EOS}")
+    assert several.status == "actions" and lines_with_boundary(tokenizer, several)[-1] == "z = 3"
+    assert several.input_ids.count(tokenizer.eos_token_id) == 4
+
+
+@pytest.mark.parametrize("question", ["Add two numbers", "Don't use (a loop", 'Write """one'])
+def test_code_behind_a_chat_keeps_its_boundaries(tokenizer, segmenter, question):
+    """The prompt's special tokens need not be followed by code, and its prose need not be Python."""
+    prompt = f"{EOS}user\n{question}{EOS}\n{EOS}assistant\n"
+    (document,) = segmenter(tokenizer)(0, prompt + "def f(x):\n    y = x\n    return y\n", len(prompt))
+    assert lines_with_boundary(tokenizer, document)[-2:] == ["y = x", "return y"]
+    assert document.status == "actions" and len(document.boundaries) == 3
+    (inline,) = segmenter(tokenizer)(0, f"{EOS}don't:{EOS} x = 1\ny = 2\n", len(f"{EOS}don't:{EOS} "))
+    assert lines_with_boundary(tokenizer, inline) == ["y = 2"]  # the first line goes on with the prompt's row
+
+
+def test_text_that_does_not_come_back_is_lossy(tokenizers, segmenter):
+    backend = tokenizers["newline_indent"].backend_tokenizer
+    changed = type(backend).from_str(backend.to_str())
+    changed.normalizer = normalizers.Replace("y", "x")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=changed, eos_token=EOS)
+    (document,) = segmenter(tokenizer)(0, f"x = 1\ny = 2\n{EOS}z = 3\n")
+    assert (document.status, document.boundaries) == ("lossy", ())
+    (document,) = segmenter(tokenizer)(0, f"x = 1\n{EOS}z = 2\nz = 3\n")
+    assert (document.status, len(document.boundaries)) == ("actions", 1)
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_a_prompt_is_not_ended(add_special_tokens):
+    """As Llama's tokenizer does with `add_eos_token`: a text to be continued has one beginning and no end."""
+    raw = _sentencepiece()
+    ids = [(token, raw.token_to_id(token)) for token in (BOS, EOS)]
+    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ids)
+    ending = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, bos_token=BOS)
+    raw = _sentencepiece()
+    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=ids)
+    plain = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, bos_token=BOS)
+    for text in ("def f(x):\n", "", f"a{EOS}"):
+        wanted = plain(text, add_special_tokens=add_special_tokens)["input_ids"]
+        assert prompt_ids(ending, text, add_special_tokens) == wanted
+    assert prompt_ids(ending, BOS + "x") == plain("x")["input_ids"]
 
 
 def test_code_that_tokenizes_but_does_not_parse_has_actions(tokenizer, segmenter):
@@ -605,10 +688,13 @@ def test_counts_add_up(tokenizer, segmenter):
         "with_actions": [CODE, "# c\nx = 1\ny = 2\nz = 3\n", "a = 1\n" * 40],
         "no_boundary": ["x = 1\n", "# only\n"],
         "plain": ["x = (\n", "x = 'a\n", "a = (1\n" * 40],
-        "lossy": [f"x = '{EOS}'\n"],
+        "lossy": ["x = 1\ny = '\u00e9'\n"],
         "empty": ["", ""],
     }
     rows = Dataset.from_dict({"text": [t for group in texts.values() for t in group]})
+    tokenizer = copy.deepcopy(tokenizer)
+    before = [n for n in [tokenizer.backend_tokenizer.normalizer] if n is not None]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("\u00e9", "e"), *before])
     counts = count_documents(rows, segment_dataset(rows, segmenter(tokenizer, 64)))
     assert {name: counts[name] for name in texts} == {name: len(group) for name, group in texts.items()}
     assert counts["documents"] == sum(counts[name] for name in texts) == 11

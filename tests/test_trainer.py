@@ -16,7 +16,7 @@ import torch
 from conftest import furthest, weights
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
@@ -358,6 +358,78 @@ def test_each_phase_has_its_own_rate_and_floor(make):
         return 5e-4 + (rate - 5e-4) * (1 + math.cos(math.pi * step / 4)) / 2
 
     assert rates == pytest.approx([cosine(1e-3, i) for i in range(4)] + [cosine(4e-3, i) for i in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "settings"),
+    [(0.1, {}), (0.5, {}), (1.5, {}), (2.9, {}), (1, {"dataloader_drop_last": True}),
+     (1.5, {"gradient_accumulation_steps": 2, "dataloader_drop_last": True})],
+)  # fmt: skip
+def test_fractions_of_a_pass_are_those_of_sft(make, tokenizer, tiny_model, tmp_path, epochs, settings):
+    """11 texts in batches of 4 are 3 batches (2 whole ones): 0.5 passes are 2 updates, 1.5 are 5, 2.9 are 9."""
+    shared = {"per_device_train_batch_size": 4, "num_train_epochs": epochs, "learning_rate": 1e-3, "report_to": "none",
+              "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "max_length": 256} | settings  # fmt: skip
+    args = SFTConfig(str(tmp_path / "sft"), bf16=False, **{CHECKPOINTING: False}, **shared)
+    data = Dataset.from_dict({"text": TEXTS[:11]})
+    sft = SFTTrainer(tiny_model("llama", tokenizer), args, train_dataset=data, processing_class=tokenizer)
+    sft.train()
+    ours = make(TEXTS[:11], e_steps=0, m_steps=-1, **shared)
+    ours.train()
+    assert ours.state.global_step == sft.state.global_step == ours.schedule.total
+
+
+def test_fewer_rows_than_a_batch_are_refused_where_such_are_dropped(make):
+    with pytest.raises(ValueError, match="`dataloader_drop_last` is True.*3 rows are fewer than the 4 of per_device"):
+        make(TEXTS[:3], dataloader_drop_last=True, per_device_train_batch_size=4)
+    make(TEXTS[:3], per_device_train_batch_size=4).train()
+
+
+def test_an_e_phase_has_its_rate_whatever_the_optimizer(make, tokenizer, tiny_model):
+    """Handed over: the M-phase's rates are the optimizer's own, as in `Trainer`, and the E-phase's what was set."""
+    model = tiny_model("llama", tokenizer)
+    first, *rest = model.parameters()
+    optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-2}, {"params": rest}], lr=1e-3)
+    trainer = make(model=model, optimizers=(optimizer, None), e_steps=2, m_steps=2, learning_rate=2e-5,
+                   e_learning_rate=1e-5, lr_scheduler_type="constant")  # fmt: skip
+    rates = []
+
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer.add_callback(Note())
+    trainer.train()
+    assert rates == [pytest.approx(r) for r in ([1e-5, 1e-5], [1e-5, 1e-5], [1e-2, 1e-3], [1e-2, 1e-3])]
+
+
+def test_each_schedule_takes_its_own_keyword_arguments(make):
+    """`min_lr` is the M-phase's alone, whose rate falls to it: 1e-3, and half of the way to 1e-4."""
+    trainer = make(e_steps=1, m_steps=2, e_learning_rate=3e-3, learning_rate=1e-3, e_lr_scheduler_type="linear",
+                   lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-4})  # fmt: skip
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert rates == pytest.approx([3e-3, 1e-3, 5.5e-4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"lr_scheduler_kwargs": {"num_cycles": 2}}, "`lr_scheduler_kwargs` has 'num_cycles'.*linear.*constant"),
+     ({"lr_scheduler_kwargs": '{"nonsense": 2}'}, "`lr_scheduler_kwargs` has 'nonsense'"),
+     ({"lr_scheduler_kwargs": 3}, "`lr_scheduler_kwargs` is 3"),
+     ({"e_lr_scheduler_type": "cosine_with_min_lr"}, "`e_lr_scheduler_type` is 'cosine_with_min_lr'.*min_lr"),
+     ({"auto_find_batch_size": True}, "`auto_find_batch_size` is True.*gradient_accumulation_steps")],
+)  # fmt: skip
+def test_settings_that_no_phase_would_heed_are_refused(settings, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        RA3Config(str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_checkpoint_caches_as_its_base_does(make, tokenizer, tiny_model, tmp_path, use_cache):
+    trainer = make(model=tiny_model("llama", tokenizer, use_cache=use_cache), m_steps=1, e_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.use_cache is use_cache
 
 
 @pytest.mark.parametrize("reward_model", ["live", "frozen"])

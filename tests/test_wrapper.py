@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -365,3 +367,32 @@ def test_a_trainer_takes_the_wrapper_and_its_checkpoint_comes_back(wrapper, make
     assert again.ra3_config.max_latent_length == 4 and again.abstraction_head.config.trained_on > 100
     again.save_pretrained(tmp_path / "copy")
     assert Wrapper.from_pretrained(str(tmp_path / "copy")).settings == again.settings
+
+
+# ---- several threads ----
+
+
+def test_threads_have_their_own_states(wrapper, tokenizers):
+    """Two texts of other batch sizes, in step with each other: each thread waits before a token is chosen, so that the
+    other's forward lies between its own and what the gate reads."""
+    model, tokenizer = wrapper(), tokenizers["newline_indent"]
+    with torch.no_grad():  # its P(think) varies a lot from state to state
+        for p in model.abstraction_head.parameters():
+            p.copy_(3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    batches = [tokenizer([PROMPT] * n, return_tensors="pt")["input_ids"] + 0 for n in (1, 2)]
+    batches[1][1, 2] = tokenizer("z", add_special_tokens=False)["input_ids"][0]
+    barrier = threading.Barrier(2, timeout=30)
+
+    def generate(ids: torch.Tensor, wait: bool) -> list[list[int]]:
+        def in_step(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if wait:
+                barrier.wait()
+            return scores
+
+        options = {"do_sample": False, "min_new_tokens": 24, "max_new_tokens": 24, "logits_processor": [in_step]}
+        return model.generate(ids, threshold=0.5, **options).tolist()
+
+    alone = [generate(ids, False) for ids in batches]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(generate, batches, (True, True)))
+    assert together == alone

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, get_peft_config
 
+from ..config_fields import model_options
 from ..config_file import read_settings
 from ..evaluation.tasks import HUB
 from ..files import public_name
@@ -21,7 +22,7 @@ from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .passk_options import open_judge
 from .rewards import load_reward_funcs
-from .run import model_options, named, resume_point, run_until_stopped
+from .run import model_flags, named, resume_point, run_until_stopped
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -100,7 +101,7 @@ def source_name(script: RLVRScriptArguments) -> str:
 
 def build_trainer(script: RLVRScriptArguments, args: GRPOConfig, model_args: ModelConfig) -> GRPOTrainer:
     """Builds the trainer that the arguments describe."""
-    args.model_init_kwargs = model_options(model_args) | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_flags(model_args) | model_options(args.model_init_kwargs)
     reward_funcs = [REWARDS.get(name) or load_reward_funcs([name])[0] for name in script.reward_funcs]
     return build_grpo_trainer(
         model_args.model_name_or_path, args, load_data(script), reward_funcs, peft_config=get_peft_config(model_args),

@@ -34,7 +34,7 @@ def named(model_args: ModelConfig, args: TrainingArguments, suffix: str) -> str:
     return name
 
 
-def model_options(model_args: ModelConfig) -> dict[str, Any]:
+def model_flags(model_args: ModelConfig) -> dict[str, Any]:
     """Makes the arguments of `from_pretrained` that the flags ask for.
 
     Raises:

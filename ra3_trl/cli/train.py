@@ -12,7 +12,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config
 
 from ..config import RA3Config
-from ..config_fields import own_fields
+from ..config_fields import model_options, own_fields
 from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
 from ..report.estimate import render
@@ -23,7 +23,7 @@ from .estimate import estimate
 from .launch import read_arguments
 from .parser import TrainParser, normalise, read_config
 from .rewards import load_reward_funcs
-from .run import model_options, named, resume_command, resume_point, run_until_stopped
+from .run import model_flags, named, resume_command, resume_point, run_until_stopped
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -109,7 +109,7 @@ def build_trainer(
 ) -> RA3MidTrainer:
     """Builds the trainer that the arguments describe: the experimental one only for proposals in hindsight."""
     reward_funcs = load_reward_funcs(script.reward_funcs)
-    args.model_init_kwargs = model_options(model_args) | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_flags(model_args) | model_options(args.model_init_kwargs)
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_init_kwargs)  # before the data
     train, evaluation = load_data(script, mixture, args.seed)
     plain = set(args.proposal_shares) == {"causal"}

@@ -4,6 +4,7 @@ from .callbacks import LoopCallback, PreemptionCallback
 from .checkpoint import (
     check_resumable,
     keep_best_alone,
+    name_best,
     resumed_folder,
     rotate,
     rotation_taken_over,
@@ -18,6 +19,7 @@ from .learner import HeadLearner, make_learner
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
+from .packing import check_packing
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
 from .stream import not_evened_out, stream_loader
@@ -43,12 +45,14 @@ __all__ = [
     "Schedule",
     "Watch",
     "Window",
+    "check_packing",
     "check_resumable",
     "collate",
     "keep_best_alone",
     "latent_alarms",
     "make_learner",
     "mstep_loss",
+    "name_best",
     "not_evened_out",
     "pack",
     "phase_scheduler",

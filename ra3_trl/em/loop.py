@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..config import RA3Config
-from ..models import BaseWeights, FrozenWeights
+from ..models import BaseWeights, Dropout, FrozenWeights
 from ..policy import Policy, annotate_all, first_latent, token_text
 from ..records import AnnotatedExample, Document
 from ..rewards import RewardPlugIns
@@ -29,6 +29,7 @@ from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
 from .monitor import MetricSums, Sameness, Sums, copy_rate, rollout_sums
 from .mstep import Rows, mstep_loss, pack
+from .packing import check_packing
 from .schedule import Phase, Schedule
 from .state import EMState
 from .watch import Watch
@@ -110,8 +111,11 @@ class EMLoop:
         self.learner = learner
         self.plug_ins = plug_ins
         self.watch = watch
+        if watch is not None:  # there is something to train on
+            check_packing(policy.backbone, policy.args.max_length, policy.args.packing)
         self.on_phase = on_phase
         self.on_rollouts: Callable[[int, Sequence[Rollout]], Any] = lambda step, rollouts: None
+        self.dropout = Dropout(policy.model)
         self.state = EMState.anew(self.args, learner)
         self.step = 0  # updates done before the present one
 
@@ -193,6 +197,7 @@ class EMLoop:
     def backward(self, batch: Batch, denominator: float, gradients: Gradients) -> float:
         """Makes loss and gradients of one micro-batch; the loss is its share of the window's."""
         begin = time.perf_counter()
+        self.dropout.switch(on=self.args.disable_dropout is False or not batch.in_e_phase)
         if batch.in_e_phase:
             loss = self._backward_e(batch, denominator, gradients)
         else:
@@ -331,6 +336,14 @@ class EMLoop:
         return float(loss.detach())
 
     # ---- both ----
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Averages of all processes since the last log line; starts anew."""
+        together = MetricSums()
+        for sums in gather_object([self.state.metrics.sums]):
+            together.add_sums(sums)
+        self.state.metrics.pop()
+        return together.averages()
 
     def learn(self, seen: list[Observations]) -> None:
         """Lets the abstraction head learn from what all processes saw in an update."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,13 +48,29 @@ class Rows:
         """Tokens that are predicted: those with a label that are not the first of their row."""
         return int((self.labels[:, 1:] != -100).sum())
 
+    @property
+    def is_text(self) -> torch.Tensor:
+        """Which tokens are not padding."""
+        text = (self.position_ids > 0) | (self.labels != -100)
+        text[:, :-1] |= self.position_ids[:, 1:] == 1  # the first token of an example of two or more
+        return text
+
     def flat(self) -> Rows:
         """All rows behind each other as one, without padding. The first token of a row has no label, as before."""
-        real = (self.position_ids > 0) | (self.labels != -100)
-        real[:, :-1] |= self.position_ids[:, 1:] == 1  # the first token of an example of two or more
-        labels = self.labels.clone()
+        text, labels = self.is_text, self.labels.clone()
         labels[:, 0] = -100
-        return Rows(*(column[real][None] for column in (vars(self) | {"labels": labels}).values()))
+        return Rows(*(column[text][None] for column in (vars(self) | {"labels": labels}).values()))
+
+    def apart(self) -> Rows:
+        """Each example in a row of its own, right-padded."""
+        flat = self.flat()
+        begins = (flat.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        lengths = [b - a for a, b in zip(begins, [*begins[1:], flat.input_ids.shape[1]], strict=True)]
+        rows = Rows.empty(len(lengths), max(lengths, default=0))
+        for name, column in vars(flat).items():
+            for row, piece, length in zip(getattr(rows, name), column[0].split(lengths), lengths, strict=True):
+                row[:length] = piece
+        return rows
 
 
 def _columns(example: AnnotatedExample) -> Rows:
@@ -116,23 +133,51 @@ def pack(examples: Sequence[AnnotatedExample], max_length: int, packing: bool) -
     return packed
 
 
+def run_rows(backbone: Backbone, rows: Rows, through: nn.Module | None = None) -> tuple[Rows, torch.Tensor]:
+    """Runs rows through the decoder: the rows in the form in which they ran, and their hidden states `[R, L, D]`.
+
+    Documents of a row are told apart by what the model's attention reads: flash attention by their lengths, the others
+    by position ids that start anew, of which transformers makes a mask (for flex attention a block mask). That needs
+    `use_cache=False` and no attention mask. Where the model does not keep them apart, each has a row.
+    """
+    if not backbone.packs:
+        rows = rows.apart()
+        seen = rows.is_text
+        seen[:, 0] = True
+        told: dict[str, Any] = {"attention_mask": seen.long()}
+    else:
+        rows = rows.flat() if backbone.wants_flat_rows else rows
+        told = {"position_ids": rows.position_ids}
+        if backbone.reads_lengths:
+            told |= _lengths(rows)
+    device = backbone.device
+    told = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in told.items()}
+    return rows, backbone.hidden(through, input_ids=rows.input_ids.to(device), **told)
+
+
+def _lengths(rows: Rows) -> dict[str, Any]:
+    """The lengths of a flat row's documents as flash attention reads them; from position ids it would find them anew
+    in every layer, and wait for the device each time."""
+    begins = (rows.position_ids[0] == 0).nonzero()[:, 0]
+    edges = torch.cat([begins, torch.tensor([rows.position_ids.shape[1]])]).int()
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
 def mstep_loss(
     backbone: Backbone, rows: Rows, num_tokens: float, through: nn.Module | None = None, loss_type: str = "nll"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Observations]:
     """Next-token loss of a batch of rows; logits only where there is a label, a bounded chunk at a time.
 
-    Documents of a row are kept apart by their position ids (which needs `use_cache=False` and no attention mask);
-    padding starts its own "document" at each position 0 and has no labels. The router loss of a mixture of experts is
-    added with the batch's share of `num_tokens`, and is computed without padding.
+    Padding has no labels. The router loss of a mixture of experts is added with the batch's share of `num_tokens`, and
+    is computed without padding.
 
     Returns:
         The loss, the sums and counts of [`~ra3_trl.losses.next_token_loss`], and what the annotation says about the
         boundaries, for the abstraction head.
     """
-    rows = rows.flat() if backbone.wants_flat_rows else rows
-    device = backbone.device
-    hidden = backbone.hidden(through, input_ids=rows.input_ids.to(device), position_ids=rows.position_ids.to(device))
-    router = backbone.router_loss
+    rows, hidden = run_rows(backbone, rows, through)
+    device, router = backbone.device, backbone.router_loss
     labels = rows.labels[:, 1:].to(device)
     wanted = labels != -100
     logps = backbone.token_logps(hidden[:, :-1][wanted], labels[wanted])

@@ -77,8 +77,10 @@ def plan_schedule(
                 )
             m_steps = max_steps // iterations - e_steps
         elif updates_per_epoch is not None:
-            # Rounded up, so that the last iteration leaves no document out.
-            m_steps = -(-int(num_train_epochs * updates_per_epoch) // iterations)
+            if not num_train_epochs > 0:
+                raise ValueError(f"`num_train_epochs` is {num_train_epochs}; it must be above 0, or set `m_steps`.")
+            # Rounded up as `Trainer` does, and so that the last iteration leaves no document out.
+            m_steps = -(-math.ceil(num_train_epochs * updates_per_epoch) // iterations)
         else:
             raise ValueError(
                 "`max_steps` is -1 and the data is a stream without a length: set `max_steps` or `m_steps`."
@@ -92,12 +94,22 @@ def plan_schedule(
 
 
 def plan_phases(args: RA3Config, train_dataset: Dataset | IterableDataset | None) -> Schedule:
-    """The schedule of a run on segmented data; see [`plan_schedule`]."""
+    """The schedule of a run on segmented data; see [`plan_schedule`].
+
+    Raises:
+        `ValueError`: also for data of which `dataloader_drop_last` would leave nothing.
+    """
     updates: int | None = 1  # evaluation only
     if isinstance(train_dataset, Dataset):
-        per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        share = len(train_dataset) / per_update
-        updates = max(1, math.floor(share) if args.dataloader_drop_last else math.ceil(share))
+        rows, at_once = len(train_dataset), args.train_batch_size * args.world_size
+        batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)
+        if not batches:
+            raise ValueError(
+                f"`dataloader_drop_last` is True and leaves nothing of `train_dataset`: {rows} rows are fewer than "
+                f"the {at_once} of per_device_train_batch_size={args.per_device_train_batch_size} on all devices; set "
+                "it to False, or lower the batch size."
+            )
+        updates = math.ceil(batches / args.gradient_accumulation_steps)
     elif train_dataset is not None:
         updates = None  # a stream has no length
     return plan_schedule(
@@ -106,23 +118,29 @@ def plan_phases(args: RA3Config, train_dataset: Dataset | IterableDataset | None
 
 
 def phase_scheduler(args: RA3Config, schedule: Schedule, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Gives each phase its own learning rate and schedule, by transformers' own functions of the step."""
+    """Gives each phase its own learning rate and schedule, by transformers' own functions of the step.
 
-    kwargs = args.lr_scheduler_kwargs
-    assert not isinstance(kwargs, str)  # `TrainingArguments` has read the JSON
+    The M-phase's rates are the optimizer's own, as in `Trainer` (where one is handed over, `args.learning_rate` has no
+    part in it); an E-phase's is `args.e_learning_rate`, whatever the optimizer's.
+    """
 
-    def factor_of(kind: str, length: int, rate: float) -> Callable[[int], float]:
+    def factor_of(field: str, length: int, rate: float) -> Callable[[int], float]:
         dummy = torch.optim.SGD([torch.zeros(1)], lr=rate or 1.0)  # `min_lr` and `lr_end` are relative to it
         warmup = args.get_warmup_steps(length)
-        return get_scheduler(kind, dummy, warmup, max(length, 1), kwargs).lr_lambdas[0]
+        kwargs = args.phase_scheduler_kwargs[field]
+        return get_scheduler(getattr(args, field), dummy, warmup, max(length, 1), kwargs).lr_lambdas[0]
 
-    e_factor = factor_of(args.e_lr_scheduler_type, schedule.e_steps, args.e_learning_rate)
-    m_factor = factor_of(args.lr_scheduler_type, schedule.m_steps, args.learning_rate)
-    # The optimizer's own rate is the M-phase's, so the E-phase's is a multiple of it.
-    ratio = args.e_learning_rate / args.learning_rate if args.learning_rate else 0.0
+    e_factor = factor_of("e_lr_scheduler_type", schedule.e_steps, args.e_learning_rate)
+    m_factor = factor_of("lr_scheduler_type", schedule.m_steps, float(optimizer.defaults["lr"]))
 
-    def factor(step: int) -> float:
-        phase = schedule.phase_at(step)
-        return ratio * e_factor(phase.step) if phase.kind == "E" else m_factor(phase.step)
+    def of_group(rate: float) -> Callable[[int], float]:
+        ratio = args.e_learning_rate / rate if rate else 0.0
 
-    return LambdaLR(optimizer, factor)
+        def factor(step: int) -> float:
+            phase = schedule.phase_at(step)
+            return ratio * e_factor(phase.step) if phase.kind == "E" else m_factor(phase.step)
+
+        return factor
+
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [of_group(rate) for rate in rates])

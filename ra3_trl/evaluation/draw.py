@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
 from ..models import context_length
+from ..segmentation import prompt_ids
 from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .samples import Sample
 from .tasks import Benchmark, Task
@@ -159,7 +160,7 @@ def _prompt_tokens(
     tokens = {}
     for task in benchmark.tasks:
         text = render_prompt(task, benchmark.kind, form, tokenizer, benchmark.shots)
-        ids = tokens[task.task_id] = tokenizer(text, add_special_tokens=form != "chat").input_ids
+        ids = tokens[task.task_id] = prompt_ids(tokenizer, text, form != "chat")
         if most is not None and len(ids) + settings.max_new_tokens > most:
             raise ValueError(
                 f"`max_new_tokens` is {settings.max_new_tokens} and the prompt of {task.task_id!r} has {len(ids)} "

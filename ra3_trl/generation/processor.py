@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -289,3 +290,15 @@ def check_knob(
         raise ValueError(f"`threshold` is {threshold!r}; it is compared with a probability, use a number from 0 to 1.")
     if max_latent_length is not None and max_latent_length < 1:
         raise ValueError(f"`max_latent_length` is {max_latent_length!r}; use at least 1, or `None` for no bound.")
+
+
+def refuse_several_tokens(options: dict[str, Any]) -> None:
+    """Refuses decoding in which the last hidden state is not that of the text: several tokens at once, two texts."""
+    config = options.get("generation_config")
+    settings = {} if config is None else config.to_dict()
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"):
+        value = options.get(name, settings.get(name))
+        if value is not None and value != 1:
+            raise ValueError(
+                f"`{name}` runs more than the text's last token, for which there is no gate; leave it out."
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -130,8 +132,9 @@ def draw_completions(
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
     stops = [_Stops(tokenizer, settings.stop, width)] if settings.stop else []
     device = language_model.device
-    with steering as processor, _generating(language_model):
-        rows = language_model.generate(
+    # No dropout, and no activation checkpointing, which drops the cache.
+    with steering as processor, evaluating(language_model):
+        rows = _without_generation_config(language_model).generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), tokenizer=tokenizer,
             generation_config=_generation_config(settings, ends, padding),
             logits_processor=[] if processor is None else [processor], stopping_criteria=StoppingCriteriaList(stops),
@@ -196,17 +199,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
-@contextmanager
-def _generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Without dropout, without activation checkpointing, which drops the cache, and without the checkpoint's
-    generation config, from which transformers would take what ours leaves out."""
-    config = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        model.generation_config = config
+def _without_generation_config(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The same modules without the checkpoint's generation config, from which transformers would take what ours leaves
+    out; the model itself stays as it is, since other threads may generate with it."""
+    base = copy.copy(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base.generation_config = GenerationConfig()
+    return cast(PreTrainedModel, base)
 
 
 class _Stops(StoppingCriteria):

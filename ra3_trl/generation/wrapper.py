@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,7 +31,7 @@ from ..models import (
     save_head,
     state_width,
 )
-from .processor import ThinkLogitsProcessor
+from .processor import ThinkLogitsProcessor, refuse_several_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -131,7 +132,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         if isinstance(pretrained_model, nn.Module):
             return cls(load_model(pretrained_model, kwargs or None, peft_config), tokenizer=tokenizer)
         name, place = str(pretrained_model), place_of(kwargs)
-        model = load_model(name, {"dtype": "auto"} | kwargs, peft_config)
+        model = load_model(name, kwargs, peft_config, dtype="auto")
         width, settings = state_width(model), read_settings(name, **place) or {}
         head = load_head(name, width, **place)
         if head is None:
@@ -160,11 +161,13 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     @contextmanager
     def _states(self) -> Iterator[list[torch.Tensor]]:
         """Catches what the language-model head reads in the latest forward inside, `[batch, length, hidden_size]`; in
-        generation the last state only."""
+        generation the last state only. Forwards of other threads are theirs."""
         caught: list[torch.Tensor] = []
+        caller = threading.get_ident()
 
         def catch(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            caught[:] = args[:1]
+            if threading.get_ident() == caller:
+                caught[:] = args[:1]
 
         handle = self.pretrained_model.get_output_embeddings().register_forward_pre_hook(catch)
         try:
@@ -248,7 +251,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             `ValueError`: for a bad `think` or `threshold`, assisted decoding, or without a tokenizer.
         """
         # The gate reads the state of the text's last token: there must be one text, a token at a time.
-        _refuse_several_tokens(kwargs)
+        refuse_several_tokens(kwargs)
         with self.thinking(think, threshold, tokenizer, prompt_is_code) as processor:
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
             return self.pretrained_model.generate(*args, tokenizer=tokenizer or self.tokenizer, **kwargs)
@@ -378,15 +381,3 @@ def _tokenizer_of(name: str, base: str, place: dict[str, Any]) -> PreTrainedToke
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return None
-
-
-def _refuse_several_tokens(options: dict[str, Any]) -> None:
-    """Refuses decoding in which the last hidden state is not that of the text: several tokens at once, two texts."""
-    config = options.get("generation_config")
-    settings = {} if config is None else config.to_dict()
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"):
-        value = options.get(name, settings.get(name))
-        if value is not None and value != 1:
-            raise ValueError(
-                f"`{name}` runs more than the text's last token, for which there is no gate; leave it out."
-            )

@@ -3,6 +3,8 @@
 from .frozen import BaseWeights, FrozenWeights
 from .head import HEAD_WEIGHTS, AbstractionConfig, AbstractionHead, load_head, save_head
 from .load import (
+    Dropout,
+    cast_to,
     check_trainable,
     check_vocabulary,
     context_length,
@@ -22,8 +24,10 @@ __all__ = [
     "AbstractionConfig",
     "AbstractionHead",
     "BaseWeights",
+    "Dropout",
     "FrozenWeights",
     "add_tags",
+    "cast_to",
     "check_trainable",
     "check_vocabulary",
     "context_length",

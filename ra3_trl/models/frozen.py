@@ -56,7 +56,8 @@ class FrozenWeights:
         """Copies the snapshot to the CPU, put together where it is sharded; every process must call it."""
         with self.applied(), self._gathered(None):
             whole = ((n, p.full_tensor() if isinstance(p, DTensor) else p) for n, p in self._parameters.items())
-            return {name: p.detach().cpu().clone() for name, p in whole}  # one at a time
+            as_written = {"memory_format": torch.contiguous_format}  # safetensors takes no strides
+            return {name: p.detach().cpu().clone(**as_written) for name, p in whole}  # one at a time
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         """Puts saved `values` in place of the snapshot; refuses those of another model."""

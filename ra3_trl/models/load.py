@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,16 +22,21 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
+from ..config_fields import model_options
+
 
 _PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # where the files are
 _SHARED = (*_PLACE, "gguf_file", "trust_remote_code")  # config's, tokenizer's and model's
 
 
 def load_model(
-    model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any] | None, peft_config: PeftConfig | None
+    model: str | PreTrainedModel | PeftModel,
+    model_init_kwargs: dict[str, Any] | None,
+    peft_config: PeftConfig | None,
+    dtype: str = "float32",
 ) -> PreTrainedModel | PeftModel:
-    """Loads a folder or a Hub id by `from_pretrained(**model_init_kwargs)`, in float32 unless these have a `dtype`; or
-    takes a model as it is. Wraps it in the adapter of `peft_config`.
+    """Loads a folder or a Hub id by `from_pretrained(**model_init_kwargs)`, in `dtype` unless these have one; or takes
+    a model as it is. Wraps it in the adapter of `peft_config`.
 
     Of a `PeftModel` with several adapters the active one is trained. On a quantized model an adapter's weights are
     bfloat16 but for DoRA's magnitudes, as in TRL.
@@ -40,7 +47,7 @@ def load_model(
         missing, or quantized weights without an adapter.
     """
     if isinstance(model, str):
-        model = _from_name(model, {"dtype": "float32"} | (model_init_kwargs or {}))
+        model = _from_name(model, {"dtype": dtype} | model_options(model_init_kwargs))
     elif model_init_kwargs:
         raise ValueError("`model_init_kwargs` is set, but `model` is not a string; pass them to `from_pretrained`.")
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -179,16 +186,43 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
         )
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets all dropout to 0, so that the policy that is trained is the one that sampled."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+class Dropout:
+    """Holds all dropout rates of a model as they are now, an adapter's too, to switch them off and on again."""
+
+    def __init__(self, model: nn.Module):
         # Some models (OPT, Bloom, Llama's attention) keep the rate as a number and call the function. Falcon reads its
         # own from the config, where it is 0 in all released checkpoints.
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        self._rates = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout)))
+        ]
+
+    def switch(self, on: bool) -> None:
+        """Gives every place its rate, or 0."""
+        for module, name, rate in self._rates:
+            setattr(module, name, rate if on else 0.0)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets all dropout to 0."""
+    Dropout(model).switch(on=False)
+
+
+@contextmanager
+def cast_to(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Gives a model weights and buffers of `dtype` inside, as `model.to(dtype)` does, and its own again outside.
+    `None` changes nothing."""
+    changed = [t for t in (*model.parameters(), *model.buffers()) if dtype is not None and t.is_floating_point()]
+    own = [tensor.data for tensor in changed]
+    try:
+        for tensor in changed:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in zip(changed, own, strict=True):
+            tensor.data = data
 
 
 def end_ids(model: PreTrainedModel | PeftModel) -> tuple[int, ...]:

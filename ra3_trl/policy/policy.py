@@ -32,7 +32,7 @@ from ..models import (
 )
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import Backbone, Boundaries, NoiseKey, RolloutEngine, SamplingParams, build_engine, evaluating
-from ..segmentation import Segmenter, build_token_table, find_format, readable_bytes, require_tags
+from ..segmentation import Segmenter, build_token_table, find_format, prompt_ids, readable_bytes, require_tags
 from .annotate import MARKUP, annotate
 from .bounds import evaluate_documents, finish_metrics
 from .decisions import HeadDecisions
@@ -309,11 +309,11 @@ class Policy:
             )
         head = None if self.head is None else self.head.head
         model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.backbone.device)
-        if not inputs["input_ids"].numel():
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)], dtype=torch.long, device=self.backbone.device)
+        if not ids.numel():
             raise ValueError("`prompt` has no tokens; give some text, such as a newline.")
-        output = model.generate(**inputs, think=think, threshold=threshold, **kwargs)
-        return self._decode(output[0, inputs["input_ids"].shape[1] :].tolist())
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), think=think, threshold=threshold, **kwargs)
+        return self._decode(output[0, ids.shape[1] :].tolist())
 
     def text(self, source: Document | AnnotatedExample) -> str:
         """Decodes a document or an annotated one, without special tokens but for the action format's tags."""

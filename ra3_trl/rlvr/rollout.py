@@ -14,7 +14,7 @@ from trl import is_conversational
 from ..evaluation.answers import Text, locate_answer
 from ..generation import AutoModelForCausalLMWithAbstractionHead, Completion, CompletionSettings, draw_completions
 from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
-from ..segmentation import find_format, own_line_comments
+from ..segmentation import find_format, own_line_comments, prompt_ids
 
 
 if TYPE_CHECKING:
@@ -173,9 +173,9 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
 
 
 def _prompt_ids(prompts: list[Text], trainer: GRPOTrainer, chat: bool) -> list[list[int]]:
-    """As the trainer itself tokenizes prompts."""
+    """As the trainer itself tokenizes prompts, but for an end of text that a tokenizer appends."""
     if not chat:
-        return trainer.processing_class(text=prompts)["input_ids"]
+        return [prompt_ids(trainer.processing_class, prompt) for prompt in prompts]
     return trainer.processing_class.apply_chat_template(
         conversation=prompts, chat_template=trainer.chat_template, add_generation_prompt=True, tokenize=True,
         return_dict=True, **trainer.chat_template_kwargs,

@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from transformers.utils import find_adapter_config_file
 from trl import GRPOConfig, GRPOTrainer
 
+from ..config_fields import model_options
 from ..config_file import read_settings, write_settings
 from ..models import context_length, load_tokenizer, place_of
+from ..segmentation import prompt_ids
 from .data import RLVRData, check_rows
 from .rewards import EXECUTED, code_execution_reward, get_think_cost_reward
 from .rollout import CompletionRollout, check_heeded, until_stop
@@ -68,7 +70,7 @@ def build_grpo_trainer(
     """
     check_heeded(args)
     args = copy(args)
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})
+    options: dict[str, Any] = model_options(args.model_init_kwargs)
     tokenizer = load_tokenizer(model, options)  # first, since it says best that there is no such checkpoint
     settings = read_settings(model, **place_of(options))
     rollout = CompletionRollout.for_checkpoint(settings, data.stop, think)
@@ -117,7 +119,7 @@ def _check_lengths(trainer: GRPOTrainer) -> None:
     for rows in (trainer.train_dataset, trainer.eval_dataset):
         if most is None or not isinstance(rows, Dataset) or not isinstance(rows[0]["prompt"], str):
             continue
-        lengths = [len(ids) for ids in trainer.processing_class(rows["prompt"][:])["input_ids"]]
+        lengths = [len(prompt_ids(trainer.processing_class, prompt)) for prompt in rows["prompt"]]
         if max(lengths) + room > most:
             raise ValueError(
                 f"`max_completion_length` is {room} and the prompt of row {lengths.index(max(lengths))} has "

@@ -4,6 +4,7 @@ from .backbone import Backbone, evaluating
 from .branch import BranchEngine
 from .engine import Boundaries, RolloutEngine
 from .expand import ExpandEngine
+from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line, rounding
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
 from .sampler import SamplingParams, check_finite
@@ -12,7 +13,9 @@ from .select import build_engine
 
 __all__ = [
     "CHOICE",
+    "FORWARD_ERRORS",
     "GATE",
+    "ROUNDINGS",
     "Backbone",
     "Boundaries",
     "BranchEngine",
@@ -24,5 +27,7 @@ __all__ = [
     "check_finite",
     "evaluating",
     "horizon_lines",
+    "in_a_line",
     "keyed_uniform",
+    "rounding",
 ]

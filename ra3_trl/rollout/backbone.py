@@ -7,13 +7,16 @@ position took two thirds of the time in the prototype.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -21,16 +24,39 @@ from .logps import Targets, linear_logps, rows_at_once
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
+_LOCK = threading.Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # [how many are inside, their modes before]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Puts `model` into evaluation mode inside, and each of its modules back into its own mode outside. Of several
+    threads inside at once the last to leave does the latter.
+
+    Layers of quantized weights are in training mode inside: they do the same in both, but bitsandbytes' 4-bit layers
+    pack their weights anew on a CPU when they evaluate, with scales rounded to bfloat16, and training goes on with
+    what is left.
+    """
+    with _LOCK:
+        state = _INSIDE.setdefault(model, [0, {}])
+        state[0] += 1
+        for module in model.modules():
+            state[1].setdefault(module, module.training)
+            module.training = _holds_quantized(module)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _LOCK:
+            state[0] -= 1
+            if not state[0]:
+                del _INSIDE[model]
+                for module, training in state[1].items():
+                    module.training = training
+
+
+def _holds_quantized(module: nn.Module) -> bool:
+    """Whether weights of the module itself are stored as whole numbers, whatever type they travel in."""
+    return any(not p.is_floating_point() or "quant_state" in vars(p) for p in module.parameters(recurse=False))
 
 
 class Backbone:
@@ -60,11 +86,15 @@ class Backbone:
                 f"`router_aux_loss_coef` is {router_aux_loss_coef}, but {type(causal_lm).__name__} has no router "
                 "loss; leave it out."
             )
+        self.packs = True  # whether documents of one row do not see each other, see `em/packing.py`
+        self._takes_more = any(p.kind is p.VAR_KEYWORD for p in forward.values())
         self.router_loss: torch.Tensor | None = None  # weighted, of the last forward with gradients
         self._settled = False  # whether FSDP2 has been told which weights to keep between forwards
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
         self._softcap = config.get("final_logit_softcapping")  # Gemma 2
+        # Whether logits are more than a product with a matrix of plain numbers.
+        self._bends = bool(self._softcap or config.get("quantization_config"))
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +108,16 @@ class Backbone:
     @property
     def wants_flat_rows(self) -> bool:
         """Flash attention keeps packed documents apart in a batch of one row only; a router loss counts padding."""
-        return bool(self._router_coef) or "flash" in (self.causal_lm.config._attn_implementation or "")
+        return bool(self._router_coef) or self._flash
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether attention reads the lengths of documents in a flat row, as flash attention does."""
+        return self._flash and self._takes_more
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in (self.causal_lm.config._attn_implementation or "")
 
     def hidden(self, through: nn.Module | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states `[rows, L, hidden_size]`.
@@ -134,10 +173,10 @@ class Backbone:
     def matrix(self) -> nn.Parameter | None:
         """The head's weight, where the head is that matrix and nothing else; else `None`."""
         head = self.causal_lm.get_output_embeddings()
-        plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
-        hooked = plain and ("forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
-        sharded = is_fsdp2(self.model) or is_zero3(self.model)
-        return None if not plain or hooked or sharded or self._softcap else head.weight
+        if type(head) is not nn.Linear or head.bias is not None or isinstance(head.weight, DTensor) or self._bends:
+            return None
+        hooked = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
+        return None if hooked or is_fsdp2(self.model) or is_zero3(self.model) else head.weight
 
     def chunked(self, hidden_nD: torch.Tensor, reduce: Callable, *per_row: torch.Tensor) -> list[torch.Tensor]:
         """`reduce(logits_chunk, *per_row_chunk) -> tuple of [rows] tensors` over bounded chunks of rows, joined.

@@ -73,7 +73,7 @@ class RolloutEngine(ABC):
     def __init__(self, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192):
         self.backbone = backbone
         self.table = table.to(backbone.device)
-        self.distribution = LatentDistribution(self.table, params)
+        self.distribution = LatentDistribution(self.table, params).prepare()
         self.params = params
         self.max_branch_tokens = max_branch_tokens
         self.score_seconds = 0.0  # spent on scoring so far, for the log

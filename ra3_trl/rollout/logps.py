@@ -150,6 +150,6 @@ def linear_logps(
     """Log-probs `[n]` of targets under a head that is one matrix, `most` rows at a time; in mixed precision in the
     type that its product is in."""
     device = hidden_nD.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         hidden_nD, weight_VD = (x.to(torch.get_autocast_dtype(device)) for x in (hidden_nD, weight_VD))
     return _LinearLogps.apply(hidden_nD, weight_VD, targets, most, scale)

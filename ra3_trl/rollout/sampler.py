@@ -98,13 +98,16 @@ class LatentDistribution:
             self._masks[row] = torch.where(allowed | stops, 0.0, float("-inf"))
         return self._masks[row]
 
+    def prepare(self) -> LatentDistribution:
+        """Makes the lists that draws need, now: to make them on a device means to wait for it."""
+        table, states = self._table(), len(self.table.pending_S)
+        allowed_XSV = table.cpu().view(-1, states, table.shape[1])
+        self._columns = [_Columns.of(allowed, self.table.stop_id, table.device) for allowed in allowed_XSV]
+        return self
+
     def columns(self, step: int) -> _Columns:
         """What is forbidden at a step, as lists of columns."""
-        if not self._columns:
-            table, states = self._table(), len(self.table.pending_S)
-            allowed_XSV = table.cpu().view(-1, states, table.shape[1])  # the one read, for all kinds of steps
-            self._columns = [_Columns.of(allowed, self.table.stop_id, table.device) for allowed in allowed_XSV]
-        return self._columns[self.kind(step)]
+        return (self if self._columns else self.prepare())._columns[self.kind(step)]
 
     def __call__(self, logits_nV: torch.Tensor, state_n: torch.Tensor, step_n: torch.Tensor) -> torch.Tensor:
         """Scaled logits with forbidden symbols at `-inf` and the stop symbol at `stop_ids[0]`."""

@@ -1,7 +1,7 @@
 """Chooses the engine, and checks it on the very model it is to run on: an engine is exact or it refuses.
 
-The list of architectures that the branch engine is exact for changes with every release of transformers, so none is
-kept here. A made-up document is scored by both engines instead.
+Which engine is exact for which architecture changes with every release of transformers, so no list is kept here. Two
+made-up documents are scored, and latents drawn, by the engine and by plain forwards (`plain.py`) instead.
 """
 
 from __future__ import annotations
@@ -9,166 +9,180 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import numpy as np
 import torch
 import transformers
-from torch import nn
 
-from ..records import Action, Boundary, Document, Latent, RolloutGroup, TokenTable
+from ..records import Document, TokenTable
 from .backbone import Backbone, evaluating
 from .branch import BranchEngine
 from .engine import RolloutEngine
 from .expand import ExpandEngine
-from .noise import keyed_uniform
+from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line, rounding, rounding_error
+from .noise import NoiseKey
+from .plain import HORIZON, KINDS, Numbers, PlainForwards, make_up
 from .sampler import SamplingParams
 
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "branch", "expand")
-_LINE, _THINK = 5, (1, 3)  # tokens of a made-up line; lengths of the made-up think prefixes
-# Right engines differ by at most 1.2 times what one rounding of the embeddings does (13 architectures in bfloat16 and
-# float16, logits up to 200, router flips included), engines that ignore a window or soft-capping by 9.6 and more.
-_ROUNDINGS = 4
-_LONGEST_WINDOW = 1024  # of sliding attention: a document beyond it would make the check itself slow
+_KINDS: dict[str, tuple[type[RolloutEngine], ...]] = {
+    "auto": (BranchEngine, ExpandEngine), "branch": (BranchEngine,), "expand": (ExpandEngine,)
+}  # fmt: skip
+_STEPS = 4  # longest latent of the check: what a cache does wrong, it does within so many steps
+_DRAWN = "log-probs of sampled latents"
 
 
 def build_engine(
     name: str, backbone: Backbone, table: TokenTable, params: SamplingParams, max_branch_tokens: int = 8192
 ) -> RolloutEngine:
-    """Makes the rollout engine called `name`, checked on the model: `"branch"` (shared prefixes; refused when not
-    exact on this model), `"expand"` (repeated prefixes; any model that can generate) or `"auto"` (the first if exact,
-    else the second with one warning that says why).
+    """Makes the rollout engine called `name`, checked on the model: `"branch"` (shared prefixes), `"expand"` (repeated
+    prefixes) or `"auto"` (the first if exact, else the second with one warning that says why).
 
     Raises:
-        `ValueError`: if there is no such engine, the model's logits are not head(hidden states), or `name` is
-        `"branch"` and the branch engine is not exact on this model.
+        `ValueError`: if there is no such engine, the model's forward fails, is not causal or gives logits that are not
+        head(hidden states), or the engine is not exact on this model.
     """
     if name not in ENGINES:
         raise ValueError(f"`engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
-    expand = ExpandEngine(backbone, table, params, max_branch_tokens)
-    made_up = _made_up(backbone, table, params)
+    model, reasons = type(backbone.causal_lm).__name__, dict[str, str]()
     with torch.no_grad(), evaluating(backbone.model):
-        _check_head(backbone, made_up.document)
-        if name == "expand":
-            return expand
-        branch = BranchEngine(backbone, table, params, max_branch_tokens)
-        reason = _difference(branch, expand, made_up)
-    if reason is None:
-        return branch
-    model = type(backbone.causal_lm).__name__
-    if name == "branch":
-        raise ValueError(f"`engine` is 'branch', which is not exact on {model}: {reason}. Use 'expand' or 'auto'.")
-    logger.warning("The branch engine is not exact on %s, so `expand` is used: %s.", model, reason)
-    return expand
+        check = _Check(backbone, table, params)
+        for kind in _KINDS[name]:
+            short = kind(backbone, table, check.params, max_branch_tokens)
+            if (reason := check.difference(short)) is None:
+                if reasons:
+                    text = "The branch engine is not exact on %s, so `expand` is used: %s."
+                    logger.warning(text, model, reasons["branch"])
+                return kind(backbone, table, params, max_branch_tokens)
+            reasons[kind.name] = reason
+    if name == "auto":
+        why = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
+        raise ValueError(f"`model` is a {model}, on which no engine is exact ({why}); use another architecture.")
+    cure = "'expand' or 'auto'" if name == "branch" else "'auto', or another architecture"
+    raise ValueError(f"`engine` is {name!r}, which is not exact on {model}: {reasons[name]}. Use {cure}.")
 
 
-def _made_up(backbone: Backbone, table: TokenTable, params: SamplingParams) -> RolloutGroup:
-    """Makes up a document of allowed ASCII tokens with four boundaries, and two latents at two of these; no scores."""
-    plain = [i for i, b in enumerate(table.token_bytes) if b is not None and b.isascii() and b.strip()]
-    usable = [i for i in plain if table.next_state_SV[0, i] == 0 and i not in set(table.stop_ids.tolist())]
-    if not usable:
-        raise ValueError("the vocabulary has no printable ASCII token besides the stop symbol; use another tokenizer.")
-    # The last boundaries stand behind the model's sliding window, so that a window that is not honoured shows.
-    config = backbone.causal_lm.config.get_text_config().to_dict()
-    window = config.get("sliding_window") or 0
-    room = (config.get("max_position_embeddings") or 4096) - 4 * _LINE - params.max_length
-    lines = max(8, min(window if window <= _LONGEST_WINDOW else 0, room) // _LINE + 4)
-    numbers = keyed_uniform(0, np.arange(1 + lines * _LINE + 32))
-    ids = [usable[int(u * len(usable))] for u in numbers]
-    boundaries = (2, 3, lines - 3, lines - 2)
-    actions = []
-    for i in range(lines):
-        think = _THINK[i % 2]
-        boundary = Boundary(tuple(ids[-think:]), (table.stop_id, *ids[-8 : -7 + i % 2])) if i in boundaries else None
-        actions.append(Action(i, 1 + i * _LINE, 1 + (i + 1) * _LINE, boundary))
-    document = Document(0, 0, tuple(ids[: 1 + lines * _LINE]), tuple(actions), context=1)
-    latents = []  # of several lengths, the longest cut; their tokens are those behind the document's
-    for begin, length in ((-30, 3), (-24, 2), (-20, 1), (-16, 4)):
-        tokens = tuple(ids[begin : begin + min(length, params.max_length)])
-        stopped = len(tokens) < params.max_length
-        kept = (torch.arange(backbone.vocab_size),) * (len(tokens) + stopped) if params.truncated else None
-        latents.append(Latent(tokens, stopped, (0.0,) * (len(tokens) + stopped), kept))
-    groups, none = (tuple(latents[:2]), tuple(latents[2:])), torch.empty(0)
-    return RolloutGroup(document, (boundaries[0], boundaries[-2]), groups, none, none, none, none)
+class _Check:
+    """Compares engines with plain forwards of the model, which are made once.
+
+    Raises:
+        `ValueError`: if the model's own forwards fail, are not causal, or do not give what its head makes of them.
+    """
+
+    def __init__(self, backbone: Backbone, table: TokenTable, params: SamplingParams):
+        self.params = replace(params, max_length=min(_STEPS, params.max_length))
+        self.made_up = make_up(backbone, table, self.params)
+        self.plain = PlainForwards(backbone, table, self.params)
+        try:
+            _check_forward(backbone, self.made_up[0].document)
+            self.expected = self.plain.numbers(self.made_up)
+            # A fixed bound would refuse right engines of models with large logits and let broken windows pass.
+            with rounding(backbone):
+                disturbed = self.plain.anew().numbers(self.made_up)
+        except _Refused as error:
+            raise ValueError(str(error)) from error
+        except FORWARD_ERRORS as error:
+            model = type(backbone.causal_lm).__name__
+            raise ValueError(
+                f"`model` is a {model}, whose own forward fails on a short text ({in_a_line(error)}); use another "
+                "architecture, or mend its forward."
+            ) from error
+        self.bound = max(1e-3, ROUNDINGS * max(_largest(self.expected, disturbed).values()))
+
+    def difference(self, engine: RolloutEngine) -> str | None:
+        """Says why an engine may not be used; `None` when it agrees with plain forwards."""
+        try:
+            with _quiet():
+                actual = self._numbers(engine)
+                drawn = engine.rollouts(
+                    [group.document for group in self.made_up],
+                    [group.document.boundaries[1::2] for group in self.made_up],
+                    2, HORIZON, NoiseKey(0, 0, 0), score=False,
+                )  # fmt: skip
+        except FORWARD_ERRORS as error:
+            return in_a_line(error)
+        actual[_DRAWN] = torch.tensor([p for group in drawn for row in group.latents for z in row for p in z.logps])
+        expected = self.expected | {_DRAWN: torch.tensor([p for group in drawn for p in self.plain.symbols(group)])}
+        for kind, numbers in expected.items():
+            if not torch.equal(torch.isfinite(numbers), torch.isfinite(actual[kind])):
+                return f"{kind}: finite in other places than those of plain forwards"
+        for kind, difference in _largest(expected, actual).items():
+            if not difference <= self.bound:
+                return (
+                    f"{kind} differ by up to {difference:.3g} nats from those of plain forwards (bound "
+                    f"{self.bound:.2g})"
+                )
+        return None
+
+    def _numbers(self, engine: RolloutEngine) -> Numbers:
+        """What an engine says of the made-up documents, in the order of `PlainForwards.numbers`."""
+        groups = engine.scores(
+            [group.document for group in self.made_up],
+            [group.boundaries for group in self.made_up],
+            [group.latents for group in self.made_up],
+            HORIZON,
+        )
+        policies = engine.packed_log_probs([(group, slice(0, len(group.boundaries))) for group in groups])
+        kinds = [
+            [group.line_logps_A for group in groups],
+            [group.gate_logps_A for group in groups],
+            [group.latent_line_logps_TGH for group in groups],
+            [group.latent_gate_logps_TGH for group in groups],
+            [policy.gate_T for policy in policies],
+            [policy.token_n for policy in policies],
+        ]
+        joined = (torch.cat([x.detach().float().cpu().flatten() for x in kind]) for kind in kinds)
+        return dict(zip(KINDS, joined, strict=True))
 
 
-def _check_head(backbone: Backbone, document: Document) -> None:
-    """Refuses a model whose logits are not head(hidden states): no engine would be exact on it."""
-    ids = torch.tensor([document.input_ids[: 4 * _LINE]], device=backbone.device)
+class _Refused(Exception):
+    """Says why no engine could be exact on a model."""
+
+
+def _check_forward(backbone: Backbone, document: Document) -> None:
+    """Refuses a model whose logits are not head(hidden states), or depend on what comes later."""
+    ids = torch.tensor([document.input_ids[:20]], device=backbone.device)
     models = backbone.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
     ours = backbone.logits(backbone.hidden(input_ids=ids)[0])
-    bound = max(1e-3, 4 * _eps(backbone)) * max(1.0, float(models.abs().max()))
+    size = max(1.0, float(models.abs().max()))
+    bound = max(1e-3, 4 * rounding_error(backbone)) * size
+    model = type(backbone.causal_lm).__name__
     difference = float((models - ours).abs().max()) if models.shape == ours.shape else float("nan")
     if not difference <= bound:
-        raise ValueError(
-            f"`model` is a {type(backbone.causal_lm).__name__}, whose logits are not its output embeddings applied to "
+        raise _Refused(
+            f"`model` is a {model}, whose logits are not its output embeddings applied to "
             f"its last hidden states (largest difference {difference:.3g}, bound {bound:.3g}); use another "
             "architecture, or `trainer.policy` for a model that a trainer has prepared for mixed precision."
         )
-
-
-def _eps(backbone: Backbone) -> float:
-    """Relative size of a rounding in the model's matrix products."""
-    tf32 = backbone.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(torch.finfo(backbone.causal_lm.dtype).eps, 2.0**-10 if tf32 else 0.0)
+    with rounding(backbone):
+        noise = float((backbone.logits(backbone.hidden(input_ids=ids)[0]) - ours).abs().max())
+    shorter = backbone.logits(backbone.hidden(input_ids=ids[:, :10])[0])
+    difference, bound = float((shorter - ours[:10]).abs().max()), max(1e-3 * size, ROUNDINGS * noise)
+    if not difference <= bound:
+        raise _Refused(
+            f"`model` is a {model}, whose logits depend on tokens that come later (largest difference "
+            f"{difference:.3g}, bound {bound:.3g}); load it as a decoder (`is_decoder=True`) or use another "
+            "architecture."
+        )
 
 
 @contextmanager
-def _rounding(backbone: Backbone) -> Iterator[None]:
-    """Puts every embedded number one unit in its last place off inside, to see what the model makes of rounding."""
-    generator, eps = torch.Generator().manual_seed(0), _eps(backbone)
-
-    def disturb(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        sign = 1 - 2 * torch.randint(0, 2, output.shape, generator=generator)
-        return output * (1 + eps * sign).to(output)
-
-    handle = backbone.causal_lm.get_input_embeddings().register_forward_hook(disturb)
+def _quiet() -> Iterator[None]:
+    """Keeps transformers silent: its warning about the attention interface is said in ours."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
-        handle.remove()
+        transformers.logging.set_verbosity(verbosity)
 
 
-def _largest(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> dict[str, float]:
+def _largest(expected: Numbers, actual: Numbers) -> dict[str, float]:
     """Largest difference of each kind of number, where both are finite."""
     both = {kind: torch.isfinite(expected[kind]) & torch.isfinite(actual[kind]) for kind in expected}
-    return {kind: float((expected[kind] - actual[kind])[finite].abs().max()) for kind, finite in both.items()}
-
-
-def _difference(branch: BranchEngine, expand: ExpandEngine, made_up: RolloutGroup) -> str | None:
-    """Says why the branch engine may not be used; `None` when it agrees with the expand engine."""
-    expected = _numbers(expand, made_up)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its warning about the attention interface is told in ours
-    try:
-        actual = _numbers(branch, made_up)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}".rstrip(".")
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    for kind, numbers in expected.items():
-        if not torch.equal(torch.isfinite(numbers), torch.isfinite(actual[kind])):
-            return f"{kind}: finite in other places than the `expand` engine's"
-    # A fixed bound would refuse right engines of models with large logits and let broken windows pass.
-    with _rounding(expand.backbone):
-        noise = max(_largest(expected, _numbers(expand, made_up)).values())
-    bound = max(1e-3, _ROUNDINGS * noise)
-    for kind, difference in _largest(expected, actual).items():
-        if not difference <= bound:
-            return f"{kind} differ by up to {difference:.3g} nats from the `expand` engine's (bound {bound:.2g})"
-    return None
-
-
-def _numbers(engine: RolloutEngine, made_up: RolloutGroup) -> dict[str, torch.Tensor]:
-    """Lists all that an engine is asked for, by what an error calls it."""
-    group = engine.score(made_up.document, made_up.boundaries, made_up.latents, 2)
-    policy = engine.log_probs(group, slice(0, len(group.boundaries)))
     return {
-        "line log-probs": group.line_logps_A,
-        "gate log-probs": group.gate_logps_A,
-        "line log-probs under latents": group.latent_line_logps_TGH,
-        "gate log-probs under latents": group.latent_gate_logps_TGH,
-        "gradient pass's gate log-probs": policy.gate_T.float().cpu(),
-        "gradient pass's latent log-probs": policy.token_n.float().cpu(),
+        kind: float((expected[kind] - actual[kind])[finite].abs().max()) if finite.any() else 0.0
+        for kind, finite in both.items()
     }

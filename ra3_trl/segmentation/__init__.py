@@ -7,7 +7,7 @@ from .fences import PYTHON_NAMES, Fence, find_fences
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
 from .python import OwnLineComment, count_code_lines, own_line_comments, statements_end
-from .tokens import FragmentEncoder, build_token_table, readable_bytes, require_tags, token_bytes
+from .tokens import FragmentEncoder, build_token_table, prompt_ids, readable_bytes, require_tags, token_bytes
 
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "find_format",
     "load_code_directory",
     "own_line_comments",
+    "prompt_ids",
     "readable_bytes",
     "require_tags",
     "row_text",

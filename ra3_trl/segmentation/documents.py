@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..records import Action, AnnotatedExample, Boundary, Document, Latent
 from .format import ActionFormat
 from .lines import Line
-from .tokens import FragmentEncoder, require_tags, token_bytes
+from .tokens import FragmentEncoder, require_tags, token_bytes, without_bos
 
 
 class Encoding(NamedTuple):
@@ -30,8 +30,10 @@ class Encoding(NamedTuple):
 class Segmenter:
     """Cuts texts into documents of at most `max_tokens` tokens.
 
-    BOS is there iff the tokenizer, a fast one, adds one by default; one EOS ends each text. The tokenizer must have
-    the format's tags, if it has any. The expert's own comments are observed latents (`"keep"`) or go (`"strip"`).
+    BOS is there iff the tokenizer, a fast one, adds one by default, once, and one EOS ends each text, whether or not
+    the text says so itself. Special tokens elsewhere in a text are opaque: there is no boundary next to them. The
+    tokenizer must have the format's tags, if it has any. The expert's own comments are observed latents (`"keep"`) or
+    go (`"strip"`).
     """
 
     def __init__(
@@ -45,27 +47,30 @@ class Segmenter:
         self.format = action_format
         self.max_tokens = max_tokens
         self.existing_comments = existing_comments
-        require_tags(tokenizer, action_format)
         self.fragment = FragmentEncoder(tokenizer)
         self._bytes = token_bytes(tokenizer)
+        self._tags = set(require_tags(tokenizer, action_format).values())
 
     def __call__(self, doc_id: int, text: str, prompt_chars: int = 0) -> list[Document]:
         """Cuts `text`, whose first `prompt_chars` characters are a prompt; an empty one into none."""
+        bare = without_bos(self.tokenizer, text)
+        prompt_chars = max(0, prompt_chars - (len(text) - len(bare)))
+        text = bare[:prompt_chars] + bare[prompt_chars:].removesuffix(self.tokenizer.eos_token)
         if self.existing_comments == "strip":
             text = self.format.strip(text, prompt_chars)
-        if not text[prompt_chars:]:
+        if not text[prompt_chars:] and len(text) == len(bare):  # of an end of text alone that end is trained
             return []
         enc = self._tokenize(text)
         if not enc.ids[enc.bos :]:  # a normalizer may leave nothing of white space
             return []
         context = max(enc.bos, self._prompt_tokens(text[:prompt_chars], enc))
-        lines, status = self.format.segment(text), "actions"
+        lines, status = self._lines(text, prompt_chars, enc), "actions"
         if lines is None:
             status = "plain"
         elif not self._gives_back(text, enc):
             lines, status = None, "lossy"
         actions = self._actions(text, lines or (), enc, context)
-        ids = enc.ids if text.endswith(self.tokenizer.eos_token) else (*enc.ids, self.tokenizer.eos_token_id)
+        ids = (*enc.ids, self.tokenizer.eos_token_id)
         return _chunk(Document(doc_id, 0, ids, actions, context, status), self.max_tokens)
 
     def _tokenize(self, text: str) -> Encoding:
@@ -84,11 +89,49 @@ class Segmenter:
         pairs = enumerate(zip(alone, enc.ids, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(alone), len(enc.ids)))
 
-    def _text_bytes(self, enc: Encoding) -> bytes:
-        return b"".join(self._bytes[i] or b"\xff" for i in enc.ids[enc.bos :])
+    def _opaque(self, text: str, enc: Encoding) -> list[int]:
+        """Finds the special tokens that stand in the text; the white space around them may be theirs."""
+        return [
+            i
+            for i in range(enc.bos, len(enc.ids))
+            if self._bytes[enc.ids[i]] is None
+            and text[enc.starts[i] : enc.ends[i]].strip() == self.tokenizer.convert_ids_to_tokens(enc.ids[i])
+        ]
+
+    def _parts(self, text: str, enc: Encoding) -> list[tuple[bytes, bytes]]:
+        """Pairs what the tokens between special ones say with what the text says there."""
+        parts, first, start = [], enc.bos, 0
+        for i in [*self._opaque(text, enc), len(enc.ids)]:
+            end = enc.starts[i] if i < len(enc.ids) else len(text)
+            said = b"".join(self._bytes[token] or b"\xff" for token in enc.ids[first:i])
+            parts.append((said, text[start:end].encode()))
+            first, start = i + 1, enc.ends[i] if i < len(enc.ids) else end
+        return parts
 
     def _gives_back(self, text: str, enc: Encoding) -> bool:
-        return self._text_bytes(enc) in (text.encode(), b" " + text.encode())
+        if any(enc.ids[i] in self._tags for i in self._opaque(text, enc)):
+            return False  # who takes the latents out would take these with them
+        return all(said in (part, b" " + part) for said, part in self._parts(text, enc))
+
+    def _lines(self, text: str, prompt_chars: int, enc: Encoding) -> tuple[Line, ...] | None:
+        """Cuts the text into lines, special tokens read as commas, which change nothing in any format.
+
+        A prompt with special tokens may be a chat, which need not be of the format: then what stands behind the last
+        of them is read, or the completion by itself.
+        """
+        begins, read = [0], text
+        for i in self._opaque(text, enc):
+            start, end = enc.starts[i], enc.ends[i]
+            token = text[start:end].strip()
+            read = read[:start] + read[start:end].replace(token, "," * len(token)) + read[end:]
+            if end <= prompt_chars:
+                begins = [0, end, prompt_chars]
+        for begin in begins:
+            lines = self.format.segment(read[begin:])
+            if lines is not None:
+                lines = tuple(replace(x, start=x.start + begin, text_start=x.text_start + begin) for x in lines)
+                return lines if begin == 0 or read[begin - 1] == "\n" else lines[1:]  # a row's rest begins no line
+        return None
 
     def _actions(self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int) -> tuple[Action, ...]:
         """Lists actions that tile the tokens from `context` on; a line that starts inside a token joins the one
@@ -98,12 +141,15 @@ class Segmenter:
         for line in lines:
             start = self._start(line, enc)
             if start is not None and context <= start < len(enc.ids):
-                boundary = None if line.comment or after_comment else self._boundary(text, line, start, enc)
-                cuts[start] = (boundary, line.comment)
+                without = line.comment or after_comment or self._is_beside_special(start, enc)
+                cuts[start] = (None if without else self._boundary(text, line, start, enc), line.comment)
             after_comment = line.comment
         edges = sorted({context, *cuts, len(enc.ids)})
         spans = enumerate(zip(edges, edges[1:], strict=False))
         return tuple(Action(i, start, end, *cuts.get(start, (None, False))) for i, (start, end) in spans)
+
+    def _is_beside_special(self, start: int, enc: Encoding) -> bool:
+        return any(self._bytes[enc.ids[i]] is None for i in (start - 1, start) if i >= enc.bos)
 
     def _start(self, line: Line, enc: Encoding) -> int | None:
         """Finds the first token of `line` after the carry; `None` when a token straddles the line's start."""
@@ -116,7 +162,7 @@ class Segmenter:
     def _boundary(self, text: str, line: Line, start: int, enc: Encoding) -> Boundary | None:
         if line.start > 0:
             carry = text[line.start : enc.ends[start - 1]]
-        elif enc.bos and not text.startswith("\ufeff") and self._text_bytes(enc) == text.encode():
+        elif enc.bos and not text.startswith("\ufeff") and len(set(self._parts(text, enc)[0])) == 1:  # both are equal
             carry = ""
         else:  # nothing predicts the first token, or it holds a dummy space that may not follow a comment
             return None

@@ -204,6 +204,26 @@ def build_token_table(
     return TokenTable(stop_ids, blank, next_state, torch.tensor(pending), data, tokenizer.eos_token_id)
 
 
+def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Takes the beginning of text off that a text says itself, where the tokenizer adds it in any case."""
+    bos = tokenizer.bos_token
+    if bos is None or not text.startswith(bos):
+        return text
+    return text.removeprefix(bos) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else text
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool = True) -> list[int]:
+    """Encodes a text that is to be continued: without the end of text that some tokenizers append, and with one
+    beginning of text where the prompt says its own."""
+    prompt = without_bos(tokenizer, prompt) if add_special_tokens else prompt
+    options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True, "verbose": False}
+    encoded = tokenizer(prompt, **options)
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    while len(ids) > 1 and added[len(ids) - 1] and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
 def encode_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int] | None:
     """Encodes `text` as it comes out behind `anchor`; `None` where the tokenizer merges the two."""
 
