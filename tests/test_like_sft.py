@@ -46,6 +46,7 @@ def both(tmp_path, tokenizer, tiny_model) -> Callable[..., tuple[SFTTrainer, RA3
         shared = {
             "max_length": 256, "learning_rate": 1e-3, "per_device_train_batch_size": 3, "max_steps": 20,
             "lr_scheduler_type": "linear", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3,
+            "adam_epsilon": 1e-5,  # by default a gradient that is rounding alone moves a weight too
             "use_cpu": True, "disable_tqdm": True, "activation_checkpointing": False, "bf16": False,
         } | settings  # fmt: skip
         data = Dataset.from_dict(rows) if isinstance(rows, dict) else rows
@@ -87,17 +88,17 @@ def test_texts(both, architecture, packing):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prompts_and_completions(both, architecture):
-    assert_same(both(PAIRS, architecture, ours={"packing": architecture != "mamba"}))
+    assert_same(both(PAIRS, architecture, ours={"packing": False}))
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
 def test_completion_only_loss(both, wanted):
-    assert_same(both(PAIRS, completion_only_loss=wanted))
+    assert_same(both(PAIRS, ours={"packing": False}, completion_only_loss=wanted))
 
 
 @pytest.mark.parametrize("rows", [{"text": TEXTS}, PAIRS], ids=["texts", "pairs"])
 def test_streams(both, rows):
-    assert_same(both(Dataset.from_dict(rows).to_iterable_dataset()))
+    assert_same(both(Dataset.from_dict(rows).to_iterable_dataset(), ours={"packing": False}))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
