@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from .config import RA3Config, beside_trainers, check_args
 from .generation import AutoModelForCausalLMWithAbstractionHead
-from .models import AbstractionHead, load_head, load_tokenizer, place_of, with_special_tokens
+from .models import AbstractionHead, load_head, load_tokenizer, place_of
 from .refusals import shown
 
 
@@ -62,7 +62,7 @@ def read_arguments(kind: type, model: Any, args: Any, tokenizer: Any, quantizati
         options = _quantized(options, quantization_config, model)
     if isinstance(model, str):
         args.model_init_kwargs = options or None
-    tokenizer = with_special_tokens(_tokenizer(tokenizer, name, options), args)
+    tokenizer = _tokenizer(tokenizer, name, options)
     if isinstance(model, str) and args.abstraction_head:
         head = load_head(name, **place_of(options))
     return Start(model, args, tokenizer, head)

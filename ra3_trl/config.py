@@ -59,7 +59,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     """
 
     trainer: ClassVar[str] = "RA3MidTrainer"  # whose settings they are
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
 
     # Values that differ from TrainingArguments
     learning_rate: float = setting("Peak learning rate of the M-phase.", 2e-5)
@@ -70,22 +70,30 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     # Model
     model_init_kwargs: dict[str, Any] | str | None = setting("Keyword arguments of `from_pretrained`, as JSON.", None)
     trust_remote_code: bool = setting("Run code that comes with the model's files or its tokenizer's.", False)
-    eos_token: str | None = setting("Token that ends a document; the tokenizer's own if left out.", None)
-    pad_token: str | None = setting(
-        "Token that fills rows; the tokenizer's own if left out, else what ends one.", None
-    )
 
     # Data
-    max_length: int = setting(
-        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost.", 1024, 16
-    )
-    dataset_text_field: str = setting("Column that holds the text.", "text")
-    dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
-    shuffle_dataset: bool = setting("Shuffle the data once, by `seed`, before they are cut.", False)
-    completion_only_loss: bool | None = setting(
-        "Train on completions alone, which is so where there are any; false trains on prompts too, as on text before "
-        "them, with latents in both.", None
+    max_length: int | None = setting(
+        "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost. None is the "
+        "model's context, and rows are not packed.", 1024, 16
     )  # fmt: skip
+    dataset_text_field: str = setting("Column that holds the text.", "text")
+    dataset_kwargs: dict[str, Any] | str | None = setting(
+        "As in TRL: `skip_prepare_dataset` says that rows are tokens (`input_ids`, `labels`), which is seen anyway.",
+        None,
+    )
+    completion_only_loss: bool | None = setting(
+        "Train on the completion only. Left out: where the data has `prompt` and `completion`.", None
+    )
+    assistant_only_loss: bool | None = setting(
+        "Train on the assistant's turns only. Left out: of `messages`, but not of `prompt` and `completion`.", None
+    )
+    chat_template_path: str | None = setting(
+        "A Jinja file, or a folder or Hub id of a tokenizer, whose chat template (and tokens) to take.", None
+    )
+    eos_token: str | None = setting("End of text, of the tokenizer's tokens; its own if left out.", None)
+    pad_token: str | None = setting("Padding, of the tokenizer's tokens; its own if left out.", None)
+    shuffle_dataset: bool = setting("Shuffle the training data before anything is done with it.", False)
+    dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
     action_format: str = setting(
         "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, tags, python_tags, "
         "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"

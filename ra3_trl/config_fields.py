@@ -174,3 +174,9 @@ def scheduler_kwargs(kwargs: dict[str, Any] | None, kinds: Mapping[str, str]) ->
                 f"{shares[field_name]}: {error}"
             ) from error
     return shares
+
+
+def row_length(args: Any) -> int:
+    """`max_length` of an `RA3Config`, once a model is there to say what `None` is."""
+    assert args.max_length is not None
+    return int(args.max_length)

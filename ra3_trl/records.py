@@ -42,6 +42,7 @@ class Action:
     end: int
     boundary: Boundary | None = None  # `None` where no latent may stand
     comment: bool = False  # the expert's own comment: context, never scored
+    trained: bool = True  # whether the M-step trains on it; of a user's turn it does not, and that is a `comment` too
 
     @property
     def decides(self) -> bool:
@@ -79,6 +80,12 @@ class Document:
     # "actions", or why the text gets plain next-token training: "plain" does not tokenize as this format, "lossy" is
     # not given back by the tokenizer.
     status: str = "actions"
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that next-token prediction trains on: but for the context, the first, and what is masked."""
+        masked = sum(action.end - action.start for action in self.actions if not action.trained)
+        return len(self.input_ids) - max(self.context, 1) - masked
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -163,7 +170,7 @@ class AnnotatedExample:
 
     document: Document
     input_ids: tuple[int, ...]
-    labels: tuple[int, ...]  # `-100` on the context
+    labels: tuple[int, ...]  # `-100` on the context and on actions that are not trained
     is_latent: tuple[bool, ...]  # think prefix, latent and closure tokens
     placed: dict[int, Latent] = field(default_factory=dict)  # latents by the position of the action they stand before
     decisions: dict[int, int] = field(default_factory=dict)  # token behind which a latent might begin -> that position

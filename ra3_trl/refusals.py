@@ -54,12 +54,6 @@ SETTINGS = {
         "set `activation_checkpointing=True`, or lower `max_branch_tokens` or the batch size, to bound memory",
     ),
     "eval_packing": Refusal("held-out numbers are of documents, not of rows"),
-    "max_length": Refusal(
-        "a row needs a bound, which rollouts and packing are planned by",
-        "set it to the tokens of your longest text or to the model's context; longer texts are cut between lines and "
-        "no token is lost",
-        refused=(None,),
-    ),
     "packing_strategy": Refusal(
         "a latent needs its whole line, and documents cut anywhere would lose theirs",
         "use 'bfd_split', which is what RA3 does, or leave it out",
@@ -74,9 +68,6 @@ SETTINGS = {
         "cut the texts yourself where their end alone should be trained",
         (None, "keep_start"),
     ),
-    "assistant_only_loss": Refusal("conversations are not read yet", "give texts, or prompts and completions"),
-    "chat_template_path": Refusal("conversations are not read yet", "give texts, or prompts and completions"),
-    "dataset_kwargs": Refusal("texts are always cut into actions", taken=(None, False, {})),
     # of GRPOConfig
     "num_generations": Refusal("latents are drawn at each boundary", "set `num_latents`", (None,)),
     "num_generations_eval": Refusal("latents are drawn at each boundary", "set `eval_num_latents`", (None,)),

@@ -62,7 +62,7 @@ from .refusals import refuse_arguments
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
 from .saving import SavingMixin
-from .segmentation import FEATURES, find_format
+from .segmentation import find_format
 from .trackers import check_best_metric, check_trackers
 
 
@@ -95,7 +95,8 @@ class RA3MidTrainer(SavingMixin, Trainer):
             Settings. `None` is the default configuration, written to `<model>-RA3`; of `TrainingArguments` and TRL's
             `SFTConfig` an [`RA3Config`] is made that says the same.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Expert text: a text column, `prompt` and `completion`, or anything with a `formatting_func`.
+            Expert text: a text column, `prompt` and `completion`, conversations, tokens, or anything with a
+            `formatting_func`; see docs/data.md.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             Held-out text of the same form.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -306,26 +307,21 @@ class RA3MidTrainer(SavingMixin, Trainer):
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        """As `Trainer`'s; no row counts twice."""
+        """As `Trainer`'s, of rows as the trainer takes them; no row counts twice."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
+        named = isinstance(data, str)
+        return self._loader_of(self.eval_dataset[data] if named else data, "eval", data if named else None)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
+        """As `Trainer`'s, of rows as the trainer takes them; no row counts twice."""
+        return self._loader_of(test_dataset, "test")
+
+    def _loader_of(self, data: Any, split: str, name: str | None = None) -> DataLoader:
+        data = self.cut(data, split)
         if isinstance(data, IterableDataset):
             return stream_loader(data, self.args, self.args.eval_batch_size, self.data_collator, train=False)
         with not_evened_out(self.accelerator):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
-        """As `Trainer`'s; no row counts twice."""
-        if isinstance(test_dataset, IterableDataset):
-            return stream_loader(test_dataset, self.args, self.args.eval_batch_size, self.data_collator, train=False)
-        with not_evened_out(self.accelerator):
-            return super().get_test_dataloader(test_dataset)
-
-    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
-        """As `Trainer.evaluate`; `eval_dataset` is text as the trainer takes it, a data set or a dict of them."""
-        if isinstance(eval_dataset, (Dataset, IterableDataset)) and set(eval_dataset.features or ()) != set(FEATURES):
-            eval_dataset = self.cut(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().get_eval_dataloader(data if name is None else name)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

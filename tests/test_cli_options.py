@@ -90,7 +90,8 @@ def test_every_field_has_an_option(parser, name):
 def test_the_fields_are_those_of_the_dataclasses():
     """The parametrised tests below test something."""
     known = {"model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs", "accelerator_config",
-             "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "liger_kernel_config"}  # fmt: skip
+             "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "liger_kernel_config",
+             "dataset_kwargs"}  # fmt: skip
     assert known == set(MAPPINGS)
     assert {"report_to", "lora_target_modules", "reward_funcs", "reward_weights", "datasets"} <= set(LISTS)
     assert len(FIELDS) > 150

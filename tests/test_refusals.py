@@ -23,7 +23,6 @@ REFUSED = {
     "pad_to_multiple_of": (8, "8", "leave it out"),
     "activation_offloading": (True, "true", "set `activation_checkpointing=True`"),
     "truncation_mode": ("keep_end", "keep_end", "nothing is truncated"),
-    "max_length": (None, "none", "set it to the tokens of your longest text"),
     "torch_compile": (True, "true", "graphs would be built anew"),
     "neftune_noise_alpha": (5.0, "5.0", "leave it out"),
     "train_sampling_strategy": ("group_by_length", "group_by_length", "leave it out"),

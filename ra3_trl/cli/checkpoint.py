@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
@@ -39,7 +39,7 @@ def add_settings(
     group = parser.add_argument_group(title)
     hints, by_name = get_type_hints(config), {field.name: field for field in fields(config)}
     for name in names:
-        kind = _number_or_none if hints[name] == float | None else hints[name] if hints[name] in (int, float) else str
+        kind = _OR_NONE.get(hints[name], hints[name] if hints[name] in (int, float) else str)
         own = "the checkpoint's, else " if name in of_the_checkpoint else ""
         meaning = "Seed of the draws." if name == "seed" else by_name[name].metadata["help"]
         text = f"{meaning} (default: {own}{by_name[name].default})"
@@ -52,11 +52,17 @@ def flag_settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str
     return {name: None if value == "none" else value for name, value in given.items()}
 
 
-def _number_or_none(text: str) -> float | str:
-    return "none" if text.lower() == "none" else float(text)
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads `none` too."""
+
+    def read(text: str) -> Any:
+        return "none" if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse's messages name the type
+    return read
 
 
-_number_or_none.__name__ = "float"  # argparse's messages name the type
+_OR_NONE: dict[Any, Callable[[str], Any]] = {kind | None: _or_none(kind) for kind in (int, float)}
 
 
 def saved_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
+from ..config_fields import row_length
 from ..em import EStep, Gradients, mstep_loss, pack
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy
@@ -127,7 +128,7 @@ def _time_mstep(policy: Policy, examples: list[AnnotatedExample]) -> float:
     """Times an M-update without its optimizer step: seconds per token."""
     policy.model.train()
     begin = time.perf_counter()
-    rows = pack(examples, policy.args.max_length, policy.args.packing)
+    rows = pack(examples, row_length(policy.args), policy.args.packing)
     with policy.autocast():
         loss, *_ = mstep_loss(policy.backbone, rows, float(max(rows.num_tokens, 1)))
         loss.backward()

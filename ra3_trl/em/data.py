@@ -11,7 +11,15 @@ from datasets import Dataset, IterableDataset
 from ..models import context_length
 from ..policy import Policy, chunk_length
 from ..records import Document
-from ..segmentation import Segmenter, count_documents, row_to_document, segment_dataset
+from ..segmentation import (
+    FEATURES,
+    RowForms,
+    Segmenter,
+    as_dataset,
+    count_documents,
+    row_to_document,
+    segment_dataset,
+)
 from .stream import own_share
 
 
@@ -21,10 +29,6 @@ logger = get_logger(__name__)  # of the main process
 def collate(rows: list[dict[str, Any]]) -> dict[str, list[Document]]:
     """Rows of segmented data as a batch of documents."""
     return {"documents": [row_to_document(row) for row in rows]}
-
-
-def _prompt_and_completion(row: dict[str, str]) -> str:
-    return row["prompt"] + row["completion"]
 
 
 class Cutter:
@@ -48,42 +52,32 @@ class Cutter:
         self.counts: dict[str, dict[str, int]] = {}
 
     def __call__(self, dataset: Any, split: str) -> Any:
-        """Cuts a data set, or each of a dict of them, into rows of chunks; `None` stays.
+        """Cuts a data set, or each of a dict of them, into rows of chunks; `None` and what is cut already stay.
 
         Raises:
-            `ValueError`: for empty data, and training data without a place for a latent.
+            `ValueError`: for other containers, rows that can't be read, and training data without a place for a
+            latent.
         """
-        if isinstance(dataset, dict) and split == "train":
-            raise ValueError(f"`train_dataset` has the splits {sorted(dataset)}; pass one of them.")
-        if isinstance(dataset, dict):
-            return {name: self(value, name) for name, value in dataset.items()}
         if dataset is None:
             return None
+        name = f"{split if split in ('train', 'test') else 'eval'}_dataset"
+        if isinstance(dataset, dict) and split != "train":
+            if not dataset:
+                raise ValueError(f"`{name}` is an empty dict; give it a data set, or leave it out.")
+            return {key: self(value, f"eval_{key}") for key, value in dataset.items()}
         args = self.policy.args
-        if args.shuffle_dataset:
+        dataset = as_dataset(dataset, name)
+        if set(dataset.features or ()) == set(FEATURES):
+            return dataset
+        if args.shuffle_dataset and split == "train":
             dataset = dataset.shuffle(seed=args.seed)
         if isinstance(dataset, IterableDataset):
             dataset = own_share(dataset, args.process_index, args.world_size)
-        segmented = segment_dataset(
-            dataset, self._segmenter(split), args.dataset_text_field, self._text_of(dataset), args.dataset_num_proc
-        )
+        forms, processes = RowForms.of(args, self.formatting_func), args.dataset_num_proc
+        segmented = segment_dataset(dataset, self._segmenter(split), num_proc=processes, forms=forms, name=name)
         if isinstance(segmented, Dataset):
             self._count(dataset, segmented, split)
         return segmented
-
-    def _text_of(self, dataset: Dataset | IterableDataset) -> Callable[[dict], str] | None:
-        """`formatting_func`, or what makes one text of prompt and completion where `completion_only_loss` is false."""
-        args, columns = self.policy.args, set(next(iter(dataset), {}))
-        pairs = {"prompt", "completion"} <= columns and args.dataset_text_field not in columns
-        if args.completion_only_loss and (self.formatting_func is not None or not pairs):
-            raise ValueError(
-                f"`completion_only_loss` is True, but texts come from "
-                f"{'`formatting_func`' if self.formatting_func is not None else f'the columns {sorted(columns)}'} and "
-                "not from a prompt and a completion; leave it out."
-            )
-        if args.completion_only_loss is False and pairs and self.formatting_func is None:
-            return _prompt_and_completion
-        return self.formatting_func
 
     def _segmenter(self, split: str) -> Segmenter:
         segmenter, args = self.policy.segmenter, self.policy.args
@@ -92,14 +86,13 @@ class Cutter:
         # Evaluation always draws latents, so its chunks are the same for next-token prediction: longer ones alone
         # lower its cross-entropy.
         longest = chunk_length(args, context_length(self.policy.backbone.causal_lm), True)
-        return Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments)
+        return Segmenter(segmenter.tokenizer, segmenter.format, longest, segmenter.existing_comments, True)
 
     def _count(self, dataset: Dataset, segmented: Dataset, split: str) -> None:
-        name = split if split == "train" or split.startswith("eval") else f"eval_{split}"
-        self.counts[name] = counts = count_documents(dataset, segmented)
-        logger.info("%s: %s", name, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
+        self.counts[split] = counts = count_documents(dataset, segmented)
+        logger.info("%s: %s", split, ", ".join(f"{value:,} {key}" for key, value in counts.items() if value))
         if not len(segmented):
-            raise ValueError(f"`{name}_dataset` has {len(dataset)} rows and all are empty texts; give it some code.")
+            raise ValueError(f"`{split}_dataset` has {len(dataset)} rows and all are empty texts; give it some code.")
         if split == "train" and self.policy.args.e_steps and not counts["boundaries"]:
             raise ValueError(
                 f"`train_dataset` has no place where a latent may stand ({counts}); check `action_format`, or set "

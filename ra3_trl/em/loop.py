@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..config import RA3Config
+from ..config_fields import row_length
 from ..models import BaseWeights, Dropout, FrozenWeights
 from ..policy import Policy, annotate_all, first_latent, token_text
 from ..records import AnnotatedExample, Document
@@ -112,7 +113,7 @@ class EMLoop:
         self.plug_ins = plug_ins
         self.watch = watch
         if watch is not None:  # there is something to train on
-            check_packing(policy.backbone, policy.args.max_length, policy.args.packing)
+            check_packing(policy.backbone, row_length(policy.args), policy.args.packing)
         self.on_phase = on_phase
         self.on_rollouts: Callable[[int, Sequence[Rollout]], Any] = lambda step, rollouts: None
         self.dropout = Dropout(policy.model)
@@ -297,7 +298,7 @@ class EMLoop:
         else:
             examples = [splice(document, {}) for document in flat]
         args = self.args
-        rows = [pack(own, args.max_length, args.packing) if own else None for own in _split(examples, batches)]
+        rows = [pack(own, row_length(args), args.packing) if own else None for own in _split(examples, batches)]
         tokens = sum(r.num_tokens for r in rows if r is not None)
         return [Batch(rows=r) for r in rows], Share([1] * len(rows), float(tokens), tokens)
 

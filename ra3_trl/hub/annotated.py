@@ -14,7 +14,16 @@ from tqdm.auto import tqdm
 from ..policy import Policy, annotate
 from ..records import AnnotatedExample
 from ..rollout import NoiseKey
-from ..segmentation import readable_bytes, row_text, row_to_document, segment_dataset
+from ..segmentation import (
+    RowForms,
+    RowReader,
+    Segmenter,
+    Text,
+    Tokens,
+    readable_bytes,
+    row_to_document,
+    segment_dataset,
+)
 
 
 ANNOTATION = Features(
@@ -79,8 +88,10 @@ def _annotate_rows(
     """Makes the columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
     args, segmenter = policy.args, policy.segmenter
     data = readable_bytes(policy.tokenizer, segmenter.format)
-    segmented = segment_dataset(dataset, segmenter, args.dataset_text_field, formatting_func)
-    texts = [_text_of(policy, row, formatting_func) for row in dataset]
+    forms = RowForms.of(args, formatting_func)
+    segmented = segment_dataset(dataset, segmenter, forms=forms)
+    reader = RowReader(segmenter, forms)
+    texts = [_text_of(segmenter, reader(row)) for row in dataset]
     rows = {n: {"annotated_text": t, "latents": [], "num_boundaries": 0} for n, t in zip(numbers, texts, strict=True)}
     noise, chunks = NoiseKey(args.seed, 1, 0), (row_to_document(row) for row in segmented)
     quiet = args.disable_tqdm or args.process_index > 0
@@ -98,11 +109,11 @@ def _annotate_rows(
     return rows
 
 
-def _text_of(policy: Policy, row: dict[str, Any], formatting_func: Callable[[dict], str] | None) -> str:
+def _text_of(segmenter: Segmenter, example: Text | Tokens) -> str:
     """The text of a row as the segmenter sees it."""
-    text, prompt_chars = row_text(row, policy.args.dataset_text_field, formatting_func)
-    segmenter = policy.segmenter
-    return text if segmenter.existing_comments == "keep" else segmenter.format.strip(text, prompt_chars)
+    if isinstance(example, Tokens):
+        return example.text
+    return example.text if segmenter.existing_comments == "keep" else segmenter.format.strip(*example)
 
 
 def join_chunks(

@@ -15,7 +15,7 @@ from .load import (
     place_of,
     state_width,
 )
-from .prepare import prepare_model, with_special_tokens
+from .prepare import prepare_model
 from .tags import add_tags
 
 
@@ -40,5 +40,4 @@ __all__ = [
     "place_of",
     "save_head",
     "state_width",
-    "with_special_tokens",
 ]

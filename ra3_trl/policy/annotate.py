@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..config_fields import row_length
 from ..losses import compute_returns, explored, log1mexp, log_mean_gain, resampling_logits
 from ..records import AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import CHOICE, GATE, NoiseKey
@@ -85,7 +86,7 @@ def annotate_all(
         asked: list[tuple[int, Document, list[int]]] = []
         for i in [i for i, boundaries in enumerate(left) if boundaries]:
             context = splice(documents[i], done[i].placed).document
-            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > args.max_length:
+            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > row_length(args):
                 left[i] = []  # the row is full
             else:
                 asked.append((i, context, left[i][:most]))

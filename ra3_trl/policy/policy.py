@@ -196,7 +196,7 @@ class Policy:
         if engine.name == "branch" and "flash" in attention:
             logger.warning(_REPLACED, attention, attention)
         longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
-        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments), head)
+        return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments, True), head)
 
     # ---- parts ----
 
@@ -354,6 +354,10 @@ def chunk_length(args: RA3Config, context: int | None, latents: bool) -> int:
     Raises:
         `ValueError`: if the model's `context` is shorter than `max_length`, or latents leave no room for text.
     """
+    if args.max_length is None:
+        if context is None:
+            raise ValueError("`max_length` is None, and the model has no longest text; give a number.")
+        args.max_length, args.packing = context, False  # nothing bounds a packed row
     if args.max_length > (context or args.max_length):
         raise ValueError(
             f"`max_length` is {args.max_length}, but the model's context holds {context} tokens; lower it."

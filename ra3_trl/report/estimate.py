@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import RA3Config
+from ..config_fields import row_length
 from ..em import Schedule
 from ..rollout import Backbone
 
@@ -98,13 +99,13 @@ def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchor
     per_token = 2 * config.num_hidden_layers * (values.get("num_key_value_heads") or heads) * head_size * size
     wide = values.get("intermediate_size") or 4 * config.hidden_size
     width = config.hidden_size if args.activation_checkpointing else 8 * config.hidden_size + 4 * wide
-    in_flight = max(args.max_length * args.train_batch_size, args.max_length + args.max_branch_tokens)
+    in_flight = max(row_length(args) * args.train_batch_size, row_length(args) + args.max_branch_tokens)
     return {
         "parameters": parameters,
         "gradients": trained,
         "optimizer": round(trained * 2 * _STATES.get(str(args.optim.value), 1.0)),
         "frozen snapshots": trained * max(in_e, in_m),
-        "document cache": per_token * args.max_length,
+        "document cache": per_token * row_length(args),
         "branch cache": per_token * args.max_branch_tokens if args.uses_latents else 0,
         "activations": config.num_hidden_layers * width * size * in_flight,
     }

@@ -1,8 +1,9 @@
 """Text -> actions (lines) -> token boundaries."""
 
 from .corpus import load_code_directory, standard_library
-from .datasets import FEATURES, count_documents, document_to_row, row_text, row_to_document, segment_dataset
-from .documents import Segmenter, splice
+from .datasets import FEATURES, as_dataset, count_documents, document_to_row, row_to_document, segment_dataset
+from .documents import Segmenter, Tokens, splice
+from .examples import RowForms, RowReader, Text
 from .fences import PYTHON_NAMES, Fence, find_fences
 from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
 from .lines import Line
@@ -24,7 +25,12 @@ __all__ = [
     "FragmentEncoder",
     "Line",
     "OwnLineComment",
+    "RowForms",
+    "RowReader",
     "Segmenter",
+    "Text",
+    "Tokens",
+    "as_dataset",
     "build_token_table",
     "count_code_lines",
     "count_documents",
@@ -36,7 +42,6 @@ __all__ = [
     "prompt_ids",
     "readable_bytes",
     "require_tags",
-    "row_text",
     "row_to_document",
     "segment_dataset",
     "splice",

@@ -10,18 +10,20 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 
 from ..records import Action, Boundary, Document
-from .documents import Segmenter
+from .documents import Segmenter, Tokens
+from .examples import RowForms, RowReader, Text
 
 
 _IDS = Sequence(Value("int32"))
 FEATURES = Features(
     {"doc_id": Value("int64"), "chunk": Value("int32"), "status": Value("string"), "context": Value("int32")}
     | dict.fromkeys(("input_ids", "index", "start", "end"), _IDS)
-    | {"comment": Sequence(Value("bool")), "think": Sequence(_IDS), "close": Sequence(_IDS)}
-)
-_SUPPORTED = (
-    "a text column (`dataset_text_field`), the two text columns 'prompt' and 'completion', or any columns with a "
-    "`formatting_func` that returns a string"
+    | {
+        "comment": Sequence(Value("bool")),
+        "trained": Sequence(Value("bool")),
+        "think": Sequence(_IDS),
+        "close": Sequence(_IDS),
+    }
 )
 
 
@@ -38,6 +40,7 @@ def document_to_row(document: Document) -> dict[str, Any]:
         "start": [a.start for a in document.actions],
         "end": [a.end for a in document.actions],
         "comment": [a.comment for a in document.actions],
+        "trained": [a.trained for a in document.actions],
         "think": [list(b.think) for b in boundaries],
         "close": [list(b.close) for b in boundaries],
     }
@@ -45,44 +48,57 @@ def document_to_row(document: Document) -> dict[str, Any]:
 
 def row_to_document(row: dict[str, Any]) -> Document:
     """Reads what [`document_to_row`] has written."""
-    columns = zip(*(row[name] for name in ("index", "start", "end", "comment", "think", "close")), strict=True)
+    columns = zip(
+        *(row[name] for name in ("index", "start", "end", "comment", "trained", "think", "close")), strict=True
+    )
     actions = tuple(
-        Action(index, start, end, Boundary(tuple(think), tuple(close)) if think else None, comment)
-        for index, start, end, comment, think, close in columns
+        Action(index, start, end, Boundary(tuple(think), tuple(close)) if think else None, comment, trained)
+        for index, start, end, comment, trained, think, close in columns
     )
     ids = tuple(row["input_ids"])
     return Document(row["doc_id"], row["chunk"], ids, actions, row["context"], row["status"])
 
 
-def row_text(example: dict[str, Any], text_field: str, formatting_func: Callable | None) -> tuple[str, int]:
-    """Finds the text of an example and the number of its characters that are a prompt.
+def as_dataset(data: Any, name: str) -> Dataset | IterableDataset:
+    """Takes a data set or a stream, without its format, as which `name` was passed.
 
     Raises:
-        `ValueError`: for columns that no text is made of.
+        `ValueError`: for other containers, with what makes a data set of them.
     """
-    if formatting_func is not None:
-        text, prompt = formatting_func(example), ""
-    elif text_field in example:
-        text, prompt = example[text_field], ""
-    elif "prompt" in example and "completion" in example:
-        prompt, text = example["prompt"], example["completion"]
-    else:
+    if isinstance(data, dict):
         raise ValueError(
-            f"`dataset_text_field` is {text_field!r}, and the data has the columns {sorted(example)}; what can be "
-            f"read is {_SUPPORTED}."
+            f"`{name}` has the splits {list(data)}; pass one of them, such as `data[{next(iter(data), 0)!r}]`."
         )
-    for column in (prompt, text):
-        if not isinstance(column, str):
-            raise ValueError(
-                f"`train_dataset` with the columns {sorted(example)} holds {type(column).__name__} and not text (is "
-                f"it conversational?); RA3MidTrainer reads {_SUPPORTED}."
-            )
-    return prompt + text, len(prompt)
+    if not isinstance(data, (Dataset, IterableDataset)):
+        kind = type(data).__name__
+        cure = {"list": "from_list(rows)", "tuple": "from_list(list(rows))", "DataFrame": "from_pandas(frame)"}
+        if isinstance(data, (list, tuple)) and not all(isinstance(row, dict) for row in data):
+            cure = dict.fromkeys(cure, "from_dict({'text': texts})")
+        way = cure.get(kind, "from_generator(lambda: iter(data))")
+        raise ValueError(
+            f"`{name}` is a {kind}; give a `datasets.Dataset` or `IterableDataset`: `Dataset.{way}`, or for a file "
+            "`load_dataset`."
+        )
+    if isinstance(data, IterableDataset):
+        return data.with_format(None)
+    if data.format["type"] == "custom":
+        raise ValueError(
+            f"`{name}` has a transform, which would be asked once and not at each use; write its result into the rows "
+            "by `map`, or take it off by `with_format(None)`."
+        )
+    # A format may hide columns.
+    return data.with_format(None).select_columns(data.format["columns"])
 
 
-def content_id(text: str) -> int:
+def content_id(example: Text | Tokens | str) -> int:
     """Numbers a document in a stream by 63 bits of its content: the same in whichever shard or pass it comes."""
+    text = example if isinstance(example, str) else example.text
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
+
+
+def cut_example(segmenter: Segmenter, doc_id: int, example: Text | Tokens) -> list[Document]:
+    """Cuts what a row holds."""
+    return segmenter.cut_tokens(doc_id, example) if isinstance(example, Tokens) else segmenter(doc_id, *example)
 
 
 def segment_dataset(
@@ -91,34 +107,56 @@ def segment_dataset(
     text_field: str = "text",
     formatting_func: Callable[[dict], str] | None = None,
     num_proc: int | None = None,
+    forms: RowForms | None = None,
+    name: str = "train_dataset",
 ) -> Dataset | IterableDataset:
-    """Cuts every row into document chunks: its text column, its `prompt` and `completion`, or what `formatting_func`
-    makes of it. `num_proc` processes share a data set's rows; a stream is cut as it is read.
+    """Cuts every row into document chunks.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Texts, prompts with completions, conversations or tokens, see [`RowReader`].
+        segmenter ([`Segmenter`]):
+            What cuts them.
+        text_field (`str`, *optional*, defaults to `"text"`), formatting_func (`Callable`, *optional*):
+            The column of the text, or what makes it.
+        num_proc (`int`, *optional*):
+            Processes that share a data set's rows; a stream is cut as it is read.
+        forms ([`RowForms`], *optional*):
+            How rows are read, in place of the two.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            What errors call it.
 
     Raises:
-        `ValueError`: for an empty data set, or a form that is not supported, naming the columns found.
+        `ValueError`: for an empty data set, another container, or a row that can't be read, by its number.
     """
+    dataset = as_dataset(dataset, name)
+    reader = RowReader(segmenter, forms or RowForms(formatting_func, text_field))
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError("`train_dataset` (or `eval_dataset`) is empty; give it at least one row.")
-    row_text(first, text_field, formatting_func)
+        raise ValueError(f"`{name}` is empty; give it at least one row.")
 
-    def cut(batch: dict[str, list], indices: list[int] | None = None) -> dict[str, list]:
-        out: dict[str, list] = {name: [] for name in FEATURES}
-        for position in range(len(next(iter(batch.values())))):
-            example = {name: column[position] for name, column in batch.items()}
-            text, prompt_chars = row_text(example, text_field, formatting_func)
-            doc_id = content_id(text) if indices is None else indices[position]
-            for document in segmenter(doc_id, text, prompt_chars):
-                for name, value in document_to_row(document).items():
-                    out[name].append(value)
+    def read(row: dict[str, Any], index: int) -> Text | Tokens:
+        try:
+            return reader(row)
+        except ValueError as error:
+            raise ValueError(f"`{name}`, row {index}: {error}") from error
+
+    def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {column: [] for column in FEATURES}
+        for position, index in enumerate(indices):
+            example = read({column: values[position] for column, values in batch.items()}, index)
+            doc_id = index if isinstance(dataset, Dataset) else content_id(example)
+            for document in cut_example(segmenter, doc_id, example):
+                for column, value in document_to_row(document).items():
+                    out[column].append(value)
         return out
 
-    columns: dict[str, Any] = {"batched": True, "features": FEATURES, "remove_columns": list(first)}
+    read(first, 0)
+    columns: dict[str, Any] = {"features": FEATURES, "remove_columns": list(first)}
     if not isinstance(dataset, Dataset):
-        return dataset.map(cut, batch_size=8, **columns)  # little is read ahead
+        return dataset.map(cut, with_indices=True, batched=True, batch_size=8, **columns)  # little is read ahead
     options = {"num_proc": num_proc, "load_from_cache_file": False, "desc": "Cutting text into actions"}
-    return dataset.map(cut, with_indices=True, batch_size=64, **options, **columns)
+    return dataset.map(cut, with_indices=True, batched=True, batch_size=64, **options, **columns)
 
 
 def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
@@ -130,15 +168,16 @@ def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
     """
     per_document: dict[int, str] = {}
     totals: Counter[str] = Counter()
-    for row in segmented.select_columns(["doc_id", "status", "think", "input_ids", "context", "comment"]):
+    for row in segmented:
         boundaries = sum(1 for think in row["think"] if think)
         status = row["status"] if row["status"] != "actions" else ("with_actions" if boundaries else "no_boundary")
         if per_document.get(row["doc_id"]) != "with_actions":  # one chunk that has some is enough
             per_document[row["doc_id"]] = status
         totals["chunks"] += 1
         totals["boundaries"] += boundaries
-        totals["kept_comments"] += sum(row["comment"])
-        totals["tokens"] += len(row["input_ids"]) - max(row["context"], 1)
+        document = row_to_document(row)
+        totals["kept_comments"] += sum(action.comment and action.trained for action in document.actions)
+        totals["tokens"] += document.num_trained
     kinds = Counter(per_document.values())
     counts = {"documents": len(rows)} | {
         name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "lossy")

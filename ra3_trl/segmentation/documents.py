@@ -6,7 +6,8 @@ comment would be scored in them (docs/design.md, "Text to actions").
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +19,13 @@ from .lines import Line
 from .tokens import FragmentEncoder, require_tags, token_bytes, without_bos
 
 
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Counts the leading tokens that two texts have in common: as in TRL, a completion begins behind them, and not
+    behind the prompt's own, whose last may merge with it."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 class Encoding(NamedTuple):
     """Holds the token ids of a text with their character spans."""
 
@@ -25,6 +33,15 @@ class Encoding(NamedTuple):
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     bos: int  # tokens at the start that stand for no text
+
+
+class Tokens(NamedTuple):
+    """Holds a text whose tokens are given: a conversation's, or a row's `input_ids`. No EOS is added to them."""
+
+    text: str
+    encoding: Encoding
+    trained: tuple[bool, ...]  # of each token
+    regions: tuple[tuple[int, int], ...]  # characters among which the format looks for lines, in each by itself
 
 
 class Segmenter:
@@ -42,11 +59,13 @@ class Segmenter:
         action_format: ActionFormat,
         max_tokens: int,
         existing_comments: str = "keep",
+        trains_merged: bool = False,
     ):
         self.tokenizer = tokenizer
         self.format = action_format
         self.max_tokens = max_tokens
         self.existing_comments = existing_comments
+        self.trains_merged = trains_merged
         self.fragment = FragmentEncoder(tokenizer)
         self._bytes = token_bytes(tokenizer)
         self._tags = set(require_tags(tokenizer, action_format).values())
@@ -63,7 +82,10 @@ class Segmenter:
         enc = self._tokenize(text)
         if not enc.ids[enc.bos :]:  # a normalizer may leave nothing of white space
             return []
-        context = max(enc.bos, self._prompt_tokens(text[:prompt_chars], enc))
+        prompt_tokens = bisect_right(enc.starts, prompt_chars - 1) if prompt_chars else 0
+        if self.trains_merged and prompt_chars:
+            prompt_tokens = common_prefix(self.tokenizer(text[:prompt_chars], verbose=False)["input_ids"], enc.ids)
+        context = max(enc.bos, prompt_tokens)
         lines, status = self._lines(text, prompt_chars, enc), "actions"
         if lines is None:
             status = "plain"
@@ -73,6 +95,44 @@ class Segmenter:
         ids = (*enc.ids, self.tokenizer.eos_token_id)
         return _chunk(Document(doc_id, 0, ids, actions, context, status), self.max_tokens)
 
+    def cut_tokens(self, doc_id: int, tokens: Tokens) -> list[Document]:
+        """Cuts a text whose tokens are given; one without a trained token into none."""
+        text, enc, trained, regions = tokens
+        if not any(trained[1:]):
+            return []
+        context = max(enc.bos, trained.index(True))
+        ends = enc.ids[-1] == self.tokenizer.eos_token_id and trained[-1]  # with an EOS, which is no line's
+        count = len(enc.ids) - ends
+        inner = Encoding(enc.ids[:count], enc.starts[:count], enc.ends[:count], enc.bos)
+        lines, statuses, edges = list[Line](), set[str](), set[int]()
+        parts = [part for region in regions for part in self._between_special(enc, *region)]
+        while parts:
+            start, end = parts.pop(0)
+            read, within = self.format.segment(text[start:end]), _within(enc, start, end)
+            if read is None:
+                learned = [(a, b) for a, b, flag in zip(*enc[1:3], trained, strict=True) if flag and start <= a < end]
+                begin = learned[0][0] if learned else start
+                if begin > start:  # what stands before it may be no code
+                    parts.insert(0, (begin, end))
+                statuses.add("plain")
+            elif not self._gives_back(text[start:end], within):
+                statuses.add("lossy")
+            else:
+                # A latent begins behind a newline, unless the format needs none.
+                free = self.format.end != "\n" or start == 0 or text[start - 1] == "\n"
+                lines += [replace(x.moved(start), latent=x.latent and (x.start > 0 or free)) for x in read]
+                edges.add(bisect_left(enc.starts, end))
+                statuses.add("actions")
+        status = next((name for name in ("actions", "lossy", "plain") if name in statuses), "actions")
+        actions = self._actions(text, tuple(lines), inner, context, trained[:count], edges)
+        return _chunk(Document(doc_id, 0, enc.ids, actions, context, status), self.max_tokens)
+
+    def _between_special(self, enc: Encoding, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of a region between its special tokens."""
+        special = [i for i in range(len(enc.ids)) if start <= enc.starts[i] < end and self._bytes[enc.ids[i]] is None]
+        bounds = [start, *(at for i in special for at in (enc.starts[i], enc.ends[i])), end]
+        return [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
+
     def _tokenize(self, text: str) -> Encoding:
         enc = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
         ids, offsets = enc["input_ids"], enc["offset_mapping"]
@@ -81,13 +141,6 @@ class Segmenter:
         stop = next((i for i in range(bos, len(ids)) if added[i]), len(ids))
         spans = [(0, 0)] * bos + offsets[bos:stop]
         return Encoding(tuple(ids[:stop]), tuple(a for a, _ in spans), tuple(b for _, b in spans), bos)
-
-    def _prompt_tokens(self, prompt: str, enc: Encoding) -> int:
-        """Counts the tokens that a prompt has by itself and in its text: a token that the completion makes another one
-        is trained, as in `SFTTrainer`."""
-        alone = self._tokenize(prompt).ids if prompt else ()
-        pairs = enumerate(zip(alone, enc.ids, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(alone), len(enc.ids)))
 
     def _opaque(self, text: str, enc: Encoding) -> list[int]:
         """Finds the special tokens that stand in the text; the white space around them may be theirs."""
@@ -129,24 +182,45 @@ class Segmenter:
         for begin in begins:
             lines = self.format.segment(read[begin:])
             if lines is not None:
-                lines = tuple(replace(x, start=x.start + begin, text_start=x.text_start + begin) for x in lines)
+                lines = tuple(x.moved(begin) for x in lines)
                 return lines if begin == 0 or read[begin - 1] == "\n" else lines[1:]  # a row's rest begins no line
         return None
 
-    def _actions(self, text: str, lines: tuple[Line, ...], enc: Encoding, context: int) -> tuple[Action, ...]:
+    def _actions(
+        self,
+        text: str,
+        lines: tuple[Line, ...],
+        enc: Encoding,
+        context: int,
+        trained: Sequence[bool] = (),
+        ends: Iterable[int] = (),
+    ) -> tuple[Action, ...]:
         """Lists actions that tile the tokens from `context` on; a line that starts inside a token joins the one
-        before."""
+        before. What is not `trained` (all is, if left out) is an action by itself; at `ends` lines end too."""
         cuts: dict[int, tuple[Boundary | None, bool]] = {}
         after_comment = False
         for line in lines:
             start = self._start(line, enc)
             if start is not None and context <= start < len(enc.ids):
-                without = line.comment or after_comment or self._is_beside_special(start, enc)
+                without = line.comment or after_comment or not line.latent or self._is_beside_special(start, enc)
                 cuts[start] = (None if without else self._boundary(text, line, start, enc), line.comment)
             after_comment = line.comment
-        edges = sorted({context, *cuts, len(enc.ids)})
-        spans = enumerate(zip(edges, edges[1:], strict=False))
-        return tuple(Action(i, start, end, *cuts.get(start, (None, False))) for i, (start, end) in spans)
+        masked = [i for i, flag in enumerate(trained) if not flag and i >= context]
+        for i in masked:
+            cuts.pop(i, None)
+        edges = (
+            {context, *cuts, len(enc.ids)}
+            | {i for i in ends if context < i < len(enc.ids)}
+            | {i for i in masked if trained[i - 1]}
+        )
+        edges |= {i + 1 for i in masked if i + 1 < len(enc.ids) and trained[i + 1]}
+        ordered, hidden = sorted(edges), set(masked)
+        return tuple(
+            Action(i, start, end, None, True, False)
+            if start in hidden
+            else Action(i, start, end, *cuts.get(start, (None, False)))
+            for i, (start, end) in enumerate(zip(ordered, ordered[1:], strict=False))
+        )
 
     def _is_beside_special(self, start: int, enc: Encoding) -> bool:
         return any(self._bytes[enc.ids[i]] is None for i in (start - 1, start) if i >= enc.bos)
@@ -166,9 +240,16 @@ class Segmenter:
             carry = ""
         else:  # nothing predicts the first token, or it holds a dummy space that may not follow a comment
             return None
-        think = self.fragment(self.format.think_text(line.indent, carry))
+        think = self.fragment(self.format.think_text(line.indent, carry, line.think))
         close = self.fragment(self.format.close_text(carry))
         return None if think is None or close is None else Boundary(think, close)
+
+
+def _within(enc: Encoding, start: int, end: int) -> Encoding:
+    """The tokens that stand for characters of a part of the text and no others."""
+    inside = [i for i in range(enc.bos, len(enc.ids)) if start <= enc.starts[i] and enc.ends[i] <= end]
+    ids, starts, ends = ([column[i] for i in inside] for column in (enc.ids, enc.starts, enc.ends))
+    return Encoding(tuple(ids), tuple(starts), tuple(ends), bos=0)
 
 
 def _chunk(document: Document, max_tokens: int) -> list[Document]:
@@ -235,5 +316,8 @@ def splice(document: Document, placed: dict[int, Latent]) -> AnnotatedExample:
     # The first token of a row is never predicted, so without BOS it is context too.
     context = max(document.context, 1)
     labels = [-100] * context + ids[context:]
+    for action in actions:
+        if not action.trained:
+            labels[action.start : action.end] = [-100] * (action.end - action.start)
     spliced = replace(document, input_ids=tuple(ids), actions=tuple(actions))
     return AnnotatedExample(spliced, tuple(ids), tuple(labels), tuple(is_latent), dict(placed), decisions)

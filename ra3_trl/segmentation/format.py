@@ -66,15 +66,15 @@ class ActionFormat:
                 "spread over tokens, or special tokens (`tagged`)."
             )
 
-    def think_text(self, indent: str, carry: str) -> str:
-        """Writes the think prefix where `indent` is expected and the boundary token already holds `carry`. A tag
-        stands alone, since a tokenizer reads it as one anywhere.
+    def think_text(self, indent: str, carry: str, think: str | None = None) -> str:
+        """Writes the think prefix where `indent` is expected and the boundary token already holds `carry`; `think` is
+        a line's own marker. A tag stands alone, since a tokenizer reads it as one anywhere.
 
         >>> PYTHON.think_text("    ", carry="   ")
         ' #'
         """
         rest = indent[len(carry) :] if indent.startswith(carry) and not self.tags else ""
-        return rest + self.think
+        return rest + (self.think if think is None else think)
 
     def close_text(self, carry: str) -> str:
         """Writes what ends a latent and gives the expert's next tokens the context they were tokenized in.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,12 @@ class Line:
     # White space expected in front of a latent, from what stands before alone: the line's own would tell what follows.
     indent: str
     comment: bool  # whether it is the expert's own latent
+    latent: bool = True  # whether one may stand before it
+    think: str | None = None  # what opens one there, if not the format's `think`
+
+    def moved(self, by: int) -> Line:
+        """The line in a longer text, in which `by` characters stand before."""
+        return replace(self, start=self.start + by, text_start=self.text_start + by)
 
 
 def segment_lines(text: str) -> tuple[Line, ...]:

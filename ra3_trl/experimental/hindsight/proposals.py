@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RA3Config, beside_trainers
-from ...config_fields import own_fields
+from ...config_fields import own_fields, row_length
 from ...models import context_length
 from ...policy import OWN_LATENTS, LatentSource, Policy
 from ...records import Document, Latent, RolloutGroup
@@ -227,7 +227,7 @@ def make_proposals(
         elif name != "causal":
             make = {"fim": fim_template, "chat": chat_template}.get(name)
             prompt = make(tokenizer) if make else parse_template(args.proposal_template or "", tokenizer)
-            if (longest := args.max_length + prompt.length) > room:
+            if (longest := row_length(args) + prompt.length) > room:
                 raise ValueError(
                     f"`proposal` {args.proposal!r}: code so far, next lines and {prompt.length} tokens of the prompt "
                     f"may take {longest} tokens, but the model's context leaves room for {room}; lower `max_length` "
