@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 
-from . import head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import architectures, head, launches, phases, picture, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
+    "architectures": architectures,
     "rollout": rollout,
     "phases": phases,
     "launches": launches,

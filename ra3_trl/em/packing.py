@@ -13,6 +13,7 @@ from .mstep import Rows, run_rows
 
 logger = logging.getLogger(__name__)
 _TRIES = 3
+_LONGEST = 8192  # tokens of a made-up row: with `max_length=None` a row may be as long as the context
 
 
 def check_packing(backbone: Backbone, max_length: int, packing: bool) -> None:
@@ -48,7 +49,7 @@ def _leak(backbone: Backbone, max_length: int) -> str | None:
     reason = None
     for seed in range(_TRIES):
         try:
-            reason = _Trial(backbone, max_length, seed).reason()
+            reason = _Trial(backbone, min(max_length, _LONGEST), seed).reason()
         except FORWARD_ERRORS as error:
             return f"a packed row fails ({in_a_line(error)})"
         if reason is None:

@@ -8,7 +8,7 @@ from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line, rounding
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
 from .sampler import SamplingParams, check_finite
-from .select import build_engine
+from .select import EngineCheck, build_engine, largest
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Backbone",
     "Boundaries",
     "BranchEngine",
+    "EngineCheck",
     "ExpandEngine",
     "NoiseKey",
     "RolloutEngine",
@@ -29,5 +30,6 @@ __all__ = [
     "horizon_lines",
     "in_a_line",
     "keyed_uniform",
+    "largest",
     "rounding",
 ]

@@ -48,7 +48,7 @@ def build_engine(
         raise ValueError(f"`engine` is {name!r}; choose one of {', '.join(map(repr, ENGINES))}.")
     model, reasons = type(backbone.causal_lm).__name__, dict[str, str]()
     with torch.no_grad(), evaluating(backbone.model):
-        check = _Check(backbone, table, params)
+        check = EngineCheck(backbone, table, params)
         for kind in _KINDS[name]:
             short = kind(backbone, table, check.params, max_branch_tokens)
             if (reason := check.difference(short)) is None:
@@ -64,7 +64,7 @@ def build_engine(
     raise ValueError(f"`engine` is {name!r}, which is not exact on {model}: {reasons[name]}. Use {cure}.")
 
 
-class _Check:
+class EngineCheck:
     """Compares engines with plain forwards of the model, which are made once.
 
     Raises:
@@ -89,32 +89,38 @@ class _Check:
                 f"`model` is a {model}, whose own forward fails on a short text ({in_a_line(error)}); use another "
                 "architecture, or mend its forward."
             ) from error
-        self.bound = max(1e-3, ROUNDINGS * max(_largest(self.expected, disturbed).values()))
+        self.bound = max(1e-3, ROUNDINGS * max(largest(self.expected, disturbed).values()))
 
     def difference(self, engine: RolloutEngine) -> str | None:
         """Says why an engine may not be used; `None` when it agrees with plain forwards."""
         try:
-            with _quiet():
-                actual = self._numbers(engine)
-                drawn = engine.rollouts(
-                    [group.document for group in self.made_up],
-                    [group.document.boundaries[1::2] for group in self.made_up],
-                    2, HORIZON, NoiseKey(0, 0, 0), score=False,
-                )  # fmt: skip
+            expected, actual = self.both(engine)
         except FORWARD_ERRORS as error:
             return in_a_line(error)
-        actual[_DRAWN] = torch.tensor([p for group in drawn for row in group.latents for z in row for p in z.logps])
-        expected = self.expected | {_DRAWN: torch.tensor([p for group in drawn for p in self.plain.symbols(group)])}
         for kind, numbers in expected.items():
             if not torch.equal(torch.isfinite(numbers), torch.isfinite(actual[kind])):
                 return f"{kind}: finite in other places than those of plain forwards"
-        for kind, difference in _largest(expected, actual).items():
+        for kind, difference in largest(expected, actual).items():
             if not difference <= self.bound:
                 return (
                     f"{kind} differ by up to {difference:.3g} nats from those of plain forwards (bound "
                     f"{self.bound:.2g})"
                 )
         return None
+
+    def both(self, engine: RolloutEngine) -> tuple[Numbers, Numbers]:
+        """All numbers that an engine is asked for: those of plain forwards, and its own."""
+        with _quiet():
+            actual = self._numbers(engine)
+            drawn = engine.rollouts(
+                [group.document for group in self.made_up],
+                [group.document.boundaries[1::2] for group in self.made_up],
+                2, HORIZON, NoiseKey(0, 0, 0), score=False,
+            )  # fmt: skip
+        actual[_DRAWN] = torch.tensor([p for group in drawn for row in group.latents for z in row for p in z.logps])
+        return self.expected | {
+            _DRAWN: torch.tensor([p for group in drawn for p in self.plain.symbols(group)])
+        }, actual
 
     def _numbers(self, engine: RolloutEngine) -> Numbers:
         """What an engine says of the made-up documents, in the order of `PlainForwards.numbers`."""
@@ -179,7 +185,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _largest(expected: Numbers, actual: Numbers) -> dict[str, float]:
+def largest(expected: Numbers, actual: Numbers) -> dict[str, float]:
     """Largest difference of each kind of number, where both are finite."""
     both = {kind: torch.isfinite(expected[kind]) & torch.isfinite(actual[kind]) for kind in expected}
     return {
