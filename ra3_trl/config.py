@@ -95,8 +95,8 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     shuffle_dataset: bool = setting("Shuffle the training data before anything is done with it.", False)
     dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
     action_format: str = setting(
-        "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, tags, python_tags, "
-        "or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
+        "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, markdown, tags, "
+        "python_tags, or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
     )  # fmt: skip
     existing_comments: str = setting("The expert's own comment lines.", "keep", choices=("keep", "strip"))
     disable_dropout: bool | None = setting(

@@ -70,15 +70,18 @@ def fingerprint(name: str | Path, **place: Any) -> str:
 
 
 def public_name(name: str) -> str:
-    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business.
+    """`name`, or names with commas, and of each path its last part: where it lay on a machine is nobody's business,
+    nor who may read an address.
 
-    Example: `public_name("org/code, ../clients/acme") == "org/code, acme"`.
+    Example: `public_name("org/code, ../clients/acme, https://me:secret@host/x") == "org/code, acme, https://host/x"`.
     """
     parts = [name] if os.path.exists(name) else name.split(",")
     return ", ".join(_last_part(part.strip()) for part in parts)
 
 
 def _last_part(name: str) -> str:
+    if "://" in name and not name.startswith("file:"):
+        return re.sub(r"(?<=://)[^/@]*@", "", name)
     # `os.path`'s, since `Path.exists` raises where a name is too long for a file.
     if not (re.match(r"[/\\.~]|file:|[A-Za-z]:[/\\]", name) or os.path.exists(name)):
         return name

@@ -25,7 +25,7 @@ BLOCKS = {
     "plain": (f"a\n{F}python\n{GOOD}{F}\nb", [("python", GOOD, "", True)]),
     "in a list": (f"1. a\n\n   {F}py\n{indented(GOOD, '   ')}   {F}\nb", [("py", GOOD, "   ", True)]),
     "on a list's own row": (f"- {F}py\n  x = 1\n  {F}\n", [("py", "x = 1\n", "  ", True)]),
-    "rows less than their list": (f"1. a\n   {F}py\n{GOOD}   {F}\n", [("py", GOOD, "   ", True)]),
+    "rows less than their list": (f"1. a\n   {F}py\n{GOOD}   {F}\n", [("py", GOOD, "", True)]),
     "deep without a list": (f"a:\n        {F}py\n        x = 1\n        {F}\n", [("py", "x = 1\n", " " * 8, True)]),
     "in a quote": (f"> {F}js\n> f();\n> {F}\nb", [("js", "f();\n", "> ", True)]),
     "a quote ends it": (f"> {F}js\n> f();\nb", [("js", "f();\n", "> ", False)]),

@@ -22,6 +22,7 @@ from ra3_trl.rollout import Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.rollout.expand import ExpandEngine
 from ra3_trl.segmentation import (
     ACTION_FORMATS,
+    MARKDOWN,
     PROSE,
     PYTHON,
     PYTHON_TAGS,
@@ -285,10 +286,17 @@ PYTHON_TEXT = "def f(x):\n    # kept\n    if x:\n        return 1\n    return (2
 TEXTS = {
     "slashes": "int f(int x) {\n    if (x) {\n        return g(1,\n            2);\n    }\n\n    return x; // é\n}\n",
     "prose": "He ran. She sat (it rained).\n\nThe end was near. 你好。再见！ Was it? Yes!\nSo it was.",
+    "markdown": "# A\n\n1. Do\n   ```py\n   if x:\n       f(\n   1)\n   ```\n\n> ~~~js\n> g(é);\n> h();\n> ~~~\n\nEnd",
     "tags": TAGGED_TEXT,
     "python_tags": PYTHON_TEXT,
 }
-LATENT = {"slashes": " why \"it's (é", "prose": " why (é 日本", "tags": " why # é", "python_tags": " why # é"}
+LATENT = {
+    "slashes": " why \"it's (é",
+    "prose": " why (é 日本",
+    "markdown": " why ```",
+    "tags": " why # é",
+    "python_tags": " why # é",
+}
 FORMATS = tuple(TEXTS)
 
 
@@ -335,7 +343,7 @@ def test_splices_come_out_again(setting, name, kind):
     assert_tiles(document)
     # By hand: 6 lines of C after the first; 7 sentences after the first; 3 lines; Python's 4 lines after the first and
     # its comment, which for a tag is a line as any other.
-    assert len(document.boundaries) == {"slashes": 5, "prose": 7, "tags": 3, "python_tags": 4}[name]
+    assert len(document.boundaries) == {"slashes": 5, "prose": 7, "markdown": 4, "tags": 3, "python_tags": 4}[name]
     latent = Latent(FragmentEncoder(tokenizer)(LATENT[name]), stopped=True)
     for boundaries in (document.boundaries, *((s,) for s in document.boundaries)):
         example = splice(document, dict.fromkeys(boundaries, latent))
@@ -587,8 +595,8 @@ def judge(slow_path, model, tokenizer, action_format, **params):
         slow.data[i] = None
     ends = special[1:] or [i for i, b in enumerate(slow.data) if b and end in b]
     slow.stop_ids = [*ends, tokenizer.eos_token_id]
-    banned = {"slashes": b"\\", "prose": b"["}.get(action_format.name, b"\n")
-    if action_format is SLASHES:
+    banned = {"slashes": b"\\", "markdown": b"\\", "prose": b"["}.get(action_format.name, b"\n")
+    if action_format in (SLASHES, MARKDOWN):
         slow.blank = [not b or b[:1] != b" " or not b.strip() for b in slow.data]
     slow.data = [None if b and (i in ends or banned in b) else b for i, b in enumerate(slow.data)]
     return slow
@@ -613,7 +621,7 @@ def test_engines_agree_in_each_format(setting, tiny_model, slow_path, name, kind
     for latent in latents:
         text = b"".join(table.token_bytes[i] for i in latent.token_ids).decode()
         assert text.strip() and "think>" not in text and (action_format.tags or action_format.end not in text)
-        assert not set(text) & set(action_format.forbidden + "\n") and (text[0] == " " or action_format is not SLASHES)
+        assert not set(text) & set(action_format.forbidden + "\n") and (text[0] == " " or not action_format.first)
     if kind == "newline_indent":
         slow = judge(slow_path, model, tokenizer, action_format)
         assert_group_is_exact(groups[0], slow, horizon=2)

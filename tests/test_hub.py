@@ -291,6 +291,23 @@ def test_a_failed_push_while_training_is_said(online, hub, base, place):
 # ---- tokens ----
 
 
+def test_what_must_not_leave(online, hub, base, place):
+    """`.env` stays at home; a file with a token that the process knows ends the push before anything is uploaded."""
+    out = place / "careful"
+    online.trainer("careful", base, output_dir=str(out), hub_model_id="lab/careful", hub_token=ADA)
+    out.mkdir(exist_ok=True)
+    (out / ".env").write_text(f"HF_TOKEN={ADA}")
+    online.push("careful")
+    assert ".env" not in hub.repo("lab/careful").files()
+    (out / "notes.txt").write_text(f"as {ADA}")
+    before = hub.repo("lab/careful").titles
+    with pytest.raises(HubError, match=r"notes\.txt holds .*, and would be uploaded"):
+        online.push("careful")
+    assert hub.repo("lab/careful").titles == before
+    for name in (".env", "notes.txt"):  # a later test looks for tokens in all files
+        (out / name).unlink()
+
+
 def test_tokens_of_the_usual_places(online, hub, base, place):
     """An argument goes before `args.hub_token`, that before `HF_TOKEN`, that before the file of `hf auth login`."""
     (place / "home").mkdir(exist_ok=True)

@@ -130,7 +130,7 @@ def test_shuffled_data(both, stream):
 
 
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])
-def test_tokens_by_name(both, tokenizer, name):
+def test_tokens_by_name(both, tmp_path, tokenizer, name):
     token = tokenizer.convert_ids_to_tokens(tokenizer("x")["input_ids"][0])
     trainers = both({"text": TEXTS}, max_steps=5, **{name: token})
     assert_same(trainers, 5)
@@ -139,7 +139,7 @@ def test_tokens_by_name(both, tokenizer, name):
     assert ours.model.config.eos_token_id == sft.model.config.eos_token_id
     assert ours.model.generation_config.eos_token_id == sft.model.generation_config.eos_token_id
     with pytest.raises(ValueError, match=f"`{name}` is '<no>', which .* does not have"):
-        RA3MidTrainer(ours.model, RA3Config("x", use_cpu=True, **{name: "<no>"}), processing_class=tokenizer)
+        RA3MidTrainer(ours.model, RA3Config(str(tmp_path), use_cpu=True, **{name: "<no>"}), processing_class=tokenizer)
 
 
 def test_settings_of_sft_itself(both, tokenizer, tiny_model):

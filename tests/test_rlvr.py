@@ -652,3 +652,17 @@ def test_the_commands_of_the_docs_are_read():
         words = shlex.split(command.partition(" --accelerate_config")[0])
         script, *_ = rlvr.make_parser().parse_args_and_config(["--use_cpu", *words])
         assert script.stop in (None, ["\ndef", "\nclass"])
+
+
+def test_no_token_in_the_pickled_settings(folder, tmp_path):
+    """`training_args.bin` is pushed with the model."""
+    token = "hf_" + "NotForOthers12345"
+    args = GRPOConfig(
+        str(tmp_path / "out"), hub_token=token, model_init_kwargs={"token": token}, use_cpu=True, bf16=False,
+        report_to="none", per_device_train_batch_size=4, num_generations=4,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": HEAD, "test": CHECK}])
+    trainer = build_grpo_trainer(str(folder / "model"), args, RLVRData(rows), [lambda completions, **_: [0.0]])
+    trainer.save_model()
+    assert trainer.args.hub_token == token
+    assert token.encode() not in (tmp_path / "out" / "training_args.bin").read_bytes()

@@ -113,6 +113,8 @@ class LineReader:
         lines = self._format.segment(text + PROBE)
         if not lines or lines[-1].start != len(text) or lines[-1].comment:
             return None
+        if not lines[-1].latent or lines[-1].think is not None:  # prose, or another marker than the vocabulary's
+            return None
         return lines[-1].indent, len(lines) > 1 and lines[-2].comment
 
     def _code(self, key: tuple[int, ...]) -> bytes:

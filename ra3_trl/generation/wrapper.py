@@ -31,6 +31,7 @@ from ..models import (
     save_head,
     state_width,
 )
+from ..outgoing import check_upload, process_tokens
 from .processor import ThinkLogitsProcessor, refuse_several_tokens
 
 
@@ -357,6 +358,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder, "model"), **kwargs)
+            check_upload(Path(folder, "model"), process_tokens(token=token))
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)

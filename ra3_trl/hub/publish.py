@@ -12,8 +12,9 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo, DatasetCard, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from ..outgoing import process_tokens
 from .licenses import row_license
-from .secrets import scan_rows
+from .secrets import check_card, scan_rows
 
 
 _SHARD_BYTES = 500_000_000
@@ -71,7 +72,10 @@ class DatasetPush:
         Raises:
             `ValueError`: if there are any.
         """
-        secrets = [] if self.allow_secrets else scan_rows(dataset.with_format(None))
+        tokens = process_tokens(token=self.token)
+        secrets = scan_rows(dataset.with_format(None), tokens)
+        if self.allow_secrets:  # of others: this process's own are none that anybody means to publish
+            secrets = [secret for secret in secrets if secret.kind in tokens.values()]
         if secrets:
             kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(s.kind for s in secrets).most_common())
             raise ValueError(
@@ -112,6 +116,7 @@ class DatasetPush:
 
         `card` may be a function of the repository's full name, which is known when there is one.
         """
+        check_card(str(card(self.repo_id) if callable(card) else card), process_tokens(token=self.token))
         api = HfApi(token=self.token)
         repo_id = api.create_repo(self.repo_id, private=self.private, repo_type="dataset", exist_ok=True).repo_id
         if self.revision is not None:

@@ -98,7 +98,7 @@ def build_grpo_trainer(
     with warnings.catch_warnings():
         # It says that trl may change this; which versions of trl work is for this package to say and to test.
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = GRPOTrainer(
+        trainer = _TokenlessGRPOTrainer(
             policy, rewards, args, train, evaluation, tokenizer, peft_config=peft_config, rollout_func=rollout,
             callbacks=[] if settings is None else [_CarrySettings(settings)],
         )  # fmt: skip
@@ -126,6 +126,21 @@ def _check_lengths(trainer: GRPOTrainer) -> None:
                 f"{max(lengths)} tokens, more than the model's context of {most} together; lower it or leave the row "
                 "out."
             )
+
+
+class _TokenlessGRPOTrainer(GRPOTrainer):
+    """TRL's trainer, whose `training_args.bin`, a pickle of the settings, holds no token."""
+
+    # Private, since the pickle is written here.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        args = self.args
+        self.args = copy(args)
+        self.args.hub_token = None
+        self.args.model_init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "token"} or None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
 
 class _CarrySettings(TrainerCallback):

@@ -5,7 +5,18 @@ from .datasets import FEATURES, as_dataset, count_documents, document_to_row, ro
 from .documents import Segmenter, Tokens, splice
 from .examples import RowForms, RowReader, Text
 from .fences import PYTHON_NAMES, Fence, find_fences
-from .format import ACTION_FORMATS, PROSE, PYTHON, PYTHON_TAGS, SLASHES, TAGS, ActionFormat, find_format, tagged
+from .format import (
+    ACTION_FORMATS,
+    MARKDOWN,
+    PROSE,
+    PYTHON,
+    PYTHON_TAGS,
+    SLASHES,
+    TAGS,
+    ActionFormat,
+    find_format,
+    tagged,
+)
 from .lines import Line
 from .python import OwnLineComment, count_code_lines, own_line_comments, statements_end
 from .tokens import FragmentEncoder, build_token_table, prompt_ids, readable_bytes, require_tags, token_bytes
@@ -13,6 +24,7 @@ from .tokens import FragmentEncoder, build_token_table, prompt_ids, readable_byt
 
 __all__ = [
     "ACTION_FORMATS",
+    "MARKDOWN",
     "PROSE",
     "PYTHON",
     "PYTHON_NAMES",

@@ -126,11 +126,14 @@ def _rule(state: StateBlock, first: int, last: int, silent: bool) -> bool:
     spans = code_rows(abs(close))
     begin = state.bMarks[first] + state.tShift[first]
     before = state.src[state.src.rfind("\n", 0, begin) + 1 : begin]
+    prefix = re.sub(r"[^>\s]", " ", before)  # a list's mark leaves its width
+    if columns < state.sCount[first]:
+        prefix = prefix.rstrip() + " " * columns
     token = state.push("fence", "code", 0)
     token.meta["fence"] = lambda text: Fence(
         language=language,
         code="".join(text[start:end] for start, end in spans),
-        prefix=re.sub(r"[^>\s]", " ", before),  # a list's mark leaves its width
+        prefix=prefix,
         starts=tuple(state.src.rfind("\n", 0, start) + 1 for start, _ in spans),
         rows=tuple(start for start, _ in spans),
         closed=close > 0,

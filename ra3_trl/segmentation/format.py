@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from .lines import Line, keep_text, segment_lines
+from .markdown import segment_markdown, strip_markdown
 from .prose import segment_prose, strip_asides
 from .python import segment_python, strip_python_comments
 from .slashes import segment_slashes, strip_slashes
@@ -122,9 +123,12 @@ SLASHES = ActionFormat(
 )
 # An aside holds no bracket and no line end, so that a reader finds where it began and ended.
 PROSE = ActionFormat("prose", segment_prose, "[", "]", strip_asides, forbidden="[")
+# Fenced code of both kinds, so that latents are what both take.
+MARKDOWN = replace(PYTHON, name="markdown", segment=segment_markdown, strip=strip_markdown, first=SLASHES.first,
+                   forbidden=SLASHES.forbidden)  # fmt: skip
 TAGS = tagged(ActionFormat("lines", segment_lines, "", "\n"), "tags", ("think", "reason"))
 PYTHON_TAGS = tagged(PYTHON, "python_tags", ("#",))
-ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, TAGS, PYTHON_TAGS)}
+ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, MARKDOWN, TAGS, PYTHON_TAGS)}
 
 
 def find_format(name: str) -> ActionFormat:
