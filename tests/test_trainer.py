@@ -541,7 +541,7 @@ def test_a_split_that_was_forgotten_is_asked_for(tiny_model, tokenizers):
     tokenizer = tokenizers["newline_indent"]
     data = DatasetDict(train=Dataset.from_dict({"text": ["x = 1\n"]}), test=Dataset.from_dict({"text": ["y = 1\n"]}))
     args = RA3Config(output_dir="unused", m_steps=1, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"`train_dataset` has the splits \['test', 'train'\]; pass one of them"):
+    with pytest.raises(ValueError, match=r"`train_dataset` has the splits \['train', 'test'\]; pass one of them"):
         RA3MidTrainer(tiny_model("llama", tokenizer), args, data, None, tokenizer)
 
 
