@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a document, nearly")
     parser.add_argument("--num_latents", type=int, default=8, help="latents per boundary (G)")
     parser.add_argument("--latent_tokens", type=int, default=16, help="longest latent (K)")
+    parser.add_argument("--top_k", type=int, default=0, help="symbols kept in sampling; 0 is all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="mass kept in sampling; 1 is all")
     parser.add_argument("--horizon", type=int, default=2, help="lines scored under a latent (H)")
     parser.add_argument("--max_branch_tokens", type=int, default=8192)
     parser.add_argument("--annotated", type=int, default=2, help="documents of the annotation and the evaluation")
@@ -96,7 +98,7 @@ class Bench:
     def engine(self, model: PreTrainedModel, max_length: int = 0) -> BranchEngine:
         args = self.args
         table = build_token_table(self.tokenizer, len(self.tokenizer))
-        params = SamplingParams(max_length or args.latent_tokens)
+        params = SamplingParams(max_length or args.latent_tokens, 1.0, args.top_k, args.top_p)
         with Watch(0).watching():  # or the table would not get to the pretended device
             return BranchEngine(Backbone(model), table, params, args.max_branch_tokens)
 
@@ -228,6 +230,7 @@ def count_rollout(bench: Bench, groups: list[RolloutGroup]) -> dict[str, Any]:
         "decode_tokens_per_forward": round(sum(decode.forwards) / steps),
         "decode_shapes": len({tokens for phase, tokens in watch.shapes if phase == "decode"}),
         "graph_breaks": count_graph_breaks(bench),
+        "mixes": watch.mixes.total(),
     }
 
 

@@ -43,7 +43,7 @@ def measure_resume(folder: str, args: argparse.Namespace) -> dict:
     with scratch() as out:
         left, drawn, clock = _run(folder, out, args)
         left.train()
-        alone, loss = clock.seconds[_SAVED], left.state.log_history[_SAVED]["loss"]
+        alone, loss = clock.seconds[_SAVED], left.state.log_history[_SAVED]["estep/loss"]
         drawn = [step for step in drawn if step == _SAVED]
         del left
         gc.collect()
@@ -58,6 +58,6 @@ def measure_resume(folder: str, args: argparse.Namespace) -> dict:
         "resume_rollouts": sum(step < _SAVED for step in again),
         "resume_update_rollouts": [len(drawn), sum(step == _SAVED for step in again)],
         "resume_update_s": round(alone, 2),
-        "resume_loss_diff": abs(entry["loss"] - loss),
+        "resume_loss_diff": abs(entry["estep/loss"] - loss),
         "resume_after_updates": _SAVED,
     }

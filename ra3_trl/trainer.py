@@ -4,21 +4,19 @@ RA3 (https://huggingface.co/papers/2509.25810) as an EM loop on `transformers.Tr
 or an M-phase by its number alone. E: sample latents at the boundaries of the batch, reward them by the expert's next
 lines, one policy-gradient update. M: annotate the batch with the weights frozen at the phase's start, one next-token
 update. What an update does is in `em/loop.py`; here are the hooks by which `Trainer` asks for it, in running order.
-Where we deviate from the paper, or it is silent, docs/design.md says so.
 """
 
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -36,9 +34,12 @@ from .em import (
     LoopCallback,
     PreemptionCallback,
     Watch,
+    check_overridden,
     check_resumable,
     collate,
+    evaluate_batches,
     keep_best_alone,
+    log_line,
     make_learner,
     name_best,
     not_evened_out,
@@ -56,8 +57,7 @@ from .models import (
     prepare_model,
     state_width,
 )
-from .policy import OWN_LATENTS, Policy, Proposer, evaluate_documents, finish_metrics
-from .records import Document
+from .policy import OWN_LATENTS, Policy, Proposer
 from .refusals import refuse_arguments
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
@@ -126,6 +126,8 @@ class RA3MidTrainer(SavingMixin, Trainer):
 
     save_total_limit: int | None = None  # `args.save_total_limit`, which `Trainer` is not told: it deletes in place
 
+    compute_loss_in: ClassVar[str | None] = None  # a subclass that overrides `compute_loss` says "M": not in E-phases
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
@@ -148,6 +150,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
         check_training(callbacks, optimizers, optimizer_cls_and_kwargs, formatting_func)
         start = read_arguments(type(self), model, args, processing_class, quantization_config)
         args, tokenizer, head = start.args, start.tokenizer, start.head
+        check_overridden(args, type(self), RA3MidTrainer)
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
         model = prepare_model(start.model, tokenizer, args, peft_config, find_format(args.action_format).tags)
@@ -178,6 +181,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self.loop.compute_loss = lambda *inputs, **options: self.compute_loss(*inputs, **options)
         # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
@@ -232,7 +236,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
             )
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
-        return output
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer`'s; a stream is shared out already."""
@@ -287,6 +291,12 @@ class RA3MidTrainer(SavingMixin, Trainer):
             loss = self.loop.backward(inputs["batch"], float(num_items_in_batch), gradients)
         return torch.tensor(loss * self.accelerator.num_processes, device=self.args.device)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Next-token loss of an M-update, and of `evaluate`; `inputs` are the model's, with `labels`. A subclass may
+        override it as that of `SFTTrainer`."""
+        loss = self.loop.next_token(model, inputs, num_items_in_batch)
+        return (loss, model(**inputs, use_cache=False)) if return_outputs else loss
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Mixed precision for the engines, which call decoder and head apart; accelerate wraps `model.forward`."""
         return self.accelerator.autocast()
@@ -297,12 +307,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with the metrics of all processes since the last line."""
-        if "loss" in logs:
-            if not self.state.log_history:  # where every text went, once
-                logs |= {f"data/{name}": float(value) for name, value in self.cut.counts.get("train", {}).items()}
-            logs |= self.loop.pop_metrics() | {"tokens": self.state.num_input_tokens_seen}
-            logs["phase"] = float(self.schedule.phase_at(max(self.state.global_step - 1, 0)).number)
-        super().log(logs, start_time)
+        super().log(log_line(logs, self.loop, self.state, self.cut.counts.get("train", {})), start_time)
 
     # ---- evaluation ----
 
@@ -329,17 +334,12 @@ class RA3MidTrainer(SavingMixin, Trainer):
         """Metrics of `finish_metrics`; all in nats per code token but for rates, lengths and gains."""
         self.callback_handler.eval_dataloader = dataloader
 
-        def documents() -> Iterator[Document]:
-            for batch in dataloader:
-                yield from batch["documents"]
-                self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
+        def done() -> None:
+            self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
 
-        with self.policy.inference():
-            sums = evaluate_documents(self.policy, documents())
-        totals: Counter[str] = Counter()
-        for other in gather_object([sums]):
-            totals.update(other)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in finish_metrics(totals).items()}
+        loss_of = partial(self.compute_loss, self.model)
+        found, num_documents = evaluate_batches(self.loop, dataloader, loss_of, done, self.is_in_train)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
-        return EvalLoopOutput(None, label_ids=None, metrics=metrics, num_samples=int(totals["documents"]))
+        return EvalLoopOutput(None, label_ids=None, metrics=metrics, num_samples=num_documents)

@@ -1,6 +1,7 @@
 """Small tokenizers of the four kinds that matter, tiny random models, and the slow path they are checked against.
 
-Nothing here needs the network: tokenizers are trained on a few files of the standard library.
+Nothing here needs the network. Tokenizers are trained on `corpus.txt`, three of our files as they were one day: the
+samples of random models must not change with the Python that runs the tests, nor with our code.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
-from ra3_trl.segmentation import PYTHON, Segmenter, standard_library
+from ra3_trl.segmentation import PYTHON, Segmenter
 
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -59,10 +60,7 @@ _QWEN = (
 )
 
 
-def _corpus() -> list[str]:
-    root = standard_library()
-    names = ("textwrap.py", "bisect.py", "contextlib.py", "json/decoder.py", "fnmatch.py", "queue.py")
-    return [Path(root, name).read_text("utf-8") for name in names]
+CORPUS = Path(__file__).with_name("corpus.txt").read_text("utf-8")
 
 
 def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
@@ -75,7 +73,7 @@ def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator([CORPUS], trainer)
     return tokenizer
 
 
@@ -105,7 +103,7 @@ def _sentencepiece() -> Tokenizer:
     learner.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"▁+(?=▁)|▁?[A-Za-z_]+|▁?[0-9]|▁?[^▁A-Za-z0-9_]+|▁+"), "isolated"
     )
-    lines = [line for text in _corpus() for line in text.split("\n") if line.isascii()]
+    lines = [line for line in CORPUS.split("\n") if line.isascii()]
     learner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, show_progress=False))
     learned = learner.get_vocab()
     base = [BOS, EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256))]

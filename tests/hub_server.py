@@ -302,7 +302,9 @@ class _Handler(BaseHTTPRequestHandler):
         owner, type = asked.get("organization") or self.user[0], asked.get("type", "model")
         if not self.member(owner):
             raise Refusal(403, f'You don\'t have the rights to create a {type} under the namespace "{owner}"')
-        repo = Repo(f"{owner}/{asked['name']}", type, asked.get("visibility") == "private")
+        repo = Repo(
+            f"{owner}/{asked['name']}", type, asked.get("visibility") == "private" or asked.get("private") is True
+        )
         if (type, repo.id) in self.server.repos:
             raise Refusal(409, f"You already created this {type} repo", url=self.address(repo))
         rules = "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in _LARGE)

@@ -24,17 +24,19 @@ from ra3_trl.models import context_length, disable_dropout
 from ra3_trl.rollout import Backbone, SamplingParams, build_engine
 from ra3_trl.rollout import attention as attention_module
 from ra3_trl.segmentation import build_token_table
+from ra3_trl.versions import TRANSFORMERS
 
 
 EXPAND = {  # and what the warning must say
     "falcon": "does not follow transformers' attention interface",
-    "codegen": "does not follow transformers' attention interface",
     "bloom": "does not follow transformers' attention interface",
     "gpt_oss": "s_aux",  # attention sinks
     "lfm2": "only 1 of 2 layers are plain attention",  # a convolution
     "mamba": "only 0 of 2 layers are plain attention",
     "stablelm": "ra3_branch",  # drops the extra argument on its way
 }
+if TRANSFORMERS < (5, 24):
+    EXPAND["codegen"] = "does not follow transformers' attention interface"
 BRANCH = tuple(name for name in _SETTINGS if name not in EXPAND and name != "rwkv")  # test_engine_check.py
 WINDOWED = ("mistral", "mixtral", "ministral", "phi3", "olmo3", "gemma2", "gemma3_text", "cohere2", "exaone4")
 

@@ -349,8 +349,11 @@ def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
     size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     assert found.memory["parameters"] == found.memory["gradients"] == found.memory["frozen snapshots"] == size
     assert found.memory["optimizer"] == 2 * size
-    # 2 (keys, values) x 2 layers x 2 heads x 8 numbers of 4 bytes for each of the branch tokens
-    assert found.memory["branch cache"] == 2 * 2 * 2 * 8 * 4 * args.max_branch_tokens
+    # 2 (keys, values) x 2 layers x 2 heads x 8 numbers of 4 bytes for each token kept; branches of up to 16 tokens (a
+    # think token and a latent) count as one each.
+    assert args.max_latent_length < 16
+    kept = args.max_branch_tokens * (args.max_latent_length + 1)
+    assert found.memory["branch cache"] == 2 * 2 * 2 * 8 * 4 * kept
     assert all(hours > 0 for hours in found.hours.values())
 
 

@@ -169,6 +169,8 @@ def test_values_reach_the_dataclasses(parser):
     """Through TrainingArguments' and ModelConfig's own checks."""
     argv = [
         "--use_cpu",
+        "--lr_scheduler_type",
+        "cosine_with_restarts",
         "--lr_scheduler_kwargs",
         '{"num_cycles": 2}',
         "--accelerator_config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import textwrap
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from ra3_trl import RA3Config
 from ra3_trl.em import mstep_loss, pack, plan_schedule, split_example
 from ra3_trl.losses import compute_returns
 from ra3_trl.policy import Policy, annotate, annotate_all, evaluate_documents, finish_metrics
-from ra3_trl.policy.annotate import _log_prior
+from ra3_trl.policy.annotate import _choose_by_resampling, _log_prior
 from ra3_trl.records import Action, AnnotatedExample, Boundary, Document, Latent, RolloutGroup
 from ra3_trl.rollout import GATE, Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.segmentation import build_token_table, splice
@@ -166,6 +167,61 @@ def test_annotation_of_documents_together_is_that_of_each(setting, tmp_path, way
         assert found.input_ids == alone.input_ids and found.gains == pytest.approx(alone.gains, abs=1e-4)
     assert len({example.input_ids for example in together}) > 2 and not together[0].placed
     assert annotate_all(Policy(engine, args), [], noise) == []
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_resampling_left_to_right_is_that_of_one_boundary_at_a_time(setting, tmp_path, window, monkeypatch):
+    """Slow path: the whole text annotated so far is run anew for each boundary. How wide windows are, and what is
+    remembered from one to the next, changes nothing."""
+    monkeypatch.setattr(annotation, "_WINDOW", window)
+    _, engine, document = setting
+    settings = {"prior_alpha": 1e-3, "penalty": 0.0, "max_latent_length": 5, "num_latents": 3}
+    policy = Policy(engine, RA3Config(output_dir=str(tmp_path), horizon=2, **settings))
+    placed: dict[int, Latent] = {}
+    gains: dict[int, float] = {}
+    for boundary in document.boundaries:
+        context = splice(document, placed).document
+        (choice,) = _choose_by_resampling(policy, [context], [[boundary]], NOISE)
+        placed |= choice.placed
+        gains |= choice.gains
+    found = annotate(policy, document, NOISE)
+    assert {s: z.token_ids for s, z in found.placed.items()} == {s: z.token_ids for s, z in placed.items()}
+    assert found.gains == pytest.approx(gains, abs=2e-3)
+    assert 1 <= len(placed) < len(document.boundaries)
+
+
+def test_annotation_runs_its_text_once_and_documents_together(setting, tmp_path, monkeypatch):
+    """No latent is placed: a text goes through the model once, in as many forwards for three documents as for one."""
+    monkeypatch.setattr(annotation, "_WINDOW", 3)
+    _, engine, document = setting
+    args = RA3Config(output_dir=str(tmp_path), horizon=2, penalty=1e9, max_latent_length=5, num_latents=2)
+    policy, tokens = Policy(engine, args), list[list[int]]()
+    several = [replace(document, doc_id=i) for i in range(3)]
+    for documents in (several[:1], several):
+        tokens.append([])
+        with counted_trunks(engine, tokens[-1]):
+            annotate_all(policy, documents, NOISE)
+    assert len(tokens[0]) == len(tokens[1]) > 1  # windows
+    length, windows = len(document.input_ids), len(tokens[0])
+    # Each window but the first runs one token again, since its first line is predicted from that.
+    assert sum(tokens[0]) == length + windows - 1 and sum(tokens[1]) == 3 * sum(tokens[0])
+
+
+@contextmanager
+def counted_trunks(engine, tokens: list[int]):
+    """Lists how many tokens of documents each trunk runs."""
+    forward = engine._forward
+
+    def counted(state, plan, *rest):
+        if plan.tokens is None:
+            tokens.append(sum(plan.lengths))
+        return forward(state, plan, *rest)
+
+    engine._forward = counted
+    try:
+        yield
+    finally:
+        del engine._forward
 
 
 def test_policy_annotation_follows_the_gate_and_sees_earlier_latents(setting, tmp_path):

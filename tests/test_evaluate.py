@@ -187,7 +187,8 @@ def test_the_reference_tool_gives_the_same_number(tasks, plain_checkpoint, write
     })  # fmt: skip
     words = ("--num_samples", "3", "--k", "1,2,3", "--output_dir", "out", "--no_card")
     assert run(plain_checkpoint, "--task", tasks, *words) == 0
-    theirs = reference.evaluate_functional_correctness("out/samples.jsonl", [1, 2, 3], 2, problem_file=tasks)
+    # In one thread: the tool forks in each, and from Python 3.12 on filelock 4.3 lets no two threads fork at once.
+    theirs = reference.evaluate_functional_correctness("out/samples.jsonl", [1, 2, 3], 1, problem_file=tasks)
     ours = {f"pass@{k}": found["value"] for k, found in read_results("out")["pass@k"].items()}
     assert ours == pytest.approx(theirs) and ours["pass@1"] == pytest.approx(4 / 9)
 

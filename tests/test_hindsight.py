@@ -518,7 +518,7 @@ def test_training_with_hindsight(hindsight_trainer, proposal, reward_model):
     assert ("estep/gain" in log) == ("causal" in proposal)
     assert {"estep/code_loss", "mstep/effective_size", "mstep/annotated_rate"} <= log
     assert len(alarms) == 2 and all("hindsight/copy_rate" in named for named in alarms)  # one an E-update
-    assert all(math.isfinite(e["loss"]) for e in trainer.state.log_history if "loss" in e)
+    assert all(math.isfinite(e["estep/loss"]) for e in trainer.state.log_history if "estep/loss" in e)
     ratios = [entry["estep/hindsight/log_ratio"] for entry in trainer.state.log_history if "estep/code_loss" in entry]
     assert all(math.isfinite(ratio) for ratio in ratios)
 

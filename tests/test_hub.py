@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from hub_server import Hub, Request, client_environment, serving  # noqa: F401 (
 from test_cli import SMALL, SOURCE
 
 from ra3_trl.cli.run import resume_command
+
+
+tries_again = pytest.mark.skipif(
+    version("huggingface_hub").startswith("1.5."), reason="the client of 1.5 does not try again what was cut off"
+)
 
 
 # Their tails are what is searched for. Put together here, so that no scanner of sources takes them for real ones.
@@ -386,6 +392,7 @@ def test_names_that_are_taken(online, hub, base, place):
     assert {"NOTES", "model.safetensors"} <= set(hub.repo("lab/mine").files())
 
 
+@tries_again
 def test_an_interrupted_upload_is_tried_again(online, hub, base):
     """By the client itself, whether the connection is cut in the middle of a file or the answer is 503."""
     for number, (how, name) in enumerate((("drop", "lab/cut"), (503, "lab/down")), 100):
@@ -420,6 +427,7 @@ def test_a_commit_whose_answer_is_lost(online, hub, base):
     assert online.wrapper("x", "lab/lost") == made
 
 
+@tries_again
 def test_an_interrupted_download_is_tried_again(online, hub, base):
     made = online.wrapper("x", base, trained_on=5)
     online.push("x", repo_id="lab/torn")

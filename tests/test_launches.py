@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import main
+from benchmarks.launches import NOISE, Bench, add_arguments, count_rollout
 from benchmarks.launches_device import DEVICE, DeviceTensor, Watch, to_device
 
 
@@ -114,12 +116,48 @@ def test_every_figure_is_there(found):
     assert all(found["phases"][phase]["launches"] > 0 for phase in phases)
 
 
-def test_ceilings(found):
-    """A latent of 4 tokens takes 3 decoding forwards, whatever the number of documents."""
-    assert found["decode_forwards_per_update"] == 3
+def bench(*words: str) -> Bench:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return Bench(parser.parse_args([*SMALL, *words]))
+
+
+@pytest.mark.parametrize("truncation", [[], ["--top_p", "0.6"], ["--top_k", "5"]], ids=["all", "top_p", "top_k"])
+def test_a_rollout_does_not_wait(truncation):
+    """Documents and their side runs take one copy there and one back; think prefixes, noise and the rows of sampling a
+    copy each, what was drawn one back (truncation sets one more); scores one there and one back."""
+    small, groups = bench(*truncation), []
+    found = count_rollout(small, groups)
+    assert found["syncs_per_rollout"] == 8 + bool(truncation) and found["syncs_per_decode_step"] == 0
+    assert found["mixes"] == 0
+    # 3 tokens of a latent of 4 are run, whatever the number of documents, in one shape.
+    assert found["decode_forwards_per_update"] == 3 and found["decode_shapes"] == 1
+    # On the pretended device, where a branch that has stopped stays in its row, the latents are those of the CPU.
+    host = small.engine(small.host)
+    where = [document.boundaries for document in small.documents]
+    wanted = host.rollouts(small.documents, where, 2, 2, NOISE)
+    for one, other in zip(groups, wanted, strict=True):
+        for z, y in zip(sum(one.latents, ()), sum(other.latents, ()), strict=True):
+            assert (z.token_ids, z.stopped) == (y.token_ids, y.stopped)
+            assert z.logps == pytest.approx(y.logps, abs=1e-4)
+            assert (z.kept is None) == (y.kept is None) == (not truncation)
+            assert all(torch.equal(a, b) for a, b in zip(z.kept or (), y.kept or (), strict=True))
+        torch.testing.assert_close(one.latent_line_logps_TGH, other.latent_line_logps_TGH, atol=1e-3, rtol=0)
+
+
+def test_a_decoding_step_has_as_many_launches_for_many_branches_as_for_few():
+    """At most 1,200 for 24 layers: 50 a layer, by the difference of three layers to two."""
+    alone, together, deeper = (
+        count_rollout(bench(*words), [])["launches_per_decode_forward"]
+        for words in (["--documents", "1"], ["--documents", "2", "--num_latents", "5"], ["--layers", "3"])
+    )
+    assert alone == together
+    assert 30 < deeper - alone <= 50
+
+
+def test_together_as_one_by_one(found):
     assert found["alike"] >= 0.97
-    # A logit is written once (4 bytes), read and written by a softmax (8) and picked from. With gradients it is made
-    # twice, and read by two matrix products (8): 2 * 12 + 8.
-    assert {kind: round(number) for kind, number in found["bytes_per_logit"].items()} == {
-        "draw": 12, "no_grad": 12, "grad": 32
-    }  # fmt: skip
+
+
+def test_a_decoding_step_compiles_whole(found):
+    assert found["graph_breaks"] == 0

@@ -79,7 +79,8 @@ def train(tmp_path, monkeypatch):
 
 
 def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    lines = [entry for entry in trainer.state.log_history if "phase" in entry]
+    return [entry["loss"] if "loss" in entry else entry["estep/loss"] for entry in lines]
 
 
 def first_code_loss(trainer) -> float:

@@ -136,8 +136,9 @@ def test_a_head_that_knows_nothing_of_these_boundaries_is_left_out(base, config)
 
 
 def numbers_of(trainer) -> dict[str, float]:
-    """`trainer.evaluate()` without its prefix, and without what is no number of the policy's."""
+    """`trainer.evaluate()` without its prefix, and without what is no number of the policy's (`loss` is SFT's)."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    metrics.pop("loss")
     return {name: value for name, value in metrics.items() if "runtime" not in name and "per_second" not in name
             and name != "epoch"}  # fmt: skip
 
@@ -301,7 +302,7 @@ def test_a_changed_copy_shares_the_model(base):
 def test_sums_of_documents_add_up(base):
     """What processes and intervals need: the sums of two documents are those of each, added."""
     policy = open_here(base, num_latents=2)
-    documents = [policy.segment(text, doc_id=i)[0] for i, text in enumerate(TEXTS[:2])]
+    documents = [policy.segment(text, doc_id=i + 10)[0] for i, text in enumerate(TEXTS[:2])]
     with policy.inference():
         both, *each = (evaluate_documents(policy, part) for part in (documents, documents[:1], documents[1:]))
     # What is of a document and the one before is of no document alone.
@@ -309,6 +310,20 @@ def test_sums_of_documents_add_up(base):
     added = {name: each[0].get(name, 0) + each[1].get(name, 0) for name in both}
     assert both | {"over_other": 0, "others": 0} == pytest.approx(added)
     assert sum(count for name, count in both.items() if name.startswith("latent: ")) == 2
+
+
+def test_evaluation_takes_documents_together_as_one_by_one(base, monkeypatch):
+    """Any number of documents at once gives the same sums; four take as many trunks as one."""
+    policy = open_here(base, num_latents=2, eval_num_latents=2, horizon=2)
+    documents = [policy.segment(text, doc_id=i)[0] for i, text in enumerate(TEXTS)]
+    together = evaluate_documents(policy, iter(documents))
+    calls: list[int] = []
+    rollouts = policy.engine.rollouts
+    monkeypatch.setattr(policy.engine, "rollouts", lambda d, *rest: (calls.append(len(d)), rollouts(d, *rest))[1])
+    monkeypatch.setattr(policy.engine, "max_branch_tokens", len(documents[0].input_ids))
+    assert evaluate_documents(policy, documents) == pytest.approx(together, rel=1e-4, abs=1e-4)
+    assert max(calls) == 1
+    assert together["others"] == 3 and together["documents"] == 4
 
 
 def test_latents_are_held_against_those_of_the_document_before(base):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ra3_trl import RA3Config
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead as Wrapper
+from ra3_trl.versions import TRANSFORMERS
 
 
 HERE = Path(__file__).parent
@@ -103,6 +104,9 @@ def test_no_document_is_evaluated_twice(folder):
             assert first[name] == second[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.skipif(
+    TRANSFORMERS < (5, 18), reason="transformers to 5.17 loads optimizers to `cpu:0`, which torch refuses"
+)
 @pytest.mark.parametrize("step", [1, 3])
 def test_two_processes_resume_exactly(folder, step):
     for rank in (0, 1):

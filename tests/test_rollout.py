@@ -482,6 +482,42 @@ def test_documents_in_lockstep_share_their_forwards(llama, tokenizers, several):
     assert max(calls) <= max(100, *(len(document.input_ids) for document in documents))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2"])
+def test_what_is_remembered_of_a_text_changes_nothing(model_type, tiny_model, tokenizers, segmenter):
+    """A text up to line 6, the whole, with a latent before line 4, without it again; another text of that number,
+    twice; the first one and the same with another token in line 4, whose lines stand where the others do."""
+    tokenizer = tokenizers["newline_alone"]  # side runs at dedents
+    model = tiny_model(model_type, tokenizer)
+    document, other = (segmenter(tokenizer)(5, text)[0] for text in (CODE, OTHER))
+    start = replace(document, actions=document.actions[:6], input_ids=document.input_ids[: document.actions[5].end])
+    engine, run = engine_of(BranchEngine, model, tokenizer), list[int]()
+    (latent,) = engine.rollout(document, [document.boundaries[3]], 1, 1, KEY, score=False).latents[0]
+    spliced = splice(document, {document.boundaries[3]: latent}).document
+    at = document.actions[3].end - 2
+    changed = replace(document, input_ids=(*document.input_ids[:at], 77, *document.input_ids[at + 1 :]))
+    assert changed.input_ids != document.input_ids
+    texts = (start, document, spliced, document, other, other, document, changed)
+    alone = [engine.rollout(text, text.boundaries[1::2], 2, 2, KEY) for text in texts]
+    handle = engine.backbone.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: run.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    firsts = []  # tokens of each text that were run
+    with engine.remembering():
+        for text, wanted in zip(texts, alone, strict=True):
+            run.clear()
+            found = engine.rollout(text, text.boundaries[1::2], 2, 2, KEY)
+            firsts.append(run[0])
+            assert_same_groups(found, wanted)
+            torch.testing.assert_close(found.states_SD, wanted.states_SD, atol=1e-4, rtol=1e-4)
+    handle.remove()
+    # Of a text that goes on, from the token before on; of the same text the last one; of another text all but what
+    # both begin with, if anything.
+    lengths = [len(text.input_ids) for text in texts]
+    assert firsts[0] == lengths[0] and firsts[1] == lengths[1] - lengths[0] + 1 and firsts[5] == 1
+    assert all(0 < first < length for first, length in zip(firsts[2:4], lengths[2:4], strict=True))
+    assert firsts[4] <= lengths[4] and engine._memory is None
+
+
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_a_latent_does_not_depend_on_its_company(kind, llama, tokenizers, document):
     """Fewer boundaries, fewer latents, one more phase: only the key decides."""

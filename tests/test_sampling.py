@@ -92,10 +92,10 @@ def test_the_checkpoints_generation_config_changes_nothing(wrapped):
 
 
 def test_the_end_of_the_text_is_drawn_and_padding_is_not(wrapped):
-    """Every third token likely ends the text; where padding is the same token, one end is counted."""
+    """9 of 24 texts end within 12 tokens; where padding is the same token, one end is counted."""
     model = wrapped()
     end = model.tokenizer.eos_token_id
-    model.pretrained_model.get_output_embeddings().weight.data[end] += 1.0
+    model.pretrained_model.get_output_embeddings().weight.data[end] += 0.5
     for pad in (model.tokenizer.pad_token, model.tokenizer.eos_token):
         model.tokenizer.pad_token, was = pad, model.tokenizer.pad_token
         try:

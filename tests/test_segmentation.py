@@ -7,7 +7,6 @@ import copy
 import logging
 import random
 import textwrap
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,6 @@ from ra3_trl.segmentation.python import (
     count_code_lines,
     own_line_comments,
     segment_python,
-    statements_end,
     strip_python_comments,
 )
 
@@ -499,26 +497,6 @@ def test_segments_and_strips_by_the_same_comments(name):
     assert {ODD[name][: line.start].count("\n") for line in lines if line.comment} <= comments
     kept = strip_python_comments(ODD[name]).removeprefix("\ufeff").split("\n")
     assert kept == [row for i, row in enumerate(rows) if i not in comments]
-
-
-@pytest.mark.parametrize("error", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, ""), SystemError("tokenizer")])
-def test_what_python_3_12_raises_is_text_that_does_not_tokenize(monkeypatch, error):
-    """Its `tokenize` does so on odd characters; here behind the first two lines."""
-    text = "# a\nx = 1\n# b\ny = 2\n"
-    tokens = tokenize.generate_tokens
-
-    def generate(readline):
-        for token in tokens(readline):
-            if token.start[0] > 2:
-                raise error
-            yield token
-
-    monkeypatch.setattr(tokenize, "generate_tokens", generate)
-    assert segment_python(text) is None
-    assert strip_python_comments(text) == text
-    assert [comment.text for comment in own_line_comments(text)] == [" a"]
-    assert count_code_lines(text) == 3
-    assert statements_end(text) == len("# a\nx = 1\n")
 
 
 def test_stripping_leaves_the_prompt_alone():

@@ -241,10 +241,123 @@ def test_lora_trains_the_adapter_alone(make):
     assert moved and all("lora_" in name for name in moved)
 
 
+HELD_OUT = [*TEXTS[:3], "# a comment\nx = 1\n", "y = 2\n", TEXTS[5]]
+
+
+@pytest.mark.parametrize(("architecture", "columns"), [("llama", "text"), ("llama", "prompt"), ("bloom", "text")])
+def test_eval_loss_is_that_of_sft(make, tokenizer, tiny_model, tmp_path, architecture, columns):
+    """In three batches of two rows of other lengths: the mean of batches, each over its tokens, ends of texts among
+    them. Before training and in its course."""
+    shared = {
+        "max_length": 256, "per_device_eval_batch_size": 2, "per_device_train_batch_size": 3, "max_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no",
+        "use_cpu": True, "disable_tqdm": True, "packing": False,
+    }  # fmt: skip
+
+    def data(texts):
+        if columns == "text":
+            return Dataset.from_dict({"text": texts})
+        return Dataset.from_dict({"prompt": [t[:9] for t in texts], "completion": [t[9:] or "z = 1\n" for t in texts]})
+
+    sft = SFTTrainer(
+        tiny_model(architecture, tokenizer),
+        SFTConfig(output_dir=str(tmp_path / "sft"), bf16=False, **{CHECKPOINTING: False}, **shared),
+        train_dataset=data(TEXTS), eval_dataset=data(HELD_OUT), processing_class=tokenizer,
+    )  # fmt: skip
+    ours = make(
+        data(TEXTS), data(HELD_OUT), model=tiny_model(architecture, tokenizer), e_steps=0, m_steps=-1, **shared
+    )
+    found = []
+    for trainer in (sft, ours):
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        log = trainer.state.log_history
+        found.append([before, *(e["eval_loss"] for e in log if "eval_loss" in e), log[-1]["train_loss"]])
+    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2, 3])
+def test_losses_of_the_phases_are_never_averaged_with_each_other(make, logging_steps):
+    """`loss` and `train_loss` are cross-entropy; an E-phase's surrogate has names of its own, also in a line of both:
+    E E M M M by twos are E E, M M and M, by threes E E M and M M."""
+    settings = {"e_steps": 2, "m_steps": 3, "seed": 5}
+    single = make(**settings, logging_steps=1)
+    each = single.train()
+    lines = [e for e in single.state.log_history if "phase" in e]
+    assert ["loss" in e for e in lines] == [False] * 2 + [True] * 3 == ["estep/loss" not in e for e in lines]
+    e, m = [x["estep/loss"] for x in lines[:2]], [x["loss"] for x in lines[2:]]
+    assert each.training_loss == each.metrics["train_loss"] == pytest.approx(sum(m) / 3)
+    assert each.metrics["train_estep_loss"] == pytest.approx(sum(e) / 2)
+    assert single.state.log_history[-1]["train_loss"] == each.metrics["train_loss"]
+
+    several = make(**settings, logging_steps=logging_steps, logging_strategy="steps")
+    several.train()
+    found = [(x.get("estep/loss"), x.get("loss")) for x in several.state.log_history if "phase" in x]
+    mean = lambda values: pytest.approx(sum(values) / len(values)) if values else None  # noqa: E731
+    updates = [("E", value) for value in e] + [("M", value) for value in m]
+    windows = [updates[i : i + logging_steps] for i in range(0, 5, logging_steps)]
+    whole = [w for w in windows if len(w) == logging_steps]
+    wanted = [tuple(mean([v for kind, v in w if kind == k]) for k in "EM") for w in whole]
+    assert found[: len(wanted)] == wanted
+
+
+class Doubled(RA3MidTrainer):
+    compute_loss_in = "M"
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        labels, logits = inputs["labels"][:, 1:], outputs.logits[:, :-1]
+        total = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum")
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        torch.testing.assert_close(loss, total / count, atol=1e-4, rtol=1e-4)
+        return (2 * loss, outputs) if return_outputs else loss + total / count
+
+
+@pytest.mark.parametrize("settings", [{}, {"e_steps": 0, "packing": False}, {"gradient_accumulation_steps": 2}])
+def test_a_loss_of_ones_own_is_that_of_m_phases(tokenizer, tiny_model, make, tmp_path, settings):
+    """Twice the loss, written as TRL's users write it: by the trainer's own and by the model's outputs."""
+    settings = {"e_steps": 1, "m_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-3} | settings
+    plain = make(**{**settings, "learning_rate": 2e-3})
+    plain.train()
+    args = RA3Config(**{"output_dir": str(tmp_path / "mine"), "max_length": 256, "num_latents": 3, "use_cpu": True,
+                        "max_latent_length": 4, "e_learning_rate": 1e-3, "per_device_train_batch_size": 2,
+                        "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True,
+                        **settings})  # fmt: skip
+    data = Dataset.from_dict({"text": TEXTS})
+    mine = Doubled(tiny_model("llama", tokenizer), args, data, data.select(range(2)), tokenizer)
+    mine.train()
+    assert mine.calls == 2 * settings.get("gradient_accumulation_steps", 1)
+    assert furthest(weights(plain.model), weights(mine.model)) < 1e-5
+    assert mine.evaluate()["eval_loss"] == pytest.approx(2 * RA3MidTrainer.evaluate(mine)["eval_ce"], rel=0.2)
+
+
+def test_a_loss_of_ones_own_has_no_part_in_an_e_phase(make, tokenizer, tiny_model, tmp_path):
+    class Mine(Doubled):
+        compute_loss_in = None
+
+    with pytest.raises(ValueError, match="`compute_loss` is overridden in Mine.*compute_loss_in = 'M'"):
+        Mine(tiny_model("llama", tokenizer), RA3Config(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_low_precision_evaluation_is_that_of_sft_and_leaves_the_weights(make, tokenizer, tiny_model, tmp_path):
+    shared = {"max_length": 256, "bf16_full_eval": True, "report_to": "none", "use_cpu": True, "packing": False}
+    sft = SFTTrainer(
+        tiny_model("llama", tokenizer), SFTConfig(str(tmp_path / "sft"), bf16=False, **shared),
+        train_dataset=Dataset.from_dict({"text": TEXTS}), eval_dataset=Dataset.from_dict({"text": HELD_OUT}),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    ours, full = make(eval_texts=HELD_OUT, e_steps=0, **shared), make(eval_texts=HELD_OUT, e_steps=0)
+    before = weights(ours.model)
+    found, wanted = ours.evaluate()["eval_loss"], sft.evaluate()["eval_loss"]
+    assert found == pytest.approx(wanted, abs=2e-2) and found != full.evaluate()["eval_loss"]
+    assert furthest(before, weights(ours.model)) == 0 and ours.model.dtype == torch.float32
+
+
 def test_evaluate_alone(make):
     trainer = make(eval_texts=TEXTS[:3])
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == metrics["eval_ce"]
     # Jensen: the ELBO is the looser bound, so its negative is the larger number.
     assert metrics["eval_elbo"] >= metrics["eval_bound_multi"]
     assert 0 < metrics["eval_think_rate"] < 1

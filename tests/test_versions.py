@@ -77,6 +77,20 @@ def test_a_failure_needs_a_reason(main, tools, monkeypatch):
     assert main["unexplained"](cells) == ["image: test_b.py::test_x[2]", "latest: test_a.py::test_one"]
 
 
+def test_failed_tests_run_again(main, monkeypatch, tmp_path):
+    """Of 9 passed, 2 failed: one passes the second time, one is skipped, so 10 passed, none failed, 1 + 1 skipped."""
+    row = {"passed": 9, "failed": 2, "skipped": 1, "skips": {"no GPU": 1}, "commit": "abc"}
+    row |= {"failures": ["test_a.py::test_one", "test_a.py::test_two"]}
+    (tmp_path / "results.json").write_text(json.dumps({"cells": {"image": row}}))
+    new = {"passed": 1, "failed": 0, "skipped": 1, "failures": [], "skips": {"no GPU": 1}, "commit": "def"}
+    calls = []
+    monkeypatch.setitem(main["again"].__globals__, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setitem(main["again"].__globals__, "run_cell", lambda *call: calls.append(call) or new)
+    counts = {"passed": 10, "failed": 0, "skipped": 2, "failures": [], "skips": {"no GPU": 2}}
+    assert main["again"]("image", 1) == counts | {"commit": "def", "again": {"tests": 2, "first": "abc"}}
+    assert calls == [("image", ("tests/test_a.py::test_one", "tests/test_a.py::test_two"), 1)]
+
+
 def test_the_page_says_why(tools, monkeypatch):
     monkeypatch.setattr(tools["reasons"], "REASONS", (("image", "test_a.py::*", "transformers loads it so"),))
     versions = dict.fromkeys(("python", *tools["page"].SHOWN), "1.2")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
 from ra3_trl.generation import AutoModelForCausalLMWithAbstractionHead
+from ra3_trl.versions import TRANSFORMERS
 
 
 warnings.filterwarnings("ignore")
@@ -126,7 +127,7 @@ def main(folder: Path) -> None:
     )
     torch.save(metrics, folder / f"eval-{state.num_processes}-{state.process_index}.pt")
     # 6. A run that goes on.
-    if state.num_processes == 2:
+    if state.num_processes == 2 and TRANSFORMERS >= (5, 18):
         trainer = make(
             folder,
             TEXTS,

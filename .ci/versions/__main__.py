@@ -2,6 +2,7 @@
 
 make test-versions                            all of it; writes results.json and docs/versions.md
 make test-versions ARGS="image latest"        these environments; the other rows stay as they are
+make test-versions ARGS="image --again"       of these environments, the tests that failed; the row says so
 make test-versions ARGS="--resolve --wheel"   resolution beside others; the built wheel in a fresh environment
 make test-versions ARGS=--short               a few tests on the lowest and the latest; writes nothing
 """
@@ -83,6 +84,17 @@ def run_cell(name: str, tests: tuple[str, ...], workers: int) -> dict:
     return now() | run_tests(python, tests, workers) | {"versions": shown}
 
 
+def again(name: str, workers: int) -> dict:
+    """Runs those tests that failed in the row of an environment once more, and returns the row as it is then."""
+    row = json.loads(RESULTS.read_text("utf-8"))["cells"][name]
+    if not row["failed"]:
+        return row
+    new = run_cell(name, tuple(f"tests/{test}" for test in row["failures"]), workers)
+    counts = {"passed": row["passed"] + new["passed"], "skipped": row["skipped"] + new["skipped"]}
+    skips = dict(Counter(row["skips"]) + Counter(new["skips"]))
+    return new | counts | {"skips": skips, "again": {"tests": row["failed"], "first": row["commit"]}}
+
+
 def unexplained(cells: dict[str, dict]) -> list[str]:
     """The failures that have no row in `reasons.py`."""
     return [
@@ -101,6 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--resolve", action="store_true", help="resolve us together with other projects")
     parser.add_argument("--wheel", action="store_true", help="build the wheel and run it in a fresh environment")
+    parser.add_argument("--again", action="store_true", help="of the environments named, those tests that failed")
     parser.add_argument("--page", action="store_true", help="write docs/versions.md anew from results.json, no more")
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest")
     args = parser.parse_args()
@@ -109,7 +122,8 @@ def main() -> None:
     everything = not (args.cells or args.short or args.resolve or args.wheel or args.page)
     cells = {}
     for name in SHORT if args.short else CELLS if everything else args.cells:
-        cells[name] = run_cell(name, SHORT_TESTS if args.short else CELLS[name].tests, args.workers)
+        tests = SHORT_TESTS if args.short else CELLS[name].tests
+        cells[name] = again(name, args.workers) if args.again else run_cell(name, tests, args.workers)
         if not args.short:
             write({"cells": {name: cells[name]}})
     wheel = check_wheel() if everything or args.wheel else []

@@ -33,6 +33,9 @@ def _suite(cells: dict[str, dict]) -> str:
         rows.append([name, *versions, *counts, f"{cell['date']}, {cell['commit']}"])
         whys = Counter(reason(name, test) or f"no reason yet: `{test}`" for test in cell["failures"])
         notes += [f"- *{name}*, {count} failed: {why}" for why, count in whys.items()]
+        notes += [f"- *{name}*: {cell['stopped']}"] if "stopped" in cell else []
+        if run := cell.get("again"):
+            notes += [f"- *{name}*: {run['tests']} tests that failed at {run['first']} ran again by themselves"]
         notes += [f"- *{name}*, {count} skipped: {why}" for why, count in cell["skips"].items()]
     head = ["", "Python", *SHOWN, "passed", "failed", "skipped", "run"]
     return f"\n## The suite\n\n{_table(head, rows)}\n" + "\n".join(notes) + "\n"

@@ -15,10 +15,13 @@ from .checkpoint import (
 from .data import Cutter, collate
 from .estep import Chunk, EStep, Rollout
 from .gradients import Gradients
+from .heldout import evaluate_batches
 from .learner import HeadLearner, make_learner
+from .logs import log_line
 from .loop import Batch, EMLoop, Window
 from .monitor import GateHold, MetricSums, latent_alarms, rollout_sums
 from .mstep import Rows, mstep_loss, pack, split_example
+from .next_token import check_overridden
 from .packing import check_packing
 from .schedule import Phase, Schedule, phase_scheduler, plan_phases, plan_schedule
 from .state import EMState, read_state
@@ -45,11 +48,14 @@ __all__ = [
     "Schedule",
     "Watch",
     "Window",
+    "check_overridden",
     "check_packing",
     "check_resumable",
     "collate",
     "keep_best_alone",
+    "evaluate_batches",
     "latent_alarms",
+    "log_line",
     "make_learner",
     "mstep_loss",
     "name_best",

@@ -28,8 +28,9 @@ from ..segmentation import splice
 from .estep import EStep, Rollout
 from .gradients import Gradients
 from .learner import HeadLearner, Observations, observe
-from .monitor import MetricSums, Sameness, Sums, copy_rate, rollout_sums
-from .mstep import Rows, mstep_loss, pack
+from .monitor import MetricSums, PhaseLosses, Sameness, Sums, copy_rate, rollout_sums
+from .mstep import Rows, pack
+from .next_token import NextToken
 from .packing import check_packing
 from .schedule import Phase, Schedule
 from .state import EMState
@@ -119,10 +120,14 @@ class EMLoop:
         self.dropout = Dropout(policy.model)
         self.state = EMState.anew(self.args, learner)
         self.step = 0  # updates done before the present one
+        self.next_token = NextToken(policy.backbone, self.args)
+        self.compute_loss: Callable[..., torch.Tensor] = self.next_token
+        self.losses = PhaseLosses()
 
     def begin_anew(self) -> None:
         """Forgets all but the weights, the head's among them."""
         self.state = EMState.anew(self.args, self.learner)
+        self.losses = PhaseLosses()
 
     @property
     def phase(self) -> Phase:
@@ -206,6 +211,10 @@ class EMLoop:
             if batch.last and self.learner is not None:
                 self.learn(gather_object(self.learner.noted))
                 self.learner.noted = []
+        # A surrogate of policy gradients and cross-entropy are never averaged with each other.
+        name, kind = ("estep/loss", "E") if batch.in_e_phase else ("loss", "M")
+        self.state.metrics.add_total(name, loss, batch.last / self.args.world_size)
+        self.losses.add(kind, loss, batch.last)
         self.state.metrics.add("seconds/update", time.perf_counter() - begin)
         return loss
 
@@ -326,15 +335,21 @@ class EMLoop:
             loss = self.policy.backbone.idle(gradients.through)
             gradients.backward(loss)
             return float(loss.detach())
-        loss, parts, seen = mstep_loss(self.policy.backbone, rows, denominator, gradients.through, self.args.loss_type)
+        model, inputs = gradients.through or self.policy.model, self.next_token.inputs(rows)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=denominator) / self.args.world_size
         gradients.backward(loss)
+        for parts, seen in self.next_token.seen:
+            self._note(parts, seen)
+        self.next_token.seen = []
+        return float(loss.detach())
+
+    def _note(self, parts: dict[str, torch.Tensor], seen: Observations) -> None:
         if self.learner is not None:
             self.learner.noted.append(seen)
         code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
         both = (code[0] + latent[0], code[1] + latent[1])
         for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
             self.state.metrics.add_total(f"mstep/{name}", total, count)
-        return float(loss.detach())
 
     # ---- both ----
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 import torch
+from accelerate.utils import gather_object
 
 from ..analysis import shares
 from ..losses import code_bounds, joint_gain
@@ -48,6 +49,24 @@ class MetricSums:
         out = self.averages()
         self.sums = {}
         return out
+
+
+@dataclass
+class PhaseLosses:
+    """Losses of a run's updates on this process, by the kind of their phase: sums, and how many updates."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    updates: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, loss: float, last: bool) -> None:
+        """Takes a micro-batch's share of an update's loss, of which it may be the `last`."""
+        self.sums[kind] += loss  # type: ignore[assignment]
+        self.updates[kind] += last
+
+    def averages(self) -> dict[str, float]:
+        """Mean loss of the updates of each kind that there were, of all processes together; each must call it."""
+        shares = gather_object([self.sums])
+        return {kind: sum(share[kind] for share in shares) / n for kind, n in self.updates.items() if n}
 
 
 _FEWEST, _MOST = 5, 10  # updates that a bound of the hold is taken over

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,18 @@ class Rows:
         no_label = torch.full_like(ids, -100)
         keys = torch.zeros(rows, length, 3, dtype=torch.long)
         return cls(ids, ids.clone(), no_label, ids.bool(), torch.full_like(ids, -1), none, keys)
+
+    @classmethod
+    def of(cls, inputs: dict[str, torch.Tensor], like: Rows | None = None) -> Rows:
+        """Makes rows of a model's inputs with labels. What these do not say is that of `like`, whose inputs they were,
+        or nothing."""
+        ids = inputs["input_ids"].cpu()
+        if like is None or like.input_ids.shape != ids.shape:
+            like = cls.empty(*ids.shape)
+            seen = inputs["attention_mask"].cpu() if "attention_mask" in inputs else torch.ones_like(ids)
+            positions = torch.where(seen > 0, seen.cumsum(1) - 1, 0)
+            like = replace(like, position_ids=inputs["position_ids"].cpu() if "position_ids" in inputs else positions)
+        return replace(like, input_ids=ids, labels=inputs["labels"].cpu())
 
     @property
     def num_tokens(self) -> int:
@@ -133,8 +145,8 @@ def pack(examples: Sequence[AnnotatedExample], max_length: int, packing: bool) -
     return packed
 
 
-def run_rows(backbone: Backbone, rows: Rows, through: nn.Module | None = None) -> tuple[Rows, torch.Tensor]:
-    """Runs rows through the decoder: the rows in the form in which they ran, and their hidden states `[R, L, D]`.
+def row_inputs(backbone: Backbone, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+    """Makes the rows what a forward takes; also gives the rows in the form in which they run.
 
     Documents of a row are told apart by what the model's attention reads: flash attention by their lengths, the others
     by position ids that start anew, of which transformers makes a mask (for flex attention a block mask). That needs
@@ -151,8 +163,14 @@ def run_rows(backbone: Backbone, rows: Rows, through: nn.Module | None = None) -
         if backbone.reads_lengths:
             told |= _lengths(rows)
     device = backbone.device
-    told = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in told.items()}
-    return rows, backbone.hidden(through, input_ids=rows.input_ids.to(device), **told)
+    told |= {"input_ids": rows.input_ids}
+    return rows, {n: value.to(device) if isinstance(value, torch.Tensor) else value for n, value in told.items()}
+
+
+def run_rows(backbone: Backbone, rows: Rows, through: nn.Module | None = None) -> tuple[Rows, torch.Tensor]:
+    """Runs rows through the decoder: the rows in the form in which they ran, and their hidden states `[R, L, D]`."""
+    rows, inputs = row_inputs(backbone, rows)
+    return rows, backbone.hidden(through, **inputs)
 
 
 def _lengths(rows: Rows) -> dict[str, Any]:

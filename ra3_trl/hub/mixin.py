@@ -52,9 +52,14 @@ class HubMixin(Trainer):
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
             card.save(Path(str(self.args.output_dir), "README.md"))
 
-    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As `Trainer`'s; that the repository may be written to is seen now, not after the training."""
-        super().init_hf_repo(token, *args, **kwargs)
+        asked = self.args.hub_private_repo
+        self.args.hub_private_repo = asked if private is None else private  # an argument from transformers 5.23 on
+        try:
+            super().init_hf_repo(token)
+        finally:
+            self.args.hub_private_repo = asked
         if self.is_world_process_zero():
             auth_check(self.hub_model_id, token=self.args.hub_token if token is None else token, write=True)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 MARKUP = 8  # tokens that stand around a latent, at most
-_WINDOW = 8  # boundaries proposed together where a latent placed changes what follows
+_WINDOW = 8  # most boundaries proposed together where a latent placed changes what follows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def annotate_all(
 
     With a horizon above 1 each decision sees the latents already placed, so that one that still serves is not
     repeated: proposals are made for a window of boundaries, used up to the first latent placed, and made anew behind
-    it, until a row of `max_length` is full. With horizon 1 all boundaries are decided at once on the clean text.
+    it, until a row of `max_length` is full. A window is as wide as what was used of the last one, and twice as wide
+    where nothing was placed, up to 8: so hardly more is run than twice what is used. The text before is not run again,
+    and whatever the windows the result is the same. With horizon 1 all boundaries are decided at once on the clean
+    text.
 
     Args:
         policy ([`Policy`]):
@@ -80,28 +83,42 @@ def annotate_all(
     by_policy = (way or args.annotation) == "policy"
     done = [_Choice() for _ in documents]
     left = [list(document.boundaries) for document in documents]
-    # The policy's way reads gates only, which one forward gives for all boundaries.
-    most = None if args.horizon == 1 or by_policy else _WINDOW
-    while any(left):
-        asked: list[tuple[int, Document, list[int]]] = []
-        for i in [i for i, boundaries in enumerate(left) if boundaries]:
-            context = splice(documents[i], done[i].placed).document
-            if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > row_length(args):
-                left[i] = []  # the row is full
-            else:
-                asked.append((i, context, left[i][:most]))
-        choose = _choose_by_policy if by_policy else _choose_by_resampling
-        choices = choose(policy, [c for _, c, _ in asked], [window for _, _, window in asked], noise)
-        for (i, _, window), choice in zip(asked, choices, strict=True):
-            last = window[-1]
-            if args.horizon > 1:  # a latent changes what its successors are worth: they are chosen anew
-                last = next(iter(choice.placed), last)
-            done[i] |= choice.up_to(last)
-            left[i] = [boundary for boundary in left[i] if boundary > last]
+    at_once = args.horizon == 1
+    width = [len(boundaries) if at_once else _WINDOW for boundaries in left]
+    choose = _choose_by_policy if by_policy else _choose_by_resampling
+    with policy.engine.remembering():
+        while any(left):
+            asked: list[tuple[int, Document, list[int]]] = []
+            for i in [i for i, boundaries in enumerate(left) if boundaries]:
+                context, window = splice(documents[i], done[i].placed).document, left[i][: width[i]]
+                if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > row_length(args):
+                    left[i] = []  # the row is full
+                else:
+                    # What a proposer sees of a document is its own affair; the policy needs no more than the window.
+                    whole = at_once or not policy.proposer.causal
+                    asked.append((i, context if whole else _up_to(context, window[-1] + args.horizon), window))
+            choices = choose(policy, [c for _, c, _ in asked], [window for _, _, window in asked], noise)
+            for (i, _, window), choice in zip(asked, choices, strict=True):
+                last = window[-1]
+                if not at_once:  # a latent changes what its successors are worth: they are chosen anew
+                    last = next(iter(choice.placed), last)
+                    width[i] = window.index(last) + 1 if choice.placed else min(2 * len(window), _WINDOW)
+                done[i] |= choice.up_to(last)
+                left[i] = [boundary for boundary in left[i] if boundary > last]
     return [
         replace(splice(document, d.placed), worth=d.worth, gains=d.gains, sizes=d.sizes)
         for document, d in zip(documents, done, strict=True)
     ]
+
+
+def _up_to(document: Document, actions: int) -> Document:
+    """The document without what follows its first `actions`."""
+    first = document.actions[:actions]
+    return (
+        document
+        if len(first) == len(document.actions)
+        else replace(document, actions=first, input_ids=document.input_ids[: first[-1].end])
+    )
 
 
 def _log_prior(policy: Policy, group: RolloutGroup, boundaries: Sequence[int]) -> torch.Tensor:

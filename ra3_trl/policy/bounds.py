@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from ..analysis import shares
 from ..losses import code_bounds, compute_returns, renormalise
 from ..records import Document, RolloutGroup
 from ..rollout import NoiseKey
-from .annotate import annotate
+from .annotate import annotate_all
 from .blandness import first_latent, over_others
 from .decisions import choose_boundaries
 
@@ -50,42 +51,63 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
     args = policy.args
     sums = dict.fromkeys(_SUMS if policy.proposer.causal else (*_SUMS, *_HINDSIGHT), 0.0)
     before: RolloutGroup | None = None
-    for document in documents:
-        boundaries = choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE)
+    for batch in _batches(documents, policy.engine.max_branch_tokens):
+        where = [choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE) for document in batch]
         # On the clean text, each latent before its own line; then the text that the policy itself has annotated.
-        group = policy.rollout(document, boundaries, args.eval_num_latents, EVAL_NOISE)
-        bounds = code_bounds(group)
-        gain = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
-        annotated = annotate(policy, document, EVAL_NOISE, "policy")
-        trunk = policy.engine.trunk(annotated.document)
-        sums["documents"] += 1
-        sums["log_likelihood"] += bounds.log_likelihood
-        sums["elbo"] += bounds.elbo
-        sums["multi_sample"] += bounds.multi_sample
-        sums["never"] += _code_total(document, renormalise(group.line_logps_A, group.gate_logps_A))
-        sums["policy"] += _code_total(document, renormalise(trunk.line_logps_A, trunk.gate_logps_A))
-        sums["tokens"] += bounds.tokens
-        sums["think"] += float(group.decision_logps_A[list(document.boundaries)].double().exp().sum())
-        sums["boundaries"] += len(document.boundaries)
-        sums["gain"] += float(gain.double().sum())
-        sums["latents"] += gain.numel()
-        sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
-        sums["policy_latents"] += len(annotated.placed)
-        if boundaries:
-            written = _WRITTEN + " ".join(map(str, first_latent(group)))
-            sums[written] = sums.get(written, 0.0) + 1
-            if before is not None and before.document.doc_id != document.doc_id:
-                sums["over_other"] += over_others(policy.engine, [(group, before)], args.discount)[0]
-                sums["others"] += 1
-            before = group
+        with policy.inference(whole=False):
+            drawn = policy.engine.rollouts(batch, where, args.eval_num_latents, args.horizon, EVAL_NOISE)
+            groups = [policy.decide(group) for group in drawn]
+            annotated = annotate_all(policy, batch, EVAL_NOISE, "policy")
+            trunks = policy.engine.trunks([example.document for example in annotated])
+        for group, example, trunk in zip(groups, annotated, trunks, strict=True):
+            _add(sums, group, compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG)
+            sums["policy"] += _code_total(group.document, renormalise(trunk.line_logps_A, trunk.gate_logps_A))
+            sums["policy_latents"] += len(example.placed)
+        tried = [group for group in groups if group.boundaries]
+        row = tried if before is None else [before, *tried]
+        pairs = [(group, other) for other, group in pairwise(row) if other.document.doc_id != group.document.doc_id]
+        sums["over_other"] += sum(over_others(policy.engine, pairs, args.discount))
+        sums["others"] += len(pairs)
+        before = tried[-1] if tried else before
         if not policy.proposer.causal:
-            (group,) = policy.propose([document], [boundaries], args.eval_num_latents, EVAL_NOISE)
-            bounds = code_bounds(group)
-            gain = compute_returns(group, args.horizon, args.discount).gain_TG
-            sums["hindsight_elbo"] += bounds.elbo
-            sums["hindsight_multi"] += bounds.multi_sample
-            sums["hindsight_gain"] += float(gain.double().sum())
+            for group in policy.propose(batch, where, args.eval_num_latents, EVAL_NOISE):
+                bounds = code_bounds(group)
+                gain = compute_returns(group, args.horizon, args.discount).gain_TG
+                sums["hindsight_elbo"] += bounds.elbo
+                sums["hindsight_multi"] += bounds.multi_sample
+                sums["hindsight_gain"] += float(gain.double().sum())
     return sums
+
+
+def _batches(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
+    """Cuts documents into lists of at most so many tokens, or of one document."""
+    batch: list[Document] = []
+    for document in documents:
+        if batch and sum(len(d.input_ids) for d in (*batch, document)) > most:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
+
+
+def _add(sums: dict[str, float], group: RolloutGroup, gain_TG: torch.Tensor) -> None:
+    """Adds what a group on the clean text says."""
+    document, bounds = group.document, code_bounds(group)
+    sums["documents"] += 1
+    sums["log_likelihood"] += bounds.log_likelihood
+    sums["elbo"] += bounds.elbo
+    sums["multi_sample"] += bounds.multi_sample
+    sums["never"] += _code_total(document, renormalise(group.line_logps_A, group.gate_logps_A))
+    sums["tokens"] += bounds.tokens
+    sums["think"] += float(group.decision_logps_A[list(document.boundaries)].double().exp().sum())
+    sums["boundaries"] += len(document.boundaries)
+    sums["gain"] += float(gain_TG.double().sum())
+    sums["latents"] += gain_TG.numel()
+    sums["latent_tokens"] += sum(len(z.token_ids) for row in group.latents for z in row)
+    if group.boundaries:
+        written = _WRITTEN + " ".join(map(str, first_latent(group)))
+        sums[written] = sums.get(written, 0.0) + 1
 
 
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -93,7 +115,6 @@ def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
     measured is left out."""
     tokens, boundaries, latents = (max(sums[name], 1) for name in ("tokens", "boundaries", "latents"))
     metrics = {
-        "loss": -sums["log_likelihood"] / tokens,
         "ce": -sums["log_likelihood"] / tokens,
         "ce_never": -sums["never"] / tokens,
         "ce_policy": -sums["policy"] / tokens,

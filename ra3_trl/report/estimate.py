@@ -9,7 +9,7 @@ import numpy as np
 from ..config import RA3Config
 from ..config_fields import row_length
 from ..em import Schedule
-from ..rollout import Backbone
+from ..rollout import Backbone, most_cached
 
 
 _STATES = {"sgd": 0.0, "adafactor": 0.1, "adamw_8bit": 0.5, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5}
@@ -99,6 +99,7 @@ def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchor
     per_token = 2 * config.num_hidden_layers * (values.get("num_key_value_heads") or heads) * head_size * size
     wide = values.get("intermediate_size") or 4 * config.hidden_size
     width = config.hidden_size if args.activation_checkpointing else 8 * config.hidden_size + 4 * wide
+    cached = most_cached(args.max_branch_tokens, args.max_latent_length)
     in_flight = max(row_length(args) * args.train_batch_size, row_length(args) + args.max_branch_tokens)
     return {
         "parameters": parameters,
@@ -106,7 +107,7 @@ def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchor
         "optimizer": round(trained * 2 * _STATES.get(str(args.optim.value), 1.0)),
         "frozen snapshots": trained * max(in_e, in_m),
         "document cache": per_token * row_length(args),
-        "branch cache": per_token * args.max_branch_tokens if args.uses_latents else 0,
+        "branch cache": per_token * cached if args.uses_latents else 0,
         "activations": config.num_hidden_layers * width * size * in_flight,
     }
 

@@ -1,7 +1,7 @@
 """Latents at many boundaries of a document: sampled, scored, and their log-probs with gradients."""
 
 from .backbone import Backbone, evaluating
-from .branch import BranchEngine
+from .branch import BranchEngine, most_cached
 from .engine import Boundaries, RolloutEngine
 from .expand import ExpandEngine
 from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line, rounding
@@ -31,5 +31,6 @@ __all__ = [
     "in_a_line",
     "keyed_uniform",
     "largest",
+    "most_cached",
     "rounding",
 ]

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -27,16 +29,53 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, 
 
 @dataclass
 class BranchTokens:
-    """Lists the branch tokens of one forward; see `BranchPlan`."""
+    """Lists the branch tokens of one forward, on the host; see `BranchPlan`."""
 
-    token_n: torch.Tensor
-    branch_n: torch.Tensor  # branch of each, ascending
-    slot_n: torch.Tensor  # its place in the branch, think prefix and latent included
-    sees_n: torch.Tensor  # it sees the branch's slots below this one,
-    run_n: torch.Tensor  # and those from this one up to its own
+    token: np.ndarray
+    branch: np.ndarray  # branch of each, ascending
+    slot: np.ndarray  # its place in the branch, think prefix and latent included
+    sees: np.ndarray  # it sees the branch's slots below this one,
+    run: np.ndarray  # and those from this one up to its own
 
     def __len__(self) -> int:
-        return len(self.token_n)
+        return len(self.token)
+
+
+def chained(
+    chains: Sequence[Sequence[int] | np.ndarray],
+    branches: np.ndarray | None = None,
+    offsets: np.ndarray | None = None,
+) -> BranchTokens:
+    """Lists the tokens of `chains`, one a branch (all, or `branches`), from slot 0 or `offsets` on; each sees all
+    of its branch before it."""
+    lengths = [len(chain) for chain in chains]
+    branch = np.repeat(np.arange(len(chains)) if branches is None else branches, lengths)
+    first = np.zeros(len(chains), dtype=np.int64) if offsets is None else offsets
+    slot = np.concatenate([o + np.arange(n) for o, n in zip(first, lengths, strict=True)])
+    token = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
+    return BranchTokens(token, branch, slot, slot + 1, slot)
+
+
+@dataclass
+class Plan:
+    """What a forward needs from the host: the lengths of its documents, its branch tokens, its blocks, and `arrays`
+    that go to the device, in one copy with others'."""
+
+    lengths: list[int]
+    tokens: BranchTokens | None
+    blocks: list[tuple[int, int, int]]  # first and last branch, queries of each
+    slots: int
+    arrays: list[np.ndarray]
+
+
+def to_device(device: torch.device, *groups: Sequence[np.ndarray]) -> list[list[torch.Tensor]]:
+    """Copies groups of integer arrays in one go: the host waits for each copy."""
+    arrays = [np.asarray(array, dtype=np.int64) for group in groups for array in group]
+    if not arrays:
+        return [[] for _ in groups]
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+    parts = iter(flat.split([array.size for array in arrays]))
+    return [[next(parts).view(np.shape(array)) for array in group] for group in groups]
 
 
 @dataclass
@@ -86,20 +125,22 @@ def _fused(
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
 ) -> torch.Tensor:
-    """Plain causal attention of a document, `q` `[heads, N, D]`, `k` and `v` `[kv_heads, N, D]`."""
+    """Plain causal attention of a document, or of its last tokens: `q` `[heads, last, D]`, `k` and `v`
+    `[kv_heads, N, D]`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    length = q.shape[1]
-    if cap is None and (window is None or length <= window):
+    length, rest = k.shape[1], q.shape[1]
+    if cap is None and (window is None or length <= window) and rest == length:
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
     i = torch.arange(length, device=q.device)
-    seen = (i[:, None] >= i) & (i[:, None] - i < (window or length))
+    query = i[length - rest :, None]
+    seen = (query >= i) & (query - i < (window or length))
     return _fused(q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), scale, cap)
 
 
 class BranchState:
     """Holds keys and values of documents and of the branches in flight, and what the current forward is.
 
-    `prefix_M` are the document tokens that each branch sees, `document_M` the numbers of their documents, ascending
+    `prefix` are the document tokens that each branch sees, `document_M` the numbers of their documents, ascending
     (and the prefixes within a document); `slots` the most tokens of a branch. `cached` keeps keys and values from
     forward to forward (no gradients); without, there is one packed forward [documents | branches] with gradients. The
     documents' are those of another state, if given.
@@ -107,157 +148,181 @@ class BranchState:
 
     def __init__(
         self,
-        prefix_M: torch.Tensor,
+        prefix: np.ndarray,
         document_M: Sequence[int],
         slots: int,
         cached: bool,
         trunk: BranchState | None = None,
     ):
-        self.prefix_M = prefix_M
-        self.document_M = document_M
+        self.prefix = np.asarray(prefix, dtype=np.int64)
+        self.document_M = list(document_M)
         self.slots = slots
         self.cached = cached
-        self._documents: dict[int, list[KeysValues]] = trunk._documents if trunk else {}  # by layer
-        self._own: dict[int, KeysValues] = {}
-        self._roomy: dict[tuple[int, int], KeysValues] = {}  # by layer and document
-        self._position_ML = torch.zeros(len(prefix_M), slots, dtype=torch.long, device=prefix_M.device)
+        self.documents: dict[int, KeysValues] = trunk.documents if trunk else {}  # by layer, one after the other
+        self.lengths: list[int] = trunk.lengths if trunk else []  # tokens of each document
+        # Of each document of a forward: which has been run, in which state, and how many of its tokens stand for this
+        # one's first.
+        self.begun: list[tuple[BranchState | None, int, int]] = []
+        self.own: dict[int, KeysValues] = {}  # by layer
+        # Of each slot; think prefixes and latents follow the document, other tokens say where they stand.
+        self._position = self.prefix[:, None] + np.arange(slots)
+        self._tokens: tuple[torch.Tensor, ...] = ()  # branch, slot, and of the gradient pass the row of each own key
         self.blocks: list[_Block] = []
         self._lengths: list[int] = []
-        self._tokens: BranchTokens | None = None
-        self._own_row: torch.Tensor | None = None
+        self._parts: list[KeysValues] = []  # of the present layer
         self._query_row: torch.Tensor | None = None
         self._out_row: torch.Tensor | None = None
-        self._sizes: list[int] = []
 
     @property
     def layers(self) -> int:
         """Number of layers that attended to the documents through this state."""
-        return len(self._documents)
+        return len(self.documents)
 
-    def spread(self, count: int) -> BranchState:
-        """Each branch `count` times, one after the other, with the keys and values that it has: what they have in
-        common is run once."""
-        documents = [number for number in self.document_M for _ in range(count)]
-        state = BranchState(self.prefix_M.repeat_interleave(count), documents, self.slots, self.cached, self)
-        state._own = {
-            layer: (k.repeat_interleave(count, 1), v.repeat_interleave(count, 1))
-            for layer, (k, v) in self._own.items()
-        }
-        state._position_ML = self._position_ML.repeat_interleave(count, 0)
+    def spread(self, count: int, slots: int) -> BranchState:
+        """Each branch `count` times, one after the other, with `slots` for its tokens and the keys and values that it
+        has: what they have in common is run once."""
+        state = self._of(np.repeat(np.arange(len(self.prefix)), count), slots)
+        for layer, (k, v) in self.own.items():
+            state.own[layer] = (self._wide(k, slots).repeat_interleave(count, 1),
+                                self._wide(v, slots).repeat_interleave(count, 1))  # fmt: skip
         return state
 
-    def begin(self, tokens: BranchTokens | None, lengths: Sequence[int] = ()) -> torch.Tensor:
-        """Announces a forward of documents of so many tokens followed by `tokens`; returns its position ids."""
-        self._tokens, self._lengths, self.blocks = tokens, list(lengths), []
-        positions = [torch.arange(length, device=self.prefix_M.device) for length in lengths]
-        if tokens is None:
-            return torch.cat(positions)
-        depth = torch.where(tokens.sees_n > tokens.slot_n, tokens.slot_n, tokens.sees_n + tokens.slot_n - tokens.run_n)
-        position_n = self.prefix_M[tokens.branch_n] + depth
-        self._position_ML[tokens.branch_n, tokens.slot_n] = position_n
-        if not self.cached:
-            self._own_row = torch.zeros_like(self._position_ML)
-            self._own_row[tokens.branch_n, tokens.slot_n] = torch.arange(len(tokens), device=position_n.device)
-        self._make_blocks(tokens, position_n)
-        return torch.cat([*positions, position_n])
+    def taken(self, branches: np.ndarray, rows: torch.Tensor, slots: int) -> BranchState:
+        """Some branches, with `slots` for their tokens; `rows` says on the device where their keys and values are."""
+        state = self._of(branches, slots)
+        for layer, (k, v) in self.own.items():
+            state.own[layer] = (self._wide(k[:, rows], slots), self._wide(v[:, rows], slots))
+        return state
 
-    def _make_blocks(self, tokens: BranchTokens, position_n: torch.Tensor) -> None:
-        branches, counts = torch.unique_consecutive(tokens.branch_n, return_counts=True)
-        ends = counts.cumsum(0)
-        slots = int(tokens.slot_n.max()) + 1
-        ids, bounds, prefix = branches.tolist(), [0, *ends.tolist()], self.prefix_M.tolist()
-        i, rows = 0, []
+    def _of(self, branches: np.ndarray, slots: int) -> BranchState:
+        return BranchState(self.prefix[branches], [self.document_M[m] for m in branches], slots, self.cached, self)
+
+    def _wide(self, x: torch.Tensor, slots: int) -> torch.Tensor:
+        return pad(x, (0, 0, 0, slots - self.slots))  # or narrow, where slots are fewer
+
+    def plan(self, tokens: BranchTokens | None, documents: Sequence[Sequence[int]] = ()) -> Plan:
+        """Plans a forward of documents' tokens, those that they have not `begun` with, followed by `tokens`."""
+        lengths = [len(document) for document in documents]
+        firsts = [tokens for _, _, tokens in self.begun] or [0] * len(lengths)
+        if lengths:
+            self.lengths = [first + length for first, length in zip(firsts, lengths, strict=True)]
+        ids = [token for document in documents for token in document]
+        positions = [first + np.arange(length) for first, length in zip(firsts, lengths, strict=True)]
+        if tokens is None:
+            return Plan(lengths, None, [], 0, [np.array(ids), np.concatenate(positions)])
+        depth = np.where(tokens.sees > tokens.slot, tokens.slot, tokens.sees + tokens.slot - tokens.run)
+        position = self.prefix[tokens.branch] + depth
+        self._position[tokens.branch, tokens.slot] = position
+        slots = int(tokens.slot.max()) + 1
+        blocks, rows = self._cut(tokens, slots)
+        row = np.concatenate([r.ravel() for r in rows])
+        out_row = np.empty(len(tokens), dtype=np.int64)
+        out_row[row[row >= 0]] = np.flatnonzero(row >= 0)
+        arrays = [np.concatenate([ids, tokens.token]), np.concatenate([*positions, position])]
+        arrays += [tokens.branch, tokens.slot, tokens.sees, tokens.run]
+        arrays += [position, row, out_row, self.prefix, self._position[:, :slots]]
+        if not self.cached:
+            own_row = np.zeros_like(self._position)
+            own_row[tokens.branch, tokens.slot] = np.arange(len(tokens))
+            arrays.append(own_row)
+        return Plan(lengths, tokens, blocks, slots, arrays)
+
+    def _cut(self, tokens: BranchTokens, slots: int) -> tuple[list[tuple[int, int, int]], list[np.ndarray]]:
+        """Cuts the branches of a forward into blocks; of each the row of each query, -1 where a branch has fewer."""
+        branches, begins = np.unique(tokens.branch, return_index=True)
+        ids, bounds = branches.tolist(), [*begins.tolist(), len(tokens)]
+        i, blocks, rows = 0, [], []
         while i < len(ids):
-            most = max(1, min(64, _OWN_KEYS // slots, max(8, prefix[ids[i]] // (2 * slots))))
+            most = max(1, min(64, _OWN_KEYS // slots, max(8, int(self.prefix[ids[i]]) // (2 * slots))))
             j = i + 1
             while j < len(ids) and ids[j] - ids[i] < most and self.document_M[ids[j]] == self.document_M[ids[i]]:
                 j += 1
-            self.blocks.append(self._block(tokens, position_n, ids[i:j], bounds[i : j + 1], slots))
-            rows.append(self.blocks[-1].row_MS.flatten())
+            first, last = ids[i], ids[j - 1] + 1
+            row = np.full((last - first, max(b - a for a, b in pairwise(bounds[i : j + 1]))), -1)
+            for m, a, b in zip(ids[i:j], bounds[i:j], bounds[i + 1 : j + 1], strict=True):
+                row[m - first, : b - a] = np.arange(a, b)
+            blocks.append((first, last, row.shape[1]))
+            rows.append(row)
             i = j
-        row = torch.cat(rows)
-        self._query_row, self._sizes = row.clamp(min=0), [len(r) for r in rows]
-        self._out_row = torch.empty_like(tokens.branch_n)
-        self._out_row[row[row >= 0]] = (row >= 0).nonzero()[:, 0]
+        return blocks, rows
 
-    def _block(
-        self, tokens: BranchTokens, position_n: torch.Tensor, ids: list[int], bounds: list[int], slots: int
-    ) -> _Block:
-        device = position_n.device
-        first, last = ids[0], ids[-1] + 1
-        widest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        row = torch.full((last - first, widest), -1)
-        for m, a, b in zip(ids, bounds, bounds[1:], strict=False):
-            row[m - first, : b - a] = torch.arange(a, b)
-        row = row.to(device)
-        at = row.clamp(min=0)
-        j = torch.arange(slots, device=device)
-        sees, run, slot = (x[at][:, :, None] for x in (tokens.sees_n, tokens.run_n, tokens.slot_n))
-        visible = (j < sees) | ((j >= run) & (j <= slot))
-        document, prefix, own = (
-            self.document_M[first],
-            self.prefix_M[first:last],
-            self._position_ML[first:last, :slots],
-        )
-        return _Block(first, last, document, slots, int(prefix.max()), row, visible, position_n[at], prefix, own)
+    def begin(self, plan: Plan, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announces a planned forward, whose arrays are on the device; gives its tokens and their positions."""
+        self._lengths, self.blocks, self._tokens = plan.lengths, [], ()
+        ids, positions, *others = arrays
+        if plan.tokens is None:
+            return ids, positions
+        branch, slot, sees, run, position, row, self._out_row, prefix, own_position, *own_row = others
+        self._tokens, self._query_row = (branch, slot, *own_row), row.clamp(min=0)
+        j = torch.arange(plan.slots, device=slot.device)
+        rows = row.split([(last - first) * queries for first, last, queries in plan.blocks])
+        for (first, last, queries), flat in zip(plan.blocks, rows, strict=True):
+            row_MS = flat.view(last - first, queries)
+            at = row_MS.clamp(min=0)
+            sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
+            visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
+            document, shared = self.document_M[first], int(self.prefix[first:last].max())
+            where = (position[at], prefix[first:last], own_position[first:last])
+            self.blocks.append(_Block(first, last, document, plan.slots, shared, row_MS, visible, *where))
+        return ids, positions
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
         """Attention output `[1, tokens, heads, D]` of one layer; arguments as the model hands them over."""
         # Split and not sliced: the backward of a slice fills a tensor of the whole's size, for every document.
-        rest = qkv[0].shape[2] - sum(self._lengths)
+        total = sum(self._lengths)
+        rest = qkv[0].shape[2] - total
         *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
+        if self.begun:
+            documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
         outputs = [_causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
         if documents:
-            self._documents[layer] = [(k, v) for _, k, v in documents]
-        if self._tokens is not None:
-            self._keep_own(self._tokens, layer, k, v)
+            if self.begun:
+                self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
+                                         torch.cat([v for _, _, v in documents], 1))  # fmt: skip
+            elif self.cached:
+                self.documents[layer] = (qkv[1][0, :, :total], qkv[2][0, :, :total])
+            self._parts = [(k, v) for _, k, v in documents]
+        if self._tokens:
+            self._keep_own(layer, k, v)
             outputs.append(self._attend_blocks(layer, q, scale, window, cap))
         return torch.cat(outputs, 1).transpose(0, 1)[None]
 
-    def _keep_own(self, tokens: BranchTokens, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        if not self.cached:
-            self._own[layer] = (k[:, self._own_row], v[:, self._own_row])
+    def _behind(
+        self, layer: int, state: BranchState | None, number: int, tokens: int, *own: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a document's last tokens, the keys and values behind those of its first."""
+        if state is None or not tokens:
+            return own
+        q, *new = own
+        past = state._document(layer, number)
+        return q, *(torch.cat([x[:, :tokens], y], 1) for x, y in zip(past, new, strict=True))
+
+    def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        branch, slot, *own_row = self._tokens
+        if own_row:
+            self.own[layer] = (k[:, own_row[0]], v[:, own_row[0]])
             return
-        if layer not in self._own:
-            shape = (len(k), len(self.prefix_M), self.slots, k.shape[-1])
-            self._own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
-        for kept, new in zip(self._own[layer], (k, v), strict=True):
-            kept[:, tokens.branch_n, tokens.slot_n] = new
+        if layer not in self.own:
+            shape = (len(k), len(self.prefix), self.slots, k.shape[-1])
+            self.own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
+        for kept, new in zip(self.own[layer], (k, v), strict=True):
+            kept[:, branch, slot] = new.to(kept.dtype)
 
-    def _keys(self, layer: int, block: _Block, own: KeysValues) -> tuple[torch.Tensor, ...]:
-        """Keys and values `[kv_heads, own | shared, D]` that a block attends to."""
-        mine = [x[:, :, : block.slots].flatten(1, 2) for x in own]
-        count = mine[0].shape[1]
-        if not self.cached or count > _OWN_KEYS:
-            documents = self._documents[layer][block.document]
-            return tuple(torch.cat([x, d[:, : block.shared]], 1) for x, d in zip(mine, documents, strict=True))
-        # A block's own keys are written in front of the document's: [own | document] is a view, no copy at each step.
-        roomy = self._with_room(layer, block.document)
-        room = roomy[0].shape[1] - self._documents[layer][block.document][0].shape[1]
-        for x, kept in zip(mine, roomy, strict=True):
-            kept[:, room - count : room] = x
-        return tuple(kept[:, room - count : room + block.shared] for kept in roomy)
-
-    def drop_room(self) -> None:
-        """Lets go of the copies that forwards have made; the next one makes them anew."""
-        self._roomy.clear()
-
-    def _with_room(self, layer: int, document: int) -> KeysValues:
-        """Keys and values of a document behind room for those of a block."""
-        if (layer, document) not in self._roomy:
-            room = min(_OWN_KEYS, self.slots * self.document_M.count(document))
-            k, v = self._documents[layer][document]
-            self._roomy[layer, document] = (pad(k, (0, 0, room, 0)), pad(v, (0, 0, room, 0)))
-        return self._roomy[layer, document]
+    def _document(self, layer: int, number: int) -> KeysValues:
+        if not self.cached:
+            return self._parts[number]
+        begin = sum(self.lengths[:number])
+        k, v = self.documents[layer]
+        return k[:, begin : begin + self.lengths[number]], v[:, begin : begin + self.lengths[number]]
 
     def _attend_blocks(
         self, layer: int, q: torch.Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
         # Gathered once and split: the backward of a slice fills a tensor of the whole's size, for every block.
-        queries = q[:, self._query_row].split(self._sizes, 1)
-        own_k, own_v = self._own[layer]
+        queries = q[:, self._query_row].split([b.row_MS.numel() for b in self.blocks], 1)
+        own_k, own_v = self.own[layer]
         if self.cached:
             owns = [(own_k[:, b.first : b.last], own_v[:, b.first : b.last]) for b in self.blocks]
         else:
@@ -265,7 +330,9 @@ class BranchState:
             owns = list(zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True))
         outputs = []
         for block, query, own in zip(self.blocks, queries, owns, strict=True):
-            k, v = self._keys(layer, block, own)
+            mine = [x[:, :, : block.slots].flatten(1, 2) for x in own]
+            documents = self._document(layer, block.document)
+            k, v = (torch.cat([x, d[:, : block.shared]], 1) for x, d in zip(mine, documents, strict=True))
             repeat = len(q) // len(k)
             mask = block.mask(window, repeat, q.dtype)
             grouped = query.reshape(len(k), repeat * query.shape[1], -1)
@@ -280,7 +347,7 @@ def _branch_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    ra3: BranchState | None = None,
+    ra3: Attention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends, registered with transformers. Sinks and biases it does not know are refused, never ignored."""
@@ -293,6 +360,14 @@ def _branch_attention(
             raise ValueError(f"this model's attention uses `{name}`, which the branch engine does not compute.")
     window, cap = kwargs.get("sliding_window"), kwargs.get("softcap")
     return ra3.attend(cast(int, module.layer_idx), (query, key, value), scaling, window, cap), None
+
+
+class Attention(Protocol):
+    """Says how the tokens of the current forward attend."""
+
+    def attend(
+        self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
+    ) -> torch.Tensor: ...
 
 
 AttentionInterface.register(NAME, _branch_attention)

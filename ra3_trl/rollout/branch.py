@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,104 +12,119 @@ import torch
 from torch import nn
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
-from .attention import BranchState, BranchTokens, branch_attention
+from .attention import BranchState, BranchTokens, Plan, branch_attention, chained, to_device
+from .decode import Decoding
 from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents, gate_tokens, of_pieces
 from .noise import NoiseKey
-from .plan import BranchPlan, collect_scores, gate_targets
-from .sampler import check_finite, draw_from_hidden, fed_tokens, ids_of_bits
+from .plan import BranchPlan, collect_scores
+from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bits
+from .trunk import Begun, SideRuns, summed, wanted_logps
+
+
+_CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
+
+
+def _rounded(slots: int) -> int:
+    """What the kept tokens of a sampled branch count for."""
+    return -(-slots // _CACHED)
+
+
+def most_cached(max_branch_tokens: int, max_length: int) -> int:
+    """Bounds the tokens whose keys and values sampling keeps, for latents of `max_length` behind one think token.
+
+    >>> most_cached(8192, 15), most_cached(8192, 16)  # 8,192 branches of 16 tokens, 4,096 of 17
+    (131072, 69632)
+    """
+    return max_branch_tokens // _rounded(max_length + 1) * (max_length + 1)
 
 
 class BranchEngine(RolloutEngine):
     """Lets the branches of documents share their prefixes, see `attention.py`."""
 
     name = "branch"
+    _memory: dict[tuple[int, int], Begun] | None = None  # by document and chunk
+
+    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> int:
+        if not sampling:
+            return super()._room(plan, num_latents, sampling)
+        slots = len(plan.think) + self.params.max_length
+        if self.params.truncated:  # sets are kept until all are drawn, a bit a symbol of the vocabulary
+            return slots
+        # A decoding step runs one token a branch and keeps keys and values only; think prefixes run once a boundary.
+        return max(_rounded(slots), -(-len(plan.think) // max(num_latents, 1)))
 
     def _forward(
         self,
         state: BranchState,
-        documents: Sequence[Sequence[int]],
-        tokens: BranchTokens | None,
+        plan: Plan,
+        arrays: Sequence[torch.Tensor],
         through: nn.Module | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[tokens, hidden_size]` of documents' tokens followed by branch tokens."""
-        positions = state.begin(tokens, [*map(len, documents)])
-        ids = self._long([token for document in documents for token in document])
-        row = ids if tokens is None else torch.cat([ids, tokens.token_n])
-        return self.backbone.hidden(through, input_ids=row[None], position_ids=positions[None], ra3=state)[0]
+        """Hidden states `[tokens, hidden_size]` of a planned forward, whose arrays are on the device."""
+        ids, positions = state.begin(plan, arrays)
+        return self.backbone.hidden(through, input_ids=ids[None], position_ids=positions[None], ra3=state)[0]
 
     def _run(self, documents: Sequence[Document]) -> tuple[list[RolloutGroup], MakeFlight]:
-        trunk = BranchState(self._long([]), (), 1, cached=True)
-        ids = [document.input_ids for document in documents]
-        hidden = self._forward(trunk, ids, None)
+        """Runs documents, and behind them the think tokens that their own tokens do not lead to, as branches; one copy
+        to the device and one back. What they begin with is not run anew where it is remembered."""
+        begun = [self._begun(document) for document in documents]
+        trunk = BranchState(np.zeros(0), (), 1, cached=True)
+        trunk.begun = [(b.trunk, b.number, b.tokens) for b in begun] if any(b.tokens for b in begun) else []
+        rest = [document.input_ids[b.tokens :] for document, b in zip(documents, begun, strict=True)]
+        plan, wanted = trunk.plan(None, rest), wanted_logps(documents, begun)
+        side = SideRuns(documents, trunk, begun)
+        at = [
+            first - b.tokens + document.actions[i].start - 1
+            for first, document, b in zip(np.cumsum([0, *map(len, rest)]), documents, begun, strict=False)
+            for i in document.boundaries
+            if i >= b.actions
+        ]
+        further = (wanted[:, 0], wanted[:, 1], np.array(at))
+        groups = to_device(self.backbone.device, plan.arrays, further, side.arrays)
+        hidden = self._forward(trunk, plan, groups[0])
+        trunk.begun = []  # what was before is let go
         layers = self.backbone.causal_lm.config.get_text_config().num_hidden_layers
         if trunk.layers != layers:  # any other way of mixing tokens would mix branches
             raise ValueError(f"only {trunk.layers} of {layers} layers are plain attention")
-        lines, gates = self._own_tokens(documents, hidden)
+        row, target, state_row = groups[1]
+        found = [self.backbone.token_logps(hidden[row], target)] if len(wanted) else []
+        if side.state is not None and side.plan is not None:
+            *arrays, targets = groups[2]
+            found.append(self.backbone.token_logps(self._forward(side.state, side.plan, arrays), targets))
+        states_SD = hidden[state_row].float()
+        read = torch.cat([*(logps.float() for logps in found), states_SD.flatten()]).cpu()
+        logps, of_side, states = read.split([len(wanted), side.count, states_SD.numel()])
+        lines, gates = summed(documents, wanted, logps)
+        side.add(gates, of_side)
+        made = self._groups(documents, begun, (lines, gates, states.view_as(states_SD)))
+        if self._memory is not None:
+            self._memory |= {(g.document.doc_id, g.document.chunk): Begun(g, trunk, d) for d, g in enumerate(made)}
+        return made, partial(_Flight, self, trunk)
+
+    def _begun(self, document: Document) -> Begun:
+        """What is remembered of the document."""
+        before = None if self._memory is None else self._memory.get((document.doc_id, document.chunk))
+        return Begun() if before is None else before.of(document)
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        self._memory = {}
+        try:
+            yield
+        finally:
+            self._memory = None
+
+    def _groups(
+        self, documents: Sequence[Document], begun: Sequence[Begun], scores: tuple[torch.Tensor, ...]
+    ) -> list[RolloutGroup]:
+        """Groups without boundaries, of all documents' lines, gates and states."""
         counts, empty = [len(document.actions) for document in documents], torch.zeros(0, 0, 0)
-        groups = []
-        for document, states, line_A, gate_A in zip(
-            documents, hidden.split([*map(len, ids)]), lines.split(counts), gates.split(counts), strict=True
-        ):
-            at = self._long([document.actions[i].start - 1 for i in document.boundaries])
-            groups.append(RolloutGroup(document, (), (), line_A, gate_A, empty, empty, states[at].float().cpu()))
-        self._side_runs(groups, trunk)
-        return groups, partial(_Flight, self, trunk)
-
-    def _own_tokens(self, documents: Sequence[Document], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of all documents' lines, and of think tokens as far as the documents' own tokens lead to them, one
-        number an action each."""
-        wanted: list[tuple[int, int, int, bool]] = []  # row, token after it, action, whether a gate
-        first = number = 0
-        for document in documents:
-            for i, action in enumerate(document.actions):
-                # Line by line, and not all between the first and the last: what stands between two (a latent, in an
-                # annotated document) is of neither. The first token of a row is predicted by nothing.
-                line = range(max(action.start, 1), action.end)
-                wanted += [(first + at - 1, document.input_ids[at], number, False) for at in line]
-                if action.decides:
-                    wanted += [(first + at, token, number, True) for at, token in _led_to(document, i)[0]]
-                number += 1
-            first += len(document.input_ids)
-        lines = torch.zeros(number)
-        gates = torch.full_like(lines, float("-inf"))
-        if wanted:
-            row, target, owner, is_gate = (np.array(column) for column in zip(*wanted, strict=True))
-            logps = self.backbone.token_logps(hidden[self._long(row)], self._long(target)).cpu()
-            lines.index_add_(0, torch.as_tensor(owner[~is_gate]), logps[~is_gate])
-            gates[owner[is_gate]] = 0.0
-            gates.index_add_(0, torch.as_tensor(owner[is_gate]), logps[is_gate])
-        return lines, gates
-
-    def _side_runs(self, groups: Sequence[RolloutGroup], trunk: BranchState) -> None:
-        """Adds to `log P(think)` the think tokens that the documents' own tokens do not lead to: they run as
-        branches."""
-        branched = [
-            (d, i, group.document.actions[i])
-            for d, group in enumerate(groups)
-            for i in group.document.boundaries
-            if group.document.actions[i].decides and _led_to(group.document, i)[1]
+        fresh = [sum(i >= b.actions for i in doc.boundaries) for doc, b in zip(documents, begun, strict=True)]
+        columns = (x.split(sizes) for x, sizes in zip(scores, (counts, counts, fresh), strict=True))
+        return [
+            b.completed(RolloutGroup(document, (), (), line_A, gate_A, empty, empty, of_one))
+            for document, b, line_A, gate_A, of_one in zip(documents, begun, *columns, strict=True)
         ]
-        if not branched:
-            return
-        thinks = [action.think for _, _, action in branched]
-        prefix = self._long([action.start for _, _, action in branched])
-        state = BranchState(prefix, [d for d, _, _ in branched], max(map(len, thinks)), True, trunk)
-        behind = self._forward(state, (), self._chains([think[:-1] for think in thinks]))
-        logps = self.backbone.token_logps(behind, self._long(np.concatenate([think[1:] for think in thinks]))).cpu()
-        for (d, i, _), of_one in zip(branched, logps.split([len(think) - 1 for think in thinks]), strict=True):
-            groups[d].gate_logps_A[i] += of_one.sum()
-
-    def _chains(
-        self, chains: Sequence[Sequence[int]], branches: np.ndarray | None = None, offsets: np.ndarray | None = None
-    ) -> BranchTokens:
-        """Tokens of `chains`, one a branch (all of them, or `branches`), from slot 0 or `offsets` on; each sees all of
-        its branch before it."""
-        lengths = [len(chain) for chain in chains]
-        branch = np.repeat(np.arange(len(chains)) if branches is None else branches, lengths)
-        first = np.zeros(len(chains), dtype=np.int64) if offsets is None else offsets
-        slot = np.concatenate([o + np.arange(n) for o, n in zip(first, lengths, strict=True)])
-        token = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
-        return BranchTokens(*map(self._long, (token, branch, slot, slot + 1, slot)))
 
     # ---- gradients: one packed forward [documents | branches], no cache ----
 
@@ -133,10 +148,8 @@ class BranchEngine(RolloutEngine):
             ]
             for group, part in pieces
         ]
-        sees = self._long([action.start for _, action, _ in opened])
+        sees = np.array([action.start for _, action, _ in opened])
         state = BranchState(sees, [p for p, _, _ in opened], max(map(len, chains)), cached=False)
-        with branch_attention(self.backbone.causal_lm):
-            hidden = self._forward(state, prefixes, self._chains(chains), through)
         # Where each document and each branch begins in the row. A gate is read off the first of a boundary's branches,
         # its first token off the document; a latent's symbols from the last think token on.
         *begins, first = np.cumsum([0, *map(len, prefixes)]).tolist()
@@ -149,7 +162,11 @@ class BranchEngine(RolloutEngine):
             start + len(action.think) - 1 + np.arange(len(z.logps))
             for start, (_, action, z) in zip(starts, opened, strict=True)
         ]
-        return self._by_piece(pieces, hidden[self._long(gate_rows)], hidden[self._long(np.concatenate(rows))])
+        plan = state.plan(chained(chains), prefixes)
+        arrays, wanted = to_device(self.backbone.device, plan.arrays, (np.array(gate_rows), np.concatenate(rows)))
+        with branch_attention(self.backbone.causal_lm):
+            hidden = self._forward(state, plan, arrays, through)
+        return self._by_piece(pieces, hidden[wanted[0]], hidden[wanted[1]])
 
 
 def _repeat(logps: PolicyLogProbs, piece: Piece, which: list[int]) -> PolicyLogProbs:
@@ -162,19 +179,11 @@ def _repeat(logps: PolicyLogProbs, piece: Piece, which: list[int]) -> PolicyLogP
     return replace(logps, token_n=logps.token_n[index.to(device)], branch_n=branch.to(device))
 
 
-def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
-    """Pairs the positions that predict tokens of a think prefix with these, where a document's own tokens lead there;
-    and gives the side run that the others need, see [`gate_targets`]."""
-    action, ids = document.actions[boundary], document.input_ids
-    pairs, side_run = gate_targets(action.think, action.start - 1, ids[action.start :], len(ids))
-    return (pairs[:1] if side_run else pairs), side_run
-
-
 class _Flight(Flight):
     """Runs branches on their documents' cache.
 
-    Sampling opens them once a boundary and feeds them token by token; scoring goes on in the same cache, or begins
-    with the think prefixes where nothing was sampled.
+    Sampling opens them once a boundary and feeds them token by token; scoring goes on with the keys and values that
+    this leaves, or begins with the think prefixes where nothing was sampled.
     """
 
     def __init__(
@@ -182,86 +191,153 @@ class _Flight(Flight):
     ):
         super().__init__(plans, num_latents)
         self.engine = engine
-        slots = max(len(p.think) + len(p.tokens) for p in plans) + engine.params.max_length
-        self.opening = BranchState(engine._long([p.start for p in plans]), documents, slots, True, trunk)
-        self.state = self.opening.spread(num_latents)
+        self.trunk = trunk
+        self.opened_plans, self.documents = plans, documents
+        self.think = np.repeat([len(plan.think) for plan in plans], num_latents)
         self.fed = np.zeros(len(self.plans), dtype=np.int64)  # tokens that each branch has run
+        self.kept: Decoding | None = None
 
-    def _open(self) -> torch.Tensor:
-        """Runs the think prefixes, once a boundary; hidden state behind each branch's."""
-        thinks = [p.think for p in self.plans[:: self.num_latents]]
+    def _open(self, longest: int) -> tuple[BranchState, torch.Tensor]:
+        """Runs the think prefixes, once a boundary; a state of all branches with room for `longest` latent tokens, and
+        the hidden state behind each one's prefix."""
+        thinks = [plan.think for plan in self.opened_plans]
         lengths = np.array([len(think) for think in thinks])
-        hidden = self.engine._forward(self.opening, (), self.engine._chains(thinks))
-        self.state = self.opening.spread(self.num_latents)
-        self.opening.drop_room()  # the branches' state has its own
-        self.fed = np.repeat(lengths, self.num_latents)
-        return hidden[self.engine._long(np.cumsum(lengths) - 1)].repeat_interleave(self.num_latents, 0)
+        prefix = np.array([plan.start for plan in self.opened_plans])
+        opening = BranchState(prefix, self.documents, int(lengths.max()), True, self.trunk)
+        plan = opening.plan(chained(thinks))
+        last = np.repeat(np.cumsum(lengths) - 1, self.num_latents)
+        arrays, (rows,) = to_device(self.engine.backbone.device, plan.arrays, [last])
+        hidden = self.engine._forward(opening, plan, arrays)[rows]
+        self.fed = self.think.copy()
+        return opening.spread(self.num_latents, int(lengths.max()) + longest), hidden
 
     def predictors(self, latents: list[Latent]) -> torch.Tensor:
-        engine, behind = self.engine, self._open()
-        fed = [fed_tokens(z) for z in latents]
+        engine, fed = self.engine, [fed_tokens(z) for z in latents]
+        state, behind = self._open(max(map(len, fed), default=0))
         hidden = behind[:0]
         some = np.flatnonzero([len(f) > 0 for f in fed])
         if len(some):
-            tokens = engine._chains([fed[m] for m in some], some, self.fed[some])
-            hidden = engine._forward(self.state, (), tokens)
+            plan = state.plan(chained([fed[m] for m in some], some, self.fed[some]))
+            hidden = engine._forward(state, plan, to_device(engine.backbone.device, plan.arrays)[0])
         # A branch's symbols are predicted behind the prefix and behind its own tokens.
         rows = [torch.cat([b, h]) for b, h in zip(behind.split(1), hidden.split([*map(len, fed)]), strict=True)]
         return torch.cat([row[: len(z.logps)] for row, z in zip(rows, latents, strict=True)])
 
     def sample(self, noise: NoiseKey) -> list[tuple[Latent, ...]]:
-        engine, count = self.engine, len(self.plans)
-        logps: list[list[float]] = [[] for _ in range(count)]
-        kept: list[list[torch.Tensor]] = [[] for _ in range(count)]
-        stopped = np.zeros(count, dtype=bool)
-        active = np.arange(count)  # branches that go on; `hidden` and `state` hold a row for each of them
-        hidden = self._open()
-        state = torch.zeros(count, dtype=torch.long, device=hidden.device)
-        for step in range(engine.params.max_length):
-            uniform = torch.as_tensor(self.uniform(noise, step, active), device=hidden.device)
+        engine, count, most = self.engine, len(self.plans), self.engine.params.max_length
+        device = engine.backbone.device
+        uniform_KM = torch.as_tensor(self.uniform(noise, np.arange(most)[:, None], np.arange(count)), device=device)
+        opened, hidden = self._open(most - 1)
+        rows = self.kept = Decoding(opened, self.think, device)
+        state, going = torch.zeros(count, dtype=torch.long, device=device), np.ones(count, dtype=bool)
+        drawn: list[tuple[np.ndarray, Draw]] = []  # branches, and what was drawn for each
+        for step in range(most):
+            branches = rows.branches[: rows.rows].copy()
+            uniform = uniform_KM[step] if rows.rows == count else uniform_KM[step].index_select(0, rows.branch)
             draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
-            check_finite(draw.logps_n)
-            token = draw.tokens_n.cpu().numpy()
-            sets = None if draw.kept is None else draw.kept.cpu().numpy()
-            goes_on = token != engine.table.stop_id
-            for i, (m, logp) in enumerate(zip(active, draw.logps_n.tolist(), strict=True)):
-                logps[m].append(logp)
-                if sets is not None:
-                    kept[m].append(ids_of_bits(sets[i]))
-                if goes_on[i]:
-                    self.tokens[m].append(int(token[i]))
-            stopped[active[~goes_on]] = True
-            active, token = active[goes_on], token[goes_on]
-            state = draw.state_n[torch.as_tensor(goes_on, device=hidden.device)]
-            if not len(active) or step + 1 == engine.params.max_length:
+            drawn.append((branches, draw))
+            if step + 1 == most:
                 break
-            chains = engine._chains(token[:, None], active, self.fed[active])
-            hidden = engine._forward(self.state, (), chains)
-            self.fed[active] += 1
-        columns = zip(self.tokens, stopped.tolist(), logps, kept, strict=True)
-        drawn = [
-            Latent(tuple(z), s, tuple(p), tuple(k) if engine.params.truncated else None) for z, s, p, k in columns
-        ]
-        return [tuple(drawn[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
+            token, state = draw.tokens_n, draw.state_n.clamp(min=0)
+            if device.type == "cpu":
+                # Elsewhere they stay, and what is drawn for them is left out: to know who has stopped is to wait.
+                going &= token.numpy() != engine.table.stop_id
+                if not going.any():
+                    break
+                if going.sum() <= 7 / 8 * len(going):  # else moving the others costs more than it saves
+                    stay = rows.leave(going)
+                    token, state, going = token[stay], state[stay], going[going]
+            positions = rows.begin(step)
+            hidden = engine.backbone.hidden(input_ids=token[None], position_ids=positions[None], ra3=rows)[0]
+        latents = _read(drawn, count, engine.table.stop_id, engine.params.truncated)
+        self.tokens = [list(z.token_ids) for z in latents]
+        self.fed = self.think + np.minimum([len(tokens) for tokens in self.tokens], most - 1)
+        return [tuple(latents[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
 
     def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
-        engine, branches, at = self.engine, [], 0
-        for m, plan in enumerate(self.plans):
-            chain = [*plan.think, *self.tokens[m]]
+        engine, device = self.engine, self.engine.backbone.device
+        parts = [self._scoring(part, horizon) for part in self._scored_together()]
+        arrays = to_device(device, *(part.arrays for part in parts))
+        logps = []
+        for part, (held, row, target, *planned) in zip(parts, arrays, strict=True):
+            state = part.state if self.kept is None else self.kept.opened.taken(part.branches, held, part.state.slots)
+            logps.append(engine.backbone.token_logps(engine._forward(state, part.plan, planned)[row], target))
+        line, is_gate = (np.concatenate([vars(part)[name] for part in parts]) for name in ("line", "is_gate"))
+        return collect_scores(self.plans, torch.cat(logps).cpu(), line, is_gate, self.num_latents, horizon)
+
+    def _scored_together(self) -> list[np.ndarray]:
+        """Cuts branches into parts whose forwards fit, those with most to run first, so that equals are together."""
+        latent = np.array([len(tokens) for tokens in self.tokens])
+        length = self.think + latent + np.array([len(plan.tokens) for plan in self.plans])
+        order, parts = np.argsort(-length, kind="stable"), []
+        while len(order):
+            fit = max(1, self.engine.max_branch_tokens // int(length[order[0]]))
+            parts.append(np.sort(order[:fit]))
+            order = order[fit:]
+        return parts
+
+    def _scoring(self, branches: np.ndarray, horizon: int) -> _Scoring:
+        """Plans the scoring forward of some branches."""
+        columns, slots, at = [], 0, 0
+        for i, m in enumerate(branches):
+            plan, chain = self.plans[m], [*self.plans[m].think, *self.tokens[m]]
             fed, base = int(self.fed[m]), len(chain)
             # Sampling does not feed the last token of a latent that is cut; of given ones nothing has been fed.
             left, slot = np.array(chain[fed:], dtype=np.int64), np.arange(fed, base)
             run = (
                 np.concatenate([left, plan.tokens]),
-                np.full(len(left) + len(plan.tokens), m),
+                np.full(len(left) + len(plan.tokens), i),
                 np.concatenate([slot, base + np.arange(len(plan.tokens))]),
                 np.concatenate([slot + 1, base + plan.sees]),
                 np.concatenate([slot, base + plan.run]),
             )
             wanted = (at + len(left) + plan.predictor, plan.target, m * horizon + plan.line, plan.is_gate)
-            branches.append((*run, *wanted))
+            columns.append((*run, *wanted))
             at += len(left) + len(plan.tokens)
-        *tokens, rows, target, line, is_gate = (np.concatenate(column) for column in zip(*branches, strict=True))
-        hidden = engine._forward(self.state, (), BranchTokens(*map(engine._long, tokens)))[engine._long(rows)]
-        logps = engine.backbone.token_logps(hidden, engine._long(target)).cpu()
-        return collect_scores(self.plans, logps, line, is_gate, self.num_latents, horizon)
+            slots = max(slots, base + len(plan.tokens))
+        *tokens, row, target, line, is_gate = (np.concatenate(column) for column in zip(*columns, strict=True))
+        document = [self.documents[m // self.num_latents] for m in branches]
+        state = BranchState(np.array([self.plans[m].start for m in branches]), document, slots, True, self.trunk)
+        held = np.argsort(self.kept.branches)[branches] if self.kept is not None else np.arange(len(branches))
+        plan = state.plan(BranchTokens(*tokens))
+        return _Scoring(branches, state, plan, [held, row, target, *plan.arrays], line, is_gate)
+
+
+@dataclass
+class _Scoring:
+    """Plans one scoring forward; `arrays`: where its branches' cache is, the rows and targets wanted, its plan's."""
+
+    branches: np.ndarray
+    state: BranchState
+    plan: Plan
+    arrays: list[np.ndarray]
+    line: np.ndarray
+    is_gate: np.ndarray
+
+
+def _read(drawn: Sequence[tuple[np.ndarray, Draw]], count: int, stop_id: int, truncated: bool) -> list[Latent]:
+    """Reads latents of all steps' draws in one copy: symbols, and log-probs bit for bit. What was drawn for a branch
+    behind its stop is left out."""
+    symbols = torch.cat([draw.tokens_n.int() for _, draw in drawn])
+    bits = torch.cat([draw.logps_n.float() for _, draw in drawn]).view(torch.int32)
+    both = torch.cat([symbols, bits]).cpu().numpy()
+    token_n, logps_n = both[: len(symbols)], both[len(symbols) :].view(np.float32)
+    sets = torch.cat([draw.kept for _, draw in drawn if draw.kept is not None]).cpu().numpy() if truncated else None
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    logps: list[list[float]] = [[] for _ in range(count)]
+    kept: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    stopped, n = np.zeros(count, dtype=bool), 0
+    for branches, _ in drawn:
+        for m in branches:
+            if not stopped[m]:
+                logps[m].append(float(logps_n[n]))
+                if sets is not None:
+                    kept[m].append(ids_of_bits(sets[n]))
+                if token_n[n] == stop_id:
+                    stopped[m] = True
+                else:
+                    tokens[m].append(int(token_n[n]))
+            n += 1
+    check_finite(torch.tensor([logp for of_one in logps for logp in of_one]))
+    columns = zip(tokens, stopped.tolist(), logps, kept, strict=True)
+    return [Latent(tuple(z), s, tuple(p), tuple(k) if truncated else None) for z, s, p, k in columns]

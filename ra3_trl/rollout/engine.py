@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -35,8 +35,8 @@ class Flight(ABC):
         self.plans = [plan for plan in plans for _ in range(num_latents)]  # one a branch
         self.tokens: list[list[int]] = [[] for _ in self.plans]  # of each latent, sampled or given
 
-    def uniform(self, noise: NoiseKey, step: int, branches: np.ndarray) -> np.ndarray:
-        """Noise for the symbol number `step` of some branches."""
+    def uniform(self, noise: NoiseKey, step: int | np.ndarray, branches: np.ndarray) -> np.ndarray:
+        """Noise for the symbol number `step` of some branches; for several, `step` is a column."""
         doc_id = np.array([plan.document.doc_id for plan in self.plans])
         index = np.array([plan.index for plan in self.plans])
         return noise.uniform(doc_id[branches], index[branches], branches % self.num_latents, step)
@@ -64,8 +64,8 @@ class RolloutEngine(ABC):
     """Samples latents at many boundaries of documents and scores expert lines under them.
 
     Documents go in lockstep, as many as fit; methods of one document are those of a list of one. `max_branch_tokens`
-    bounds branches in flight times their longest length, and the tokens of documents that run together; any value
-    gives the same result.
+    bounds the branch tokens of a forward, and the tokens of documents that run together; of tokens whose keys and
+    values are only kept, while latents are drawn, there may be more. Any value gives the same result.
     """
 
     name: str
@@ -125,7 +125,7 @@ class RolloutEngine(ABC):
                 chosen = [b(g) if callable(b) else b for b, g in zip(boundaries[part], trunks, strict=True)]
                 groups = [_unscored(g, b, num_latents, horizon) for g, b in zip(trunks, chosen, strict=True)]
                 drawn: dict[_Place, tuple[Latent, ...]] = {}
-                for places, flight in self._flights(groups, make_flight):
+                for places, flight in self._flights(groups, make_flight, sampling=True):
                     drawn |= zip(places, flight.sample(noise), strict=True)
                     if score:  # at once, while the flight has its cache
                         self._score(groups, places, flight)
@@ -201,6 +201,11 @@ class RolloutEngine(ABC):
         longest = [max(len(z.token_ids) for z in row) for row in group.latents]
         return [self._repeated(a.start) + len(a.think) + most for a, most in zip(actions, longest, strict=True)]
 
+    def remembering(self) -> AbstractContextManager[None]:
+        """Lets documents inside that begin as the same chunk did before share what has been run of it, where the
+        engine keeps anything; the weights must stay."""
+        return nullcontext()
+
     @abstractmethod
     def gradients(self) -> AbstractContextManager[None]:
         """Encloses all forwards, and the backward pass: activation checkpointing runs forwards anew there, which must
@@ -226,15 +231,18 @@ class RolloutEngine(ABC):
         """Cuts documents into slices that run together."""
         return fill([len(document.input_ids) for document in documents], self.max_branch_tokens)
 
+    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> int:
+        """Tokens that a branch counts for where `max_branch_tokens` bounds those in flight."""
+        return self._repeated(plan.start) + len(plan.think) + self.params.max_length + len(plan.tokens)
+
     def _flights(
-        self, groups: Sequence[RolloutGroup], make_flight: MakeFlight
+        self, groups: Sequence[RolloutGroup], make_flight: MakeFlight, sampling: bool = False
     ) -> Iterator[tuple[list[_Place], Flight]]:
         """Boundaries of the groups, longest branches first, as many as fit, and their branches."""
         _, num_latents, horizon = groups[0].latent_line_logps_TGH.shape
         places = [(d, t) for d, group in enumerate(groups) for t in range(len(group.boundaries))]
         plans = {(d, t): plan_boundary(groups[d].document, groups[d].boundaries[t], horizon) for d, t in places}
-        most = self.params.max_length
-        length = {at: self._repeated(p.start) + len(p.think) + most + len(p.tokens) for at, p in plans.items()}
+        length = {at: self._room(plan, num_latents, sampling) for at, plan in plans.items()}
         order = sorted(places, key=lambda at: -length[at])
         while order:
             fit = max(1, self.max_branch_tokens // (length[order[0]] * max(num_latents, 1)))

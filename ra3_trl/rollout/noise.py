@@ -41,7 +41,7 @@ class NoiseKey:
         return replace(self, proposal=proposal)
 
     def uniform(
-        self, doc_id: int | np.ndarray, index: int | np.ndarray, latent: int | np.ndarray, token: int
+        self, doc_id: int | np.ndarray, index: int | np.ndarray, latent: int | np.ndarray, token: int | np.ndarray
     ) -> np.ndarray:
         """Uniform numbers for boundaries `index` (ordinal of the line in its text) of documents."""
         further = (self.proposal,) if self.proposal else ()

@@ -33,7 +33,7 @@ class Fence:
 
     >>> (fence,) = find_fences("1. Do\n   ```py\n   x = 1\n   ```\n")
     >>> fence.language, fence.code, fence.prefix, fence.starts, fence.rows
-    ('py', 'x = 1\n', '   ', (14,), (17,))
+    ('py', 'x = 1\n', '   ', (15,), (18,))
     """
 
     language: str  # the first word behind the mark, in small letters; empty where there is none

@@ -1,4 +1,4 @@
-"""Python text -> logical lines and own-line comments, by Python's own `tokenize`.
+"""Python text -> logical lines and own-line comments.
 
 The action of the paper is "a line of code". The line here is the logical line: inside a string, a bracket or after a
 backslash a comment line would change the program or not be a comment at all, so no boundary stands there.
@@ -6,20 +6,12 @@ backslash a comment line would change the program or not be a comment at all, so
 
 from __future__ import annotations
 
-import io
-import re
-import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from .lines import Line
-
-
-_LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
-_ERROR = tokenize.TokenInfo(tokenize.ERRORTOKEN, "", (0, 0), (0, 0), "")
-_BOM = "\ufeff"
-_NOT_PYTHON = re.compile(r"\0|\r(?!\n)")
+from .python_tokens import BOM, Token, read_tokens
 
 
 class OwnLineComment(NamedTuple):
@@ -32,45 +24,29 @@ class OwnLineComment(NamedTuple):
 
 def _rows(text: str) -> tuple[list[str], list[int]]:
     """Physical lines of `text` without a byte-order mark, and the characters of `text` at which they start."""
-    rows = text.removeprefix(_BOM).split("\n")
-    return rows, list(accumulate((len(row) + 1 for row in rows), initial=int(text.startswith(_BOM))))
+    rows = text.removeprefix(BOM).split("\n")
+    return rows, list(accumulate((len(row) + 1 for row in rows), initial=int(text.startswith(BOM))))
 
 
-def _read_tokens(text: str) -> Iterator[tokenize.TokenInfo]:
-    """Tokens of `text` as far as it tokenizes; where it does not, an `ERRORTOKEN`, perhaps with more behind it."""
-    text = text.removeprefix(_BOM)
-    odd = _NOT_PYTHON.search(text)
-    whole = text[: text.rfind("\n", 0, odd.start()) + 1] if odd else text
-    try:
-        yield from tokenize.generate_tokens(io.StringIO(whole, newline="\n").readline)
-        if not odd:
-            return
-    # A model may write anything, and no run may end by it: from Python 3.12 on `tokenize` lets UnicodeDecodeError or
-    # SystemError out where the C tokenizer can't read a character.
-    except (tokenize.TokenError, SyntaxError, UnicodeError, SystemError):
-        pass
-    yield _ERROR
-
-
-def _all_tokens(text: str) -> list[tokenize.TokenInfo] | None:
+def _all_tokens(text: str) -> list[Token] | None:
     """All tokens of `text`, or `None` when it does not tokenize."""
-    tokens = list(_read_tokens(text))
-    return None if any(token.type == tokenize.ERRORTOKEN for token in tokens) else tokens
+    tokens = list(read_tokens(text))
+    return None if any(token.kind == "error" for token in tokens) else tokens
 
 
-def _on_own_rows(tokens: Iterable[tokenize.TokenInfo], text: str) -> list[OwnLineComment]:
+def _on_own_rows(tokens: Iterable[Token], text: str) -> list[OwnLineComment]:
     """Picks the own-line comments among the tokens of `text`: the only rule for what counts as one."""
     rows, starts = _rows(text)
     comments, commented = [], -1
     for token in tokens:
-        if token.type != tokenize.COMMENT:
+        if token.kind != "comment":
             continue
-        row, column = token.start[0] - 1, token.start[1]
+        row, column = token.row, token.start - starts[token.row]
         # Behind a backslash it belongs to the row before, which would be joined to the next one without it. (A
         # backslash at the end of a comment joins nothing.)
         joined = row > 0 and rows[row - 1].rstrip("\r").endswith("\\") and commented != row - 1
         if not joined and not rows[row][:column].strip():
-            comments.append(OwnLineComment(row, starts[row] + column, token.string[1:]))
+            comments.append(OwnLineComment(row, token.start, token.string[1:]))
         commented = row
     return comments
 
@@ -81,7 +57,7 @@ def own_line_comments(text: str, after: int = 0) -> list[OwnLineComment]:
     It is read from its start, since only that tells a comment from a row of a string; a text that is cut or no Python
     is read as far as it goes.
     """
-    return [comment for comment in _on_own_rows(_read_tokens(text), text) if comment.start >= after]
+    return [comment for comment in _on_own_rows(read_tokens(text), text) if comment.start >= after]
 
 
 def count_code_lines(text: str, after: int = 0) -> int:
@@ -122,12 +98,12 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
     indent, unit, opens_block = "", "    ", False
     new_line, last = True, ""
     for token in tokens:
-        if token.type == tokenize.NEWLINE:
+        if token.kind == "line":
             opens_block, new_line = last == ":", True
-        elif token.type in _LAYOUT:
+        elif token.kind in ("row", "blank"):
             continue
-        elif token.type == tokenize.COMMENT:
-            if new_line and token.start[0] - 1 in comments:  # in a bracket it is no line of its own
+        elif token.kind == "comment":
+            if new_line and token.row in comments:  # in a bracket it is no line of its own
                 lines.append(_line(token, rows, starts, indent + unit * opens_block))
         elif new_line:
             line = _line(token, rows, starts, indent + unit * opens_block)
@@ -142,13 +118,13 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
     return tuple(lines)
 
 
-def _line(token: tokenize.TokenInfo, rows: Sequence[str], starts: Sequence[int], indent: str) -> Line:
-    row = token.start[0] - 1
+def _line(token: Token, rows: Sequence[str], starts: Sequence[int], indent: str) -> Line:
+    row = token.row
     while row and rows[row - 1].strip() == "\\":  # the logical line has begun there, before its first token
         row -= 1
     start = starts[row] if row else 0  # a byte-order mark is part of the first line
     blank = len(rows[row]) - len(rows[row].lstrip(" \t\f"))
-    return Line(start, starts[row] + blank, indent, comment=token.type == tokenize.COMMENT)
+    return Line(start, starts[row] + blank, indent, comment=token.kind == "comment")
 
 
 def statements_end(text: str) -> int:
@@ -157,13 +133,10 @@ def statements_end(text: str) -> int:
     >>> statements_end("x = 1\ny = (2,\n")
     6
     """
-    _, starts = _rows(text)
-    depth, end = 0, 0
-    for token in _read_tokens(text):
-        if token.type == tokenize.ERRORTOKEN:
+    end = 0
+    for token in read_tokens(text):
+        if token.kind == "error":
             return end
-        if token.type == tokenize.OP:
-            depth += (token.string in "([{") - (token.string in ")]}")
-        elif token.type in (tokenize.NEWLINE, tokenize.NL) and depth <= 0:
-            end = min(starts[token.start[0]], len(text))
+        if token.kind in ("line", "blank"):
+            end = token.start + len(token.string)
     return len(text)

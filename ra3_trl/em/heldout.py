@@ -1,0 +1,65 @@
+"""Held-out numbers of a trainer: those of the policy, and the loss that `SFTTrainer` has on the same batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..models import cast_to
+from ..policy import evaluate_documents, finish_metrics
+from ..records import Document
+from .loop import EMLoop
+
+
+def evaluate_batches(
+    loop: EMLoop,
+    batches: Iterable[dict[str, list[Document]]],
+    loss_of: Callable[[dict[str, Any]], torch.Tensor],
+    done: Callable[[], None],
+    trains: bool,
+) -> tuple[dict[str, float], int]:
+    """Evaluates the documents of all processes.
+
+    Args:
+        loop ([`EMLoop`]):
+            Of the policy that is evaluated.
+        batches (`Iterable[dict[str, list[Document]]]`):
+            Of this process, under the name `"documents"`.
+        loss_of (`Callable[[dict[str, Any]], torch.Tensor]`):
+            Next-token loss of model inputs with labels.
+        done (`Callable[[], None]`):
+            Called behind each batch.
+        trains (`bool`):
+            Whether training goes on behind it. If not, `bf16_full_eval` and `fp16_full_eval` hold, as in `Trainer`,
+            and the weights are what they were afterwards.
+
+    Returns:
+        Metrics of [`~ra3_trl.policy.finish_metrics`], with `loss`, and how many documents they are of. `loss` is
+        averaged as in `Trainer`, over tokens within a batch and over batches by their documents: it counts each end of
+        text and the expert's own comments, which are no code.
+    """
+    totals = {"loss": 0.0, "rows": 0.0}
+
+    def documents() -> Iterator[Document]:
+        for batch in batches:
+            of_batch = batch["documents"]
+            inputs = loop.next_token.inputs_of(of_batch)
+            if (inputs["labels"][:, 1:] != -100).any():
+                totals["loss"] += float(loss_of(inputs)) * len(of_batch)
+                totals["rows"] += len(of_batch)
+            yield from of_batch
+            done()
+
+    args = loop.args
+    low = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None
+    with cast_to(loop.policy.model, None if trains else low), loop.policy.inference():
+        sums = evaluate_documents(loop.policy, documents())
+    together: Counter[str] = Counter()
+    for of_process in gather_object([sums | totals]):
+        together.update(of_process)
+    loss = {"loss": together["loss"] / together["rows"]} if together["rows"] else {}
+    return loss | finish_metrics(dict(together)), int(together["documents"])

@@ -1,0 +1,124 @@
+"""What is wanted of documents as they stand: log-probs of their lines and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..records import Document, RolloutGroup
+from .attention import BranchState, Plan, chained
+from .plan import gate_targets
+
+
+def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Pairs the positions that predict tokens of a think prefix with these, where a document's own tokens lead there;
+    and gives the side run that the others need, see [`gate_targets`]."""
+    action, ids = document.actions[boundary], document.input_ids
+    pairs, side_run = gate_targets(action.think, action.start - 1, ids[action.start :], len(ids))
+    return (pairs[:1] if side_run else pairs), side_run
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Says how a document begins as one that has been run: its first `actions` have their scores, its first `tokens`
+    their keys and values."""
+
+    group: RolloutGroup | None = None
+    trunk: BranchState | None = None
+    number: int = 0  # of the document in the trunk
+    actions: int = 0
+    tokens: int = 0
+
+    def of(self, document: Document) -> Begun:
+        """What `document` has in common with that one. The token before what is scored anew is run once more, since
+        that is predicted from it."""
+        assert self.group is not None
+        ids, before = document.input_ids, self.group.document
+        same = next((i for i, (a, b) in enumerate(zip(ids, before.input_ids, strict=False)) if a != b), None)
+        common = min(len(ids), len(before.input_ids)) if same is None else same
+        actions = 0
+        for one, other in zip(document.actions, before.actions, strict=False):
+            if one != other or one.end > common:
+                break
+            actions += 1
+        start = document.actions[actions].start if actions < len(document.actions) else len(ids)
+        return replace(self, actions=actions, tokens=max(min(common, start) - 1, 0))
+
+    def completed(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with the scores that were at hand."""
+        if self.group is None or not self.actions:
+            return group
+        count = sum(action.boundary is not None for action in group.document.actions[: self.actions])
+        assert self.group.states_SD is not None and group.states_SD is not None
+        group.line_logps_A[: self.actions] = self.group.line_logps_A[: self.actions]
+        group.gate_logps_A[: self.actions] = self.group.gate_logps_A[: self.actions]
+        return replace(group, states_SD=torch.cat([self.group.states_SD[:count], group.states_SD]))
+
+
+def wanted_logps(documents: Sequence[Document], begun: Sequence[Begun]) -> np.ndarray:
+    """Lists the log-probs of all documents' lines, and of think tokens as far as the documents' own tokens lead to
+    them, `[n, 4]`: row, token after it, number of the action, whether of a gate. What documents have `begun` with is
+    left out, of rows too."""
+    wanted: list[tuple[int, int, int, bool]] = []
+    first = number = 0
+    for document, done in zip(documents, begun, strict=True):
+        first -= done.tokens
+        number += done.actions
+        for i, action in enumerate(document.actions[done.actions :], done.actions):
+            # Line by line, and not all between the first and the last: what stands between two (a latent, in an
+            # annotated document) is of neither. The first token of a row is predicted by nothing.
+            line = range(max(action.start, 1), action.end)
+            wanted += [(first + at - 1, document.input_ids[at], number, False) for at in line]
+            if action.decides:
+                wanted += [(first + at, token, number, True) for at, token in _led_to(document, i)[0]]
+            number += 1
+        first += len(document.input_ids)
+    return np.array(wanted, dtype=np.int64).reshape(-1, 4)
+
+
+def summed(
+    documents: Sequence[Document], wanted: np.ndarray, logps_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums wanted log-probs by action, lines and gates."""
+    lines = torch.zeros(sum(len(document.actions) for document in documents))
+    gates = torch.full_like(lines, float("-inf"))
+    owner, is_gate = torch.from_numpy(wanted[:, 2]), torch.from_numpy(wanted[:, 3] == 1)
+    lines.index_add_(0, owner[~is_gate], logps_n[~is_gate])
+    gates[owner[is_gate]] = 0.0
+    gates.index_add_(0, owner[is_gate], logps_n[is_gate])
+    return lines, gates
+
+
+class SideRuns:
+    """Think tokens that the documents' own tokens do not lead to: they run as branches, and add to `log P(think)`."""
+
+    def __init__(self, documents: Sequence[Document], trunk: BranchState, begun: Sequence[Begun]):
+        firsts = np.cumsum([0, *(len(document.actions) for document in documents)])
+        branched = [
+            (d, int(firsts[d]) + i, document.actions[i])
+            for d, document in enumerate(documents)
+            for i in document.boundaries
+            if i >= begun[d].actions and document.actions[i].decides and _led_to(document, i)[1]
+        ]
+        thinks = [action.think for _, _, action in branched]
+        self.numbers, self.counts = [number for _, number, _ in branched], [len(think) - 1 for think in thinks]
+        self.state: BranchState | None = None
+        self.plan: Plan | None = None
+        self.arrays: list[np.ndarray] = []
+        if branched:
+            prefix = np.array([action.start for _, _, action in branched])
+            self.state = BranchState(prefix, [d for d, _, _ in branched], max(map(len, thinks)), True, trunk)
+            self.plan = self.state.plan(chained([think[:-1] for think in thinks]))
+            self.arrays = [*self.plan.arrays, np.concatenate([think[1:] for think in thinks])]
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def add(self, gates: torch.Tensor, logps_n: torch.Tensor) -> None:
+        """Adds the log-probs of these tokens to all documents' gates."""
+        for number, of_one in zip(self.numbers, logps_n.split(self.counts), strict=True):
+            gates[number] += of_one.sum()
