@@ -338,7 +338,8 @@ def test_a_loss_of_ones_own_has_no_part_in_an_e_phase(make, tokenizer, tiny_mode
         compute_loss_in = None
 
     with pytest.raises(ValueError, match="`compute_loss` is overridden in Mine.*compute_loss_in = 'M'"):
-        Mine(tiny_model("llama", tokenizer), RA3Config(str(tmp_path), use_cpu=True, report_to="none"))
+        args = RA3Config(str(tmp_path), use_cpu=True, report_to="none")
+        Mine(tiny_model("llama", tokenizer), args, processing_class=tokenizer)
 
 
 def test_low_precision_evaluation_is_that_of_sft_and_leaves_the_weights(make, tokenizer, tiny_model, tmp_path):
