@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from os import PathLike, fspath
 from typing import Any, ClassVar
 
 from accelerate.state import AcceleratorState, PartialState
@@ -17,20 +18,8 @@ from transformers import SchedulerType
 
 from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
+from .refusals import keep_ours
 from .versions import TrainingArguments
-
-
-_UNSUPPORTED = {
-    "torch_compile": "forwards change their length at each update and carry branches, so graphs would be built anew",
-    "torch_compile_backend": "it switches `torch_compile` on",
-    "torch_compile_mode": "it switches `torch_compile` on",
-    "label_smoothing_factor": "rewards and bounds are likelihoods of the text as it is",
-    "neftune_noise_alpha": "latents would be trained under a noise they were not sampled with",
-    "auto_find_batch_size": "an attempt that runs out of memory has changed weights and gate, and the plan is of "
-    "its batch; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps`, which gives the same "
-    "updates, or lower `max_branch_tokens`",
-    "enable_jit_checkpoint": "a SIGTERM saves after the update in any case; its handler would swallow every later one",
-}
 
 
 @contextmanager
@@ -48,8 +37,19 @@ def beside_trainers() -> Iterator[None]:
                 state.update(values)
 
 
+class _Settings(type):
+    """Makes a configuration of settings by name that RA3 has; others are refused by one table, see `refusals.py`."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:
+        names = [entry.name for entry in fields(cls) if entry.init]  # type: ignore[arg-type]
+        if len(values) > len(names) or (twice := set(names[: len(values)]) & set(settings)):
+            wrong = f"`{twice.pop()}` twice" if len(values) <= len(names) else f"{len(values)} values"
+            raise ValueError(f"`{cls.__name__}` is given {wrong}; give each setting once, by its name.")
+        return super().__call__(**keep_ours(dict(zip(names, values, strict=False)) | settings, names, cls.__name__))
+
+
 @dataclass
-class RA3Config(TrainingArguments):
+class RA3Config(TrainingArguments, metaclass=_Settings):
     r"""
     Settings of [`RA3MidTrainer`]: those of [`~transformers.TrainingArguments`] and what follows. Defaults of the
     method are our choice where the paper (https://huggingface.co/papers/2509.25810) is silent, see docs/design.md.
@@ -69,6 +69,7 @@ class RA3Config(TrainingArguments):
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = setting("Keyword arguments of `from_pretrained`, as JSON.", None)
+    trust_remote_code: bool = setting("Run code that comes with the model's files or its tokenizer's.", False)
 
     # Data
     max_length: int | None = setting(
@@ -206,6 +207,11 @@ class RA3Config(TrainingArguments):
         "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0
     )
     packing: bool = setting("Put several documents in a row; nothing is dropped.", True)
+    loss_type: str = setting(
+        "Loss of the M-phase: negative log-likelihood, or dft, in which each token counts by its own probability "
+        "(https://huggingface.co/papers/2508.05629); chunked_nll is another name of nll.", "nll",
+        choices=("nll", "dft", "chunked_nll"),
+    )  # fmt: skip
 
     # Evaluation and logs
     eval_num_latents: int = setting("Latents at each boundary in evaluate().", 4, 1)
@@ -246,16 +252,8 @@ class RA3Config(TrainingArguments):
 
     def _check(self) -> None:
         """Refuses what can't work, before `TrainingArguments` derives anything from it."""
-        for name, reason in _UNSUPPORTED.items():
-            if getattr(self, name):
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, which RA3 can't work with ({reason}); leave it out."
-                )
-        if self.train_sampling_strategy == "group_by_length":
-            raise ValueError(
-                "`train_sampling_strategy` is 'group_by_length', which RA3 can't work with (documents of one length "
-                "would share their boundaries' number; rows are packed instead); leave it out."
-            )
+        if isinstance(self.output_dir, PathLike):
+            self.output_dir = fspath(self.output_dir)
         check_fields(self)
         self._check_reward_weights()
         self._check_schedulers()

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from .versions import TrainingArguments
 
 
-# Fields that went, and what to do instead.
-GONE = {
-    "annotation_think_prob": "set `prior_alpha` to 1 less it; none, with `exploration=0`, is the model's own gate",
-    "latent_weight": 'set `exploration`, to 0 for what "gate" was',
-    "baseline": "leave it out; latents are compared with each other",
-    "gate_coef": "leave it out; it was 1",
-    "gate_kl_coef": "leave it out; it was 0",
-    "entropy_coef": "leave it out; raise `temperature` for latents that differ more",
-    "head_learning_rate": "leave it out; it was 1e-3",
-}
 FORMER = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}  # names that are still taken
 
 
@@ -56,36 +49,70 @@ def own_fields(cls: type[TrainingArguments]) -> tuple[str, ...]:
     return tuple(entry.name for entry in fields(cls) if entry.name not in inherited)
 
 
+_NONE = type(None)
+# transformers takes more here than its type hints say.
+_KINDS = {
+    "accelerator_config": (AcceleratorConfig, dict, str, _NONE),
+    "fsdp": (bool, str, list, _NONE),
+    "debug": (str, list, _NONE),
+}
+# Of transformers' own fields: the least value where it checks none, or only after the model is loaded.
+_LEAST = dict.fromkeys(
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+     "dataloader_prefetch_factor"), 1
+) | dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "num_train_epochs"), 0)  # fmt: skip
+_JSON = ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs")  # a mapping, or its text
+
+
 def _kinds_of(cls: type[TrainingArguments]) -> dict[str, tuple[type, ...]]:
-    """Types that a value may have, of each own field of a plain kind; a whole number will do for a `float`."""
-    kinds_by_name = {}
-    for name, hint in get_type_hints(cls).items():
-        kinds = get_args(hint) or (hint,)
-        if name in own_fields(cls) and set(kinds) <= {int, float, bool, str, type(None)}:
-            kinds_by_name[name] = (*kinds, int) if float in kinds else kinds
+    """Types that a value of each field may have; a whole number will do for a `float`."""
+    kinds_by_name: dict[str, tuple[type, ...]] = dict(_KINDS)
+    for entry in fields(cls):
+        hint = get_type_hints(cls)[entry.name]
+        union = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
+        kinds = tuple(get_origin(kind) or kind for kind in union)
+        if entry.name not in _KINDS and all(isinstance(kind, type) for kind in kinds):  # `Literal[...]` is none
+            kinds_by_name[entry.name] = (*kinds, int) if float in kinds else kinds
     return kinds_by_name
 
 
 def check_fields(args: TrainingArguments) -> None:
-    """Checks each own field by itself: its type, its choices, its bounds.
+    """Checks each field by itself: its type; of own ones its choices and bounds too.
 
     Raises:
         `ValueError`: naming field, value and what it may be.
     """
-    entries = {entry.name: entry for entry in fields(args)}
-    for name in own_fields(type(args)):
-        value, meaning = getattr(args, name), entries[name].metadata.get("help")
+    kinds_by_name = _kinds_of(type(args))
+    for entry in fields(args):
+        name, value, meaning = entry.name, getattr(args, entry.name), entry.metadata.get("help")
         bounds = meaning.bounds if isinstance(meaning, _Help) else {}
-        kinds = _kinds_of(type(args)).get(name)
+        kinds = kinds_by_name.get(name)
         if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
+            wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in dict.fromkeys(kinds))
             raise ValueError(f"`{name}` is {value!r}; it must be of type {wanted}.")
+        if name == "fsdp" and isinstance(value, list) and not all(isinstance(word, str) for word in value):
+            raise ValueError(f"`fsdp` is {value!r}; give `True`, and the rest in `fsdp_config`.")
+        if name in _JSON and isinstance(value, str):
+            _check_mapping(name, value)
+        if name in _LEAST and value is not None:
+            _check_bounds(name, value, _LEAST[name], math.inf, False)
+        if name in ("log_level", "log_level_replica"):
+            bounds = {"choices": tuple(trainer_log_levels)}
         if "choices" in bounds and value not in bounds["choices"]:
             raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, bounds['choices']))}.")
         if bounds.get("least") is not None and value is not None:
             _check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
             if value == math.inf and "infinite" not in bounds:
                 raise ValueError(f"`{name}` is {value}; it must be finite.")
+
+
+def _check_mapping(name: str, text: str) -> None:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`{name}` is {text!r}; give a mapping, or one as JSON: '{{\"key\": value}}'.")
 
 
 def _check_bounds(name: str, value: float, least: float, most: float, above: bool) -> None:

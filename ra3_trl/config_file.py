@@ -27,8 +27,9 @@ _TRAINING = (
     "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs",
     "max_steps", "bf16", "fp16", "activation_checkpointing", "dataloader_drop_last",
 )  # fmt: skip
-# The first may hold a token; a chat template is saved with the tokenizer.
-_OF_THE_MACHINE = {"model_init_kwargs", "dataset_num_proc", "chat_template_path"}
+# The first may hold a token; whose code runs is for the user to say, not for a file; a chat template is saved with the
+# tokenizer.
+_OF_THE_MACHINE = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "chat_template_path"}
 
 
 def settings_of(args: Any, own: Iterable[str]) -> dict[str, Any]:

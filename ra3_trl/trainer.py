@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from copy import copy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +19,13 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from .config import RA3Config, check_args
+from .arguments import check_training, read_arguments
+from .config import RA3Config
 from .em import (
     Batch,
     Cutter,
@@ -48,29 +47,21 @@ from .em import (
     plan_phases,
     read_state,
     resumed_folder,
-    rotate,
     rotation_taken_over,
-    run_settings,
     settle,
     stream_loader,
-    written_whole,
 )
-from .files import written_aside
 from .generation import AutoModelForCausalLMWithAbstractionHead
-from .hub import HubMixin
 from .models import (
-    HEAD_WEIGHTS,
     check_trainable,
-    load_head,
-    load_tokenizer,
-    place_of,
     prepare_model,
-    save_head,
     state_width,
 )
 from .policy import OWN_LATENTS, Policy, Proposer
+from .refusals import refuse_arguments
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch
 from .rewards import RewardFunc, RewardPlugIns
+from .saving import SavingMixin
 from .segmentation import find_format
 from .trackers import check_best_metric, check_trackers
 
@@ -78,7 +69,7 @@ from .trackers import check_best_metric, check_trackers
 logger = get_logger(__name__)  # of the main process
 
 
-class RA3MidTrainer(HubMixin, Trainer):
+class RA3MidTrainer(SavingMixin, Trainer):
     """
     Mid-trains a causal language model on expert text with Reasoning as Action Abstractions.
 
@@ -97,18 +88,19 @@ class RA3MidTrainer(HubMixin, Trainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A folder, a Hub id (loaded with `args.model_init_kwargs`, float32 unless `dtype` is given) or a model; or
             [`AutoModelForCausalLMWithAbstractionHead`]. The abstraction head that a checkpoint has is trained on.
         args ([`RA3Config`], *optional*):
-            Settings. `None` is the default configuration, written to `<model>-RA3`.
+            Settings. `None` is the default configuration, written to `<model>-RA3`; of `TrainingArguments` and TRL's
+            `SFTConfig` an [`RA3Config`] is made that says the same.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             Expert text: a text column, `prompt` and `completion`, conversations, tokens, or anything with a
             `formatting_func`; see docs/data.md.
         eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
             Held-out text of the same form.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            A fast tokenizer; `None` is the model's.
+            A fast tokenizer, or the name of one; `None` is the model's.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             As in `Trainer`.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -121,6 +113,12 @@ class RA3MidTrainer(HubMixin, Trainer):
             Further terms of the E-step's reward, called by keyword as those of TRL's `GRPOTrainer`; see
             [`~ra3_trl.rewards.RewardPlugIns`]. Weighted by `args.reward_weights`, beside the log-likelihood, whose
             weight is `args.likelihood_weight`.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class and arguments of an optimizer, in the place of `args.optim`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a model that is loaded by name, with a `peft_config`.
+        **others:
+            Further arguments of TRL's trainers may be `None`; else they are refused with what to pass instead.
 
     Raises:
         `ValueError`: before any training, for data, tokenizers or settings that can't work, with the cure.
@@ -132,31 +130,30 @@ class RA3MidTrainer(HubMixin, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
-        args: RA3Config | None = None,
+        model: str | Path | PreTrainedModel | PeftModel | AutoModelForCausalLMWithAbstractionHead,
+        args: RA3Config | TrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        *,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        quantization_config: Any = None,
+        **others: Any,
     ):
-        head = None
-        if isinstance(model, AutoModelForCausalLMWithAbstractionHead):
-            processing_class = processing_class or model.tokenizer
-            model, head = model.pretrained_model, model.abstraction_head
-        name = model if isinstance(model, str) else model.config._name_or_path
-        args = copy(args) if args else RA3Config(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-RA3")
-        check_args(args, type(self))
+        refuse_arguments(others, RA3Config.__dataclass_fields__, signature(RA3MidTrainer).parameters)
+        optimizers = (None, None) if optimizers is None else optimizers
+        check_training(callbacks, optimizers, optimizer_cls_and_kwargs, formatting_func)
+        start = read_arguments(type(self), model, args, processing_class, quantization_config)
+        args, tokenizer, head = start.args, start.tokenizer, start.head
         check_overridden(args, type(self), RA3MidTrainer)
         check_trackers(args.report_to)
         check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
-        tokenizer = processing_class or load_tokenizer(name, args.model_init_kwargs)
-        if isinstance(model, str) and args.abstraction_head:
-            head = load_head(name, **place_of(args.model_init_kwargs))
-        model = prepare_model(model, tokenizer, args, peft_config, find_format(args.action_format).tags)
+        model = prepare_model(start.model, tokenizer, args, peft_config, find_format(args.action_format).tags)
         if train_dataset is not None:
             check_trainable(model)
         self.policy = Policy.of_model(model, tokenizer, args, room_for_latents=args.uses_latents)
@@ -182,6 +179,7 @@ class RA3MidTrainer(HubMixin, Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.loop.compute_loss = lambda *inputs, **options: self.compute_loss(*inputs, **options)
         # The loss is divided by the boundaries (E) or tokens (M) of the whole window, see get_batch_samples.
@@ -311,13 +309,6 @@ class RA3MidTrainer(HubMixin, Trainer):
         """As `Trainer`'s, with the metrics of all processes since the last line."""
         super().log(log_line(logs, self.loop, self.state, self.cut.counts.get("train", {})), start_time)
 
-    # Private, since the head must be there when callbacks hear of the training's end: trackers save the model then.
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        head = Path(self.state.best_model_checkpoint, HEAD_WEIGHTS)
-        if self.loop.learner is not None and head.is_file():
-            self.loop.learner.head.load_state_dict(load_file(head))
-
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
@@ -352,45 +343,3 @@ class RA3MidTrainer(HubMixin, Trainer):
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})
         return EvalLoopOutput(None, label_ids=None, metrics=metrics, num_samples=num_documents)
-
-    # ---- saving ----
-
-    # Private, since this is where TRL's trainers, too, say what a checkpoint is: `save_model` calls it with the state
-    # dict that it has gathered.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A plain checkpoint, whole or not at all, with the abstraction head and `ra3_config.json` beside it; the
-        latter stands for `training_args.bin`, a pickle that holds the Hub's token."""
-        if not self.args.should_save:  # there for the sake of weights that are gathered
-            super()._save(output_dir, state_dict)
-            return
-        with written_aside(output_dir or self.args.output_dir) as folder:
-            super()._save(str(folder), state_dict)
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            self.args.save_pretrained(folder, max_steps=self.asked_max_steps)
-            if self.loop.learner is not None:
-                save_head(self.loop.learner.head, folder)
-
-    # Private, since `Trainer` writes in place and deletes older checkpoints by itself.
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
-        run, writes = Path(self._get_output_dir(trial)), self.args.should_save
-        with written_whole(self.args, run, self.state) as folder:
-            super()._save_checkpoint(model, trial)
-            if not self.args.save_only_model:
-                phase = self.schedule.phase_at(self.state.global_step - 1)
-                facts = {"settings": self._run_settings(), "last_update": [phase.kind, phase.iteration, phase.step]}
-                of_stream = isinstance(self.train_dataset, IterableDataset)  # else the first documents are at hand
-                self.loop.state.save(folder, facts, writes, keep_probe=of_stream)
-        final = run / folder.name
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if writes:
-            rotate(run, self.save_total_limit, [final, self.state.best_model_checkpoint])
-
-    def _run_settings(self) -> dict[str, Any]:
-        """What a resumed run must share with this one."""
-        funcs = self.loop.plug_ins.funcs if self.loop.plug_ins is not None else ()
-        facts: dict[str, Any] = {"train_dataset": self.cut.counts.get("train"), "reward_funcs": sorted(funcs)}
-        if isinstance(self.train_dataset, IterableDataset):  # whose rows workers share out
-            facts["dataloader_num_workers"] = self.args.dataloader_num_workers
-        return run_settings(self.args, facts | self.policy.proposer.settings)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from ra3_trl import RA3Config, config, config_file
+from ra3_trl import RA3Config, config_file
 from ra3_trl.config_fields import FORMER, own_fields
 from ra3_trl.em import checkpoint
 from ra3_trl.policy import THINKING
@@ -143,7 +143,7 @@ def test_version_2_still_loads(tmp_path, older, newer):
 def test_fields_that_are_named_are_fields():
     """A table that names a field which a release has dropped refuses, saves or compares nothing, silently."""
     names = {field.name for field in dataclasses.fields(RA3Config)}
-    named = {*config._UNSUPPORTED, *FORMER.values(), *config_file._TRAINING, *config_file._OF_THE_MACHINE}
+    named = {*FORMER.values(), *config_file._TRAINING, *config_file._OF_THE_MACHINE}
     assert named | checkpoint._FREE | {*checkpoint._SHARED, *THINKING} <= names
 
 

@@ -70,9 +70,9 @@ def test_documents_in_lockstep_are_checked(llama, opened, monkeypatch):
     """Positions that go on from one document to the next are right for the first alone."""
     right = BranchState.begin
 
-    def running(self, tokens, lengths=()):
-        positions = right(self, tokens, lengths)
-        return torch.arange(len(positions)) if tokens is None else positions
+    def running(self, plan, arrays):
+        ids, positions = right(self, plan, arrays)
+        return ids, torch.arange(len(positions)) if plan.tokens is None else positions
 
     monkeypatch.setattr(BranchState, "begin", running)
     with pytest.raises(ValueError, match="'branch', which is not exact on LlamaForCausalLM: .* log-probs differ"):

@@ -14,7 +14,7 @@ import ra3_trl
 PACKAGE = Path(ra3_trl.__file__).parent
 ROOT = PACKAGE.parent
 LEVELS = (  # imports point from a level to those before it, and never to another room of the same level
-    ("records", "files", "markdown", "outgoing", "versions"),
+    ("records", "files", "markdown", "outgoing", "versions", "refusals"),
     ("config_file", "config_fields"),
     ("config", "trackers"),
     ("segmentation", "rollout", "losses", "models", "sandbox", "analysis"),
@@ -22,7 +22,7 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("policy",),
     ("rewards", "evaluation", "hub"),
     ("em", "rlvr"),
-    ("report",),
+    ("report", "arguments", "saving"),
     ("trainer",),
     ("experimental",),
     ("cli", "examples"),

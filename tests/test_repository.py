@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.refusals import ARGUMENTS, SETTINGS, find
 
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +153,33 @@ def test_every_name_here_is_real():
         else:
             assert names(cells[1]) and set(names(cells[1])) <= OURS
     assert {name for cells in defaults for name in names(cells[0])} <= INHERITED
+
+
+def test_the_page_says_not_here_of_what_the_table_of_refusals_has():
+    data, rollouts, arguments, _ = tables().values()
+    for rows, table in (([*data, *rollouts], SETTINGS), (arguments, ARGUMENTS)):
+        for cells in rows:
+            for name in names(cells[0]):
+                if "`loss_type` of `GRPOConfig`" in cells[0] and name == "loss_type":
+                    continue  # it is `SFTConfig`'s
+                here = cells[1] == "the same" or name in names(cells[1])
+                assert here is (name in OURS) is (find(table, name) is None), name
+                if not here and cells[1] != "not here":
+                    assert set(names(find(table, name).instead.replace("args.", ""))) & set(names(cells[1])), name
+
+
+def test_a_script_of_sft_changes_in_five_lines():
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "from_trl.md").read_text("utf-8"), re.S).group(1)
+    lines = diff.splitlines()
+    assert len([line for line in lines if line[:1] in ("-", "+")]) == 5
+    before, after = ("\n".join(line[1:] for line in lines if line[:1] in (sign, " ", "")) for sign in "-+")
+    calls = [Mock(), Mock()]
+    for script, trainer, call in zip((before, after), ("trl.SFTTrainer", "ra3_trl.RA3MidTrainer"), calls, strict=True):
+        with patch(trainer, call), patch("trl.SFTConfig", dict):
+            exec(script, {"dataset": None})
+        call.return_value.train.assert_called_once_with()
+    assert calls[0].call_args == calls[1].call_args
+    assert set(calls[1].call_args.kwargs) <= OURS
 
 
 def test_the_defaults_that_the_page_names():

@@ -16,8 +16,8 @@ import torch
 from conftest import furthest, weights
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.versions import CHECKPOINTING
@@ -338,7 +338,8 @@ def test_a_loss_of_ones_own_has_no_part_in_an_e_phase(make, tokenizer, tiny_mode
         compute_loss_in = None
 
     with pytest.raises(ValueError, match="`compute_loss` is overridden in Mine.*compute_loss_in = 'M'"):
-        Mine(tiny_model("llama", tokenizer), RA3Config(str(tmp_path), use_cpu=True, report_to="none"))
+        args = RA3Config(str(tmp_path), use_cpu=True, report_to="none")
+        Mine(tiny_model("llama", tokenizer), args, processing_class=tokenizer)
 
 
 def test_low_precision_evaluation_is_that_of_sft_and_leaves_the_weights(make, tokenizer, tiny_model, tmp_path):
@@ -654,11 +655,12 @@ def test_a_split_that_was_forgotten_is_asked_for(tiny_model, tokenizers):
     tokenizer = tokenizers["newline_indent"]
     data = DatasetDict(train=Dataset.from_dict({"text": ["x = 1\n"]}), test=Dataset.from_dict({"text": ["y = 1\n"]}))
     args = RA3Config(output_dir="unused", m_steps=1, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"`train_dataset` has the splits \['test', 'train'\]; pass one of them"):
+    with pytest.raises(ValueError, match=r"`train_dataset` has the splits \['train', 'test'\]; pass one of them"):
         RA3MidTrainer(tiny_model("llama", tokenizer), args, data, None, tokenizer)
 
 
 def test_settings_of_another_kind_are_refused(tiny_model, tokenizers):
     tokenizer = tokenizers["newline_indent"]
-    with pytest.raises(ValueError, match="`args` is a TrainingArguments; make an `RA3Config` of it"):
-        RA3MidTrainer(tiny_model("llama", tokenizer), TrainingArguments("x", use_cpu=True), processing_class=tokenizer)
+    args = GRPOConfig("x", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="`args` is a GRPOConfig; make an `RA3Config`"):
+        RA3MidTrainer(tiny_model("llama", tokenizer), args, processing_class=tokenizer)

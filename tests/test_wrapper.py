@@ -70,12 +70,12 @@ def test_loss_by_hand(wrapper, tokenizers):
     think = torch.full(ids.shape, -100.0)
     think[0, 3], think[0, 5] = 1.0, 0.25
     gain = torch.full(ids.shape, math.nan)
-    gain[0, 4] = 7.0
+    gain[0, 4] = 100.0
     out = model(input_ids=ids, labels=ids, think_labels=think, gain_labels=gain)
     plain = model.pretrained_model(input_ids=ids, labels=ids).loss
     p = out.think_logits.sigmoid()[0]
     entropy = -(p[3].log() + 0.25 * p[5].log() + 0.75 * (1 - p[5]).log()) / 2
-    error = (7.0 - out.gain[0, 4]).abs()
+    error = (100.0 - out.gain[0, 4]).abs()
     assert error > 1  # the linear part: |error| - 1/2
     assert out.loss.item() == pytest.approx((plain + entropy + error - 0.5).item(), rel=1e-5)
     out.loss.backward()

@@ -13,7 +13,7 @@ from ..experimental.hindsight import HindsightConfig, attach
 from ..files import renamed_into_place
 from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
 from ..policy import THINKING
-from .checkpoint import add_model_options, add_settings, flag_settings, open_policy, saved_settings
+from .checkpoint import add_model_options, add_settings, add_trust, flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
     add_model_options(parser)
+    add_trust(parser)
     add_settings(parser, "annotation", (*_SETTINGS, *_PROPOSALS), (*THINKING, *_PROPOSALS), HindsightConfig)
     return parser
 

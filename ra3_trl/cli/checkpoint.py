@@ -28,6 +28,15 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -
     )  # fmt: skip
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds `--trust_remote_code`, which [`open_policy`] reads."""
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with the model's files or its tokenizer's",
+    )
+
+
 def add_settings(
     parser: argparse.ArgumentParser,
     title: str,
@@ -83,6 +92,7 @@ def saved_settings(options: argparse.Namespace) -> dict[str, Any]:
 def open_policy(options: argparse.Namespace, settings: dict[str, Any]) -> Policy:
     """Opens `options.checkpoint` with `settings` in the place of its own."""
     place = {"dtype": options.dtype, "revision": options.model_revision}
+    place |= {"trust_remote_code": options.trust_remote_code}
     return Policy.open(options.checkpoint, model_init_kwargs=place, **settings)
 
 

@@ -18,6 +18,7 @@ from ..segmentation import row_to_document, segment_dataset
 from .checkpoint import (
     add_model_options,
     add_settings,
+    add_trust,
     flag_settings,
     open_policy,
     saved_settings,
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--documents", type=int, default=32, help="the first so many (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="write all numbers there as JSON")
     add_model_options(parser)
+    add_trust(parser)
     add_settings(parser, "measures", _MEASURES, config=DiagnosisSettings)
     add_settings(parser, "settings", _SETTINGS)
     return parser

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
-from .parser import TrainParser, read_config, refuse_unknown
+from .parser import TrainParser, read_config, refuse_unknown, without_theirs
 
 
 LAUNCHED = "RA3_LAUNCHED"  # set in the processes that accelerate starts; holds the user's command
@@ -43,7 +43,8 @@ def _without(argv: list[str], option: str) -> list[str]:
 def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     """The `accelerate launch` command for `argv`, `None` if it is not asked for."""
     names = parser.option_names() | {"env"}
-    in_file = {f"--{key}": str(value) for key, value in read_config(argv).items() if key not in names}
+    others = {key: value for key, value in read_config(argv).items() if key not in names and not parser.is_theirs(key)}
+    in_file = {f"--{key}": str(value) for key, value in others.items()}
     if "--accelerate_config" not in [*argv, *in_file]:
         return None
     _, unknown = parser.parse_known_args(_without(argv, "--config"))
@@ -72,6 +73,7 @@ def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> 
         One object of each of the parser's types, what the user typed, and the exit code of the other processes.
     """
     typed = os.environ.get(LAUNCHED) or shlex.join([*parser.prog.split(), *argv])
+    argv = without_theirs(argv, parser)
     command = None if LAUNCHED in os.environ else launch_command(parser, argv)
     if command is not None and not here:
         return [], typed, launch(command, typed)

@@ -5,7 +5,6 @@ name. Lists, mappings and `None` are read alike from a flag and from YAML: `--mo
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from ..config_fields import GONE
+from ..config import RA3Config
+from ..refusals import SETTINGS, find, keep_ours, near
 from ..versions import TrainingArguments
 
 
@@ -64,9 +64,19 @@ class TrainParser(TrlParser):
         """Names of all options, as fields."""
         return {field.name for dtype in self.dataclass_types for field in fields(dtype) if field.init}
 
+    @property
+    def is_of_ra3(self) -> bool:
+        """Whether the configuration is [`RA3Config`]; that of `ra3 rlvr` is TRL's."""
+        return issubclass(self.dataclass_types[1], RA3Config)
+
+    def is_theirs(self, name: str) -> bool:
+        """Whether `name` is a setting that TRL has and RA3 has not, see `refusals.py`."""
+        return self.is_of_ra3 and name not in self.option_names() and find(SETTINGS, name) is not None
+
     def set_defaults_with_config(self, **config) -> list[str]:
         """As in TRL, but numbers are read as on the command line, so that 2.5 latents are refused. YAML reads a bare
-        `no` as false; where `no` is a choice, that is meant."""
+        `no` as false; where `no` is a choice, that is meant. What [`without_theirs`] lets pass needs no option."""
+        config = {name: value for name, value in config.items() if not self.is_theirs(name)}
         choices = {action.dest: action.choices or () for action in self._actions}
         for name, value in config.items():
             if value is False and "no" in choices.get(name, ()):
@@ -198,12 +208,41 @@ def read_config(argv: list[str]) -> dict[str, Any]:
     return config
 
 
+def without_theirs(argv: list[str], parser: TrainParser) -> list[str]:
+    """The words less those options of TRL's that RA3 has not, where their values say what it does anyway.
+
+    Raises:
+        `ValueError`: for another value, as in Python: with the reason and what to set instead.
+    """
+    if not parser.is_of_ra3:  # `ra3 rlvr` is TRL's own trainer
+        return argv
+    settings, kept, name = read_config(argv), [], ""
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            settings[name] = value if equals else True
+            settings |= {"packing": False} if name == "no_packing" else {}
+        else:
+            settings[name] = word
+        kept += [] if parser.is_theirs(name) else [word]
+    listed = {name: _plain(value) for name, value in settings.items() if name == "packing" or find(SETTINGS, name)}
+    keep_ours(listed, parser.option_names(), parser.prog)
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """What a word on the command line or in a YAML file stands for."""
+    if not isinstance(value, str) or value[:1] in "{[%@`":
+        return value
+    return None if value.lower() in _NONE else yaml.safe_load(value)
+
+
 def refuse_unknown(words: list[str], parser: TrainParser) -> None:
     """Names the first unknown option, if there is one, and what was perhaps meant."""
     if not words:
         return
     option = next((word for word in words if word.startswith("-")), words[0])
     name = option.lstrip("-").split("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, parser.option_names(), 1)
-    hint = f"did you mean `--{near[0]}`?" if near else f"see `{parser.prog} --help`."
-    raise ValueError(f"`{option}` is no option of `{parser.prog}`; {f'{GONE[name]}.' if name in GONE else hint}")
+    hint = near(name, parser.option_names(), "`--{}`") or f"see `{parser.prog} --help`."
+    raise ValueError(f"`{option}` is no option of `{parser.prog}`; {hint}")

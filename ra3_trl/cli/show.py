@@ -18,6 +18,7 @@ from ..segmentation import find_format
 from .checkpoint import (
     add_model_options,
     add_settings,
+    add_trust,
     flag_settings,
     open_policy,
     saved_settings,
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", metavar="OUT", help="write a page for a browser instead of printing")
     parser.add_argument("--lines", metavar="A:B", help="these lines only, counted from 1; the model still reads all")
     add_model_options(parser)
+    add_trust(parser)
     add_settings(parser, "settings", _SETTINGS)
     return parser
 

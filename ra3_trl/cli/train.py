@@ -110,6 +110,8 @@ def build_trainer(
     """Builds the trainer that the arguments describe: the experimental one only for proposals in hindsight."""
     reward_funcs = load_reward_funcs(script.reward_funcs)
     args.model_init_kwargs = model_flags(model_args) | model_options(args.model_init_kwargs)
+    if args.trust_remote_code:
+        args.model_init_kwargs = {"trust_remote_code": True} | args.model_init_kwargs
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_init_kwargs)  # before the data
     train, evaluation = load_data(script, mixture, args.seed)
     plain = set(args.proposal_shares) == {"causal"}

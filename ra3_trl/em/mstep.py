@@ -183,7 +183,7 @@ def _lengths(rows: Rows) -> dict[str, Any]:
 
 
 def mstep_loss(
-    backbone: Backbone, rows: Rows, num_tokens: float, through: nn.Module | None = None
+    backbone: Backbone, rows: Rows, num_tokens: float, through: nn.Module | None = None, loss_type: str = "nll"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Observations]:
     """Next-token loss of a batch of rows; logits only where there is a label, a bounded chunk at a time.
 
@@ -199,7 +199,7 @@ def mstep_loss(
     labels = rows.labels[:, 1:].to(device)
     wanted = labels != -100
     logps = backbone.token_logps(hidden[:, :-1][wanted], labels[wanted])
-    loss, parts = next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens)
+    loss, parts = next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens, loss_type)
     if router is not None:
         loss = loss + router * (rows.num_tokens / num_tokens)
     return loss, parts, _decisions(rows, hidden)

@@ -24,7 +24,7 @@ class NextToken:
         backbone ([`~ra3_trl.rollout.Backbone`]):
             The model.
         args ([`RA3Config`]):
-            `max_length`, and the number of processes.
+            `max_length`, `loss_type`, and the number of processes.
 
     Attributes:
         seen (`list`):
@@ -57,7 +57,7 @@ class NextToken:
         update, and times the number of processes, which average their gradients; without it the mean of the inputs."""
         rows, through = Rows.of(inputs, self._rows), None if model is self.backbone.model else model
         count = max(rows.num_tokens, 1) if num_items_in_batch is None else float(num_items_in_batch)
-        loss, parts, seen = mstep_loss(self.backbone, rows, count, through)
+        loss, parts, seen = mstep_loss(self.backbone, rows, count, through, self.args.loss_type)
         if torch.is_grad_enabled():
             self.seen.append((parts, seen))
         return loss if num_items_in_batch is None else loss * self.args.world_size

@@ -140,7 +140,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
             logger.warning("%s has no abstraction head; a fresh one is used, which has learned nothing.", name)
             of_latents = {key: settings[key] for key in ("action_format", "max_latent_length") if key in settings}
             head = AbstractionHead(AbstractionConfig(width, **of_latents))
-        self = cls(model, head, tokenizer or _tokenizer_of(name, model.config._name_or_path, place))
+        self = cls(model, head, tokenizer or _tokenizer_of(name, model.config._name_or_path, kwargs))
         self.settings = settings or None
         return self
 
@@ -375,11 +375,13 @@ def _take_plain_names(module: nn.Module, state_dict: dict[str, torch.Tensor], pr
         state_dict[f"{prefix}pretrained_model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-def _tokenizer_of(name: str, base: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(name: str, base: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer at its very revision, of an adapter without one its base's; `None` without either."""
-    for source, where in ((name, place), (base, {})):
+    # Without a word on it, code in the repository would be a question at the terminal.
+    trust = {"trust_remote_code": bool(options.get("trust_remote_code"))}
+    for source, where in ((name, place_of(options)), (base, {})):
         try:
-            return AutoTokenizer.from_pretrained(source, **where)
+            return AutoTokenizer.from_pretrained(source, **where, **trust)
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return None

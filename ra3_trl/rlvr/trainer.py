@@ -71,6 +71,8 @@ def build_grpo_trainer(
     check_heeded(args)
     args = copy(args)
     options: dict[str, Any] = model_options(args.model_init_kwargs)
+    if getattr(args, "trust_remote_code", False):  # of newer versions of TRL
+        options = {"trust_remote_code": True} | options
     tokenizer = load_tokenizer(model, options)  # first, since it says best that there is no such checkpoint
     settings = read_settings(model, **place_of(options))
     rollout = CompletionRollout.for_checkpoint(settings, data.stop, think)
