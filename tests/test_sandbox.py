@@ -61,7 +61,7 @@ FORGERS = {
     "kills_itself": ("import os\nos.kill(os.getpid(), 9)\nos.kill(-1, 9)\ndef f(x): return 0", {"failed", "error"}),
 }
 
-# Programs that would do harm: the verdict, and how many may be seconds over the limit of 1 s.
+# Programs that would do harm, and the verdict.
 HARMFUL = {
     "fork_bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "timeout"),
     "fork": ("import os\nwhile True: os.fork()", "blocked"),
@@ -100,7 +100,7 @@ HARMFUL = {
 
 @pytest.fixture(scope="module")
 def judge():
-    limits = Limits(seconds=1.0, memory_mb=256, disk_mb=8, processes=16)
+    limits = Limits(seconds=2.0, memory_mb=256, disk_mb=8, processes=16)
     with Judge(Sandbox(slots=2, limits=limits)) as found:
         yield found
 
