@@ -1,4 +1,4 @@
-"""Differences between the versions of transformers that this package runs on, in one place.
+"""Differences between the versions of transformers and torch that this package runs on, in one place.
 
 Each says since which version; it goes when the lower bound in `pyproject.toml` passes that.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
-TRANSFORMERS = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+TORCH, TRANSFORMERS = (
+    tuple(int(number) for number in module.__version__.split(".")[:2]) for module in (torch, transformers)
+)
 
 # ---- transformers 5.23: `gradient_checkpointing` became `activation_checkpointing` ----
 
@@ -58,3 +62,21 @@ def plain_gguf(gguf_file: str) -> dict[str, Any]:
     if TRANSFORMERS < (5, 17):
         return {"gguf_file": gguf_file}
     return {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+# ---- torch 2.13 (2.11 lacks it): `FSDPModule.reset_iter_state` ----
+
+
+def forget_forwards(model: FSDPModule) -> None:
+    """Makes FSDP2 give whole weights back and forget the forwards behind which no backward pass comes."""
+    if TORCH >= (2, 13):
+        model.reset_iter_state()
+        return
+    assert isinstance(model, nn.Module)
+    for shard in model.modules():
+        if isinstance(shard, FSDPModule):
+            shard.reshard()
+            state = shard._get_fsdp_state()
+            state._comm_ctx.post_forward_order.clear()
+            if state._fsdp_param_group is not None:
+                state._fsdp_param_group._post_forward_indices.clear()

@@ -127,7 +127,7 @@ def main(folder: Path) -> None:
     )
     torch.save(metrics, folder / f"eval-{state.num_processes}-{state.process_index}.pt")
     # 6. A run that goes on.
-    if state.num_processes == 2 and TRANSFORMERS >= (5, 18):
+    if state.num_processes == 2:
         trainer = make(
             folder,
             TEXTS,
@@ -140,7 +140,7 @@ def main(folder: Path) -> None:
         )
         trainer.train()
         keep(trainer, folder, "left")
-        for step in (1, 3):
+        for step in (1, 3) if TRANSFORMERS >= (5, 18) else ():
             trainer = make(folder, TEXTS, f"resumed{step}", optim="adamw_torch", e_learning_rate=1e-3, m_steps=3)
             trainer.train(resume_from_checkpoint=str(folder / "left-2" / f"checkpoint-{step}"))
             keep(trainer, folder, f"resumed{step}")

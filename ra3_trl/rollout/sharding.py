@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..versions import forget_forwards
+
 
 def is_fsdp2(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
@@ -41,7 +43,7 @@ def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         reshard_layers_only(model)
-        model.reset_iter_state()  # forgets these forwards, or the backward pass would prefetch for them
+        forget_forwards(model)  # or the backward pass would prefetch for them
 
 
 def reshard_layers_only(model: nn.Module) -> None:
