@@ -67,8 +67,9 @@ _JSON = ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_k
 def _kinds_of(cls: type[TrainingArguments]) -> dict[str, tuple[type, ...]]:
     """Types that a value of each field may have; a whole number will do for a `float`."""
     kinds_by_name: dict[str, tuple[type, ...]] = dict(_KINDS)
+    hints = get_type_hints(cls)  # evaluates the text of each annotation
     for entry in fields(cls):
-        hint = get_type_hints(cls)[entry.name]
+        hint = hints[entry.name]
         union = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
         kinds = tuple(get_origin(kind) or kind for kind in union)
         if entry.name not in _KINDS and all(isinstance(kind, type) for kind in kinds):  # `Literal[...]` is none

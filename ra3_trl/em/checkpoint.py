@@ -28,14 +28,8 @@ logger = get_logger(__name__)  # of the main process
 # Settings that a resumed run may change: what is logged and evaluated, memory, and the run's length, which
 # `check_resumable` looks at by itself.
 _FREE = {"model_init_kwargs", "dataset_num_proc", "dataset_license", "max_branch_tokens", "code_loss_tolerance"}
-_FREE |= {
-    "trust_remote_code",
-    "log_latents_steps",
-    "eval_num_latents",
-    "eval_max_boundaries",
-    "em_iterations",
-    "m_steps",
-}
+_FREE |= {"log_latents_steps", "eval_num_latents", "eval_max_boundaries", "em_iterations", "m_steps"}
+_FREE |= {"trust_remote_code"}
 _SHARED: tuple[str, ...] = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim",
     "lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy",
