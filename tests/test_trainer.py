@@ -310,6 +310,7 @@ class Doubled(RA3MidTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         labels, logits = inputs["labels"][:, 1:], outputs.logits[:, :-1]
         total = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum")
+        assert (inputs["labels"] != -100).sum() == (labels != -100).sum()  # who counts labels counts what is predicted
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         torch.testing.assert_close(loss, total / count, atol=1e-4, rtol=1e-4)
         return (2 * loss, outputs) if return_outputs else loss + total / count

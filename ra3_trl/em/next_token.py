@@ -41,9 +41,7 @@ class NextToken:
     def inputs(self, rows: Rows) -> dict[str, Any]:
         """`input_ids`, `labels`, and what keeps the documents of a row apart."""
         self._rows, inputs = row_inputs(self.backbone, rows)
-        labels = self._rows.labels.clone()
-        labels[:, 0] = -100  # never predicted
-        return inputs | {"labels": labels.to(self.backbone.device)}
+        return inputs | {"labels": self._rows.labels.to(self.backbone.device)}
 
     def inputs_of(self, documents: Sequence[Document]) -> dict[str, Any]:
         """Model inputs of documents as they are, a row each."""
