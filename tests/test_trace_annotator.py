@@ -88,7 +88,7 @@ def test_a_trace_that_only_says_the_answer(values, answer, copies):
 
 
 def test_values_as_python_writes_them():
-    """Up to 40 characters; sets sorted, shorter first; what is no plain value is not shown, however it calls itself."""
+    """Up to 40 characters; sets sorted, shorter first; what is no plain value is not shown, whatever it says."""
 
     class Sly(int):
         def __repr__(self):
@@ -112,7 +112,10 @@ def test_values_as_python_writes_them():
 
 
 def test_calls_beside_the_text():
-    text = "def f(n):\n    '''Adds.\n\n    >>> f(1)\n    2\n    >>> y = 3\n    '''\n    return n + 1\n\ndef test_f():\n    pass\n"
+    text = (
+        "def f(n):\n    '''Adds.\n\n    >>> f(1)\n    2\n    >>> y = 3\n    '''\n"
+        "    return n + 1\n\ndef test_f():\n    pass\n"
+    )
     row = {"tests": "assert f(2) == 3", "test_list": ["assert f(3) == 4", None, " "], "test_setup_code": "import os"}
     own = ["test_f()", "assert repr(f(1)) == '2'", "y = 3\n"]
     assert calls_of(text, row) == [*own, "import os\nassert f(2) == 3", "import os\nassert f(3) == 4"]
@@ -132,15 +135,19 @@ def test_calls_beside_the_text():
         # each assertion has its own; arguments are not told, the text says them
         (f"{HOLDS}assert f(2) == 5\n", {5: " a = 2, b = 4", 6: " a = 3, b = 6"}),
         # all calls in order, inner ones first to be done
-        ("def g(n):\n    r = 1 if n < 2 else n * g(n - 1)\n    return r\nassert g(3) == 6\n", {4: " r = 1, r = 2, r = 6"}),
-        ("def f(a, b):\n    a, b = b, a\n    c = [x for x in\n         (a, b)]\n    return c[0]\nassert f(1, 2) == 2\n",
+        ("def g(n):\n    r = 1 if n < 2 else n * g(n - 1)\n    return r\nassert g(3) == 6\n"
+         "", {4: " r = 1, r = 2, r = 6"}),
+        ("def f(a, b):\n    a, b = b, a\n    c = [x for x in\n         (a, b)]\n    return c[0]\n"
+         "assert f(1, 2) == 2\n",
          {6: " a = 2, b = 1, c = [2, 1]"}),
-        ("def g(n):\n    t = 0\n    for i in range(n):\n        t += i\n        yield t\nassert list(g(2)) == [0, 1]\n",
+        ("def g(n):\n    t = 0\n    for i in range(n):\n        t += i\n        yield t\n"
+         "assert list(g(2)) == [0, 1]\n",
          {6: " t = 0, i = 0, i = 1, t = 1"}),
         ("def f(xs):\n    s = []\n    s.append(xs[0])\n    s.append(2)\n    return s\nassert f([1]) == [1, 2]\n",
          {6: " s = [], s = [1], s = [1, 2]"}),
         (f"{BODY}def test_f():\n    r = f(1)\n    assert r == 3\n", {7: " a = 2, b = 4"}),
-        ("def f(n):\n    assert n > 0\n    a = n + 1\n    b = a * 2\n    return b\nassert f(1) == 4\n", {6: " a = 2, b = 4"}),
+        ("def f(n):\n    assert n > 0\n    a = n + 1\n    b = a * 2\n    return b\n"
+         "assert f(1) == 4\n", {6: " a = 2, b = 4"}),
     ],
 )  # fmt: skip
 def test_traces_before_assertions(annotator, text, comments):
@@ -193,7 +200,8 @@ def test_what_another_run_would_not_say_or_is_no_thought(annotator, body, reason
         (f"{HOLDS}import os\nos.kill(os.getppid(), 9)\nassert f(2) == 5\n", 2, {}),
         (f"import sys\nsys.settrace(None)\n{HOLDS}", 0, {NO_CALL: 1}),
         ("def f(n):\n    a = n\n    return f(n + 1)\nassert f(0) == 1\n", 0, {RAISED: 1}),
-        ("def f(n):\n    a = 'x' * n\n    b = [0] * (n // 8)\n    c = 3\n    d = 4\n    return c\nassert f(10**8) == 3\n", 1, {}),
+        ("def f(n):\n    a = 'x' * n\n    b = [0] * (n // 8)\n    c = 3\n    d = 4\n    return c\n"
+         "assert f(10**8) == 3\n", 1, {}),
         ("def f(n):\n    a = bytearray(n)\n    return 1\nassert f(10**10) == 1\n", 0, {MEMORY: 1, FAILS: 1}),
         (f"{BODY}for n in (1, 1):\n    assert f(n) == 3\n", 0, {FAILS: 1}),
         (f"{BODY}assert f(1) == 4\n", 0, {FAILS: 1, RAISED: 1}),
@@ -202,7 +210,8 @@ def test_what_another_run_would_not_say_or_is_no_thought(annotator, body, reason
         ("assert 1 == 1\0\n", 0, {NO_PYTHON: 1}),
         ("x = " + "(" * 300 + "1" + ")" * 300 + "\nassert x == 1\n", 0, {NO_PYTHON: 1}),
         (HOLDS.replace("\n", "\r"), 0, {NO_PYTHON: 1}),
-        ("class A:\n    def __eq__(self, o): 1 / 0\ndef f(n):\n    a = A()\n    b = 1\n    c = 2\n    return 1\nassert f(1) == 1\n",
+        ("class A:\n    def __eq__(self, o): 1 / 0\ndef f(n):\n    a = A()\n    b = 1\n    c = 2\n"
+         "    return 1\nassert f(1) == 1\n",
          1, {}),
     ],
 )  # fmt: skip
