@@ -31,10 +31,10 @@ from benchmarks.replication.real_gate import (
 from benchmarks.replication.real_measure import Solved, draw, gates, judged, solve, variety
 from benchmarks.replication.records import PreparedRecipe, TraceCorpus, TraceMeasureRecipe, TraceMidRecipe, TraceTask
 from benchmarks.replication.store import Store, recipe_hash
-from benchmarks.replication.testbed import content_hash
 from benchmarks.replication.traces import ASSERTION, EXPERT, PREPARATION, USELESS, answer, programs, tasks
 from ra3_trl.cli import demo
 from ra3_trl.segmentation import PYTHON, Segmenter
+from ra3_trl.testbed.corpus import content_hash
 
 
 TASK = TraceTask("result = mix(7, 4)\n", "# x = 3, y = 7, x = 6", 6)
