@@ -224,8 +224,8 @@ def draw_demo(seen: dict[str, Behaviour], log: list[dict[str, Any]], path: Path)
         points(
             "Where it thinks, and whether that is right",
             {
-                "P(think)\ncomputed lines": lambda it: it.think_hard,
-                "P(think)\nother lines": lambda it: it.think_easy,
+                "P(think):\ncomputed": lambda it: it.think_hard,
+                "P(think):\nothers": lambda it: it.think_easy,
                 "comments\nright": lambda it: it.comments,
             },
         ),
