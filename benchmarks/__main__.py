@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from . import architectures, head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import architectures, head, launches, phases, picture, proposals, replication, rollout, sandbox, traces
 
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "head": head,
     "proposals": proposals,
     "sandbox": sandbox,
+    "traces": traces,
     "replication": replication,
     "picture": picture,
 }

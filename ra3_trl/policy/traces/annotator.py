@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ..annotators import Comment, Proposed, Source
 from .calls import answers_of, calls_of, parse
 from .forms import FORM, FORMS, LONGEST, Trace, only_says, write_trace
-from .run import NO_PYTHON, Tracer
+from .run import NO_PYTHON, Traced, Tracer
 
 
 NO_CHANGE, COPIES_ANSWER = "no variable changes", "only says the answer"
@@ -43,21 +44,28 @@ class TraceAnnotator:
         self.tracer = tracer or Tracer()
 
     def propose(self, sources: Sequence[Source]) -> list[Proposed]:
-        with ThreadPoolExecutor(self.tracer.sandbox.slots) as workers:
-            return list(workers.map(self._of, sources))
+        return [self.say(source, traced) for source, traced in zip(sources, self.trace(sources), strict=True)]
 
-    def _of(self, source: Source) -> Proposed:
-        tree = parse(source.text)
+    def trace(self, sources: Sequence[Source]) -> list[Traced]:
+        """Runs the programs, as many at a time as the sandbox has slots."""
+        with ThreadPoolExecutor(self.tracer.sandbox.slots) as workers:
+            return list(workers.map(self._trace, sources))
+
+    def _trace(self, source: Source) -> Traced:
         # With carriage returns alone Python would count other lines than those between newlines.
-        if tree is None or re.search(r"\r(?!\n)", source.text):
-            return Proposed(none=Counter([NO_PYTHON]))
-        traced = self.tracer(source.text, calls_of(source.text, source.row))
-        answers, none = answers_of(tree), Counter(traced.none)
-        traces = [(line, trace) for line, trace in traced.asserts.items()]
-        traces += [(line, found[0]) for line, found in traced.calls.items() if line not in traced.asserts]
+        if parse(source.text) is None or re.search(r"\r(?!\n)", source.text):
+            return Traced(none=Counter([NO_PYTHON]))
+        return self.tracer(source.text, calls_of(source.text, source.row))
+
+    def say(self, source: Source, traced: Traced) -> Proposed:
+        """Puts a program's traces into words."""
+        none, rows = Counter(traced.none), source.text.split("\n")
+        answers = answers_of(parse(source.text) or ast.Module([], []))
+        traces = list(traced.asserts.items())
+        traces += [(line, calls[0]) for line, calls in traced.calls.items() if line not in traced.asserts]
         comments = []
-        for line, trace in sorted(traces):
-            text = self._say(trace, source.text.split("\n"), answers.get(line))
+        for line, trace in sorted(traces, key=lambda pair: pair[0]):
+            text = self._say(trace, rows, answers.get(line))
             if text in _REASONS:
                 none[text] += 1
             else:
