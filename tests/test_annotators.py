@@ -70,11 +70,11 @@ def test_where_special_tokens_stand_in_the_text_there_are_no_lines(tokenizers, s
 
 
 def test_what_is_proposed_is_placed_or_counted(make_trainer):
-    """Line 5 is inside a string; the latent of 16 tokens at most is one of 17 here, a byte each."""
+    """Line 5 is inside a string; a latent has at most 16 tokens, and each of 9 `ü` has two."""
     trainer = make_trainer([TEXT], **SETTINGS)
     annotator = says(
-        (2, " y = 3"), (2, " y = 3"), (5, " a"), (6, " of a\nb"), (6, "   "), (6, " return y"), (6, " ü" * 9),
-        (6, " back"), (99, " beyond"), (0, " before"),
+        (2, "y = 3"), (2, "y = 3"), (5, "a"), (6, "of a\nb"), (6, "   "), (6, " return y"), (6, "ü" * 9),
+        (6, "back"), (99, "beyond"), (0, "before"),
     )  # fmt: skip
     annotation, policy = Annotation(annotator, keep_all=True), trainer.policy
     documents = policy.segment(TEXT)
@@ -84,7 +84,7 @@ def test_what_is_proposed_is_placed_or_counted(make_trainer):
     assert (source.text, source.row["license"], source.lines) == (TEXT, "MIT", (2, 4, 6))
     dropped = {TWICE: 1, NO_BOUNDARY: 3, UNWRITABLE: 2, COPIES: 1, TOO_LONG: 1}
     assert dict(annotation.tally.dropped) == dropped
-    expected = "def f(x):\n    # y = 3\n    y = x\n\n    z = '''\n    a'''\n    # back\n    return y\n"
+    expected = "def f(x):\n    #y = 3\n    y = x\n\n    z = '''\n    a'''\n    #back\n    return y\n"
     assert policy.text(examples[0]) == expected and ast.dump(ast.parse(expected)) == ast.dump(ast.parse(TEXT))
     tally = annotation.tally
     assert (tally.texts, tally.proposed, tally.kept) == (1, 10, 2)
@@ -95,12 +95,12 @@ def test_a_proposal_is_worth_what_a_plain_forward_says(make_trainer, slow_path):
     trainer = make_trainer([TEXT], **SETTINGS)
     policy, tokenizer = trainer.policy, trainer.processing_class
     (document,) = policy.segment(TEXT)
-    annotation = Annotation(says((2, " y = 3")), keep_all=True)
+    annotation = Annotation(says((2, "y = 3")), keep_all=True)
     with policy.inference():
         ((example,),) = annotation(policy, [(TEXT, {}, [document])], policy._noise)
         (boundary,) = example.placed
         action = document.actions[boundary]
-        latent = tokenizer(" y = 3", add_special_tokens=False)["input_ids"]
+        latent = tokenizer("y = 3", add_special_tokens=False)["input_ids"]
         assert example.placed[boundary].token_ids == tuple(latent)
         prefix = list(document.input_ids[: action.start])
         gain, tail = 0.0, [*action.think, *latent, *action.close]
@@ -116,12 +116,12 @@ def test_a_proposal_is_worth_what_a_plain_forward_says(make_trainer, slow_path):
     assert example.gains == pytest.approx({boundary: gain}, abs=1e-3)
     report = annotation.tally.report()
     assert report["best"] == [
-        {"gain": pytest.approx(gain, abs=1e-3), "comment": " y = 3", "line": "    y = x", "kept": True}
+        {"gain": pytest.approx(gain, abs=1e-3), "comment": "y = 3", "line": "    y = x", "kept": True}
     ]
     assert report["worst"] == [] and sum(report["gains"]["counts"]) == 1
     policy.args.penalty = gain + 0.01
     policy.args.prior_alpha = 1e-9  # the prior is all for thinking
-    frugal = Annotation(says((2, " y = 3")))
+    frugal = Annotation(says((2, "y = 3")))
     with policy.inference():
         ((example,),) = frugal(policy, [(TEXT, {}, [document])], policy._noise)
     assert not example.placed and frugal.tally.dropped == {NOT_WORTH: 1} and frugal.tally.kept == 0
@@ -137,7 +137,7 @@ def test_of_several_proposals_the_best_is_kept(make_trainer, horizon):
     trainer = make_trainer([TEXT], **SETTINGS | {"horizon": horizon})
     policy = trainer.policy
     (document,) = policy.segment(TEXT)
-    two, one = [(2, " y = 3"), (2, " nothing")], [(4, " z")]
+    two, one = [(2, "y = 3"), (2, "nothing")], [(4, "z")]
     gains = {}
     with policy.inference():
         for comments in ([two[0]], [two[1]], [*two, *one]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter, OrderedDict, defaultdict, deque
 
 import pytest
@@ -234,5 +235,6 @@ def test_traces_are_spliced_before_assertions(annotator, make_trainer):
     with policy.inference():
         (examples,) = annotation(policy, [(text, {}, policy.segment(text))], policy._noise)
     spliced = policy.text(examples[0])
-    assert "    return b - 1\n# a = 2, b = 4\nassert f(1) == 3\n" in spliced
+    assert "    return b - 1\n    # a = 2, b = 4\nassert f(1) == 3\n" in spliced
+    assert ast.dump(ast.parse(spliced)) == ast.dump(ast.parse(text))
     assert annotation.tally.kept == spliced.count("#") and annotation.tally.proposed == 2

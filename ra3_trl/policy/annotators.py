@@ -97,11 +97,16 @@ def boundary_lines(text: str, documents: Sequence[Document], data: Sequence[byte
 
 
 def as_latent(policy: Policy, text: str) -> Latent | str:
-    """Makes the latent that says `text`, or gives the reason why there is none."""
-    ids = encode_behind(policy.tokenizer, policy.segmenter.format.think, text) if text.strip() else None
-    if not ids or not _is_writable(ids, text, policy.engine.table):
-        return UNWRITABLE
-    return TOO_LONG if len(ids) > policy.args.max_latent_length else Latent(tuple(ids), stopped=True)
+    """Makes the latent that says `text`, or gives the reason why there is none. A leading space goes where the
+    tokenizer has it as a token by itself, which may not begin a latent."""
+    marker, reason = policy.segmenter.format.think, UNWRITABLE
+    for said in (text, text.lstrip()):
+        ids = encode_behind(policy.tokenizer, marker, said) if said.strip() else None
+        if ids and _is_writable(ids, said, policy.engine.table):
+            if len(ids) <= policy.args.max_latent_length:
+                return Latent(tuple(ids), stopped=True)
+            reason = TOO_LONG
+    return reason
 
 
 def _is_writable(ids: Sequence[int], text: str, table: TokenTable) -> bool:

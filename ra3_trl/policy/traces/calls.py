@@ -59,7 +59,9 @@ def _doctests(tree: ast.Module) -> Iterator[str]:
         for example in examples:
             expected = example.want.strip()
             value = parse(example.source)
-            if expected and value is not None and len(value.body) == 1 and isinstance(value.body[0], ast.Expr):
+            if value is None:
+                continue
+            if expected and len(value.body) == 1 and isinstance(value.body[0], ast.Expr):
                 yield f"assert repr({ast.unparse(value.body[0])}) == {expected!r}"
             else:  # what comes before
                 yield example.source
