@@ -23,7 +23,7 @@ def mbpp(tmp_path):
     rows = [
         {
             "task_id": task_id, "code": CODE.replace("{i}", str(i)), "test_setup_code": "",
-            "test_list": [f"assert f{i}(1) == {2 * (1 + i) - 1}", f"assert {2 * (2 + i) - 1} == f{i}(2)", f"assert f{i}(3)"],
+            "test_list": [f"assert f{i}(1) == {2 * i + 1}", f"assert {2 * i + 3} == f{i}(2)", f"assert f{i}(3)"],
         }
         for i, task_id in enumerate((11, 601, 974))
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_a_toy_run(mbpp, tmp_path, tiny_model, tokenizers):
     tokenizer = tokenizers["newline_indent"]
     tiny_model("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    settings = (("num_latents", 2), ("bf16", False))
+    settings = (("num_latents", 2),)
     base = ColdRecipe(model=str(folder), mbpp=mbpp, m_steps=4, batch_size=2, max_latent_length=24, settings=settings)
     small = ColdMeasureRecipe(tasks=2, draws=2, bounds=2, max_latent_length=24, model=str(folder), mbpp=mbpp)
     experiment = cold_start(base, measures=small)

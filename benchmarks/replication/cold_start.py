@@ -19,7 +19,7 @@ from datasets import Dataset
 from ra3_trl import Policy
 from ra3_trl.analysis import Estimate
 from ra3_trl.experimental.hindsight import attach
-from ra3_trl.policy import Annotation, Tally
+from ra3_trl.policy import THINKING, Annotation, Tally
 from ra3_trl.policy.traces import TraceAnnotator
 from ra3_trl.rollout import NoiseKey
 
@@ -79,7 +79,7 @@ COLD, THEN, E_SHARE = 80, 80, 30  # updates of the cold start, of what follows, 
 def cold_start(
     base: ColdRecipe | None = None, annotators: bool = False, measures: ColdMeasureRecipe | None = None
 ) -> ColdExperiment:
-    """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text) and
+    """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text),
     `ra3`; with `annotators` half a cold start with each annotator in place of the last four."""
     base = base or ColdRecipe()
     both = COLD + THEN if base.m_steps == COLD else 2 * base.m_steps
@@ -154,10 +154,9 @@ def _texts(recipe: ColdRecipe, start: str, folder: Path) -> tuple[list[str], dic
 
 def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Splices an annotator's thoughts into texts, and its report."""
-    policy = Policy.open(
-        student, use_cpu=True, bf16=True, max_latent_length=recipe.max_latent_length, max_length=_LENGTH,
-        prior_alpha=1 - recipe.prior, **dict(recipe.settings),
-    )  # fmt: skip
+    changes = {"max_latent_length": recipe.max_latent_length, "max_length": _LENGTH, "prior_alpha": 1 - recipe.prior}
+    changes |= {name: value for name, value in recipe.settings if name in THINKING}
+    policy = Policy.open(student, use_cpu=True, bf16=True, **changes)
     noise, annotated, tally = NoiseKey(recipe.seed, 1, 0), [], Tally()
     whole = [(text, {}, policy.segment(text, i)) for i, text in enumerate(texts)]
     with policy.inference():
