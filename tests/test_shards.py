@@ -267,9 +267,8 @@ def test_shards_are_pushed_as_they_are_finished(annotator, tmp_path, monkeypatch
             return super().upload_folder(folder_path, **kwargs)
 
     monkeypatch.setattr("ra3_trl.hub.publish.HfApi", Hub)
-    clock = iter(range(0, 100_000, 45))  # a shard takes 45 s or 90, since the clock is read twice for a push
-    monkeypatch.setattr(ra3_trl.hub.shards.time, "time", lambda: next(clock))
-    monkeypatch.setattr("ra3_trl.hub.manifest.time.time", lambda: 0.0)
+    # A shard takes 45 seconds: 45 are too few for a push, 90 are enough, 135 too few for another one.
+    monkeypatch.setattr(ra3_trl.hub.shards.time, "time", lambda: 45.0 * len(files(tmp_path / "out")))
     cards = []
     options = {"push": DatasetPush("org/name", dataset_license="MIT"), "card": lambda facts, name: cards.append(facts)}
     options["card"] = lambda facts, name: cards.append(facts) or command.DatasetCard("---\nlicense: mit\n---\n")

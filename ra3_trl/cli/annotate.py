@@ -111,7 +111,8 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
             raise ValueError(f"`{name}` is {vars(options)[name]}; it must be at least 1.")
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
-    if not options.output and _share(options.shard).count > 1:
+    share = _share(options.shard)
+    if not options.output and share.count > 1:
         raise ValueError("`output` is not set; several processes or jobs need a folder that they share.")
     if not options.push_to_hub:
         return None
