@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from ra3_trl.hub import Manifest, Origin, RowAnnotator, ShardedAnnotation, Share
 from ra3_trl.hub.shards import WHOLE, cut_into_shards, rows_of_a_shard
 
 
+ROOT = Path(__file__).parent.parent
 TEXTS = [CODE.replace("{i}", str(i)) for i in range(5)]
 CORPUS = Dataset.from_dict({"text": TEXTS, "stars": list(range(5))})
 SETTINGS = {"prior_alpha": 0.5, "num_latents": 2, "max_length": 128, "horizon": 1, "max_latent_length": 4}
@@ -312,3 +316,24 @@ def test_the_command_in_jobs(tiny_model, tokenizers, tmp_path, capsys):
     assert ra3([*argv, "--output", str(tmp_path / "bad")]) == 2
     assert "`dataset_name` is" in (said := capsys.readouterr().err) and "can't be read" in said
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(tiny_model, tokenizers, tmp_path):
+    """One of them fails at a shard, waits for the other and says so; the other shards are those of one process."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    broken_corpus().to_json(tmp_path / "rows.jsonl")
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    argv = [str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), *flags, "--output"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file",
+              str(ROOT / "examples" / "accelerate_configs" / "multi_process.yaml"), "-m"]  # fmt: skip
+    command = ["ra3_trl.cli.annotate", *argv, str(tmp_path / "two")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, *launch, *command], env=env, capture_output=True, text=True)
+    assert ran.returncode and "shard 1: row 1: `text` is None" in ran.stderr
+    assert ra3(["annotate", *argv, str(tmp_path / "one")]) == 2
+    assert files(tmp_path / "two") == files(tmp_path / "one") and len(files(tmp_path / "two")) == 4
+    ran = subprocess.run([sys.executable, *launch, *command, "--skip_broken_rows"], env=env, capture_output=True)
+    assert ran.returncode == 0 and [row["stars"] for row in rows(tmp_path / "two")] == [0, 2, 3, 4]
