@@ -417,7 +417,7 @@ def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
     before = [path.stat().st_mtime_ns for path in output.glob("*.parquet")]
     assert ra3(*argv) == 0 and [path.stat().st_mtime_ns for path in output.glob("*.parquet")] == before
     capsys.readouterr()
-    assert ra3(*argv[:4], "--output", str(tmp_path)) == 2
+    assert ra3(*argv[:4], "--output", str(tmp_path), *argv[6:]) == 2
     assert "there already" in capsys.readouterr().err
     assert ra3("annotate", model) == 2
     assert "`push_to_hub`" in capsys.readouterr().err
