@@ -109,7 +109,7 @@ def cut_into_shards(
             rows = range(first, min(first + shard_rows, len(corpus)))
             yield number, Shard(number, first, len(rows), partial(corpus.select, rows)) if wanted(number) else None
         return
-    # json has none before its rows: the first ones say for all.
+    # One of a generator has none before its rows: the first ones say for all.
     features = corpus.features or Dataset.from_list(list(corpus.take(SHARD_ROWS))).features
     stream = iter(corpus)
     for number in count():
