@@ -52,13 +52,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _python = ctypes.PyDLL(None, use_errno=True)
 
 
-def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> None:
+def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> Any:
     """Serves jobs until the host is gone: `s` on the socket `control` starts one, `k` ends it, once for each job.
 
     The job itself comes by the socket `jobs`, which only players read: one message, and with it descriptors for
     standard output, for what else is printed and for the verdict, and perhaps a socket between program and tests.
     After each comes a report: `ended` (`"exit"`, `"timeout"`, `"memory"` or `"stopped"`), `status` (exit code, or
     minus the signal) and `seconds`. Without `isolated` only limits apply.
+
+    Returns in a player that has run a script, with what it exits by, so that Python ends it as it ends any script:
+    threads are joined, `atexit` and `__del__` run, files are flushed.
     """
     host = socket.socket(fileno=control)
     gc.collect()
@@ -68,7 +71,8 @@ def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> Non
         start = time.monotonic()
         pid = _clone() if isolated else os.fork()
         if pid == 0:
-            _play(jobs, limits, isolated)
+            host.detach()  # its number will be a file's of the program
+            return _play(jobs, limits, isolated)
         ended = _watch(pid, host, limits, isolated)
         _kill(pid, isolated)
         _, status = os.waitpid(pid, 0)
@@ -76,6 +80,7 @@ def main(control: int, jobs: int, limits: dict[str, Any], isolated: bool) -> Non
         wire.send(host, {"ended": ended, "status": status, "seconds": time.monotonic() - start})
         if ended != "stopped":
             host.recv(1)
+    return None
 
 
 def _clone() -> int:
@@ -91,9 +96,10 @@ def _clone() -> int:
     return pid
 
 
-def _play(jobs: int, limits: dict[str, Any], isolated: bool) -> None:
-    """The player's life; never returns."""
+def _play(jobs: int, limits: dict[str, Any], isolated: bool) -> Any:
+    """The player's life; returns what a script exits by, and never for other roles."""
     status = 1
+    script = False
     try:
         received: list[int] = []
         with socket.socket(fileno=jobs) as connection:
@@ -105,9 +111,14 @@ def _play(jobs: int, limits: dict[str, Any], isolated: bool) -> None:
             os.write(verdict, f"{wire.BROKEN}{type(error).__name__}: {error}".encode(errors="replace"))
             raise
         _close_but([verdict, *channel] if job["role"] in ("tests", "inside") else channel)
+        if job["role"] == "script":
+            result = players.run_script(job["program"], isolated)
+            script = True
+            return result
         status = players.play(job, channel[0] if channel else None, verdict)
     finally:
-        os._exit(status)
+        if not script:
+            os._exit(status)
 
 
 def _prepare(job: dict[str, Any], stdout: int, tail: int, limits: dict[str, Any], isolated: bool) -> None:

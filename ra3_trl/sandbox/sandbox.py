@@ -30,8 +30,8 @@ from . import wire
 
 ALLOW = "HF_ALLOW_CODE_EVAL"
 _GRACE, _START = 5.0, 60.0  # seconds that a report may be late, and that a start may take
-# Bytes of what a player wrote that are read; of standard output one more than 1 MiB, which shows that it is too much.
-_KEPT = {"stdout": 2**20 + 1, "tail": 2000, "verdict": wire.MAX_FRAME}
+# Bytes of what a player wrote that are read.
+_KEPT = {"stdout": 2**20, "tail": 2000, "verdict": wire.MAX_FRAME}
 _NOBODY = 65534
 _BOOT = """
 import json, sys
@@ -40,7 +40,7 @@ sys.path.insert(0, settings["folder"])
 import guest
 sys.path[:1] = settings["packages"]
 sys.argv = [""]
-guest.main(settings["control"], settings["jobs"], settings["limits"], settings["isolated"])
+raise SystemExit(guest.main(settings["control"], settings["jobs"], settings["limits"], settings["isolated"]))
 """
 _UNPROTECTED = (
     "Code runs without isolation, since HF_ALLOW_CODE_EVAL=1. Limited are CPU time, "
@@ -188,6 +188,7 @@ class _Server:
         if self.process is None:
             self.start()
         self.role = job["role"]
+        self.kept = _KEPT | {"stdout": job.pop("keep", _KEPT["stdout"])}
         self.files = {name: os.memfd_create(name) for name in _KEPT}
         descriptors = (*self.files.values(), *([] if descriptor is None else [descriptor]))
         self.control.sendall(b"s")
@@ -206,6 +207,8 @@ class _Server:
             report = wire.receive(self.control)
         except (OSError, EOFError, wire.WireError):
             report = {"ended": "lost", "status": None, "seconds": seconds}
+        if self.files:
+            report["cut"] = os.fstat(self.files["stdout"]).st_size > self.kept["stdout"]
         report |= {name: self._written(name) for name in self.files}
         self._drop_files()
         if report["ended"] == "lost" and (said := self.close()):
@@ -215,10 +218,11 @@ class _Server:
         return report
 
     def _written(self, name: str) -> str:
-        """What a player wrote, as much as is of use; of `tail` the end."""
-        size, most = os.fstat(self.files[name]).st_size, _KEPT[name]
+        """What a player wrote, as much as is of use; of `tail` the end. Of standard output every byte is kept apart."""
+        size, most = os.fstat(self.files[name]).st_size, self.kept[name]
         start = max(0, size - most) if name == "tail" else 0
-        return os.pread(self.files[name], most, start).decode(errors="replace")
+        written = os.pread(self.files[name], most, start)
+        return written.decode(errors="surrogateescape" if name == "stdout" else "replace")
 
     def _drop_files(self) -> None:
         for file in self.files.values():
