@@ -1,4 +1,4 @@
-"""The sandbox: programs per second, what 10,000 programs leave behind, and where its verdicts differ from plain Python's."""
+"""The sandbox: programs per second, what 10,000 leave behind, and where verdicts differ from plain Python's."""
 
 from __future__ import annotations
 

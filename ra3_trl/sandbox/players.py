@@ -41,9 +41,9 @@ _RECURSION = sys.getrecursionlimit()
 def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
     """Does the job and returns the exit code.
 
-    `job` has a `role` and what it needs: `"program"` has the source `program`, `"tests"` has `setup`, `tests` (sources),
-    `names` (that the tests may have of the program), `needed` (that it must define) and `modules` (that the tests use,
-    with the attributes that they read of each), `"inside"` has all.
+    `job` has a `role` and what it needs: `"program"` has the source `program`; `"tests"` has `setup`, `tests`
+    (sources), `names` (that the tests may have of the program), `needed` (that it must define) and `modules` (that the
+    tests use, with the attributes that they read of each); `"inside"` has all.
     `channel` is the socket between program and tests, `verdict` the file for the tests' outcomes: descriptors.
     """
     random.seed(0)  # the same program gets the same verdict

@@ -218,7 +218,7 @@ class _Server:
         return report
 
     def _written(self, name: str) -> str:
-        """What a player wrote, as much as is of use; of `tail` the end. Of standard output every byte is kept apart."""
+        """What a player wrote, as much as is of use; of `tail` the end; of `stdout` each byte differs from others."""
         size, most = os.fstat(self.files[name]).st_size, self.kept[name]
         start = max(0, size - most) if name == "tail" else 0
         written = os.pread(self.files[name], most, start)
