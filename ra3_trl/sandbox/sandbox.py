@@ -62,7 +62,8 @@ class Limits:
         seconds (`float`, *optional*, defaults to `3.0`):
             Wall clock from its start to its last answer; the same number, rounded up, is each process's CPU time.
         memory_mb (`int`, *optional*, defaults to `512`):
-            MiB of address space of each process, and of memory of all together (looked at every 20 ms).
+            MiB of address space of each process, and of all that processes hold together: memory of their own and
+            shared, files in `/tmp` and `/dev/shm`, and what pipes and sockets may hold.
         disk_mb (`int`, *optional*, defaults to `16`):
             MiB of `/tmp`, of `/dev/shm` and of a file.
         processes (`int`, *optional*, defaults to `32`):
@@ -233,8 +234,8 @@ class _Server:
         (self.control, control), (self.jobs, jobs) = socket.socketpair(), socket.socketpair()
         with control, jobs:
             settings = {
-                "limits": asdict(self.limits), "isolated": self.isolated, "packages": self.packages,
-                "control": control.fileno(), "jobs": jobs.fileno(),
+                "limits": {**asdict(self.limits), "socket_kb": _socket_kb()}, "isolated": self.isolated,
+                "packages": self.packages, "control": control.fileno(), "jobs": jobs.fileno(),
             }  # fmt: skip
             self.process = subprocess.Popen(
                 _command(settings), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -298,7 +299,8 @@ def _command(settings: dict[str, Any]) -> list[str]:
     show = [*_system(), *_folders({**{path: path for path in prefixes}, here: folder, **packages})]
     inner = [
         "--unshare-all", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--cap-drop", "ALL",
-        "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
+        "--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/null", "/dev/zero",  # which lends shared memory
+        "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
         "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
     ]  # fmt: skip
@@ -308,6 +310,11 @@ def _command(settings: dict[str, Any]) -> list[str]:
     drop = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
     outer = [bwrap, *show, "--bind", "/proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
     return [*outer, *drop, bwrap, "--ro-bind", "/", "/", *inner, *server]
+
+
+def _socket_kb() -> int:
+    """KiB that one end of a pair of sockets may hold: the system's buffer, which a last message may overrun."""
+    return int(Path("/proc/sys/net/core/wmem_default").read_text()) * 3 // 2 // 1024
 
 
 def _system() -> list[str]:
