@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 
 import pytest
+from conftest import needs_bwrap
+from datasets import load_dataset
 from slow_path import continuation_logp
 
+from ra3_trl.cli.main import main as ra3
 from ra3_trl.hub import join_chunks
 from ra3_trl.losses import log1mexp
 from ra3_trl.policy import Annotation, Comment, Proposed, Tally
@@ -21,6 +25,7 @@ from ra3_trl.policy.annotators import (
     boundary_lines,
 )
 from ra3_trl.policy.tally import EXAMPLES
+from ra3_trl.policy.traces.run import NO_CALL
 from ra3_trl.records import Latent
 from ra3_trl.segmentation import splice, token_bytes
 
@@ -184,3 +189,80 @@ def test_tallies_add_up():
     assert (report["texts"], report["proposed"], report["dropped"], report["mean_gain"]) == (3, 30, {"a": 3}, 14.5)
     # 0; 1; 2 and 3; 4 to 7; 8 to 15; 16 to 29
     assert report["gains"]["counts"] == [0] * 6 + [1, 0, 1, 2, 4, 8, 14]
+
+
+# ---- the command ----
+
+
+PROGRAMS = [
+    "def f(n):\n    a = n + 1\n    b = a * 2\n    return b - 1\n\nassert f(1) == 3\n",
+    "def g(n):\n    a = n + 1\n    b = a * 2\n    return b\n",
+    "x = 1\ny = 2\n",
+    "while True: pass\n",
+]
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_model, tokenizers):
+    """`saved(*flags)`: the arguments of `ra3 annotate` on programs, the second with a test beside it."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tests = [[], ["assert g(1) == 4"], [], []]
+    rows = [json.dumps({"text": text, "tests": test}) for text, test in zip(PROGRAMS, tests, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+
+    def command(*flags: str) -> list[str]:
+        place = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--use_cpu"]
+        return ["annotate", str(tmp_path / "model"), *place, "--max_length", "256", *flags]
+
+    return command
+
+
+@needs_bwrap
+def test_the_command_with_traces(saved, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert ra3(saved("--annotator", "trace", "--keep", "all", "--report", str(report))) == 0
+    rows = load_dataset(str(tmp_path / "out"), split="train").to_list()
+    assert [len(row["latents"]) for row in rows] == [1, 1, 0, 0]
+    lines = rows[0]["annotated_text"].split("\n")
+    latent = rows[0]["latents"][0]
+    assert lines[latent["line"] - 1].strip() == "# a = 2, b = 4" and isinstance(latent["gain"], float)
+    assert lines[latent["line"]] == "assert f(1) == 3"
+    # no call of what stands behind it, so arguments are told
+    assert rows[1]["annotated_text"].split("\n")[3:5] == ["    #n = 1, a = 2, b = 4", "    return b"]
+    for row, text in zip(rows, PROGRAMS, strict=True):
+        assert ast.dump(ast.parse(row["annotated_text"])) == ast.dump(ast.parse(text))
+    found = json.loads(report.read_text())
+    assert (found["texts"], found["proposed"], found["kept"], found["dropped"]) == (4, 2, 2, {})
+    assert found["none"] == {NO_CALL: 2} and len(found["best"]) == 2 and sum(found["gains"]["counts"]) == 2
+    out = capsys.readouterr().out
+    assert "4 texts, 2 proposals, 2 kept." in out and f"No proposal: 2 {NO_CALL}" in out and "best " in out
+
+
+@needs_bwrap
+def test_what_the_student_is_not_helped_by_goes(saved, tmp_path, capsys):
+    assert ra3(saved("--annotator", "trace", "--penalty", "1000")) == 0
+    rows = load_dataset(str(tmp_path / "out"), split="train").to_list()
+    assert [row["annotated_text"] for row in rows] == PROGRAMS
+    assert f"Not kept: 2 {NOT_WORTH}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--annotator", "poem"], "`annotator` is 'poem'; use one of 'policy', 'trace'"),
+        (["--annotator", "trace", "--keep", "some"], "`keep` is 'some'; use one of 'resample', 'all'"),
+        (["--keep", "all"], "`keep` is 'all', but the policy's own latents are chosen by `annotation`"),
+        (["--report", "r.json"], "`report` is 'r.json', but the policy's own"),
+        (["--annotator", "trace", "--proposal", "fim"], "`annotator` is 'trace' and `proposal` 'fim'"),
+        (["--annotator", "trace", "--report", "no/such/r.json"], "`report` is 'no/such/r.json'; name a file"),
+        (
+            ["--annotator", "trace", "--action_format", "prose"],
+            "`action_format` is 'prose', but the annotator 'trace'",
+        ),
+    ],
+)
+def test_annotators_that_can_not_work_are_refused(saved, capsys, flags, says):
+    assert ra3(saved(*flags)) == 1
+    assert says in capsys.readouterr().err

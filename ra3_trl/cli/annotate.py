@@ -34,7 +34,14 @@ from ..hub import (
     rows_of_a_shard,
 )
 from ..policy import THINKING, Policy
-from .annotators import SETTINGS, add_annotator_options, check_annotator, opened_annotation, origin_of
+from .annotators import (
+    SETTINGS,
+    add_annotator_options,
+    check_annotator,
+    check_format,
+    opened_annotation,
+    origin_of,
+)
 from .checkpoint import add_model_options, add_settings, add_trust, flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 
@@ -173,6 +180,7 @@ def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
     # Without an accelerator the processes that a launcher started know of each other only so.
     use_cpu = options.use_cpu or not torch.accelerator.is_available()
     policy = open_policy(options, flags | {"use_cpu": use_cpu})
+    check_format(options, policy.args.action_format)
     trained = read_experimental(options.checkpoint, revision=options.model_revision)
     return attach(policy, trained, **flag_settings(options, _PROPOSALS))
 

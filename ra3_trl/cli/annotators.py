@@ -65,10 +65,17 @@ def check_annotator(options: argparse.Namespace) -> None:
             f"`annotator` is {options.annotator!r} and `proposal` {options.proposal!r}, which is how the policy "
             "proposes; leave one of the two out."
         )
-    elif options.action_format not in (None, *_FORMATS):
+
+
+def check_format(options: argparse.Namespace, action_format: str) -> None:
+    """
+    Raises:
+        `ValueError`: if an annotator can't read texts of a format.
+    """
+    if options.annotator != "policy" and action_format not in _FORMATS:
         raise ValueError(
-            f"`action_format` is {options.action_format!r}, but the annotator {options.annotator!r} runs Python; use "
-            f"one of {', '.join(map(repr, _FORMATS))}."
+            f"`action_format` is {action_format!r}, but the annotator {options.annotator!r} runs Python; use one of "
+            f"{', '.join(map(repr, _FORMATS))}."
         )
 
 
