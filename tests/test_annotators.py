@@ -264,5 +264,5 @@ def test_what_the_student_is_not_helped_by_goes(saved, tmp_path, capsys):
     ],
 )
 def test_annotators_that_can_not_work_are_refused(saved, capsys, flags, says):
-    assert ra3(saved(*flags)) == 1
+    assert ra3(saved(*flags)) == 2
     assert says in capsys.readouterr().err

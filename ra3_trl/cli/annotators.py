@@ -12,6 +12,7 @@ from typing import Any
 from ..files import write_whole
 from ..policy import Annotation, Tally
 from ..policy.traces import TraceAnnotator
+from ..sandbox import SandboxError
 
 
 ANNOTATORS = ("policy", "trace")
@@ -91,7 +92,10 @@ def opened_annotation(options: argparse.Namespace) -> Iterator[Annotation | None
     if options.annotator == "policy":
         yield None
         return
-    annotator = TraceAnnotator()
+    try:
+        annotator = TraceAnnotator()
+    except SandboxError as error:
+        raise ValueError(f"`annotator` is 'trace', which runs programs: {error}") from error
     annotation = Annotation(annotator, keep_all=options.keep == "all")
     try:
         yield annotation
