@@ -19,7 +19,7 @@ import sys
 
 
 ONLY_AST = 0x400  # of `compile`
-STEPS = 50_000  # lines, and calls of functions in C
+STEPS = 10_000  # lines, and calls of functions in C
 TOLD = 200  # first and last changes of a trace
 WIDE = 40  # characters of a value; a longer one is not shown
 DEEP = 4
@@ -31,6 +31,7 @@ _ASKED = {
     "builtins": ("id", "hash", "input"),
     "_uuid": ("generate_time_safe",),
 }  # fmt: skip
+_FIXED = (int, float, complex, str, bytes, bool, type(None))  # the same object is the same value
 _DRAWN = ("random", "getrandbits", "randbytes")
 _NOW = ("now", "utcnow", "today")
 
@@ -56,7 +57,7 @@ def _show_many(value, kind, room, depth):
     mapping = issubclass(kind, dict)
     if depth > DEEP or not (mapping or kind.__name__ == "deque" or kind.__module__ == "builtins"):
         return None
-    if len(value) > room:
+    if 3 * len(value) > room:  # items of a character, and what stands between them
         return None
     items = []
     for item in list(dict.items(value) if mapping else value):
@@ -162,13 +163,20 @@ class Watch:
                 seen[name] = show(frame.f_locals[name])
                 if entry and seen[name] is not None:
                     self.trace.add(number, 0, name, seen[name])
-        left, at = [], [frame.f_lineno]
+        left, at, last = [], [frame.f_lineno], {}
 
         def on_line(frame, event, arg):
             self.step()
             values = frame.f_locals if names else {}
             for name in names:
-                told = show(values[name]) if name in values else None
+                value = values.get(name, last)  # the dictionary itself is no value
+                if value is last.get(name, last) and value is not last:
+                    continue
+                if type(value) in _FIXED:
+                    last[name] = value
+                else:
+                    last.pop(name, None)
+                told = None if value is last else show(value)
                 if told is not None and told != seen.get(name):
                     self.trace.add(number, at[0], name, told)
                 seen[name] = told
@@ -218,11 +226,12 @@ class Watch:
         """Prints what is finished and ends the process, whatever the program would do about it."""
         sys.settrace(None)
         sys.setprofile(None)
-        if self.getpid() == self.pid:
-            self.tell("end", why)
+        self.tell("end", why)
         os._exit(0)
 
     def tell(self, *fields):
+        if self.getpid() != self.pid:  # forked by the program
+            return
         data = ("\x1f".join(map(str, fields)) + "\n").encode("utf-8", "backslashreplace")
         while data:
             data = data[self.write(self.out, data) :]
