@@ -15,11 +15,11 @@ own and is left out where it is finished. What is not named in `--help` goes to 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-
-from ra3_trl.cli.main import main as ra3
 
 
 MBPP = "google-research-datasets/mbpp"
@@ -38,8 +38,9 @@ def mbpp_programs(output: Path) -> str:
 
 def run(*words: str) -> None:
     """Runs a command of `ra3`; ends where it fails."""
-    if code := ra3(list(words)):
-        raise SystemExit(code)
+    done = subprocess.run([sys.executable, "-m", "ra3_trl.cli.main", *words])
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
 def stages(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:

@@ -75,10 +75,10 @@ def test_where_special_tokens_stand_in_the_text_there_are_no_lines(tokenizers, s
 
 
 def test_what_is_proposed_is_placed_or_counted(make_trainer):
-    """Line 5 is inside a string; a latent has at most 16 tokens, and each of 9 `ü` has two."""
+    """Line 5 is inside a string; a latent has at most 16 tokens, and `7q` has two."""
     trainer = make_trainer([TEXT], **SETTINGS)
     annotator = says(
-        (2, "y = 3"), (2, "y = 3"), (5, "a"), (6, "of a\nb"), (6, "   "), (6, " return y"), (6, "ü" * 9),
+        (2, "y = 3"), (2, "y = 3"), (5, "a"), (6, "of a\nb"), (6, "   "), (6, " return y"), (6, "7q" * 9),
         (6, "back"), (99, "beyond"), (0, "before"),
     )  # fmt: skip
     annotation, policy = Annotation(annotator, keep_all=True), trainer.policy
@@ -230,7 +230,7 @@ def test_the_command_with_traces(saved, tmp_path, capsys):
     assert lines[latent["line"] - 1].strip() == "# a = 2, b = 4" and isinstance(latent["gain"], float)
     assert lines[latent["line"]] == "assert f(1) == 3"
     # no call of what stands behind it, so arguments are told
-    assert rows[1]["annotated_text"].split("\n")[3:5] == ["    #n = 1, a = 2, b = 4", "    return b"]
+    assert rows[1]["annotated_text"].split("\n")[3:5] == ["    # n = 1, a = 2, b = 4", "    return b"]
     for row, text in zip(rows, PROGRAMS, strict=True):
         assert ast.dump(ast.parse(row["annotated_text"])) == ast.dump(ast.parse(text))
     found = json.loads(report.read_text())
