@@ -58,9 +58,10 @@ $(TOOLS)/.installed:
 	touch $@
 
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
+# The documentation as a site in site/: search, pictures, a reference from the docstrings.
 docs: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 	$(BIN)/ra3 demo $(ARGS)

@@ -27,7 +27,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, name in linked(Path(config.docs_dir)).items():
         there = ROOT / path
         if there.is_dir():
-            text = f"# {path}\n\n" + "\n".join(f"- `{file.name}`" for file in sorted(there.iterdir()) if file.is_file())
+            text = f"# {path}\n\n" + "\n".join(
+                f"- `{file.name}`" for file in sorted(there.iterdir()) if file.is_file()
+            )
         elif path.endswith(".md"):
             # Its own links lead to places that the site has not.
             text = _WITHIN.sub(r"](#)", there.read_text("utf-8")).replace("](#)", "]()")
