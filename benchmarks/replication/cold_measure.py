@@ -35,9 +35,9 @@ class ColdMeasureRecipe:
     entry in the store, `None` for the checkpoint `model` itself."""
 
     start: str | None = None
-    tasks: int = 96
-    draws: int = 4
-    bounds: int = 32
+    tasks: int = 64
+    draws: int = 2
+    bounds: int = 16
     max_latent_length: int = 64
     model: str | None = None
     mbpp: str | None = None

@@ -6,7 +6,6 @@ RA3 with the package's defaults. All arms have the same updates in all, of as ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from .store import Store
 
 
 SAVE_STEPS = 20
+STAGE, E_STEPS = 48, 16  # updates of the cold start, as many of what follows, and of these the E-phase's
 _LENGTH = 448  # tokens of a row
 _NUMBERS = tuple(entry.name for entry in fields(ColdMeasures) if entry.type == "float")
 
@@ -52,8 +52,8 @@ class ColdRecipe:
     keep_all: bool = False
     prior: float = 0.5
     e_steps: int = 0
-    m_steps: int = 80
-    learning_rate: float = 5e-5
+    m_steps: int = STAGE
+    learning_rate: float = 1e-4
     batch_size: int = 8
     warmup_steps: int = 5
     max_latent_length: int = 64
@@ -66,14 +66,28 @@ class ColdRecipe:
 
 
 @dataclass(frozen=True)
+class AnnotatedRecipe:
+    """What of a [`ColdRecipe`] shapes its annotated texts."""
+
+    start: ColdRecipe | None
+    seed: int
+    annotator: str
+    keep_all: bool
+    prior: float
+    max_latent_length: int
+    functions: int | None
+    model: str | None
+    mbpp: str | None
+    settings: tuple[tuple[str, Any], ...]
+    version: int = 1
+
+
+@dataclass(frozen=True)
 class ColdExperiment:
     """Arms, each the last of its stages (`None`: the checkpoint itself), and what is measured of them."""
 
     arms: dict[str, ColdRecipe | None]
     measure: ColdMeasureRecipe
-
-
-COLD, THEN, E_SHARE = 80, 80, 30  # updates of the cold start, of what follows, and of the latter's E-phase
 
 
 def cold_start(
@@ -82,20 +96,19 @@ def cold_start(
     """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text),
     `ra3`; with `annotators` half a cold start with each annotator in place of the last four."""
     base = base or ColdRecipe()
-    both = COLD + THEN if base.m_steps == COLD else 2 * base.m_steps
-    first, e_steps = both // 2, both // 2 * E_SHARE // THEN
-    ntp = replace(base, m_steps=both)
-    cold = replace(base, annotator="trace", m_steps=first)
+    half, e_steps = base.m_steps, base.m_steps * E_STEPS // STAGE
+    ntp = replace(base, m_steps=2 * half)
+    cold = replace(base, annotator="trace")
     arms: dict[str, ColdRecipe | None] = {"base": None, "ntp": ntp}
     if annotators:
         arms |= {name: replace(cold, annotator=name) for name in ("trace", "policy", "hindsight")}
         arms["trace_all"] = replace(cold, keep_all=True)
     else:
         arms |= {
-            "cold": replace(cold, m_steps=both),
-            "cold_ntp": replace(base, start=cold, m_steps=both - first),
-            "cold_ra3": replace(base, start=cold, e_steps=e_steps, m_steps=both - first - e_steps),
-            "ra3": replace(base, e_steps=2 * e_steps, m_steps=both - 2 * e_steps),
+            "cold": replace(cold, m_steps=2 * half),
+            "cold_ntp": replace(base, start=cold),
+            "cold_ra3": replace(base, start=cold, e_steps=e_steps, m_steps=half - e_steps),
+            "ra3": replace(base, e_steps=2 * e_steps, m_steps=2 * half - 2 * e_steps),
         }
     measures = measures or ColdMeasureRecipe(
         model=base.model, mbpp=base.mbpp, max_latent_length=base.max_latent_length
@@ -129,31 +142,28 @@ def train(store: Store, recipe: ColdRecipe, save_steps: int = SAVE_STEPS) -> dic
 
     def work(folder: Path) -> dict[str, Any]:
         start = checkpoint(store, recipe.start, recipe.model)
-        texts, report = _texts(recipe, start, folder)
+        found = texts_of(store, recipe, start)
         args = config(
             recipe, folder / "run", save_steps=save_steps, max_latent_length=recipe.max_latent_length,
             e_steps=recipe.e_steps, m_steps=recipe.m_steps, max_length=_LENGTH, **dict(recipe.settings),
         )  # fmt: skip
-        return trained(load(start), args, Dataset.from_dict({"text": texts}), folder) | {"report": report}
+        data = Dataset.from_dict({"text": found["texts"]})
+        return trained(load(start), args, data, folder) | {"report": found["report"]}
 
     return store.get(recipe, work)
 
 
-def _texts(recipe: ColdRecipe, start: str, folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """The texts of a stage; annotated ones are kept beside the run, since that goes on from its checkpoints."""
+def texts_of(store: Store, recipe: ColdRecipe, start: str) -> dict[str, Any]:
+    """The `texts` of a stage, and the annotator's `report` on them; annotated ones are an entry of the store."""
     texts = [task.text for task in cold_tasks("train", recipe.mbpp)][: recipe.functions]
     if recipe.annotator is None:
-        return texts, {}
-    path = folder / "annotated.json"
-    if not path.exists():
-        annotated, report = annotate_texts(recipe, start, texts)
-        path.write_text(json.dumps({"texts": annotated, "report": report}, indent=1), "utf-8")
-    kept = json.loads(path.read_text("utf-8"))
-    return kept["texts"], kept["report"]
+        return {"texts": texts, "report": {}}
+    shapes = {entry.name: getattr(recipe, entry.name) for entry in fields(AnnotatedRecipe) if entry.name != "version"}
+    return store.get(AnnotatedRecipe(**shapes), lambda _: annotate_texts(recipe, start, texts))
 
 
-def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Splices an annotator's thoughts into texts, and its report."""
+def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> dict[str, Any]:
+    """Splices an annotator's thoughts into texts."""
     changes = {"max_latent_length": recipe.max_latent_length, "max_length": _LENGTH, "prior_alpha": 1 - recipe.prior}
     changes |= {name: value for name, value in recipe.settings if name in THINKING}
     policy = Policy.open(student, use_cpu=True, bf16=True, **changes)
@@ -173,7 +183,7 @@ def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> tuple[
         for text, examples in zip(texts, found, strict=True):
             annotated.append(policy.text(examples[0]) if len(examples) == 1 else text)
     placed = sum(len(example.placed) for examples in found for example in examples)
-    return annotated, tally.report() | {"placed": placed}
+    return {"texts": annotated, "report": tally.report() | {"placed": placed}}
 
 
 def run_cold(store: Store, experiment: ColdExperiment, seeds: int) -> dict[str, Any]:
