@@ -19,7 +19,7 @@ from datasets import disable_progress_bars
 
 from ..common import no_warnings
 from .bases import find_bases
-from .cold_start import COLD_EXPERIMENTS, run_cold
+from .cold_start import COLD_EXPERIMENTS, ColdRecipe, run_cold
 from .experiments import EXPERIMENTS, run_experiment
 from .real_gate import REAL_EXPERIMENTS, run_real
 from .store import Store
@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of the experiments beside the table, in its place",
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", help="of cold_start: the checkpoint (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--mbpp", help="of cold_start: mbpp.jsonl (default: beside the checkout, else of the Hub)")
 
 
 @no_warnings()
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     store, form = Store(args.cache), form or Form(full=args.full)
     if args.experiment in COLD_EXPERIMENTS:
-        return {"experiment": args.experiment, **run_cold(store, COLD_EXPERIMENTS[args.experiment](), args.seeds)}
+        cold = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp))
+        return {"experiment": args.experiment, **run_cold(store, cold, args.seeds)}
     if args.experiment in REAL_EXPERIMENTS:
         return {"experiment": args.experiment, **run_real(store, REAL_EXPERIMENTS[args.experiment](), args.seeds)}
     if args.experiment:

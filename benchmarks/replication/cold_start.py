@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -116,9 +117,9 @@ def cold_start(
     return ColdExperiment(arms, measures)
 
 
-COLD_EXPERIMENTS: dict[str, Callable[[], ColdExperiment]] = {
+COLD_EXPERIMENTS: dict[str, Callable[[ColdRecipe], ColdExperiment]] = {
     "cold_start": cold_start,
-    "cold_start_annotators": lambda: cold_start(annotators=True),
+    "cold_start_annotators": partial(cold_start, annotators=True),
 }
 
 
