@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import needs_bwrap
@@ -14,6 +17,7 @@ from benchmarks.replication.cold_start import ColdRecipe, cold_start, run_cold, 
 from benchmarks.replication.store import Store
 
 
+ROOT = Path(__file__).resolve().parents[1]
 CODE = "def f{i}(n):\r\n    a = n + {i}\r\n    b = a * 2\r\n    return b - 1"
 
 
@@ -118,3 +122,25 @@ def test_a_toy_run(mbpp, tmp_path, tiny_model, tokenizers):
     assert cold["report"]["proposed"] == 4 and cold["updates"] == 8
     again = run_cold(store, replace(experiment), 1)
     assert again["cold_ra3"]["gain"] == found["cold_ra3"]["gain"]
+
+
+@needs_bwrap
+@pytest.mark.slow
+def test_the_example(mbpp, tmp_path, tiny_model, tokenizers, monkeypatch, capfd):
+    """Annotation, cold start, RA3 and diagnosis, as commands; finished ones are not run again."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": task.text} for task in cold_tasks("train", mbpp)]
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "cold_start.py", "--model_name_or_path", str(tmp_path / "model"), "--dataset_name",
+        str(tmp_path / "programs.jsonl"), "--output_dir", str(tmp_path / "out"), "--max_length", "160",
+        "--max_latent_length", "24", "--cold_steps", "1", "--e_steps", "1", "--m_steps", "1", "--use_cpu", "True",
+        "--report_to", "none", "--num_latents", "2",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(ROOT / "examples" / "cold_start.py"), run_name="__main__")
+    out = capfd.readouterr().out
+    assert "4 texts, 4 proposals" in out and "Thoughts" in out
+    assert all((tmp_path / "out" / name / "done").exists() for name in ("annotated", "cold", "ra3"))
