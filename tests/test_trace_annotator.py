@@ -135,6 +135,7 @@ def test_calls_beside_the_text():
         (f"{TOTAL}y = total((4,\n  5))\nassert (\n    y == 9)\n", {8: " t = 0, x = 4, t = 4, x = 5, t = 9"}),
         # each assertion has its own; arguments are not told, the text says them
         (f"{HOLDS}assert f(2) == 5\n", {5: " a = 2, b = 4", 6: " a = 3, b = 6"}),
+        (f"{BODY}x = f(9)\nassert f(1) == 3\n", {6: " a = 2, b = 4"}),
         # all calls in order, inner ones first to be done
         ("def g(n):\n    r = 1 if n < 2 else n * g(n - 1)\n    return r\nassert g(3) == 6\n"
          "", {4: " r = 1, r = 2, r = 6"}),

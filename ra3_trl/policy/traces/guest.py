@@ -114,7 +114,7 @@ class Map:
 
 
 class Trace:
-    """Changes since the last assertion or call: frame, line, name and value of each."""
+    """Changes in their order: frame, line, name and value of each."""
 
     def __init__(self):
         self.changes = []
@@ -140,7 +140,7 @@ class Watch:
         self.where, self.out = where, out
         self.steps = 0
         self.frames = 0
-        self.trace = Trace()
+        self.trace, self.before = Trace(), Trace()  # since the assertion began, or ended; between the two
         self.open = None  # of the assertion that runs: its line, frame and whether it holds
         self.call = None  # of the call that runs: its number, frame of its function, line at which that returned
         self.pid = os.getpid()
@@ -202,10 +202,14 @@ class Watch:
             begun, _, holds = self.open
             if line is not None and holds and self.where.asserts.get(line) == begun:
                 return  # it has several lines
-            self.tell("assert", begun, int(holds), *self.trace.fields(without=number))
+            fields = self.trace.fields(without=number)
+            # One about a result that is at hand already runs nothing itself.
+            fields = fields if fields[1] else self.before.fields(without=number)
+            self.tell("assert", begun, int(holds), *fields)
             self.open, self.trace = None, Trace()
         if line in self.where.asserts and self.open is None:
             self.open = [self.where.asserts[line], number, True]
+            self.before, self.trace = self.trace, Trace()
 
     def on_c_call(self, frame, event, function):
         if event != "c_call":
