@@ -122,7 +122,8 @@ def held_out(recipe: ColdMeasureRecipe) -> list[ColdTask]:
 
 def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str, float]:
     """What own comments and true traces bring, and P(think)."""
-    own, true, there, elsewhere = [], [], [], []
+    own, true, there = list[float](), list[float](), list[float]()
+    elsewhere: list[float] = []
     data = policy.engine.table.token_bytes
     for i, task in enumerate(tasks):
         document, *more = policy.segment(task.text, i)

@@ -165,11 +165,15 @@ def texts_of(store: Store, recipe: ColdRecipe, start: str) -> dict[str, Any]:
 
 def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> dict[str, Any]:
     """Splices an annotator's thoughts into texts."""
-    changes = {"max_latent_length": recipe.max_latent_length, "max_length": _LENGTH, "prior_alpha": 1 - recipe.prior}
+    changes: dict[str, Any] = {
+        "max_latent_length": recipe.max_latent_length,
+        "max_length": _LENGTH,
+        "prior_alpha": 1 - recipe.prior,
+    }
     changes |= {name: value for name, value in recipe.settings if name in THINKING}
     policy = Policy.open(student, use_cpu=True, bf16=True, **changes)
     noise, annotated, tally = NoiseKey(recipe.seed, 1, 0), [], Tally()
-    whole = [(text, {}, policy.segment(text, i)) for i, text in enumerate(texts)]
+    whole = [(text, dict[str, Any](), policy.segment(text, i)) for i, text in enumerate(texts)]
     with policy.inference():
         if recipe.annotator == "trace":
             annotator = TraceAnnotator()

@@ -51,7 +51,8 @@ def kept_boundaries(policy: Policy, rows: Mapping[int, Mapping[str, Any]], docum
 def compare_thoughts(policy: Policy, groups: Sequence[RolloutGroup], kept: Kept) -> dict[str, Any]:
     """Compares P(think) and what own latents bring at boundaries where a thought was kept and where none was."""
     args = policy.args
-    columns: dict[str, list[float]] = {name: [] for name in ("think_there", "gain_there", *_ELSEWHERE)}
+    names = ("think_there", "gain_there", "think_elsewhere", "gain_elsewhere")
+    columns: dict[str, list[float]] = {name: [] for name in names}
     for group in groups:
         gain_TG = compute_returns(group, args.horizon, args.discount, args.line_reduction).gain_TG
         shown = kept.get((group.document.doc_id, group.document.chunk), ())
@@ -61,9 +62,6 @@ def compare_thoughts(policy: Policy, groups: Sequence[RolloutGroup], kept: Kept)
             columns[f"gain_{place}"].append(float(gain_TG[t].mean()))
     means = {name: fmean(values) if values else None for name, values in columns.items()}
     return {"kept": len(columns["think_there"]), "others": len(columns["think_elsewhere"]), **means}
-
-
-_ELSEWHERE = ("think_elsewhere", "gain_elsewhere")
 
 
 def advice(diagnosis: Mapping[str, Any], penalty: float = 0.0) -> list[str]:
@@ -80,9 +78,8 @@ def advice(diagnosis: Mapping[str, Any], penalty: float = 0.0) -> list[str]:
     if gain < 0:
         found.append(COLD_START.format(gain=gain))
     thoughts = diagnosis.get("thoughts") or {}
-    think, gain_elsewhere = (thoughts.get(name) for name in _ELSEWHERE)
-    if think is not None and thoughts["think_there"] is not None:
-        often = think > _OFTEN and think > thoughts["think_there"] / 2
-        if often and gain_elsewhere < penalty:
+    if None not in (thoughts.get("think_there"), thoughts.get("think_elsewhere")):
+        often = thoughts["think_elsewhere"] > max(_OFTEN, thoughts["think_there"] / 2)
+        if often and thoughts["gain_elsewhere"] < penalty:
             found.append(EVERYWHERE.format(**thoughts))
     return found

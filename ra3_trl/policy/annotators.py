@@ -83,7 +83,8 @@ def boundary_lines(text: str, documents: Sequence[Document], data: Sequence[byte
         return [{} for _ in documents]
     lines: list[dict[int, int]] = []
     for document in documents:
-        at, position = {}, document.context
+        at: dict[int, int] = {}
+        position = document.context
         for index, action in enumerate(document.actions):
             offset += sum(len(data[i] or b"") for i in document.input_ids[position : action.start])
             position = action.start

@@ -18,6 +18,11 @@ import os
 import sys
 
 
+TYPE_CHECKING = False  # of `typing`, which takes longer to import than the rest
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+
 ONLY_AST = 0x400  # of `compile`
 STEPS = 10_000  # lines, and calls of functions in C
 TOLD = 200  # first and last changes of a trace
@@ -36,10 +41,10 @@ _DRAWN = ("random", "getrandbits", "randbytes")
 _NOW = ("now", "utcnow", "today")
 
 
-def show(value, room=WIDE, depth=0):
+def show(value: Any, room: int = WIDE, depth: int = 0) -> str | None:
     """The value as Python writes it, `None` where it is no plain value or longer than `room`. Sets are sorted: what
     order they come in is not theirs."""
-    kind = type(value)
+    kind, text = type(value), None
     if value is None or kind is bool or kind in (float, complex):
         text = repr(value)
     elif kind is int:
@@ -53,7 +58,7 @@ def show(value, room=WIDE, depth=0):
     return text if text is not None and len(text) <= room and text.isprintable() else None
 
 
-def _show_many(value, kind, room, depth):
+def _show_many(value: Any, kind: type[Any], room: int, depth: int) -> str | None:
     mapping = issubclass(kind, dict)
     if depth > DEEP or not (mapping or kind.__name__ == "deque" or kind.__module__ == "builtins"):
         return None
@@ -64,7 +69,7 @@ def _show_many(value, kind, room, depth):
         parts = [show(part, room, depth + 1) for part in (item if mapping else (item,))]
         if None in parts:
             return None
-        items.append(": ".join(parts))
+        items.append(": ".join(map(str, parts)))
     if issubclass(kind, (set, frozenset)):
         items.sort(key=lambda text: (len(text), text))
     inner = ", ".join(items)
@@ -82,12 +87,12 @@ class Map:
     """What the text's own nodes say: the line where each `assert` begins, by all of its lines; a function's variables,
     by its name and first line. Those of a comprehension are not the function's, whichever Python runs it."""
 
-    def __init__(self, tree):
-        self.asserts = {}
-        self.variables = {}
+    def __init__(self, tree: Any):
+        self.asserts: dict[int, int] = {}
+        self.variables: dict[tuple[str, int], dict[str, None]] = {}
         self._walk(tree, None)
 
-    def _walk(self, node, names):
+    def _walk(self, node: Any, names: dict[str, None] | None) -> None:
         kind = type(node).__name__
         if kind == "Assert":
             for line in range(node.lineno, node.end_lineno + 1):
@@ -106,7 +111,7 @@ class Map:
             names[node.id] = None
         elif names is not None and kind in ("ExceptHandler", "MatchAs", "MatchStar") and node.name:
             names[node.name] = None
-        for field in node._fields:
+        for field in getattr(node, "_fields", ()):
             value = getattr(node, field, None)
             for part in value if type(value) is list else (value,):
                 if hasattr(part, "_fields"):
@@ -116,18 +121,18 @@ class Map:
 class Trace:
     """Changes in their order: frame, line, name and value of each."""
 
-    def __init__(self):
-        self.changes = []
+    def __init__(self) -> None:
+        self.changes: list[tuple[int, int, str, str]] = []
         self.count = 0
         self.asked = False
 
-    def add(self, *change):
+    def add(self, *change: Any) -> None:
         self.count += 1
         if len(self.changes) >= 2 * TOLD:
             del self.changes[TOLD]
         self.changes.append(change)
 
-    def fields(self, without=None):
+    def fields(self, without: int | None = None) -> list[Any]:
         told = [change[1:] for change in self.changes if change[0] != without]
         count = self.count - (len(self.changes) - len(told))
         return [int(self.asked), count, *(part for change in told for part in change)]
@@ -136,26 +141,29 @@ class Trace:
 class Watch:
     """The trace function: notes what changes in functions of the program, and at which assertion or call."""
 
-    def __init__(self, where, out):
+    def __init__(self, where: Map, out: int):
         self.where, self.out = where, out
         self.steps = 0
         self.frames = 0
         self.trace, self.before = Trace(), Trace()  # since the assertion began, or ended; between the two
-        self.open = None  # of the assertion that runs: its line, frame and whether it holds
-        self.call = None  # of the call that runs: its number, frame of its function, line at which that returned
+        self.open: list[Any] | None = None  # of the assertion that runs: its line, frame and whether it holds
+        self.call: list[Any] | None = (
+            None  # of the call that runs: its number, frame of its function, line at which that returned
+        )
         self.pid = os.getpid()
         self.getpid, self.write = os.getpid, os.write
 
-    def on_call(self, frame, event, arg):
+    def on_call(self, frame: Any, event: str, arg: Any) -> Any:
         self.step()
         code = frame.f_code
         if code.co_filename != PROGRAM or code.co_name.startswith("<") and code.co_name != "<module>":
             return None
         names = self.where.variables.get((code.co_name, code.co_firstlineno), ())
-        number, seen, checks = self.frames, {}, code.co_name.startswith(("<module>", "test", "check"))
+        seen: dict[str, str | None] = {}
+        number, checks = self.frames, code.co_name.startswith(("<module>", "test", "check"))
         self.frames += 1
         entry = self.call is not None and self.call[1] is None
-        if entry:
+        if self.call is not None and entry:
             self.call[1] = number
             self.call[2] = 0 if code.co_name.startswith("test") else None  # what it asserts is told
         for name in names if event == "call" else ():
@@ -163,9 +171,11 @@ class Watch:
                 seen[name] = show(frame.f_locals[name])
                 if entry and seen[name] is not None:
                     self.trace.add(number, 0, name, seen[name])
-        left, at, last = [], [frame.f_lineno], {}
+        left: list[bool] = []
+        last: dict[str, Any] = {}
+        at = [frame.f_lineno]
 
-        def on_line(frame, event, arg):
+        def on_line(frame: Any, event: str, arg: Any) -> Any:
             self.step()
             values = frame.f_locals if names else {}
             for name in names:
@@ -196,7 +206,7 @@ class Watch:
 
         return on_line
 
-    def at_line(self, line, number):
+    def at_line(self, line: int | None, number: int) -> None:
         """Closes the assertion that ran in this frame, and opens that of the line."""
         if self.open is not None and self.open[1] == number:
             begun, _, holds = self.open
@@ -207,33 +217,33 @@ class Watch:
             fields = fields if fields[1] else self.before.fields(without=number)
             self.tell("assert", begun, int(holds), *fields)
             self.open, self.trace = None, Trace()
-        if line in self.where.asserts and self.open is None:
+        if line is not None and line in self.where.asserts and self.open is None:
             self.open = [self.where.asserts[line], number, True]
             self.before, self.trace = self.trace, Trace()
 
-    def on_c_call(self, frame, event, function):
+    def on_c_call(self, frame: Any, event: str, function: Any) -> None:
         if event != "c_call":
             return
         self.step()
-        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", None)
+        name, of = getattr(function, "__name__", ""), getattr(function, "__self__", sys)
         if name in _DRAWN:
             self.trace.asked = self.trace.asked or type(of).__name__ != "module"
         elif name in _NOW or type(of).__name__ == "module" and name in _ASKED.get(of.__name__, ()):
             self.trace.asked = True
 
-    def step(self):
+    def step(self) -> None:
         self.steps += 1
         if self.steps > STEPS:
             self.end("steps")
 
-    def end(self, why):
+    def end(self, why: str) -> NoReturn:
         """Prints what is finished and ends the process, whatever the program would do about it."""
         sys.settrace(None)
         sys.setprofile(None)
         self.tell("end", why)
         os._exit(0)
 
-    def tell(self, *fields):
+    def tell(self, *fields: Any) -> None:
         if self.getpid() != self.pid:  # forked by the program
             return
         data = ("\x1f".join(map(str, fields)) + "\n").encode("utf-8", "backslashreplace")
@@ -241,7 +251,7 @@ class Watch:
             data = data[self.write(self.out, data) :]
 
 
-def main():
+def main() -> NoReturn:
     out, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
     text, calls = eval(sys.stdin.read())
     for stream in (0, 1, 2):
@@ -252,25 +262,26 @@ def main():
         code = compile(text, PROGRAM, "exec", 0, True)
         watch = Watch(Map(tree), out)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        Watch(None, out).end(type(error).__name__)
+        Watch(Map(None), out).end(type(error).__name__)
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     why = run(watch, code, vars(module))
     for number, source in enumerate(calls):
-        watch.trace, watch.call, watch.open = Trace(), [number, None, None, ()], None
+        call: list[Any] = [number, None, None, ()]
+        watch.trace, watch.call, watch.open = Trace(), call, None
         try:
             called = compile(source, "<call>", "exec", 0, True)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         if run(watch, called, vars(module)):
             watch.tell("fails")
-        elif watch.call[2]:
-            watch.tell("call", number, watch.call[2], *watch.call[3])
+        elif call[2]:
+            watch.tell("call", number, call[2], *call[3])
     watch.call = None
     watch.end(why)
 
 
-def run(watch, code, space):
+def run(watch: Watch, code: Any, space: dict[str, Any]) -> str:
     """Runs code under watch; the name of what it raised, if anything."""
     sys.settrace(watch.on_call)
     sys.setprofile(watch.on_c_call)
