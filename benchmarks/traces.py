@@ -32,6 +32,7 @@ from .common import default_model, say
 
 
 MBPP = Path(__file__).resolve().parents[2] / "shared" / "data" / "mbpp.jsonl"
+ASSERTION = "assert result =="
 _TOKENS, _LATENT = 512, 160  # most tokens of a program with its assertion, and of a comment
 _ABOVE = 0.5  # nats
 
@@ -57,6 +58,19 @@ def program(row: dict[str, Any], tests: Sequence[str] | None = None) -> str:
     code, setup = (row[name].replace("\r\n", "\n").rstrip() for name in ("code", "test_setup_code"))
     asserts = row["test_list"] if tests is None else tests
     return "\n".join([code, *([setup] if setup else []), "", *(test.strip() for test in asserts)]) + "\n"
+
+
+def stated(test: str) -> tuple[str, str] | None:
+    """The call and the value of `assert f(3) == 7`, as texts; `None` for an assertion of another form."""
+    try:
+        (statement,) = ast.parse(test.strip()).body
+        sides = [statement.test.left, *statement.test.comparators]  # type: ignore[attr-defined]
+        (call,) = [side for side in sides if isinstance(side, ast.Call)]
+        (value,) = [side for side in sides if side is not call]
+        ast.literal_eval(value)
+        return ast.unparse(call), ast.unparse(value)
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        return None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A program with one of its assertions, which begins at `line`; that one's trace, and another's of the program."""
+    """A program with a call, and at `line` the assertion about its result; its trace, and another call's."""
 
     text: str
     line: int
@@ -110,17 +124,18 @@ def pairs(texts: Sequence[Source], traced: Sequence[Traced]) -> Iterator[Pair]:
         short = [(line, trace) for line, trace in sorted(one.asserts.items()) if trace.short]
         for line, trace in short[:1]:
             others = [other for _, other in short[1:] if write_trace(other) != write_trace(trace)]
-            fits = all(write_trace(trace, rows, form) for form in FORMS)
-            if others and fits:
-                # Nothing but this assertion stands behind the code: the first of all stands where it did.
+            said = stated(rows[line - 1])
+            if others and said and all(write_trace(trace, rows, form) for form in FORMS):
+                # The call stands before the thought, which else would be worth what it tells of the arguments; and of
+                # all assertions nothing but this one is there.
                 first = min(number for number, row in enumerate(rows, 1) if row.startswith("assert "))
-                head = rows[: first - 1]
-                yield Pair("\n".join([*head, rows[line - 1], ""]), first, trace, others[0])
+                tail = [f"result = {said[0]}", f"{ASSERTION} {said[1]}", ""]
+                yield Pair("\n".join([*rows[: first - 1], *tail]), first + 1, trace, others[0])
 
 
 def gains(args: argparse.Namespace, texts: Sequence[Source], traced: Sequence[Traced]) -> dict[str, Any]:
-    """Nats that a trace brings to its assertion, each in a text of its own, by the student as it is: in the form that
-    annotation takes, as the trace of another call, and in the other forms."""
+    """Nats that a trace brings to `assert result == 7` behind `result = f(3)`, each in a text of its own, by the
+    student as it is: in the form that annotation takes, as the trace of another call, and in the other forms."""
     policy = Policy.open(
         args.model or default_model(), use_cpu=True, horizon=1, max_length=_TOKENS + 256, max_latent_length=_LATENT
     )

@@ -15,6 +15,7 @@ own and is left out where it is finished. What is not named in `--help` goes to 
 from __future__ import annotations
 
 import argparse
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,22 @@ from datasets import Dataset, load_dataset
 MBPP = "google-research-datasets/mbpp"
 
 
+def program(code: str, tests: list[str]) -> str:
+    """Code, and behind it calls and what they must give. The call stands in a line before the assertion: the thought
+    about it, between the two, can be derived."""
+    lines = [code.replace("\r\n", "\n").rstrip(), ""]
+    for test in tests:
+        statement = ast.parse(test.strip()).body[0]
+        match statement:
+            case ast.Assert(test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[value])):
+                lines += [f"result = {ast.unparse(call)}", f"assert result == {ast.unparse(value)}"]
+    return "\n".join(lines) + "\n"
+
+
 def mbpp_programs(output: Path) -> str:
-    """Writes MBPP's training split as programs: code, and behind it a call and what it must give."""
+    """Writes MBPP's training split as programs."""
     path = output / "programs.jsonl"
-    rows = [
-        {"text": "\n".join([row["code"].replace("\r\n", "\n"), "", *row["test_list"]]) + "\n"}
-        for row in load_dataset(MBPP, split="train")
-    ]
+    rows = [{"text": program(row["code"], row["test_list"])} for row in load_dataset(MBPP, split="train")]
     Dataset.from_list(rows).to_json(path)
     return str(path)
 

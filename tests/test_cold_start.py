@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import needs_bwrap
 
-from benchmarks.replication.cold_data import ColdTask, cold_tasks, stated, with_traces
+from benchmarks.replication.cold_data import ColdTask, cold_tasks, with_traces
 from benchmarks.replication.cold_measure import ColdMeasureRecipe, held_out, is_right
 from benchmarks.replication.cold_start import ColdRecipe, cold_start, run_cold, with_seed
 from benchmarks.replication.store import Store
+from benchmarks.traces import stated
 
 
 ROOT = Path(__file__).resolve().parents[1]

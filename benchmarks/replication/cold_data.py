@@ -9,7 +9,6 @@ assert result == 7
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 from ra3_trl.policy import Source
 from ra3_trl.policy.traces import TraceAnnotator
 
-from ..traces import mbpp_rows
-from .traces import ASSERTION
+from ..traces import ASSERTION, mbpp_rows, stated
 
 
 # The published splits, by `task_id`; 1 to 10 are for prompts.
@@ -38,19 +36,6 @@ class ColdTask:
     def text(self) -> str:
         """The whole program."""
         return f"{self.prompt}{ASSERTION} {self.answer}\n"
-
-
-def stated(test: str) -> tuple[str, str] | None:
-    """The call and the value of `assert f(3) == 7`, as texts; `None` for an assertion of another form."""
-    try:
-        (statement,) = ast.parse(test.strip()).body
-        sides = [statement.test.left, *statement.test.comparators]  # type: ignore[attr-defined]
-        (call,) = [side for side in sides if isinstance(side, ast.Call)]
-        (value,) = [side for side in sides if side is not call]
-        ast.literal_eval(value)
-        return ast.unparse(call), ast.unparse(value)
-    except (SyntaxError, ValueError, AttributeError, TypeError):
-        return None
 
 
 def cold_tasks(split: str, path: str | None = None, traced: bool = False) -> list[ColdTask]:

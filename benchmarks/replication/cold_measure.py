@@ -18,9 +18,9 @@ from ra3_trl.policy.annotators import as_latent, boundary_lines
 from ra3_trl.records import Latent
 
 from ..common import load
+from ..traces import ASSERTION
 from .cold_data import ColdTask, cold_tasks
 from .store import Store
-from .traces import ASSERTION
 
 
 SAMPLES = 8
