@@ -7,15 +7,21 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from conftest import needs_bwrap
 
+from benchmarks import traces
 from benchmarks.replication.cold_data import ColdTask, cold_tasks, with_traces
 from benchmarks.replication.cold_measure import ColdMeasureRecipe, held_out, is_right
 from benchmarks.replication.cold_start import ColdRecipe, cold_start, run_cold, with_seed
 from benchmarks.replication.store import Store
 from benchmarks.traces import stated
+from ra3_trl import Policy
+from ra3_trl.losses import compute_returns
+from ra3_trl.policy.annotators import as_latent
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,3 +151,26 @@ def test_the_example(mbpp, tmp_path, tiny_model, tokenizers, monkeypatch, capfd)
     out = capfd.readouterr().out
     assert "4 texts, 4 proposals" in out and "Thoughts" in out
     assert all((tmp_path / "out" / name / "done").exists() for name in ("annotated", "cold", "ra3"))
+
+
+@needs_bwrap
+def test_the_benchmark_of_traces(mbpp, tmp_path, tiny_model, tokenizers):
+    """Three functions with three assertions each, all of which have a short trace; one gain by another way."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    args = SimpleNamespace(mbpp=mbpp, model=str(tmp_path / "model"), functions=60, programs=None, threads=1)
+    found = traces.run(args)
+    assert (found["programs"], found["asserts"], found["traced"], found["short"]) == (3, 9, 9, 9)
+    assert (found["copies"], found["comments"], found["functions"]) == (0, 9, 3) and found["programs_per_s"] > 0
+    assert set(found["by_form"]) == {"changes", "last", "lines"}
+    code = CODE.replace("{i}", "0").replace("\r\n", "\n")
+    policy = Policy.open(args.model, use_cpu=True, horizon=1, max_length=768, max_latent_length=160)
+    (document,) = policy.segment(f"{code}\n\nresult = f0(1)\nassert result == 1\n")
+    latents = [[as_latent(policy, f" {text}") for text in ("a = 1, b = 2", "a = 2, b = 4")]]
+    gains = compute_returns(policy.score(document, document.boundaries[-1:], latents), 1, 1.0).gain_TG[0].tolist()
+    assert found["intervals"]["changes"]["values"][0] == pytest.approx(gains[0], abs=1e-3)
+    assert found["intervals"]["other"]["values"][0] == pytest.approx(gains[1], abs=1e-3)
+    assert found["student_gain_true"] == pytest.approx(fmean(found["intervals"]["changes"]["values"]))
+    assert found["student_gain_other_call"] == pytest.approx(fmean(found["intervals"]["other"]["values"]))
+    assert "student_gain_true" not in traces.run(SimpleNamespace(**vars(args) | {"functions": 0, "programs": 1}))
