@@ -9,7 +9,7 @@ from datatrove.pipeline.filters import RegexFilter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import ParquetWriter
 
-from ra3_trl.integrations.datatrove import RA3Annotator
+from ra3_trl.integrations.datatrove import SCHEMA, RA3Annotator
 
 
 SHORT = r"\A(?:[^\n]*\n){0,3}[^\n]*\Z"  # fewer than four lines: left out
@@ -33,5 +33,5 @@ def pipeline(options: argparse.Namespace) -> list[PipelineStep]:
         JsonlReader(options.corpus),
         RegexFilter(SHORT),
         RA3Annotator(options.checkpoint, num_latents=options.num_latents, skip_broken_documents=True),
-        ParquetWriter(options.output, compression="zstd"),
+        ParquetWriter(options.output, expand_metadata=True, schema=SCHEMA),
     ]
