@@ -61,7 +61,7 @@ def _command(model: str, rows: Path, output: Path, args: argparse.Namespace, pro
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
         [*command, "--dataset_name", str(rows), "--output", str(output), "--use_cpu", *words],
-        cwd=ROOT, env=env, stdout=sys.stderr,
+        cwd=ROOT, env=env, stdout=2,  # the output is for the JSON
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from ..hub import ANNOTATION, RowAnnotator
 from ..policy import Policy
 
 
-# Columns for `ParquetWriter(..., expand_metadata=True, schema=SCHEMA)`, which would else guess the type of `latents` by
-# the first document. Of other metadata add a field each: `SCHEMA.append(pyarrow.field(...))`.
+# Columns for `ParquetWriter(..., expand_metadata=True, schema=SCHEMA)`, which would else guess the type of `latents`
+# by the first document. Of other metadata add a field each: `SCHEMA.append(pyarrow.field(...))`.
 SCHEMA = Features({"text": Value("string"), "id": Value("string")} | ANNOTATION).arrow_schema.remove_metadata()
 
 
