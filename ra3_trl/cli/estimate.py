@@ -6,8 +6,6 @@ M-update on two documents, scaled by branches, boundaries and tokens. No optimiz
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from copy import copy
 from itertools import islice
@@ -26,6 +24,7 @@ from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
 from ..versions import enable_checkpointing
+from .run import peak_memory
 
 
 _LOOKED_AT = 256  # chunks of a stream
@@ -51,17 +50,16 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
     hours = {phase: seconds / 3600 for phase, seconds in time_updates(trainer, documents, work, anchored).items()}
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     if args.device.type == "cuda":
-        machine, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+        machine = torch.cuda.get_device_name()
     else:
         machine = f"{args.device.type}, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Estimate(
         counts=counts if streams else trainer.cut.counts["train"],
         held_out=sum(split["documents"] for name, split in trainer.cut.counts.items() if name != "train"),
         updates=f"{schedule.iterations} x ({schedule.e_steps} E + {schedule.m_steps} M), {per_update} chunks each",
         workload=work,
         memory=count_memory(trainer.policy.backbone, args, schedule, anchored),
-        peak=peak,
+        peak=peak_memory(),
         hours=hours,
         machine=machine,
         streams=streams,

@@ -12,7 +12,8 @@ from ..report.runs import read_runs
 
 _EPILOG = """Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, or a corpus of `ra3 annotate`. LABEL=RUN
 calls it LABEL; runs of the same label are seeds of one another and become one curve with a band. OUTPUT_DIR gets
-report.html, which holds everything and loads nothing, a PNG for each chart, and overview.png with all of them."""
+report.html, which holds everything and loads nothing, tables.md with its tables, a PNG for each chart, and
+overview.png with all of them."""
 
 
 def _parser() -> argparse.ArgumentParser:
