@@ -23,8 +23,8 @@ from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
 from .estimate import estimate
-from .launch import read_arguments
-from .parser import TrainParser, normalise, read_config
+from .launch import asked_processes, read_arguments
+from .parser import TrainParser, normalise, read_config, without_theirs
 from .rewards import load_reward_funcs
 from .run import (
     end_in_words,
@@ -176,15 +176,16 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None, fi
     trainer.accelerator.end_training()
 
 
-def _dry_run(script, args: HindsightConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
-    """Prints the estimate. The run's folder is not made and nothing leaves the machine."""
+def _dry_run(parts: list[Any], processes: int) -> int:
+    """Prints the estimate of a run in so many processes. Its folder is not made and nothing leaves the machine."""
+    script, args, model_args, mixture = parts
     check_trackers(args.report_to)  # as the run would
     args.push_to_hub, args.report_to = False, []
     with tempfile.TemporaryDirectory() as aside:
         args.output_dir = aside
         trainer = build_trainer(script, args, model_args, mixture)
-        print("Timing an E-update and an M-update ...", file=sys.stderr)
-        print(render(estimate(trainer)))
+        print("Timing an update of each phase and an evaluation on a few documents ...", file=sys.stderr)
+        print(render(estimate(trainer, processes)))
     return 0
 
 
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     quiet_others()
     if script.dry_run:
-        return _dry_run(script, args, model_args, mixture)
+        return _dry_run(parts, asked_processes(make_parser(), without_theirs(argv, make_parser())))
     resume = resume_point(args)
     trainer = build_trainer(script, args, model_args, mixture)
     trainer.resume_hint = f"`{resume_command(typed)}`"  # for the message after a SIGTERM

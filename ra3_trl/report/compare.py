@@ -187,7 +187,8 @@ def _draw(axis: Any, title: str, form: str, numbers: list[Any]) -> None:
         axis.set_xlim(-0.02, 1.02)  # all of a share's range, and room for the points at its ends
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
     elif (values := [number["value"] for number in numbers if number is not None]) and len(set(values)) == 1:
-        axis.set_xlim(*((0.9 * values[0], 1.1 * values[0]) if values[0] else (0, 1)))  # else ticks of tiny fractions
+        # Of one value matplotlib would make ticks of tiny fractions; a 0 gets room for its point.
+        axis.set_xlim(*((0.9 * values[0], 1.1 * values[0]) if values[0] else (-0.05, 1)))
     axis.tick_params(axis="y", labelsize=8, length=0)
     axis.tick_params(axis="x", labelsize=7.5, length=2.5, color=_FAINT, labelcolor=_FIRST)
     axis.spines[["top", "right", "left"]].set_visible(False)

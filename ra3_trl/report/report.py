@@ -81,13 +81,12 @@ def make_sections(runs: Sequence[Run], programs: int = 6) -> list[Section]:
     sections = []
     for kind, about in _ABOUT.items():
         if of_kind := [run for run in runs if isinstance(run, TrainingRun) and run.kind == kind]:
-            columns, rows = summary_rows(of_kind)
-            name = kind[0].upper() + kind[1:]
-            sections.append(Section(f"{name}: summary", _summary_note(of_kind), (), columns, rows))
+            name, names = kind[0].upper() + kind[1:], run_names(of_kind)
+            sections.append(Section(f"{name}: summary", _summary_note(of_kind), (), names, summary_rows(of_kind)))
             sections.append(Section(name, about, training_charts(of_kind)))
             if settings := setting_rows(of_kind):
                 note = "As each run's folder has them; those that differ between the runs stand first."
-                sections.append(Section(f"{name}: settings", note, (), run_names(of_kind), settings, folded=True))
+                sections.append(Section(f"{name}: settings", note, (), names, settings, folded=True))
     return sections + [_corpus_section(run, programs) for run in runs if isinstance(run, AnnotatedCorpus)]
 
 
@@ -95,7 +94,7 @@ def _summary_note(runs: Sequence[TrainingRun]) -> str:
     """What the table's arrows are, and which runs lack an evaluation."""
     if runs[0].kind == RLVR:
         return "From the first update to the last: means over an update's completions."
-    note = "Held-out numbers, base → now; lower is better but for gains."
+    note = "Held-out numbers: base → now."
     silent = [name for name, run in zip(run_names(runs), runs, strict=True) if not held_out_measures([run])]
     if silent:
         note += f" Without an evaluation in the log: {', '.join(silent)} (hold out documents, and evaluate)."

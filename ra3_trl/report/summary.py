@@ -81,23 +81,19 @@ def size(count: float | None) -> str:
     return f"{count:.1f} GB"
 
 
-def summary_rows(runs: Sequence[TrainingRun]) -> tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]:
-    """Columns and rows of a table of runs: a row each, its settings apart (`setting_rows`)."""
-    changes = [{change.measure.title: change for change in changes_of(run)} for run in runs]
-    titles = list(dict.fromkeys(title for of_run in changes for title in of_run))
-    columns = ["base", "updates", "time", "memory", *titles]
-    rows = []
-    for name, run, of_run in zip(run_names(runs), runs, changes, strict=True):
-        cells = [
-            (str(run.facts.get("base") or "–"), ""),
-            (f"{updates_of(run.log):,}", ""),
-            (duration(seconds_of(run.log)), ""),
-            (size(run.facts.get("peak")), ""),
-        ]
-        changed = [of_run.get(title) for title in titles]
-        cells += [("–", "") if change is None else (change.values, change.measure.y_label) for change in changed]
-        rows.append((name, cells))
-    return columns, rows
+def summary_rows(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Rows of a table with a column for each run: what it began with, what it took, and what it changed."""
+    changes = [{change.measure: change.values for change in changes_of(run)} for run in runs]
+    rows = {
+        "base": [str(run.facts.get("base") or "–") for run in runs],
+        "updates": [f"{updates_of(run.log):,}" for run in runs],
+        "time": [duration(seconds_of(run.log)) for run in runs],
+        "memory at most": [size(run.facts.get("peak")) for run in runs],
+    }
+    for measure in dict.fromkeys(measure for of_run in changes for measure in of_run):
+        name = measure.title + (f" ({measure.y_label})" if measure.y_label else "")
+        rows[name] = [of_run.get(measure, "–") for of_run in changes]
+    return [(name, [(value, "") for value in values]) for name, values in rows.items()]
 
 
 def setting_rows(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str, str]]]]:
