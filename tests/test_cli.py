@@ -100,7 +100,7 @@ def test_help_of_every_command(command, capsys):
 
 def test_train_help_is_complete(capsys):
     with pytest.raises(SystemExit):
-        ra3("train", "--help")
+        ra3("train", "--help-all")
     text = capsys.readouterr().out
     options = set(re.findall(r"--(\w+)", text))
     assert train.make_parser().option_names() | {"config", "accelerate_config"} <= options

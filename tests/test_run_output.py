@@ -137,7 +137,7 @@ ROWS = [
 def test_latents_go_to_tensorboard_as_text(make_trainer, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = make_trainer(TEXTS, report_to="tensorboard", log_latents_steps=1, logging_dir=str(tmp_path / "tb"))
+    trainer = make_trainer(TEXTS, report_to="tensorboard", log_latents_steps=1)
     trainer.train()
     (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder))

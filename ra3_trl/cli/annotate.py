@@ -9,62 +9,23 @@ from pathlib import Path
 from huggingface_hub import DatasetCard
 
 from ..config_file import read_experimental
-from ..experimental.hindsight import HindsightConfig, attach
+from ..experimental.hindsight import attach
 from ..files import renamed_into_place
 from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
-from ..policy import THINKING
-from .checkpoint import add_model_options, add_settings, add_trust, flag_settings, open_policy, saved_settings
+from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
-
-
-_PROPOSALS = ("proposal", "proposal_lines", "proposal_template", "proposal_kl_coef")
-_SETTINGS = (
-    "annotation", "prior_alpha", "exploration", "penalty", "num_latents", "max_latent_length", "horizon", "discount",
-    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "gate",
-    "boundary_selection", "boundary_budget", "annotation_skip", "dataset_text_field", "engine", "max_branch_tokens",
-    "seed",
-)  # fmt: skip
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ra3 annotate",
-        description="Splices latents of a checkpoint into a corpus. The result has the corpus's columns and "
-        "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
-        "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
-        "stand). Taking the latents out gives the text back.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
-    corpus = parser.add_argument_group("corpus")
-    corpus.add_argument("--dataset_name", help="Hub id, folder of save_to_disk, or json(l), parquet, csv file")
-    corpus.add_argument("--dataset_config", help="configuration of the dataset")
-    corpus.add_argument("--dataset_split", default="train", help="its split (default: %(default)s)")
-    corpus.add_argument("--code_dir", help="folder of .py files; with neither, the standard library of this Python")
-    corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="folder to save the dataset to; must not be there yet")
-    output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
-    output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
-    output.add_argument(
-        "--license_column", default="license", help="column that names each row's licence (default: %(default)s)"
-    )
-    # Not the checkpoint's: a licence is not handed on from what it was trained on.
-    output.add_argument("--dataset_license", help="licence of the rows that name none")
-    output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
-    output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
-    add_model_options(parser)
-    add_trust(parser)
-    add_settings(parser, "annotation", (*_SETTINGS, *_PROPOSALS), (*THINKING, *_PROPOSALS), HindsightConfig)
-    return parser
+from .options import ANNOTATE, PROPOSALS
+from .options import annotate_parser as _parser
 
 
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
-    if not options.output and not options.push_to_hub:
-        raise ValueError("neither `output` nor `push_to_hub` is set; say where the annotated dataset goes.")
-    if options.output and Path(options.output).exists():
-        raise ValueError(f"`output` is {options.output!r}, which is there already; remove it or name another folder.")
+    if not options.output_dir and not options.push_to_hub:
+        raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
+    if options.output_dir and Path(options.output_dir).exists():
+        raise ValueError(
+            f"`output_dir` is {options.output_dir!r}, which is there already; remove it or name another folder."
+        )
     if options.max_documents is not None and options.max_documents < 1:
         raise ValueError(f"`max_documents` is {options.max_documents}; it must be at least 1.")
     if not options.push_to_hub:
@@ -86,17 +47,17 @@ def main(argv: list[str] | None = None) -> int:
         dataset = dataset.select(range(min(options.max_documents, len(dataset))))
     dataset = push.check(dataset) if push else dataset  # before the work
     # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
-    policy = open_policy(options, {"gate": saved.get("gate", "token")} | flag_settings(options, _SETTINGS))
+    policy = open_policy(options, {"gate": saved.get("gate", "token")} | flag_settings(options, ANNOTATE))
     trained = read_experimental(options.checkpoint, revision=options.model_revision)
-    policy = attach(policy, trained, **flag_settings(options, _PROPOSALS))
+    policy = attach(policy, trained, **flag_settings(options, PROPOSALS))
     annotated = annotate_dataset(policy, dataset)
     require_boundaries(annotated, policy.args.action_format)
     placed, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
     print(f"{len(annotated):,} documents, {placed:,} latents at {boundaries:,} boundaries.")
-    if options.output:
-        with renamed_into_place(options.output) as aside:
+    if options.output_dir:
+        with renamed_into_place(options.output_dir) as aside:
             annotated.save_to_disk(str(aside))
-        print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")
+        print(f"Saved to {options.output_dir}; `datasets.load_from_disk` reads it.")
     if push:
         push.check_secrets(annotated.select_columns(list(ANNOTATION)))
         source = options.dataset_name or options.code_dir or STANDARD_LIBRARY

@@ -56,6 +56,7 @@ class RA3ScriptArguments(ScriptArguments):
         "Folder of .py files whose functions and classes are the documents. With neither `code_dir` nor "
         "`dataset_name` it is the standard library of the running Python."
     )
+    max_documents: int | None = _option("The first so many documents only, held-out ones among them.")
     eval_documents: int | None = _option(
         "Documents to hold out of the training data, or to take from the test split where there is one (0: none). "
         "Default: one in twenty, at most 64."
@@ -69,6 +70,8 @@ class RA3ScriptArguments(ScriptArguments):
     def __post_init__(self):
         if self.eval_documents is not None and self.eval_fraction is not None:
             raise ValueError("`eval_documents` and `eval_fraction` are both set; pass one of the two.")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"`max_documents` is {self.max_documents}; it must be at least 1.")
         if self.eval_documents is not None and self.eval_documents < 0:
             raise ValueError(f"`eval_documents` is {self.eval_documents}; it must be at least 0.")
         if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
@@ -99,6 +102,8 @@ def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: i
         source, split = (script.dataset_name, script.code_dir), script.dataset_train_split
         splits = load_splits(*source, split, script.dataset_config, script.dataset_streaming)
         train, test = splits[split], splits.get(script.dataset_test_split)
+    if script.max_documents is not None:
+        train = limit(train, script.max_documents)
     if test is None or script.eval_fraction is not None:
         return hold_out(train, script.eval_documents, script.eval_fraction, seed)
     return train, limit(test, script.eval_documents)
