@@ -264,8 +264,8 @@ def report_parser() -> Parser:
         description="What runs did, as one page and pictures.",
         epilog="Each RUN is the folder of a run of `ra3 train` or `ra3 rlvr`, or a corpus of `ra3 annotate`. LABEL="
         "RUN calls it LABEL; runs of the same label are seeds of one another and become one curve with a band. "
-        "OUTPUT_DIR gets report.html, which holds everything and loads nothing, tables.md with its tables, a PNG for each chart, "
-        "and overview.png with all of them.",
+        "OUTPUT_DIR gets report.html, which holds everything and loads nothing, tables.md with its tables, a PNG for "
+        "each chart, and overview.png with all of them.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="RUN or LABEL=RUN")
     parser.add_argument("--output_dir", default="report", help="folder of page and pictures (default: %(default)s)")
