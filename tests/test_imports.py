@@ -23,7 +23,7 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("rewards", "evaluation", "hub"),
     ("em", "rlvr"),
     ("report", "arguments", "saving"),
-    ("trainer",),
+    ("trainer", "testbed"),
     ("experimental",),
     ("cli", "examples"),
     ("benchmarks",),

@@ -26,15 +26,16 @@ from statistics import fmean
 from typing import Any
 
 from ra3_trl.analysis import Estimate
+from ra3_trl.testbed import Corpus
+from ra3_trl.testbed.corpus import KNOWN_LINES
 
 from ..common import say
 from .base import GATE
 from .bases import find_bases
 from .measure import latent_use, measure
 from .mid import midtrain
-from .records import SHARES, BaseRecipe, Corpus, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
+from .records import SHARES, BaseRecipe, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import KNOWN_LINES
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ra3_trl.analysis import Estimate
+from ra3_trl.testbed.corpus import boundaries
 
 from ..common import say
 from .base import GATE
@@ -14,7 +15,6 @@ from .measure import measure
 from .records import SHARES, BaseRecipe, Curve, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
 from .rlvr import curve
 from .store import Store
-from .testbed import boundaries
 
 
 LEVELS = (0.5, 0.8, 0.9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import subprocess
@@ -10,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from .options import env_parser
 
 
 PACKAGES = (
@@ -42,7 +43,7 @@ def _commit() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the environment; see `ra3 env --help`."""
-    argparse.ArgumentParser(prog="ra3 env", description="Versions and devices, for bug reports.").parse_args(argv)
+    env_parser().parse_args(argv)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
         "platform": platform.platform(),

@@ -12,7 +12,7 @@ class Help:
     usage: str
     about: str
     options: tuple[tuple[str, str], ...]
-    examples: tuple[str, str, str]
+    examples: tuple[str, ...]
 
     def text(self, command: str) -> str:
         """What `--help` prints."""
@@ -126,15 +126,16 @@ HELPS = {
     ),
     "demo": Help(
         "[OPTION ...]",
-        "The main job on a small model and the standard library, in a few minutes and without a model hub.",
-        (("--model_name_or_path MODEL", "another model than SmolLM2-135M"), _CODE_DIR,
-         ("--output_dir DIR", "where everything is written (default: runs/demo)"), ("--smoke", "a few updates only")),
+        "What RA3 is for, in minutes and without a model hub: a tiny model on programs whose next line must be\n"
+        "computed, by next-token prediction and by RA3. With your own model or code: a few updates of both there.",
+        (("--output_dir DIR", "where everything is written (default: runs/demo)"), ("--smoke", "a few updates only"),
+         ("--model_name_or_path MODEL", "your own model"), _CODE_DIR),
         ("", "--smoke", "--model_name_or_path MODEL --code_dir src"),
     ),
     "env": Help(
         "",
         "Versions and devices, for bug reports.",
         (("--help", "this text"),),
-        ("", "> env.txt", "| head"),
+        ("",),
     ),
 }  # fmt: skip
