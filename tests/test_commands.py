@@ -176,3 +176,16 @@ def test_train_takes_the_first_documents(tmp_path):
 def test_dir_shows_the_public_names():
     assert dir(ra3_trl) == sorted(ra3_trl.__all__) and "RA3MidTrainer" in dir(ra3_trl)
     assert all(getattr(ra3_trl, name) is not None for name in dir(ra3_trl))
+
+
+def test_env_begins_with_the_version(capsys, monkeypatch):
+    """That of the package; where the checkout has moved on since it was installed, both."""
+    from ra3_trl.cli import env
+
+    version = re.search(r'^version = "(.*)"', (PACKAGE.parent / "pyproject.toml").read_text(), re.M)[1]
+    monkeypatch.setattr(env, "_version", lambda package: version)
+    assert main(["env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert lines[0] == f"- ra3-trl: {version}"
+    monkeypatch.setattr(env, "_version", lambda package: "0.0.1")
+    assert env._own_version() == f"0.0.1 (the checkout is {version}: install it again, `pip install -e .`)"
