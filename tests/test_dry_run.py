@@ -56,7 +56,7 @@ def test_branches_are_those_of_the_boundaries_that_are_tried(tmp_path):
 
 ROOT = Path(__file__).parents[1]
 FUNCTION = "def f{i}(x, y={i}):\n    total = x * {i}\n" + "    if total > {i}:\n        total += y - {i}\n" * 3
-LONG = "    value = [item for item in (x, y, total)]\n    total = sum(value) + {i}\n" * 25
+LONG = "    value = [item for item in (x, y, total)]\n    total = sum(value) + {i}\n" * 14
 JOBS = {
     "full": [],
     "lora": ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"],
@@ -81,8 +81,8 @@ print(json.dumps({"seconds": 3600 * sum(kept[0].hours.values()), "peak": kept[0]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizers, tiny_model):
     folder = tmp_path_factory.mktemp("jobs")
-    tokenizer, size = tokenizers["newline_indent"], {"hidden_size": 192, "intermediate_size": 512}
-    tiny_model("llama", tokenizer, num_hidden_layers=4, **size).save_pretrained(folder / "model")
+    tokenizer, size = tokenizers["newline_indent"], {"hidden_size": 128, "intermediate_size": 384}
+    tiny_model("llama", tokenizer, num_hidden_layers=3, **size).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, text in (("code", FUNCTION), ("long", FUNCTION + LONG)):
         (folder / name).mkdir()
@@ -108,6 +108,7 @@ def child(command, place):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("job", JOBS)
 def test_time_and_memory_are_within_one_and_a_half_times(job, place):
     words = [
