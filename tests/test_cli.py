@@ -225,7 +225,9 @@ def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys)
     template = ["--proposal", "template", "--proposal_template", "{prefix}{think}{suffix}"]
     hindsight, plain, output = (str(tmp_path / name) for name in ("hindsight", "plain", "annotated"))
     assert ra3(*common, *template, "--proposal_kl_coef", "0.2", "--output_dir", hindsight) == 0
-    assert "estep/hindsight/gain" in capsys.readouterr().out
+    log = json.loads(Path(hindsight, "trainer_state.json").read_text())["log_history"]
+    (gain,) = (entry["estep/hindsight/gain"] for entry in log if "estep/hindsight/gain" in entry)
+    assert f"{gain:+.2f}" in capsys.readouterr().out  # of an update's row
     assert read_experimental(hindsight) == {
         "proposal": "template", "proposal_lines": 4, "proposal_template": "{prefix}{think}{suffix}",
         "proposal_kl_coef": 0.2,

@@ -39,7 +39,8 @@ def refuse_early(command: str, argv: list[str]) -> None:
         options = PARSERS[command]().parse_args(argv)
         if getattr(options, "file", None) is not None and not Path(options.file).is_file():
             raise ValueError(f"`file` is {options.file!r}, which is not there; give a text file.")
-        _check_folder(getattr(options, "code_dir", None))
+        if not getattr(options, "dataset_name", None):  # that both are set is worse
+            _check_folder(getattr(options, "code_dir", None))
     elif command in _TRAINERS and "--accelerate_config" not in argv:
         _refuse_of_trainer(command, argv)
 
@@ -78,7 +79,8 @@ def _refuse_of_trainer(command: str, argv: list[str]) -> None:
         return
     if "model_name_or_path" not in words:
         raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
-    _check_folder(words.get("code_dir"))
+    if not {"dataset_name", "datasets"} & set(words):  # that both are set is worse
+        _check_folder(words.get("code_dir"))
 
 
 def _check_number(command: str, name: str, word: str, kind: type) -> None:

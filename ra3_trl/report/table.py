@@ -76,7 +76,9 @@ class UpdateTable:
     @staticmethod
     def _number(logs: Mapping[str, Any], key: str) -> float | None:
         """What is logged under a key; of several evaluation sets, which have their name in it, the first's."""
-        names = [key] if not key.startswith("eval_") else [key, *(k for k in logs if k.endswith(f"_{key[5:]}"))]
+        # Where all latents are proposed in hindsight, theirs is the gain.
+        names = [key, key.replace("estep/", "estep/hindsight/")]
+        names += [k for k in logs if key.startswith("eval_") and k.endswith(f"_{key[5:]}")]
         return next((float(logs[name]) for name in names if name in logs), None)
 
     def left(self, step: int, evaluations: int = 0) -> str:
