@@ -52,7 +52,7 @@ HELPS = {
     "annotate": Help(
         "CHECKPOINT [--code_dir FOLDER | --dataset_name NAME] --output_dir DIR [OPTION ...]",
         "Writes a corpus with a checkpoint's comments spliced in, and what each of them brings.",
-        (_CHECKPOINT, _CODE_DIR, _DATASET, _MAX, ("--output_dir DIR", "folder for the dataset, new"),
+        (_CHECKPOINT, _CODE_DIR, _DATASET, _MAX, ("--output_dir DIR", "folder of its Parquet files"),
          ("--push_to_hub ORG/NAME", "push it, with a card")),
         (
             "qwen-ra3 --code_dir src --output_dir annotated",

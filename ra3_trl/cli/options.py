@@ -135,7 +135,10 @@ def annotate_parser() -> Parser:
     """The parser of `ra3 annotate`."""
     parser = Parser(
         prog="ra3 annotate",
-        description="Splices latents of a checkpoint into a corpus. The result has the corpus's columns and "
+        description="Splices latents of a checkpoint into a corpus. What comes out are Parquet files and a "
+        "manifest.json; `load_dataset` reads the folder. Run again, the same command does the files that are not "
+        "finished. `accelerate launch -m ra3_trl.cli.annotate ...` shares them out among processes, --shard among "
+        "jobs; the files are the same. The rows have the corpus's columns and "
         "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
         "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
         "stand). Taking the latents out gives the text back.",
@@ -143,9 +146,25 @@ def annotate_parser() -> Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
     corpus = add_corpus(parser, "corpus", "the standard library of this Python")
     corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
+    corpus.add_argument("--streaming", action="store_true", help="read the dataset as a stream, and not at once")
+    corpus.add_argument(
+        "--skip_broken_rows", action="store_true", help="leave out rows that can't be annotated, and not their file"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output_dir", "--output", metavar="DIR", help="folder to save the dataset to; must not be there yet"
+        "--output_dir", "--output", metavar="DIR", help="folder of the Parquet files and their manifest.json"
+    )
+    output.add_argument(
+        "--shard_rows", type=int, help="rows of a file (default: 1000, fewer where there would be less than 16 files)"
+    )
+    output.add_argument(
+        "--shard", metavar="I/N", help="do the I-th part of the files only (from 0), as one of N jobs with one folder"
+    )
+    output.add_argument(
+        "--tokens",
+        action="store_true",
+        help="write `input_ids` and `completion_mask` of each chunk and no text: for an M-phase on the very tokens by "
+        "`ra3 train --e_steps 0`",
     )
     output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
     output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
@@ -157,6 +176,7 @@ def annotate_parser() -> Parser:
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
     add_model_options(parser)
+    parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
     add_trust(parser)
     add_settings(
         parser, "annotation", (*ANNOTATE, *PROPOSALS), (*THINKING, *PROPOSALS), {**RA3_FIELDS, **HINDSIGHT_FIELDS}
