@@ -60,7 +60,7 @@ def _command(model: str, rows: Path, output: Path, args: argparse.Namespace, pro
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ra3_trl.cli.annotate", model]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        [*command, "--dataset_name", str(rows), "--output", str(output), "--use_cpu", *words],
+        [*command, "--dataset_name", str(rows), "--output_dir", str(output), "--use_cpu", *words],
         cwd=ROOT, env=env, stdout=2,  # the output is for the JSON
     )  # fmt: skip
 
