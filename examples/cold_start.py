@@ -61,7 +61,7 @@ def stages(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
     trained = ["--save_strategy", "steps", "--save_steps", "20", *rows, *args.train]
     return [
         (annotated, ["annotate", args.model_name_or_path, "--annotator", "trace", "--dataset_name", args.dataset_name,
-                     "--output", str(annotated), "--report", str(output / "report.json"), *rows]),
+                     "--output_dir", str(annotated), "--report", str(output / "report.json"), *rows]),
         (cold, ["train", "--model_name_or_path", args.model_name_or_path, "--dataset_name", str(annotated),
                 "--dataset_text_field", "annotated_text", "--e_steps", "0", "--m_steps", str(args.cold_steps),
                 "--output_dir", str(cold), *trained]),

@@ -274,7 +274,7 @@ def test_the_command(places, tmp_path, capsys):
     ("words", "says"),
     [
         (["--lines", "0"], "`lines` is 0"),
-        (["--documents", "-1"], "`documents` is -1"),
+        (["--documents", "-1"], "`max_documents` is -1"),
         (["--factor", "1"], "`factor` is 1.0"),
         (["--gamma", "1"], "`gamma` is 1.0"),
         (["--output", "no/such/file"], "`output` is 'no/such/file'"),

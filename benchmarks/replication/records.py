@@ -134,6 +134,13 @@ class UseRecipe:
     version: int = 1
 
 
+# Measures that lie between 0 and 1, so that their intervals do.
+SHARES = frozenset({
+    "think_hard", "think_easy", "comment_right", "accuracy", "accuracy_forced", "accuracy_never", "think_first",
+    "think_second", "think_third", "rlvr_last",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LatentUse:
     """How a checkpoint uses latents where several lines can share one.

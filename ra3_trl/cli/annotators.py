@@ -23,25 +23,6 @@ _FORMATS = ("python", "python_tags")
 _WIDTH = 40
 
 
-def add_annotator_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--annotator`, `--keep` and `--report`."""
-    group = parser.add_argument_group("annotator")
-    group.add_argument(
-        "--annotator", default="policy", help="who proposes latents: policy (the checkpoint, or `--proposal`), or "
-        "trace: runs each Python text with its assertions, doctests and the tests of its row (columns `tests`, "
-        "`test_list`) in the sandbox, and says before them which values its variables took; the checkpoint is the "
-        "student (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep", default="resample", help="of an annotator's proposals: resample (drawn by what they bring the "
-        "student, as its own latents are, see `prior_alpha`), or all (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--report", metavar="FILE", help="write there, as JSON, how many proposals there were in this run, which were "
-        "kept, why not, a histogram of what they bring, and the ten best and worst",
-    )  # fmt: skip
-
-
 def check_annotator(options: argparse.Namespace) -> None:
     """Refuses what can't work.
 

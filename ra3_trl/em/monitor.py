@@ -194,7 +194,7 @@ def rollout_sums(
         origin = "" if group.view is None else "hindsight/"
         bounds = code_bounds(group, weight)
         if rollout.scored_live:
-            sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
+            sums.add_total(origin + "elbo", -bounds.elbo, bounds.tokens)  # lower is better, as held-out
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not group.boundaries:
             continue
