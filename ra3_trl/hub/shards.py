@@ -221,7 +221,7 @@ class ShardedAnnotation:
         if entry is not None and (entry.rows_in, entry.rows_hash) != (shard.size, shard.digest()):
             raise ValueError(
                 f"rows {shard.first_row} to {shard.numbers[-1]} of the corpus are not those that {entry.file} was "
-                "made of; give the corpus as it was, or name another `output`."
+                "made of; give the corpus as it was, or name another `output_dir`."
             )
         return entry is not None
 
