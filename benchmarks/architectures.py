@@ -24,9 +24,9 @@ from ra3_trl.em import check_packing
 from ra3_trl.records import TokenTable
 from ra3_trl.rollout import FORWARD_ERRORS, Backbone, SamplingParams, build_engine, in_a_line
 from ra3_trl.segmentation import build_token_table
+from ra3_trl.testbed import make_tokenizer
 
 from .common import say
-from .replication.testbed import make_tokenizer
 
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

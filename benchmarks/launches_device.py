@@ -211,7 +211,7 @@ class Watch:
         if name in _PICKS:
             # Of a change in place: what is put there, or as many numbers as the index has (in each row of a column).
             put = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor)] if name.endswith("_") else results
-            rows = args[0].numel() // self.vocab_size if name == "index_fill_" else 1
+            rows = args[0].numel() // args[0].shape[args[1]] if name == "index_fill_" else 1
             return 2 * max((x.numel() * rows for x in put), default=0) * args[0].element_size()
         read = () if name in _SHAPE_ONLY else tree_leaves((args, {**kwargs, "out": None}))
         moved = [x for x in (*read, *results) if isinstance(x, torch.Tensor) and self._has_logits(x)]

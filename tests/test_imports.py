@@ -23,8 +23,8 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("rewards", "evaluation", "hub"),
     ("em", "rlvr"),
     ("report", "arguments", "saving"),
-    ("trainer",),
-    ("experimental",),
+    ("trainer", "testbed"),
+    ("experimental", "integrations"),
     ("cli", "examples"),
     ("benchmarks",),
 )

@@ -15,15 +15,13 @@ import pytest
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
 
-from benchmarks.replication import bases, rlvr, run, testbed
+from benchmarks.replication import bases, rlvr, run
 from benchmarks.replication.base import last_checkpoint, pretrain
 from benchmarks.replication.bases import find_bases, seeded
 from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
-from benchmarks.replication.measure import gates
 from benchmarks.replication.mid import load, midtrain
 from benchmarks.replication.records import (
     BaseRecipe,
-    Corpus,
     Curve,
     FillRecipe,
     MeasureRecipe,
@@ -38,6 +36,8 @@ from benchmarks.replication.table import ArmResult, Form, rows, samples, starts
 from ra3_trl.analysis import Estimate, t_quantile
 from ra3_trl.experimental.hindsight.prompts import fim_template
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table
+from ra3_trl.testbed import Corpus, gates
+from ra3_trl.testbed import corpus as testbed
 
 
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from transformers import (
     DataCollatorForLanguageModeling,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -22,15 +21,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from ra3_trl.testbed import fresh_model, make_tokenizer, programs, tokenized
 from ra3_trl.versions import CHECKPOINTING
 
 from .records import BaseRecipe
 from .store import Store
-from .testbed import make_tokenizer, programs
 
 
 GATE = 0.4
-HEADS = 4
 CAREFUL_DATA = 30_000  # added to the seed, so that no phase sees the programs of another
 QUIET = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
@@ -41,36 +39,13 @@ QUIET = {
 def first_model(store: Store, recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """What pre-training begins with: random weights, or another base's with rows for the tokens that it lacks."""
     if recipe.start is None:
-        return fresh_model(recipe, tokenizer)
+        shape = {"rope_theta": recipe.rope_theta, "initializer_range": recipe.initializer_range}
+        return fresh_model(tokenizer, recipe.seed, recipe.layers, recipe.width, **shape)
     pretrain(store, recipe.start)
     model = LlamaForCausalLM.from_pretrained(store.folder(recipe.start) / "model")
     torch.manual_seed(recipe.seed)
     model.resize_token_embeddings(len(tokenizer))
     return model
-
-
-def fresh_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights (0.335 M parameters in the default shape)."""
-    torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=8 * recipe.width // 3,
-            num_hidden_layers=recipe.layers, num_attention_heads=HEADS, max_position_embeddings=1024,
-            initializer_range=recipe.initializer_range, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-
-
-def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """Token ids of each program and the end of the text."""
-
-    def encode(rows):
-        return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]}
-
-    return data.map(encode, batched=True, remove_columns=data.column_names)
 
 
 def last_checkpoint(folder: Path) -> str | None:

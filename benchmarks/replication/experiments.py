@@ -26,15 +26,16 @@ from statistics import fmean
 from typing import Any
 
 from ra3_trl.analysis import Estimate
+from ra3_trl.testbed import Corpus
+from ra3_trl.testbed.corpus import KNOWN_LINES
 
 from ..common import say
 from .base import GATE
 from .bases import find_bases
 from .measure import latent_use, measure
 from .mid import midtrain
-from .records import BaseRecipe, Corpus, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
+from .records import SHARES, BaseRecipe, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import KNOWN_LINES
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,9 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
             found.setdefault(arm, []).append(values)
     names = found[next(iter(found))][0]
     rows = {
-        name: {arm: asdict(Estimate.of(tuple(run[name] for run in seen))) for arm, seen in found.items()}
+        name: {
+            arm: asdict(Estimate.of(tuple(run[name] for run in seen), name in SHARES)) for arm, seen in found.items()
+        }
         for name in names
     }
     rows["gain"] = {arm: asdict(Estimate.of(tuple(last_gain(run.get(arm)) for run in runs))) for arm in found}

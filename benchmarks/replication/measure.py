@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -12,56 +11,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from ra3_trl import ThinkLogitsProcessor
 from ra3_trl.experimental.hindsight import HindsightTrainer
+from ra3_trl.testbed import complete, examples, observe, programs, think_probs
+from ra3_trl.testbed.corpus import boundaries, comments_before, fillings, is_hard
 
-from .mid import MAX_LATENT, config, load, model_folder
+from .mid import config, load, model_folder
 from .records import FillRecipe, Fills, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
 from .store import Store
-from .testbed import boundaries, comments_before, examples, fillings, is_hard, is_right, programs
-
-
-_NEW_TOKENS = MAX_LATENT + 8  # for each hard line: a comment with `#` and newline, and `assert c==5`
-_BOUNDARIES_AT_ONCE = 64
-
-
-@torch.no_grad()
-def think_probs(model, tokenizer, texts: list[str]) -> Iterator[tuple[str, float]]:
-    """Each line but a text's first, and the probability of the think prefix (one token here) before it."""
-    think, newline = tokenizer.convert_tokens_to_ids(["#", "\n"])
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        probs = model(input_ids=ids).logits[0].softmax(-1)[:, think]
-        lines = text.splitlines()
-        ends = (ids[0] == newline).nonzero().flatten().tolist()[:-1]  # nothing follows the last
-        yield from zip(lines[1:], probs[ends].tolist(), strict=True)
-
-
-def gates(model, tokenizer, texts: list[str]) -> tuple[float, float]:
-    """Mean probability of the think prefix before hard and before easy lines."""
-    hard, easy = [], []
-    for line, prob in think_probs(model, tokenizer, texts):
-        (hard if is_hard(line) else easy).append(prob)
-    return fmean(hard), fmean(easy)
-
-
-@torch.no_grad()
-def complete(model, tokenizer, prompts: list[str], think: str | None, seed: int, lines: int = 1) -> list[str]:
-    """A sampled completion of each prompt with tokens for so many hard lines, temperature 1, with `think` as in
-    [`ThinkLogitsProcessor`], or nothing of the kind."""
-    torch.manual_seed(seed)
-    found = []
-    for begin in range(0, len(prompts), _BOUNDARIES_AT_ONCE):
-        batch = tokenizer(
-            prompts[begin : begin + _BOUNDARIES_AT_ONCE], return_tensors="pt", padding=True, padding_side="left"
-        )
-        knobs = [ThinkLogitsProcessor(tokenizer, think, max_latent_length=MAX_LATENT)] if think else []
-        out = model.generate(
-            **batch, max_new_tokens=lines * _NEW_TOKENS, do_sample=True, top_k=0, logits_processor=knobs,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return found
 
 
 def measure(store: Store, recipe: MeasureRecipe) -> Measures:
@@ -70,24 +26,15 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
     def work(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(model_folder(store, recipe.start))
         model.eval()
-        texts = list(programs(recipe.corpus, recipe.seed, recipe.programs)["text"])
-        cases = list(examples(recipe.corpus, recipe.seed + 1, recipe.tasks))
-        prompts, answers = [case.prompt for case in cases], [case.answer for case in cases]
-        said = {
-            think: complete(model, tokenizer, prompts, think, recipe.seed, recipe.corpus.hard_lines)
-            for think in ("auto", "always", "never")
-        }
-        right = {k: fmean(map(is_right, v, answers)) for k, v in said.items()}
-        comments = [text.split("\n")[0] for text in said["always"]]
-        hard, easy = gates(model, tokenizer, texts)
+        seen = observe(model, tokenizer, recipe.corpus, recipe.seed, recipe.programs, recipe.tasks)
         found = Measures(
-            hard,
-            easy,
-            fmean(comment == case.comment for comment, case in zip(comments, cases, strict=True)),
+            seen.think_hard,
+            seen.think_easy,
+            seen.comments,
             **bounds(model, tokenizer, recipe),
-            accuracy=right["auto"],
-            accuracy_forced=right["always"],
-            accuracy_never=right["never"],
+            accuracy=seen.right["auto"],
+            accuracy_forced=seen.right["always"],
+            accuracy_never=seen.right["never"],
         )
         return asdict(found)
 

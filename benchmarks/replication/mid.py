@@ -8,14 +8,14 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ra3_trl.experimental.hindsight import HindsightConfig, HindsightTrainer
+from ra3_trl.testbed import programs
+from ra3_trl.testbed.behaviour import MAX_LATENT
 
 from .base import QUIET, pretrain, resume
 from .records import BaseRecipe, MidRecipe
 from .store import Store
-from .testbed import programs
 
 
-MAX_LATENT = 16  # `7*4=8+9=7-2=5` has 13 tokens
 MID_DATA = 10_000  # as `CAREFUL_DATA`
 _LOGGED = (
     "estep/gain",

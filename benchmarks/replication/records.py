@@ -7,56 +7,9 @@ which the result is kept (`store.py`). `version` is raised by hand when code cha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """How programs are written, see `testbed.py`.
-
-    Args:
-        stanzas (`int`, *optional*, defaults to `6`):
-            Stanzas of a program.
-        operations (`int`, *optional*, defaults to `3`):
-            Serial operations of an expression.
-        hard_rate, easy_rate (`float`, *optional*, defaults to `0`):
-            Share of hard and of easy lines with a comment before them; 0 is the expert.
-        right (`float`, *optional*, defaults to `1`):
-            Share of the comments before hard lines whose steps are all right.
-        predicates (`bool`, *optional*, defaults to `False`):
-            Whether a stanza has three hard lines that share a comment, in the place of one that states the value.
-        useless (`float`, *optional*, defaults to `0`):
-            Share of the comments before hard lines that are a single digit, as those before easy lines are.
-        filled (`float`, *optional*, defaults to `0`):
-            Share of the texts that are written for filling in the middle, the comment between a program's beginning
-            and the lines that follow it; it is right whatever `right` says of the others.
-    """
-
-    stanzas: int = 6
-    operations: int = 3
-    hard_rate: float = 0.0
-    easy_rate: float = 0.0
-    right: float = 1.0
-    predicates: bool = False
-    useless: float = 0.0
-    filled: float = 0.0
-    version: int = 1
-
-    @property
-    def hard_lines(self) -> int:
-        """Hard lines of a stanza."""
-        return 3 if self.predicates else 1
-
-
-@dataclass(frozen=True)
-class Example:
-    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment.
-
-    With predicates the answer is all three lines."""
-
-    prompt: str
-    answer: str
-    comment: str
+from ra3_trl.testbed import Corpus
 
 
 @dataclass(frozen=True)
@@ -181,6 +134,13 @@ class UseRecipe:
     version: int = 1
 
 
+# Measures that lie between 0 and 1, so that their intervals do.
+SHARES = frozenset({
+    "think_hard", "think_easy", "comment_right", "accuracy", "accuracy_forced", "accuracy_never", "think_first",
+    "think_second", "think_third", "rlvr_last",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LatentUse:
     """How a checkpoint uses latents where several lines can share one.
@@ -254,6 +214,19 @@ class Curve:
 
 
 # ---- a real checkpoint ----
+
+
+class TrainingRecipe(Protocol):
+    """What any training of a real checkpoint sets."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)

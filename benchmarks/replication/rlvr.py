@@ -8,11 +8,12 @@ from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
+from ra3_trl.testbed.corpus import right_line, tasks
+
 from .base import QUIET, resume
 from .mid import load, model_folder
 from .records import Curve, RlvrRecipe
 from .store import Store
-from .testbed import right_line, tasks
 
 
 RLVR_DATA = 20_000  # as `CAREFUL_DATA`

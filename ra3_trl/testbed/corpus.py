@@ -35,13 +35,11 @@ import math
 import operator
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-
-from .records import Corpus, Example
 
 
 MODULUS = 10
@@ -52,6 +50,55 @@ FILL = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # of corpora with texts
 KNOWN_LINES = 1  # that stand behind the middle
 COMPARISONS = ("%", ">", "<")  # of predicates; a corpus without them has a vocabulary without them
 _OPERATIONS = {"*": operator.mul, "+": operator.add, "-": operator.sub}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How the testbed's programs are written.
+
+    Args:
+        stanzas (`int`, *optional*, defaults to `6`):
+            Stanzas of a program.
+        operations (`int`, *optional*, defaults to `3`):
+            Serial operations of an expression.
+        hard_rate, easy_rate (`float`, *optional*, defaults to `0`):
+            Share of hard and of easy lines with a comment before them; 0 is the expert.
+        right (`float`, *optional*, defaults to `1`):
+            Share of the comments before hard lines whose steps are all right.
+        predicates (`bool`, *optional*, defaults to `False`):
+            Whether a stanza has three hard lines that share a comment, in the place of one that states the value.
+        useless (`float`, *optional*, defaults to `0`):
+            Share of the comments before hard lines that are a single digit, as those before easy lines are.
+        filled (`float`, *optional*, defaults to `0`):
+            Share of the texts that are written for filling in the middle, the comment between a program's beginning
+            and the lines that follow it; it is right whatever `right` says of the others.
+    """
+
+    stanzas: int = 6
+    operations: int = 3
+    hard_rate: float = 0.0
+    easy_rate: float = 0.0
+    right: float = 1.0
+    predicates: bool = False
+    useless: float = 0.0
+    filled: float = 0.0
+    version: int = 1
+
+    @property
+    def hard_lines(self) -> int:
+        """Hard lines of a stanza."""
+        return 3 if self.predicates else 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A verifiable task: `d=3\\nc=(7*4+9-2)%10\\n`, its only right line `assert c==5`, and the right comment.
+
+    With predicates the answer is all three lines."""
+
+    prompt: str
+    answer: str
+    comment: str
 
 
 def make_tokenizer(corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
