@@ -21,7 +21,7 @@ class Liar{bases}:
     __float__ = lambda self: 0.0
     __bool__ = lambda self: False
     __hash__ = lambda self: 9
-    __iter__ = lambda self: iter(())
+    {items}
     for name in "add sub mul truediv floordiv mod pow and or xor".split():
         for side in "", "r", "i":
             locals()[f"__{{side}}{{name}}__"] = {gives}
@@ -56,6 +56,17 @@ NEAR = (
     "import unittest\nunittest.TestCase().assertEqual(f(3), 9)\nassert True",
     "import unittest\nunittest.TestCase().assertAlmostEqual(f(3), 9)\nassert True",
 )
+SETS = (
+    "assert f(3) == {9}",
+    "assert not f(3) - {9}",
+    "assert not f(3) ^ {9}",
+    "assert len({9} - f(3)) == 0",
+    "assert len(f(3) ^ {9}) == 0",
+    "assert list(f(3) - {9}) == []",
+    "assert sorted({9} - f(3)) == []",
+    "assert f(3) ^ {9} == set()",
+    "assert all(False for _ in f(3) - {9})",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +79,14 @@ def judge():
 @pytest.mark.parametrize("bases", ["", "(int)", "(float)", "(complex)", "(Mixin, int)", "(Exception)"])
 @pytest.mark.parametrize("gives", ["none", "own", "yes"])
 def test_no_operator_passes_an_assertion(judge, bases, gives):
+    # Items by an iterator or, for every second, by numbers.
+    items = "__iter__ = lambda self: iter(())" if len(bases) % 2 else "__getitem__ = lambda self, index: [][index]"
     mixin = "class Mixin:\n    __abs__ = lambda self: 0\n    __sub__ = lambda self, other: self\n"
-    program = mixin + LIAR.format(bases=bases, gives=gives)
-    results = [judge.submit(Problem(tests=(test,)), program) for test in NEAR]
-    assert [test for test, result in zip(NEAR, results, strict=True) if result.result().verdict == "passed"] == []
+    program = mixin + LIAR.format(bases=bases, gives=gives, items=items)
+    results = [judge.submit(Problem(tests=(test,)), program) for test in NEAR + SETS]
+    assert [
+        test for test, result in zip(NEAR + SETS, results, strict=True) if result.result().verdict == "passed"
+    ] == []
 
 
 @needs_bwrap
@@ -79,6 +94,7 @@ def test_the_same_tests_pass_for_an_honest_program(judge):
     honest = "def f(x): return x * x\n"
     plain = [test for test in NEAR if " in f(3)" not in test]  # a number holds nothing
     results = [judge.submit(Problem(tests=(test,)), honest) for test in plain]
+    results += [judge.submit(Problem(tests=(test,)), "def f(x): return {x * x}\n") for test in SETS]
     assert {result.result().verdict for result in results} == {"passed"}
 
 

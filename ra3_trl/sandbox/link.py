@@ -9,6 +9,7 @@ import builtins
 import secrets
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,6 +51,7 @@ class Link:
         self.last_raised: list[Any] = []
         self.gone: Gone | None = None  # kept, since a bare `except:` of the tests would swallow it
         self.busy = False
+        self.turn = threading.RLock()  # tests may have threads
         mirrors.LINK[:] = [self]
 
     def ask(self, do: str, *arguments: Any) -> Any:
@@ -59,6 +61,10 @@ class Link:
             `Gone`: if it has ended, or answers what was not asked: from then on.
             `ProgramError`: for arguments that can't be sent, and what tests must not meet.
         """
+        with self.turn:
+            return self._ask(do, arguments)
+
+    def _ask(self, do: str, arguments: tuple[Any, ...]) -> Any:
         if self.gone is not None:
             raise self.gone
         self.last_raised = []
@@ -97,6 +103,8 @@ class Link:
     def _exchange(self, do: str, request: dict[str, Any]) -> tuple[Any, list[Any]]:
         number = secrets.token_hex(8)
         request |= {"number": number, "do": do}
+        if captures := sys.stdout is not sys.__stdout__:
+            request["prints"] = True
         if self.forgotten:
             request["forget"], self.forgotten = self.forgotten, []
             for gone in request["forget"]:
@@ -105,6 +113,8 @@ class Link:
         answer = wire.receive(self.connection)
         if not isinstance(answer, dict) or answer.pop("number", None) != number or "value" not in answer:
             raise wire.WireError("an answer that was not asked for")
+        if captures and "printed" in answer:
+            sys.stdout.write(str(answer.pop("printed")))
         value = values.Unpacker(self._resolve, self.shared).message(answer)
         if answer.get("names"):
             value, *names = value
@@ -151,7 +161,7 @@ class Link:
         if id(value) in self.numbers:
             return ["object", self.numbers[id(value)]]
         if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-            return packer.made("iterator", values.read_iterator(value))
+            return ["made", "iterator", packer.later(values.read_iterator(value))]
         raise ProgramError(f"tests pass a {type(value).__name__}, which is no plain value; run them inside")
 
     def _resolve(self, node: list, unpacker: values.Unpacker) -> Any:
@@ -183,11 +193,11 @@ class Link:
                 self.hashes[number] = int(about[1])
             return self._keep_while_used(number, lambda: object.__new__(kind))
         if tag == "raised":
-            return self._keep(number, values.make_error(kind, *unpacker.of(about[1])))
+            return self._keep(number, values.make_error(kind, *unpacker.items(about[1])))
         if tag == "container":
             base = standard.SHARED[about[1]]
             return self._keep(number, base.__new__(kind, *(about[2][:1] if about[1] == "array" else ())))
-        base, plain = standard.STANDARD[f"builtins.{about[1]}"], unpacker.of(about[2])
+        base, (plain,) = standard.STANDARD[f"builtins.{about[1]}"], unpacker.items(about[2])
         return self._keep(number, base.__new__(kind, *([plain] if type(plain) is base else [])))
 
     def _keep(self, number: int, value: Any) -> Any:

@@ -9,7 +9,7 @@ So that no overloaded operator passes an assertion:
 - objects compare with each other, as the program says, and never with what tests have: `f(2) == 4` is false for all
   of a program's objects, and `4 in f(2)` looks at what it iterates over;
 - an operator with one of the tests' own values gives an object of the program again or is refused, and that object
-  has no truth and is no number: else `abs(f(2) - 4) < 1e-6` could be what the program likes.
+  has no truth, length or items and is no number: else `abs(f(2) - 4) < 1e-6` could be what the program likes.
 
 Imports nothing of this package by its name, since only this folder is there.
 """
@@ -27,7 +27,7 @@ import standard
 
 _ONE_BY_ONE, _AT_ONCE = 16, 512  # items of an iterator that are asked for singly, and then at most together
 _COMPARISONS = "eq ne lt le gt ge"
-_NUMBERS = "bool int float complex index round trunc floor ceil neg pos abs invert"
+_TELLING = "bool int float complex index round trunc floor ceil neg pos abs invert len iter reversed"
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor"
 # What a value that derives from a plain one asks of the program all the same, if its class has it.
 _OF_VALUES = "call enter exit repr str format missing getitem setitem delitem len iter"
@@ -146,6 +146,8 @@ def mirror_class(described: tuple[Any, ...]) -> type[Any]:
         short = method.strip("_")
         if not of_value or short in _OF_VALUES.split():
             space[method] = _special(method, short)
+        if "__getitem__" in special and "__iter__" not in special:
+            space["__iter__"] = _items
     if of_value:  # its own methods come before those of the plain class
         plain = {attribute for base in bases if type(base) is not MirrorType for attribute in dir(base)}
         space |= {attribute: _asked_for(attribute) for attribute in plain & set(own)}
@@ -185,7 +187,7 @@ def _special(name: str, short: str) -> Callable[..., Any]:
     def contains(self: Any, item: Any) -> bool:
         return ask(self, item) if LINK[0].number(item) is not None else any(item is x or item == x for x in self)
 
-    def number(self: Any, *arguments: Any) -> Any:
+    def tell(self: Any, *arguments: Any) -> Any:
         if LINK[0].number(self) in LINK[0].tainted:
             raise TypeError(f"`{name}` of an object that the program made of a value of the tests")
         result = ask(self, *arguments)
@@ -204,7 +206,19 @@ def _special(name: str, short: str) -> Callable[..., Any]:
         return compare
     if short in _OPERATORS.split() or short[1:] in _OPERATORS.split():
         return lambda self, other: _operate(name, self, other)
-    return number if short in _NUMBERS.split() else special.get(short, ask)
+    return tell if short in _TELLING.split() else special.get(short, ask)
+
+
+def _items(self: Any) -> Iterator[Any]:
+    """The items of an object that Python would iterate over by its numbered items."""
+    if LINK[0].number(self) in LINK[0].tainted:
+        raise TypeError("items of an object that the program made of a value of the tests")
+    for index in itertools.count():
+        try:
+            item = self[index]
+        except IndexError:
+            return
+        yield item
 
 
 def _operate(name: str, left: Any, right: Any) -> Any:

@@ -91,6 +91,7 @@ class Program:
         self.shared = values.Shared(-1)
         self.names: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}  # names that tests use, as they have them
+        self.printed = 0  # bytes
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def serve(self) -> None:
@@ -102,16 +103,16 @@ class Program:
             number = request["number"]
             try:
                 value = self._answer(request)
-                answer = self._message(value)
-                sys.stdout.flush()
+                answer = self._message(value) | self._printed(request)
                 if self.own_pid() != self.pid:  # forked by the program: its parent answers, or nobody
                     os.kill(self.own_pid(), signal.SIGKILL)
                 wire.send(self.connection, {"number": number, **answer})
             except BaseException as error:
+                answer = {"raised": describe(error), **self._raised(error)}
                 with contextlib.suppress(OSError):  # the file that it prints to may be full
+                    answer |= self._printed(request)
                     traceback.print_exc(limit=-3)
-                    sys.stdout.flush()
-                wire.send(self.connection, {"number": number, "raised": describe(error), **self._raised(error)})
+                wire.send(self.connection, {"number": number, **answer})
 
     def _message(self, value: Any) -> dict[str, Any]:
         """An answer, with the names that the program has bound anew since the last."""
@@ -122,6 +123,14 @@ class Program:
             return packer.message((value, *changed.items())) | {"names": True}
         return packer.message(value)
 
+    def _printed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the program has printed since the request, for tests that catch it."""
+        sys.stdout.flush()
+        if "prints" not in request:
+            return {}
+        size = min(os.fstat(1).st_size - self.printed, 2**20)
+        return {"printed": os.pread(1, size, self.printed).decode(errors="replace")}
+
     def _raised(self, error: BaseException) -> dict[str, Any]:
         try:
             return self._message(error)
@@ -131,6 +140,8 @@ class Program:
     def _answer(self, request: dict[str, Any]) -> Any:
         for number in request.get("forget", ()):
             self._forget(number)
+        if "prints" in request:
+            self.printed = os.fstat(1).st_size
         if "call" in request:
             return self.objects[request["call"]](*request["atoms"])
         arguments = values.Unpacker(self._resolve, self.shared).message(request)
@@ -157,6 +168,8 @@ class Program:
 
     def do_special(self, target: Any, name: str, *arguments: Any) -> Any:
         method = getattr(type(target), name, None)
+        if method is None and name == "__getitem__" and isinstance(target, type):
+            return target[arguments[0]]
         if method is None:
             raise TypeError(f"{type(target).__name__!r} object does not support `{name}`")
         return method(target, *arguments)
@@ -225,13 +238,13 @@ class Program:
             return ["iterator", number, kind.__name__]
         about = [number, self._class_of(kind, packer)]
         if issubclass(kind, BaseException):
-            return ["raised", *about, packer.element((values.args_of(value), *values.details_of(value)))]
+            return ["raised", *about, packer.later([values.args_of(value), *values.details_of(value)])]
         for tag, base in standard.SHARED.items():
             if issubclass(kind, base):  # it has the same number as a container and as an object
                 return ["container", *about, *packer.share(tag, value, number=number)[::2]]
         for base in _BASES:
             if issubclass(kind, base):
-                return ["value", *about, base.__name__, packer.element(_as(base, value))]
+                return ["value", *about, base.__name__, packer.later([_as(base, value)])]
         return ["instance", *about, _hash(value)]
 
     def _class_of(self, kind: type[Any], packer: values.Packer) -> Any:

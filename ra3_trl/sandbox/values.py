@@ -160,10 +160,11 @@ class Packer:
             return ["error", standard.NAMES[id(kind)], content]
         return self.refer(value, self)
 
-    def made(self, name: str, items: Any) -> list[Any]:
+    def later(self, items: Any) -> list[Any]:
+        """What stands for each item, from when all else is packed: `refer` needs no recursion for what it holds."""
         content: list[Any] = []
         self.todo.append((content, items, 1))
-        return ["made", name, content]
+        return content
 
     def share(self, tag: str, value: Any, depth: int = 1, number: int | None = None) -> list[Any]:
         """The node of a container that the other side does not have yet."""
