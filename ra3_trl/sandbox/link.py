@@ -29,7 +29,7 @@ class Gone(BaseException):
     """The program ended, or answered what was not asked. No `Exception`, so that no test can catch it by accident."""
 
 
-class ProgramError(Exception):
+class ProgramError(values.NotPlain):
     """The program raised what would end the tests, or tests asked for what can't be."""
 
 
@@ -105,8 +105,9 @@ class Link:
         request |= {"number": number, "do": do}
         if captures := sys.stdout is not sys.__stdout__:
             request["prints"] = True
-        if self.forgotten:
-            request["forget"], self.forgotten = self.forgotten, []
+        if self.forgotten or self.shared.dropped:
+            request["forget"], self.forgotten = self.forgotten + self.shared.dropped, []
+            self.shared.dropped = []
             for gone in request["forget"]:
                 self.makers.pop(gone, None)
         wire.send(self.connection, request)

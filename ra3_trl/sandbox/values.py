@@ -30,6 +30,10 @@ class WireError(ValueError):
     """What came is not what was agreed on, or too much of it."""
 
 
+class NotPlain(Exception):
+    """A value that can't be sent."""
+
+
 class Shared:
     """The containers that both sides have, by their numbers: one side's go up from 1, the other's down from -1."""
 
@@ -38,6 +42,7 @@ class Shared:
         self.values: dict[int, tuple[str, Any]] = {}
         self.numbers: dict[int, int] = {}
         self.states: dict[int, list[Any]] = {}  # as both sides know them
+        self.dropped: list[int] = []  # numbers that the other side must be told to forget
 
     def add(self, tag: str, value: Any, number: int | None = None) -> int:
         if number is None:
@@ -95,19 +100,32 @@ class Packer:
             return {"value": value}
         try:
             message = {"value": self.element(value)}
-            changed = [number for number in self.shared.states if self.shared.is_changed(number)]
-            changes = [[number, *self._change(number)] for number in changed]
         except BaseException:
-            for number in self.added:
-                self.shared.forget(number)
+            self._undo(0, 0)
             raise
+        changes = []
+        for number in [number for number in self.shared.states if self.shared.is_changed(number)]:
+            nodes, added = len(self.nodes), len(self.added)
+            try:
+                changes.append([number, *self._change(number)])
+            except NotPlain:  # it holds what can't be sent: from now on each side has its own
+                self._undo(nodes, added)
+                self.shared.forget(number)
+                self.shared.dropped.append(number)
         if changes:
             message["changes"] = changes
-        for number in (*self.added, *changed):
+        for number in (*self.added, *(number for number, *_ in changes)):
             self.shared.note(number)
         if self.nodes:
             message["nodes"] = self.nodes
         return message
+
+    def _undo(self, nodes: int, added: int) -> None:
+        """Goes back to so many nodes and containers."""
+        for number in self.added[added:]:
+            self.shared.forget(number)
+        del self.nodes[nodes:], self.added[added:]
+        self.todo.clear()
 
     def _change(self, number: int) -> tuple[int, list[Any]]:
         """How many items of a container are as they were, which is of use where lists grow, and those behind them."""
