@@ -145,6 +145,28 @@ def test_no_forged_message_passes(judge, number):
     assert result.passed == 0
 
 
+HIDES = """\
+class Hidden({base}):
+    def __str__(self): raise self
+    __repr__ = __str__
+class Thing:
+    def __enter__(self): return self
+    def __exit__(self, *error): return True
+    def value(self): raise Hidden
+def f(x): return Thing()
+"""
+
+
+@needs_bwrap
+@pytest.mark.parametrize("base", ["Exception", "BaseException", "SystemExit", "KeyboardInterrupt", "AssertionError"])
+def test_an_exception_hides_no_assertion(judge, base):
+    """Neither one that can't be described nor one that the tests' bare `except` takes: 1 of 2 holds."""
+    tests = "try:\n    with f(3) as thing:\n        assert thing.value() == 9\nexcept: pass\nassert True"
+    result = judge(Problem(tests=(tests,)), HIDES.format(base=base))
+    assert result.verdict in ("error", "failed"), result
+    assert result.passed == 1
+
+
 @pytest.mark.parametrize("depth", [900, 5000])
 def test_values_may_be_deep(depth):
     value: list = []

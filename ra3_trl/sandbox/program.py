@@ -297,5 +297,8 @@ def describe_class(kind: type[Any]) -> tuple[Any, ...]:
 def describe(error: BaseException | None) -> list[Any]:
     """`[nearest class of Python's own, message, errno]` of what a program raised."""
     kind = next((k.__name__ for k in type(error).__mro__ if vars(builtins).get(k.__name__) is k), "BaseException")
-    text = str(error) if kind == type(error).__name__ else f"{type(error).__name__}: {error}"
+    try:
+        text = str(error) if kind == type(error).__name__ else f"{type(error).__name__}: {error}"
+    except BaseException:  # the program's own method: what is raised must be known all the same
+        text = type(error).__name__
     return [kind, text[:500], error.errno if isinstance(error, OSError) else None]
