@@ -145,6 +145,17 @@ def test_no_forged_message_passes(judge, number):
     assert result.passed == 0
 
 
+@needs_bwrap
+@pytest.mark.parametrize("tests", ["from math import isclose\n", "import math\nisclose = math.isclose\n"])
+def test_what_tests_have_imported_is_not_bound_anew(judge, tests):
+    """The program has the very function too, and binds its name anew when it is called."""
+    program = (
+        "from math import isclose\ndef f(x):\n    global isclose\n    isclose = lambda *numbers: True\n    return 0\n"
+    )
+    result = judge(Problem(tests=(f"{tests}for i in range(3): assert isclose(f(3), 9)",)), program)
+    assert (result.verdict, result.passed) == ("failed", 0)
+
+
 HIDES = """\
 class Hidden({base}):
     def __str__(self): raise self

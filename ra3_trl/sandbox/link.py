@@ -48,6 +48,7 @@ class Link:
         self.forgotten: list[int] = []
         self.names: dict[str, Any] = {}  # of the program, as it has them
         self.space: dict[str, Any] = {}  # the tests' own
+        self.bound: set[str] = set()  # names that they bind
         self.last_raised: list[Any] = []
         self.gone: Gone | None = None  # kept, since a bare `except:` of the tests would swallow it
         self.busy = False
@@ -129,17 +130,17 @@ class Link:
         """The number of the program's object that `value` mirrors."""
         return self.numbers.get(id(value))
 
-    def load(self, wanted: list[str], needed: list[str], space: dict[str, Any]) -> None:
+    def load(self, wanted: list[str], needed: list[str], bound: list[str], space: dict[str, Any]) -> None:
         """Runs the program and gives tests the names that they asked for: no builtin that it may have replaced."""
         names = dict(self.ask("load", tuple(wanted), tuple(needed)))
         ask_all = {name for name in names if name not in vars(builtins) and not str(name).startswith("__")}
         self.names = {name: names[name] for name in (wanted or ask_all) if name in names}
-        self.space = space
+        self.space, self.bound = space, set(bound)
         space.update(self.names)
 
     def _rename(self, names: dict[str, Any]) -> None:
-        """Takes what the program has bound anew, where the tests have not."""
-        for name in self.names.keys() & names.keys():
+        """Takes what the program has bound anew, but names that tests bind: what they import, it can't replace."""
+        for name in (self.names.keys() & names.keys()) - self.bound:
             if self.space.get(name) is self.names[name]:
                 self.space[name] = names[name]
             self.names[name] = names[name]

@@ -35,8 +35,8 @@ def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
     """Does the job and returns the exit code.
 
     `job` has a `role` and what it needs: `"program"` has the source `program`; `"tests"` has `setup`, `tests`
-    (sources), `names` (that the tests may have of the program), `needed` (that it must define) and `modules` (that the
-    tests use, with the attributes that they read of each); `"inside"` has all.
+    (sources), `names` (that the tests may have of the program), `needed` (that it must define), `bound` (that the
+    tests bind) and `modules` (that they use, with the attributes that they read of each); `"inside"` has all.
     `channel` is the socket between program and tests, `verdict` the file for the tests' outcomes: descriptors.
     """
     random.seed(0)  # the same program gets the same verdict
@@ -108,7 +108,7 @@ def _run_tests(job: dict[str, Any], outcomes: Outcomes) -> None:
     module = types.ModuleType("__main__")  # as which they read `__name__`
     space = vars(module)
     if outcomes.link is not None:
-        outcomes.link.load(job["names"], job["needed"], space)
+        outcomes.link.load(job["names"], job["needed"], job["bound"], space)
     else:
         space |= run_module(types.ModuleType("program"), job["program"], "<program>") | {"__name__": "__main__"}
     sys.modules["__main__"] = module
