@@ -80,6 +80,13 @@ class MirrorType(type):
     def __setattr__(cls, name: str, value: Any) -> None:
         _ask("set", cls, name, value)
 
+    def __dir__(cls) -> Any:
+        return _ask("special", cls, "__dir__")
+
+    @property
+    def __dict__(cls) -> Any:
+        return _ask("get", cls, "__dict__")
+
     def __bool__(cls) -> bool:
         return True
 
@@ -244,7 +251,24 @@ def mirror_iterator(number: int, kind: str) -> Any:
     """An iterator of the program, as lazy as that is."""
     items = _resumed(number)
     kinds = {"generator": lambda: items, "map": lambda: map(_same, items), "filter": lambda: filter(_true, items)}
-    return kinds.get(kind, lambda: itertools.chain(items))()
+    return kinds.get(kind, lambda: Items(items, kind))()
+
+
+class Items:
+    """An iterator of another class, as which `isinstance` takes it."""
+
+    def __init__(self, items: Iterator[Any], kind: str):
+        self.items, self.kind = items, kind
+
+    def __iter__(self) -> Items:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.items)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return standard.STANDARD.get(f"builtins.{self.kind}", Items)
 
 
 def _same(item: Any) -> Any:
