@@ -31,8 +31,7 @@ _TELLING = "bool int float complex index round trunc floor ceil neg pos abs inve
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor"
 # What a value that derives from a plain one asks of the program all the same, if its class has it.
 _OF_VALUES = "call enter exit repr str format missing getitem setitem delitem len iter"
-_PLAIN = (int, float, complex, str, bytes, tuple, frozenset, list, dict, set, bytearray)
-_PLAIN += (standard.SHARED["deque"], standard.SHARED["array"])  # type: ignore[assignment]
+_PLAIN = (int, float, complex, str, bytes, tuple, frozenset, *standard.SHARED.values())
 _VALUES = (*_PLAIN, BaseException)
 _MODULE = "program"
 

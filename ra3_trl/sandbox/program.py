@@ -283,7 +283,8 @@ def _hash(value: Any) -> int | None:
 def describe_class(kind: type[Any]) -> tuple[Any, ...]:
     """What tests know of a class: name, documentation, base classes, special methods, whether its objects have a hash
     of their own or none (`None`), names of its own, its name in the standard library, annotations."""
-    own = {name for base in kind.__mro__ if base.__module__ != "builtins" for name in vars(base)}
+    plain = {*_BASES, *standard.SHARED.values()}
+    own = {n for base in kind.__mro__ if base.__module__ != "builtins" and base not in plain for n in vars(base)}
     named = standard.NAMES.get(id(kind))
     special = tuple(name for name in _NAMES if name in own or (named and hasattr(kind, name)))
     hashed = None if kind.__hash__ is None else kind.__hash__ is not object.__hash__

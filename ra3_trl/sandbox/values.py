@@ -265,7 +265,9 @@ class Unpacker:
                 else:
                     value = self.values[index] = standard.empty(tag, content)
                 if tag == "defaultdict":
-                    value.default_factory = self.of(content[0])
+                    object.__setattr__(value, "default_factory", self.of(content[0]))
+                elif tag == "deque":
+                    deque.__init__(value, (), content[0])
                 self.shared.add(tag, value, number)
                 made[number] = tag, value, content
         return made
