@@ -53,8 +53,8 @@ NEAR = (
     "assert f(3) >= 9",
     "x = f(3)\nx -= 9\nassert not x",
     "x = 9\nx -= f(3)\nassert abs(x) < 1e-6",
-    "import unittest\nunittest.TestCase().assertEqual(f(3), 9)\nassert True",
-    "import unittest\nunittest.TestCase().assertAlmostEqual(f(3), 9)\nassert True",
+    "import unittest\nassert unittest.TestCase().assertEqual(f(3), 9) is None",
+    "import unittest\nassert unittest.TestCase().assertAlmostEqual(f(3), 9) is None",
 )
 SETS = (
     "assert f(3) == {9}",
@@ -75,6 +75,12 @@ def judge():
         yield made
 
 
+def each(tests: tuple[str, ...]) -> Problem:
+    """All tests at once, each of which goes on where one before raises."""
+    texts = ["try:\n" + "".join(f"    {line}\n" for line in test.splitlines()) for test in tests]
+    return Problem(tests=tuple(f"{text}except Exception: pass\n" for text in texts))
+
+
 @needs_bwrap
 @pytest.mark.parametrize("bases", ["", "(int)", "(float)", "(complex)", "(Mixin, int)", "(Exception)"])
 @pytest.mark.parametrize("gives", ["none", "own", "yes"])
@@ -82,20 +88,16 @@ def test_no_operator_passes_an_assertion(judge, bases, gives):
     # Items by an iterator or, for every second, by numbers.
     items = "__iter__ = lambda self: iter(())" if len(bases) % 2 else "__getitem__ = lambda self, index: [][index]"
     mixin = "class Mixin:\n    __abs__ = lambda self: 0\n    __sub__ = lambda self, other: self\n"
-    program = mixin + LIAR.format(bases=bases, gives=gives, items=items)
-    results = [judge.submit(Problem(tests=(test,)), program) for test in NEAR + SETS]
-    assert [
-        test for test, result in zip(NEAR + SETS, results, strict=True) if result.result().verdict == "passed"
-    ] == []
+    result = judge(each(NEAR + SETS), mixin + LIAR.format(bases=bases, gives=gives, items=items))
+    assert result.total == len(NEAR + SETS)
+    assert result.passed == 0, result
 
 
 @needs_bwrap
 def test_the_same_tests_pass_for_an_honest_program(judge):
-    honest = "def f(x): return x * x\n"
-    plain = [test for test in NEAR if " in f(3)" not in test]  # a number holds nothing
-    results = [judge.submit(Problem(tests=(test,)), honest) for test in plain]
-    results += [judge.submit(Problem(tests=(test,)), "def f(x): return {x * x}\n") for test in SETS]
-    assert {result.result().verdict for result in results} == {"passed"}
+    near = tuple(test for test in NEAR if " in f(3)" not in test)  # a number holds nothing
+    assert judge(each(near), "def f(x): return x * x\n").verdict == "passed"
+    assert judge(each(SETS), "def f(x): return {x * x}\n").verdict == "passed"
 
 
 # What a program may send in place of an answer, from its own copy of the protocol.
