@@ -6,10 +6,23 @@ import argparse
 import json
 import sys
 
-from . import architectures, head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import (
+    annotate,
+    architectures,
+    head,
+    launches,
+    phases,
+    picture,
+    proposals,
+    replication,
+    rollout,
+    sandbox,
+    traces,
+)
 
 
 BENCHMARKS = {
+    "annotate": annotate,
     "architectures": architectures,
     "rollout": rollout,
     "phases": phases,
@@ -17,6 +30,7 @@ BENCHMARKS = {
     "head": head,
     "proposals": proposals,
     "sandbox": sandbox,
+    "traces": traces,
     "replication": replication,
     "picture": picture,
 }

@@ -100,7 +100,7 @@ def test_help_of_every_command(command, capsys):
 
 def test_train_help_is_complete(capsys):
     with pytest.raises(SystemExit):
-        ra3("train", "--help")
+        ra3("train", "--help-all")
     text = capsys.readouterr().out
     options = set(re.findall(r"--(\w+)", text))
     assert train.make_parser().option_names() | {"config", "accelerate_config"} <= options
@@ -216,7 +216,7 @@ def test_train_an_adapter_on_a_file(model, code, tmp_path):
     ann = tmp_path / "annotated"
     assert ra3("annotate", str(output), "--code_dir", code, "--output", str(ann), "--max_documents", "1",
                "--max_length", "256", "--num_latents", "1") == 0  # fmt: skip
-    assert len(datasets.load_from_disk(str(ann))) == 1
+    assert len(datasets.load_dataset(str(ann), split="train")) == 1
 
 
 def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys):
@@ -225,7 +225,9 @@ def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys)
     template = ["--proposal", "template", "--proposal_template", "{prefix}{think}{suffix}"]
     hindsight, plain, output = (str(tmp_path / name) for name in ("hindsight", "plain", "annotated"))
     assert ra3(*common, *template, "--proposal_kl_coef", "0.2", "--output_dir", hindsight) == 0
-    assert "estep/hindsight/gain" in capsys.readouterr().out
+    log = json.loads(Path(hindsight, "trainer_state.json").read_text())["log_history"]
+    (gain,) = (entry["estep/hindsight/gain"] for entry in log if "estep/hindsight/gain" in entry)
+    assert f"{gain:+.2f}" in capsys.readouterr().out  # of an update's row
     assert read_experimental(hindsight) == {
         "proposal": "template", "proposal_lines": 4, "proposal_template": "{prefix}{think}{suffix}",
         "proposal_kl_coef": 0.2,
@@ -331,13 +333,17 @@ def test_dry_run_prints_and_leaves_nothing(model, code, tmp_path, monkeypatch, c
 
 def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
     args = RA3Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=256, e_steps=3,
-                     num_latents=2, max_latent_length=4, per_device_train_batch_size=2,
+                     num_latents=2, max_latent_length=4, per_device_train_batch_size=2, boundary_selection="random",
                      gradient_accumulation_steps=2)  # fmt: skip
     trainer = RA3MidTrainer(model, args, load_code_directory(code))
+    head = trainer.loop.learner and {name: v.clone() for name, v in trainer.loop.learner.head.state_dict().items()}
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     found = estimate(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert head and all(
+        torch.equal(value, head[name]) for name, value in trainer.loop.learner.head.state_dict().items()
+    )
     assert args.max_boundaries == 0
     # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them. G = 2.
     counts, work = found.counts, found.workload
@@ -376,7 +382,7 @@ def test_annotate_round_trip(model, code, tmp_path, comments):
     ]
     settings += ["--existing_comments", comments]
     assert ra3("annotate", model, "--code_dir", code, "--output", str(output), *settings) == 0
-    annotated = datasets.load_from_disk(str(output))
+    annotated = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     assert set(load_code_directory(code).column_names) | {"annotated_text", "latents", "num_boundaries"} == set(
         annotated.column_names
     )
@@ -395,7 +401,8 @@ def test_annotate_round_trip(model, code, tmp_path, comments):
 
 
 def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
-    """Prompts, empty texts and texts that are no Python come through unchanged; a second run refuses the folder."""
+    """Prompts, empty texts and texts that are no Python come through unchanged; a second run has nothing to do, and a
+    folder of something else is refused."""
     file, output = tmp_path / "rows.json", tmp_path / "annotated"
     rows = [
         ("# add\r\n", "x = 1\r\ny = x\r\n"),
@@ -407,14 +414,16 @@ def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
     argv = ["annotate", model, "--dataset_name", str(file), "--output", str(output), "--annotation", "policy",
             "--max_length", "64", "--horizon", "1", "--temperature", "0.7"]  # fmt: skip
     assert ra3(*argv) == 0
-    annotated = datasets.load_from_disk(str(output))
+    annotated = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     for (prompt, completion), row in zip(rows, annotated, strict=True):
         own = {latent["line"] - 1 for latent in row["latents"]}
         lines = row["annotated_text"].split("\n")
         assert "\n".join(line for i, line in enumerate(lines) if i not in own) == prompt + completion
     assert annotated["num_boundaries"][1:3] == [0, 0]
+    before = [path.stat().st_mtime_ns for path in output.glob("*.parquet")]
+    assert ra3(*argv) == 0 and [path.stat().st_mtime_ns for path in output.glob("*.parquet")] == before
     capsys.readouterr()
-    assert ra3(*argv) == 2
+    assert ra3(*argv[:4], "--output", str(tmp_path), *argv[6:]) == 2
     assert "there already" in capsys.readouterr().err
     assert ra3("annotate", model) == 2
     assert "`push_to_hub`" in capsys.readouterr().err
