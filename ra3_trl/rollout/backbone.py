@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -190,9 +191,12 @@ class Backbone:
         hooked = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
         return None if hooked or is_fsdp2(self.model) or is_zero3(self.model) else head.weight
 
-    def chunked(self, hidden_nD: torch.Tensor, reduce: Callable, *per_row: torch.Tensor) -> list[torch.Tensor]:
+    def chunked(
+        self, hidden_nD: torch.Tensor, reduce: Callable, *per_row: torch.Tensor, row_n: np.ndarray | None = None
+    ) -> list[torch.Tensor]:
         """`reduce(logits_chunk, *per_row_chunk) -> tuple of [rows] tensors` over bounded chunks of rows, joined.
 
+        `row_n` are the rows of hidden states that are wanted, if not each once: of equal ones logits are made once.
         With gradients each chunk is recomputed in the backward pass, so that never more than one chunk of logits is
         alive.
         """
@@ -200,12 +204,18 @@ class Backbone:
         if torch.is_grad_enabled() and is_zero3(self.model):  # each call of the head gathers: one on every process
             rows = max(1, len(hidden_nD))
 
-        def run(hidden: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return reduce(self.logits(hidden), *rest)
+        def run(hidden: torch.Tensor, which: torch.Tensor | None, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = self.logits(hidden)
+            return reduce(logits if which is None else logits[which], *rest)
 
         chunks = []
-        for i in range(0, max(1, len(hidden_nD)), rows):
-            chunk = (hidden_nD[i : i + rows], *(p[i : i + rows] for p in per_row))
+        for i in range(0, max(1, len(hidden_nD) if row_n is None else len(row_n)), rows):
+            hidden, which = hidden_nD[i : i + rows], None
+            if row_n is not None:
+                wanted, inverse = np.unique(row_n[i : i + rows], return_inverse=True)
+                hidden = hidden_nD[torch.from_numpy(wanted)]
+                which = None if np.array_equal(inverse, np.arange(len(wanted))) else torch.from_numpy(inverse)
+            chunk = (hidden, which, *(p[i : i + rows] for p in per_row))
             grad = torch.is_grad_enabled()
             chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
         return [torch.cat(column) for column in zip(*chunks, strict=True)]
