@@ -67,8 +67,6 @@ def test_what_comments_offer_runs(page, model_folder, tokenizers, tmp_path, monk
         for code in with_offers(block)[1:]:
             names = {"model": model, "inputs": tokenizer("def f(x):\n", return_tensors="pt"), "tokenizer": tokenizer}
             torch.manual_seed(0)
-            if page == "README.md" and 'threshold=0.5, max_new_tokens=64)  # or "always"' in block:
-                pytest.xfail("README's comment offers what a threshold excludes; the corrected text is on its way")
             exec(compile(code, page, "exec"), names)
 
 

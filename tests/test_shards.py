@@ -154,10 +154,10 @@ def test_a_shard_that_fails_does_not_take_others_along(annotator, alone, tmp_pat
     """Row 1 has no text, row 4 brings the model down; their shards fail, and later they alone are done."""
 
     class Crashing(RowAnnotator):
-        def __call__(self, example):
+        def __call__(self, example, row=None):
             if example.text == TEXTS[4]:
                 raise RuntimeError("out of memory")
-            return super().__call__(example)
+            return super().__call__(example, row)
 
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match=r"2 shards failed, 1 are finished .* shard 0: row 1: `text` is None.*"

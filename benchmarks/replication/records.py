@@ -7,7 +7,7 @@ which the result is kept (`store.py`). `version` is raised by hand when code cha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ra3_trl.testbed import Corpus
 
@@ -214,6 +214,19 @@ class Curve:
 
 
 # ---- a real checkpoint ----
+
+
+class TrainingRecipe(Protocol):
+    """What any training of a real checkpoint sets."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from ..hub import (
     rows_of_a_shard,
 )
 from ..policy import Policy
+from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 from .options import ANNOTATE, PROPOSALS
@@ -51,6 +52,7 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
     for name in ("max_documents", "shard_rows"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
             raise ValueError(f"`{name}` is {vars(options)[name]}; it must be at least 1.")
+    check_annotator(options)
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
     share = _share(options.shard)
@@ -96,7 +98,7 @@ def _check_rows(push: DatasetPush, corpus: Corpus, share: Share, shard_rows: int
 def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard_rows: int) -> Origin:
     """What the manifest compares."""
     settings = {n: getattr(policy.args, n) for n in ANNOTATE if n not in _MACHINE} | policy.proposer.settings
-    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")}
+    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")} | origin_of(options)
     if options.push_to_hub:  # a column is added
         settings |= {n: vars(options)[n] for n in ("license_column", "dataset_license")}
     source = public_name(options.dataset_name or options.code_dir or STANDARD_LIBRARY)
@@ -107,10 +109,12 @@ def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard
 
 def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
     # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
-    flags = {"gate": saved.get("gate", "token")} | flag_settings(options, ANNOTATE)
+    flags = {"gate": saved.get("gate", "token")} | (SETTINGS if options.annotator != "policy" else {})
+    flags |= flag_settings(options, ANNOTATE)
     # Without an accelerator the processes that a launcher started know of each other only so.
     use_cpu = options.use_cpu or not torch.accelerator.is_available()
     policy = open_policy(options, flags | {"use_cpu": use_cpu})
+    check_format(options, policy.args.action_format)
     trained = read_experimental(options.checkpoint, revision=options.model_revision)
     return attach(policy, trained, **flag_settings(options, PROPOSALS))
 
@@ -121,8 +125,7 @@ def _annotate(
     """Annotates this process's share into `folder`, pushes it and says how far the whole has come."""
     rows = len(corpus) if isinstance(corpus, Dataset) else None
     shard_rows = options.shard_rows or rows_of_a_shard(rows)
-    annotator = RowAnnotator(policy)
-    refuse_without_boundaries(annotator, corpus)
+    refuse_without_boundaries(RowAnnotator(policy), corpus)
     manifest = Manifest(folder, _origin(options, policy, rows, shard_rows))
     share, source = _share(options.shard), options.dataset_name or options.code_dir or STANDARD_LIBRARY
 
@@ -130,9 +133,11 @@ def _annotate(
         licence = push and push.dataset_license
         return render_dataset_card(policy, facts, full_name, options.checkpoint, source, licence)
 
-    url = ShardedAnnotation(
-        annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
-    ).run()
+    with opened_annotation(options) as annotation:
+        annotator = RowAnnotator(policy, annotation=annotation)
+        url = ShardedAnnotation(
+            annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
+        ).run()
     entries = manifest.finished().values()
     latents, boundaries = sum(e.latents for e in entries), sum(e.boundaries for e in entries)
     documents = sum(e.rows_out for e in entries)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..evaluation.diagnose import DiagnosisSettings, diagnose
+from ..evaluation.thoughts import kept_boundaries
 from ..files import write_whole
 from ..report.diagnosis import print_diagnosis
 from ..segmentation import row_to_document, segment_dataset
@@ -57,10 +58,15 @@ def measure(options: argparse.Namespace, how: DiagnosisSettings) -> dict[str, An
     data = limit(splits[options.dataset_split], options.documents)
     policy = open_policy(options, flag_settings(options, DIAGNOSE))
     rows = segment_dataset(data, policy.segmenter, policy.args.dataset_text_field)
-    documents = [document for document in map(row_to_document, rows) if document.boundaries]
+    cut = list(map(row_to_document, rows))
+    documents = [document for document in cut if document.boundaries]
+    columns = (policy.args.dataset_text_field, "latents")
+    # What `ra3 annotate` has written; with comments stripped, lines would be others.
+    annotated = set(columns) <= set(data.column_names) and policy.args.existing_comments == "keep"
+    kept = kept_boundaries(policy, dict(enumerate(data.select_columns(list(columns)))), cut) if annotated else None
     total = len(documents) + min(how.boundaries, sum(len(document.boundaries) for document in documents))
     with tqdm(total=total, desc="Measuring", disable=None) as bar:
-        diagnosis = diagnose(policy, documents, how, bar.update)
+        diagnosis = diagnose(policy, documents, how, bar.update, kept)
     settings = {name: getattr(policy.args, name) for name in DIAGNOSE} | {"documents": options.documents}
     settings |= {name: value for name, value in asdict(how).items() if name not in ("factor", "gamma")}
     checkpoint = shown_name(options.checkpoint)

@@ -60,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Adds `--trust_remote_code`, which `open_policy` reads."""
+    """Adds `--trust_remote_code`, which `place_of_options` reads."""
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -98,6 +98,25 @@ def _reader(hint: str) -> Callable[[str], Any]:
     return read
 
 
+def add_annotator_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--annotator`, `--keep` and `--report`."""
+    group = parser.add_argument_group("annotator")
+    group.add_argument(
+        "--annotator", default="policy", help="who proposes latents: policy (the checkpoint, or `--proposal`), or "
+        "trace: runs each Python text with its assertions, doctests and the tests of its row (columns `tests`, "
+        "`test_list`) in the sandbox, and says before them which values its variables took; the checkpoint is the "
+        "student (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep", default="resample", help="of an annotator's proposals: resample (drawn by what they bring the "
+        "student, as its own latents are, see `prior_alpha`), or all (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--report", metavar="FILE", help="write there, as JSON, how many proposals there were in this run, which were "
+        "kept, why not, a histogram of what they bring, and the ten best and worst",
+    )  # fmt: skip
+
+
 def add_passk_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `ra3 evaluate` and `ra3 compare` have."""
     tasks = parser.add_argument_group("tasks")
@@ -115,6 +134,7 @@ def add_passk_options(parser: argparse.ArgumentParser) -> None:
     judged.add_argument("--memory_mb", type=int, default=512, help="MiB of a program (default: %(default)s)")
     judged.add_argument("--slots", type=int, help="programs at a time (default: one for each CPU)")
     add_model_options(parser, dtype="auto")
+    add_trust(parser)
 
 
 def add_corpus(parser: argparse.ArgumentParser, title: str, others: str, split: str | None = "train") -> Any:
@@ -175,6 +195,7 @@ def annotate_parser() -> Parser:
     output.add_argument("--dataset_license", help="licence of the rows that name none")
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
+    add_annotator_options(parser)
     add_model_options(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
     add_trust(parser)
@@ -311,6 +332,7 @@ def demo_parser() -> Parser:
     own.add_argument("--dataset_name", help="Hub id of a dataset with a text column")
     own.add_argument("--dataset_text_field", default="text", help="its text column")
     own.add_argument("--code_dir", help="folder of .py files (default: the standard library of this Python)")
+    add_trust(parser)
     return parser
 
 

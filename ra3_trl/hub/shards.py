@@ -233,7 +233,7 @@ class ShardedAnnotation:
         rows = {}
         for number, example in examples.items():
             try:
-                rows[number] = self.annotator(example)
+                rows[number] = self.annotator(example, shard.rows[number - shard.first_row])
             except _FAULTS as error:
                 broken[number] = f"{type(error).__name__}: {error}"
                 self._refuse_broken(broken)
