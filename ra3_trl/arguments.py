@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import SFTConfig
 
-from .config import RA3Config, beside_trainers, check_args
+from .config import RA3Config, check_args
+from .config_fields import beside_trainers
 from .generation import AutoModelForCausalLMWithAbstractionHead
 from .models import AbstractionHead, load_head, load_tokenizer, place_of
 from .refusals import shown

@@ -14,9 +14,8 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
-from .parser import TrainParser, read_config, refuse_unknown, without_theirs
+from .parser import TrainParser, read_config, read_yaml, refuse_unknown, without_theirs
 
 
 LAUNCHED = "RA3_LAUNCHED"  # set in the processes that accelerate starts; holds the user's command
@@ -57,7 +56,7 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
             unknown.pop(0)
         else:
             command_argv.append(word)
-    settings = yaml.safe_load(file.read_text("utf-8"))
+    settings = read_yaml(file, "--accelerate_config")
     says_device = any(word.partition("=")[0] in ("--use_cpu", "--use-cpu") for word in command_argv)
     if isinstance(settings, dict) and settings.get("use_cpu") is True and not says_device:
         command_argv.append("--use_cpu")  # else each of accelerate's processes would take itself for the only one
@@ -74,14 +73,16 @@ def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> 
     """
     typed = os.environ.get(LAUNCHED) or shlex.join([*parser.prog.split(), *argv])
     argv = without_theirs(argv, parser)
-    command = None if LAUNCHED in os.environ else launch_command(parser, argv)
+    with parser.naming_its_file():
+        command = None if LAUNCHED in os.environ else launch_command(parser, argv)
     if command is not None and not here:
         return [], typed, launch(command, typed)
-    *arguments, in_file, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
-        refuse_unknown([*unknown, *in_file], parser)
+    with parser.naming_its_file():
+        *arguments, in_file, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
+            refuse_unknown([*unknown, *in_file], parser)
     check_world(arguments[1].world_size)
     return arguments, typed, None
 

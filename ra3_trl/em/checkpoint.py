@@ -20,6 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..config import RA3Config
 from ..config_fields import own_fields
+from ..files import naming, require_form, saying_what_is_full
 from .schedule import Schedule
 from .state import FROZEN, HEAD, read_state
 
@@ -48,7 +49,12 @@ def written_whole(args: RA3Config, run: Path, state: TrainerState) -> Iterator[P
     before = args.output_dir, args.save_total_limit, args.push_to_hub
     args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir or "", ASIDE), None, False
     try:
-        yield run / ASIDE / final.name
+        with saying_what_is_full(final, "free some room, and go on with the checkpoint before"):
+            yield run / ASIDE / final.name
+    except OSError:
+        if args.should_save:  # what there is of it takes room
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+        raise
     finally:
         args.output_dir, args.save_total_limit, args.push_to_hub = before
     if args.should_save:
@@ -211,7 +217,9 @@ def check_resumable(folder: Path, now: dict[str, Any], schedule: Schedule, with_
                 f"`{name}` is {now[name]!r}, but {folder} was written with {value!r}; set it back, or start anew "
                 "from the checkpoint's weights with `model=...`."
             )
-    step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+    with naming(folder / TRAINER_STATE_NAME, "take an earlier checkpoint", ValueError):
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        require_form({"global_step": step}, {"global_step": int})
     phase = schedule.phase_at(step - 1)
     if [phase.kind, phase.iteration, phase.step] != state["last_update"] or step > schedule.total:
         raise ValueError(

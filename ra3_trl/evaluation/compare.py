@@ -76,7 +76,7 @@ def _holds(folder: Path, weights: str | None) -> bool:
     """Whether a folder has the weights of this fingerprint."""
     try:
         return folder.is_dir() and fingerprint(folder) == weights
-    except ValueError:  # it has none
+    except (ValueError, OSError):  # it has none, or what was read is no folder's name
         return False
 
 

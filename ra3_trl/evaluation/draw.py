@@ -206,7 +206,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
             raise ValueError("not the mapping that it was")
         return content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); give another `output_dir`, or delete this one.") from error
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import naming, parse_json, read_lines, require_form
+
 
 MIDTRAINING, RLVR = "mid-training", "RLVR"
-_ANNOTATED = ["annotated_text", "latents"]
+_ROW = {"annotated_text": str, "latents": list[dict[str, Any]]}
+_LATENT = {"line": int, "gain": float | None}
+_NUMBERS = ("estep/", "mstep/", "eval_", "reward", "pass_rate", "think_rate", "latent_length")  # begin so
+_MOST = 1e30  # what is drawn, in size
 _CURE = (
     "give the folder of a run of `ra3 train` or `ra3 rlvr` (with trainer_state.json or checkpoints), or a corpus of "
     "`ra3 annotate`"
@@ -33,16 +39,34 @@ class TrainingRun:
     log: Sequence[Mapping[str, Any]]
 
     def points(self, key: str) -> dict[int, float]:
-        """The number logged under `key`, by update."""
-        return {entry["step"]: float(entry[key]) for entry in self.log if key in entry and "step" in entry}
+        """The number logged under `key`, by update; what is not finite can't be drawn."""
+        logged = {entry["step"]: entry[key] for entry in self.log if entry.get(key) is not None and "step" in entry}
+        return {step: float(value) for step, value in logged.items() if abs(value) < _MOST}
 
 
 @dataclass(frozen=True)
 class AnnotatedCorpus:
-    """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`."""
+    """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`; read from `source`.
+
+    Iterating gives them checked.
+
+    Raises:
+        `ValueError`: naming the row and the field, if one is not what `ra3 annotate` writes.
+    """
 
     label: str
     rows: Sequence[Mapping[str, Any]]
+    source: str = field(default="the corpus", compare=False)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for i, row in enumerate(self.rows, 1):
+            with naming(f"`run` {self.source!r}, row {i},", _CURE):
+                require_form(row, _ROW)
+                for latent in row["latents"]:
+                    require_form(latent, _LATENT)
+                    if latent["gain"] is not None and not abs(latent["gain"]) < _MOST:
+                        raise TypeError(f"`gain` is {latent['gain']}")
+            yield row
 
 
 Run = TrainingRun | AnnotatedCorpus
@@ -84,13 +108,12 @@ def read_run(name: str, label: str | None = None) -> Run:
     path, label = Path(name), label or _label(name)
     if not path.exists():
         raise ValueError(f"`run` {name!r} is not there; {_CURE}.")
-    try:
-        saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    # The errors of pyarrow and datasets are of many kinds, of which these are the roots.
+    with naming(f"`run` {name!r} can't be read, or", _CURE, pyarrow.ArrowException, DatasetsError, EOFError):
         if path.is_file() or saved or _shards(path):
-            return AnnotatedCorpus(label, _read_rows(path, name))
+            return AnnotatedCorpus(label, _read_rows(path, name), name)
         return _read_training(path, name, label)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"`run` {name!r} can't be read, or is damaged ({error!r}); {_CURE}.") from error
 
 
 def _shards(path: Path) -> list[str]:
@@ -101,13 +124,16 @@ def _shards(path: Path) -> list[str]:
 def _read_rows(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
     if path.is_dir():
         files = _shards(path)
-        data = load_dataset("parquet", data_files=files, split="train") if files else load_from_disk(str(path))
-        if not isinstance(data, Dataset) or not set(_ANNOTATED) <= set(data.column_names):
+        with naming(f"`run` {name!r} can't be read, or", _CURE, ValueError):
+            data = load_dataset("parquet", data_files=files, split="train") if files else load_from_disk(str(path))
+        if not isinstance(data, Dataset) or not set(_ROW) <= set(data.column_names):
             raise ValueError(f"`run` {name!r} is a dataset without the columns of `ra3 annotate`; {_CURE}.")
-        return data.select_columns(_ANNOTATED)
-    text = path.read_text("utf-8")
-    rows = [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
-    if not isinstance(rows, list) or not rows or not all(set(_ANNOTATED) <= set(row) for row in rows):
+        return data.select_columns(list(_ROW))
+    if path.suffix == ".jsonl":
+        rows = [parse_json(line, f"`run` {where}, can't be read, or", _CURE) for where, line in read_lines(path)]
+    else:
+        rows = parse_json(path.read_bytes(), f"`run` {name!r} can't be read, or", _CURE)
+    if not isinstance(rows, list) or not rows or not all(set(_ROW) <= set(row) for row in rows):
         raise ValueError(f"`run` {name!r} is a file with nothing to report; {_CURE}.")
     return rows
 
@@ -116,10 +142,22 @@ def _read_training(path: Path, name: str, label: str) -> TrainingRun:
     folder = path if (path / TRAINER_STATE_NAME).is_file() else Path(get_last_checkpoint(str(path)) or path)
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"`run` {name!r} is a folder without {TRAINER_STATE_NAME} or checkpoints; {_CURE}.")
-    log = json.loads((folder / TRAINER_STATE_NAME).read_text("utf-8"))["log_history"]
+    log = _read_log(folder / TRAINER_STATE_NAME)
     keys = {key for entry in log for key in entry}
     if any(key.startswith(("estep/", "mstep/")) for key in keys):
         return TrainingRun(label, MIDTRAINING, log)
     if "reward" in keys:
         return TrainingRun(label, RLVR, log)
     raise ValueError(f"`run` {name!r} logged neither phases of RA3MidTrainer nor rewards; {_CURE}.")
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The log in a trainer state, each entry of the form that `Trainer` writes."""
+    content = parse_json(path.read_bytes(), str(path), _CURE)
+    with naming(path, _CURE):
+        require_form(content, {"log_history": list[dict[str, Any]]})
+        for entry in content["log_history"]:
+            numbers = [key for key in entry if key.startswith(_NUMBERS)]
+            require_form(entry, {"step": int} if "step" in entry else {})
+            require_form(entry, dict.fromkeys(numbers, float | None))
+    return content["log_history"]
