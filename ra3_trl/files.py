@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
@@ -214,8 +214,8 @@ def write_whole(path: str | Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
-# A full disk, a quota, the largest size of a file, a broken disk, one that is read only. safetensors and torch say it
-# in words of their own.
+# A full disk, a quota, the largest size of a file, a broken disk, one that is read only. safetensors, tokenizers and
+# torch say it in words of their own.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FULL_WORDS = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|inline_container|PytorchStreamWriter")
 
@@ -227,13 +227,16 @@ def saying_what_is_full(path: str | Path, cure: str) -> Iterator[None]:
     Raises:
         `OSError`: in the place of the errors of a full disk, with the `cure`; others pass.
     """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+
+    def say(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         number = error.errno if isinstance(error, OSError) else None
-        if number not in _FULL and not (number is None and _FULL_WORDS.search(str(error))):
-            raise
-        raise OSError(number or errno.ENOSPC, f"{path} can't be written ({one_line(error)}); {cure}") from error
+        if number in _FULL or (number is None and error is not None and _FULL_WORDS.search(str(error))):
+            raise OSError(number or errno.ENOSPC, f"{path} can't be written ({one_line(error)}); {cure}") from error
+        return False
+
+    with ExitStack() as stack:
+        stack.push(say)  # by its words, since tokenizers has no class of errors of its own
+        yield
 
 
 @contextmanager
