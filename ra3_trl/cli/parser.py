@@ -235,7 +235,7 @@ def read_config(argv: list[str]) -> dict[str, Any]:
     config = read_yaml(path, "--config")
     if not isinstance(config, dict):
         raise ValueError(f"`--config`: {path} holds {type(config).__name__} and not a mapping of options to values.")
-    wrong = [key for key in config if not isinstance(key, str)]
+    wrong = [key for key in config if not (isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w-]*", key))]
     if wrong:
         raise ValueError(f"`--config`: {path} has the option {wrong[0]!r}; options are names, such as `max_steps`.")
     env = config.get("env", {})
