@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..config import RA3Config
 from ..config_fields import own_fields
-from ..files import naming, require_form, saying_what_is_full
+from ..files import naming, require_form
 from .schedule import Schedule
 from .state import FROZEN, HEAD, read_state
 
@@ -49,12 +49,7 @@ def written_whole(args: RA3Config, run: Path, state: TrainerState) -> Iterator[P
     before = args.output_dir, args.save_total_limit, args.push_to_hub
     args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir or "", ASIDE), None, False
     try:
-        with saying_what_is_full(final, "free some room, and go on with the checkpoint before"):
-            yield run / ASIDE / final.name
-    except OSError:
-        if args.should_save:  # what there is of it takes room
-            shutil.rmtree(run / ASIDE, ignore_errors=True)
-        raise
+        yield run / ASIDE / final.name
     finally:
         args.output_dir, args.save_total_limit, args.push_to_hub = before
     if args.should_save:
