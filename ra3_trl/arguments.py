@@ -83,8 +83,12 @@ def as_config(args: Any, output_dir: str) -> RA3Config:
     if type(args) is not TrainingArguments and not isinstance(args, SFTConfig):
         cure = "make an `RA3Config(**args)` of it" if isinstance(args, dict) else "make an `RA3Config`"
         raise ValueError(f"`args` is {shown(args)}; {cure}.")
+    values = {entry.name: getattr(args, entry.name) for entry in fields(args) if entry.init}
+    # TRL to 1.8 has a coefficient by default, for models without a router too.
+    if any(entry.name == "router_aux_loss_coef" and entry.default == values[entry.name] for entry in fields(args)):
+        del values["router_aux_loss_coef"]
     with beside_trainers():
-        return RA3Config(**{entry.name: getattr(args, entry.name) for entry in fields(args) if entry.init})
+        return RA3Config(**values)
 
 
 def _quantized(options: dict[str, Any], quantization_config: Any, model: Any) -> dict[str, Any]:

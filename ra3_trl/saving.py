@@ -8,7 +8,9 @@ from typing import Any
 from datasets import IterableDataset
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from .em import EMLoop, Schedule, rotate, run_settings, written_whole
 from .em.data import Cutter
@@ -16,6 +18,17 @@ from .files import written_aside
 from .hub import HubMixin
 from .models import HEAD_WEIGHTS, save_head
 from .policy import Policy
+
+
+def stopped_message(args: TrainingArguments, command: str, step: int | None = None) -> str:
+    """Says, after an interrupt behind update `step`, whether there is a checkpoint, and how to go on."""
+    stopped = "Stopped" if step is None else f"Stopped after update {step}"
+    folder = Path(str(args.output_dir))
+    if folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        return f"{stopped}; {last} is whole. Go on with:\n  {command}"
+    when = f"save_steps={args.save_steps:g}, save_strategy={args.save_strategy!s}"
+    cure = "With a smaller `save_steps` there would be."
+    return f"{stopped} before the first checkpoint ({when}): nothing to resume. {cure}"
 
 
 class SavingMixin(HubMixin):

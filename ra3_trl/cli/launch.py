@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from ..files import is_a
+from ..refusals import shown
 from .parser import TrainParser, read_config, read_yaml, refuse_unknown, without_theirs
 
 
@@ -63,6 +65,22 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     launcher = ["accelerate.commands.launch", "--config_file", str(file), *_without(options, "--accelerate_config")]
     module = f"{__package__}.{parser.prog.rpartition(' ')[2]}"
     return [sys.executable, "-m", *launcher, "-m", module, *command_argv]
+
+
+def asked_processes(parser: TrainParser, argv: list[str]) -> int:
+    """How many processes `--accelerate_config` and the launcher's options ask for; 1 without."""
+    command = launch_command(parser, argv)
+    if command is None:
+        return 1
+    words = [word for piece in command for word in piece.split("=", 1)]
+    if "--num_processes" in words:
+        return int(words[words.index("--num_processes") + 1])
+    path = Path(words[words.index("--config_file") + 1])
+    settings = read_yaml(path, "--accelerate_config")
+    count = settings.get("num_processes", 1) if isinstance(settings, dict) else 1
+    if not is_a(count, int):
+        raise ValueError(f"`num_processes` of {path} is {shown(count)}; give a whole number.")
+    return count
 
 
 def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> tuple[list[Any], str, int | None]:

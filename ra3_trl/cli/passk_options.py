@@ -1,4 +1,4 @@
-"""Options of `ra3 evaluate` and `ra3 compare`: tasks, how samples are drawn, how programs run, the model."""
+"""What the options of `ra3 evaluate` and `ra3 compare` stand for: how samples are drawn, where programs run."""
 
 from __future__ import annotations
 
@@ -6,30 +6,9 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import get_type_hints
 
 from ..evaluation import EvaluationSettings
 from ..sandbox import Judge, Limits, Sandbox, SandboxError
-from .checkpoint import add_model_options
-
-
-def add_passk_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that both commands have."""
-    tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--task_file", help="file that has the problems of --task, in place of the Hub's")
-    tasks.add_argument("--max_tasks", type=int, help="the first tasks only")
-    drawn = parser.add_argument_group("samples")
-    hints = get_type_hints(EvaluationSettings)
-    for field in fields(EvaluationSettings):
-        kind = next(kind for kind in (int, float, str) if hints[field.name] in (kind, kind | None))
-        default = "" if field.default is None else " (default: %(default)s)"
-        choices, text = field.metadata["choices"], field.metadata["help"] + default
-        drawn.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices, help=text)
-    judged = parser.add_argument_group("programs")
-    judged.add_argument("--timeout", type=float, default=3.0, help="seconds of a program (default: %(default)s)")
-    judged.add_argument("--memory_mb", type=int, default=512, help="MiB of a program (default: %(default)s)")
-    judged.add_argument("--slots", type=int, help="programs at a time (default: one for each CPU)")
-    add_model_options(parser, dtype="auto")
 
 
 def read_settings(options: argparse.Namespace) -> EvaluationSettings:

@@ -21,6 +21,7 @@ def evaluate_batches(
     loss_of: Callable[[dict[str, Any]], torch.Tensor],
     done: Callable[[], None],
     trains: bool,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, float], int]:
     """Evaluates the documents of all processes.
 
@@ -33,6 +34,8 @@ def evaluate_batches(
             Next-token loss of model inputs with labels.
         done (`Callable[[], None]`):
             Called behind each batch.
+        progress (`Callable[[int], None]`, *optional*):
+            Called with the number of documents that were evaluated since the last call.
         trains (`bool`):
             Whether training goes on behind it. If not, `bf16_full_eval` and `fp16_full_eval` hold, as in `Trainer`,
             and the weights are what they were afterwards.
@@ -57,7 +60,7 @@ def evaluate_batches(
     args = loop.args
     low = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None
     with cast_to(loop.policy.model, None if trains else low), loop.policy.inference():
-        sums = evaluate_documents(loop.policy, documents())
+        sums = evaluate_documents(loop.policy, documents(), progress)
     together: Counter[str] = Counter()
     for of_process in gather_object([sums | totals]):
         together.update(of_process)

@@ -124,6 +124,13 @@ class GateHold:
                 "`e_learning_rate`, or take more documents an update."
             )
         gain = fmean(self.gains)
+        if _bound(self.gains, 2.0) < 0:
+            return (
+                f"After {self.updates} E-updates latents bring {gain:+.3f} nats where the model thinks: its comments "
+                "harm, and P(think) was held where it began (gate_hold='auto'). More samples do not mend that; begin "
+                "with a cold start (docs/cold_start.md): `ra3 annotate --annotator trace`, `ra3 train --e_steps 0` on "
+                "what comes out, then this run."
+            )
         return (
             f"After {self.updates} E-updates latents bring {gain:+.3f} nats where the model thinks, not known to be "
             f"above the penalty {self.penalty}: P(think) was held where it began (gate_hold='auto'). Few latents will "
@@ -187,7 +194,7 @@ def rollout_sums(
         origin = "" if group.view is None else "hindsight/"
         bounds = code_bounds(group, weight)
         if rollout.scored_live:
-            sums.add_total(origin + "elbo", bounds.elbo, bounds.tokens)
+            sums.add_total(origin + "elbo", -bounds.elbo, bounds.tokens)  # lower is better, as held-out
         sums.add_total("code_loss", -bounds.log_likelihood, bounds.tokens)
         if not group.boundaries:
             continue

@@ -5,7 +5,7 @@ from pathlib import Path
 from .card import add_to_card, push_results
 from .draw import EvaluationSettings
 from .evaluate import evaluate_passk, evaluate_samples
-from .passk import bootstrap_interval, estimate, paired_interval, pass_at_k
+from .passk import bootstrap_interval, estimate, paired_interval, pass_at_k, share_interval
 from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .results import check_k, read_results
 from .samples import Sample, read_samples
@@ -35,5 +35,6 @@ __all__ = [
     "read_samples",
     "render_prompt",
     "sample_of",
+    "share_interval",
     "stop_strings",
 ]

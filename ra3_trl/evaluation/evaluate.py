@@ -55,7 +55,7 @@ def evaluate_passk(
 
     Returns:
         `dict[str, Any]`: what `results.json` holds: `pass@k` by k (a text), each with `value`, `low` and `high` (95 %
-        bootstrap interval over problems), with EvalPlus's tests `plus_pass@k`; counts of verdicts; means over samples
+        interval by Wilson over problems), with EvalPlus's tests `plus_pass@k`; counts of verdicts; means over samples
         of tokens, latents and `think_rate` (latents for each line of code); `problems` with the numbers of each; `run`
         with what they depend on.
 

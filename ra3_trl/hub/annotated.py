@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..policy import Policy, annotate
+from ..policy import Annotation, Policy, annotate
 from ..records import AnnotatedExample, Document
 from ..rollout import NoiseKey
 from ..segmentation import RowForms, RowReader, Segmenter, Text, Tokens, content_id, cut_example, readable_bytes
@@ -66,10 +66,18 @@ class RowAnnotator:
             What writes the latents.
         formatting_func (`Callable`, *optional*):
             Makes the text of a row.
+        annotation ([`~ra3_trl.policy.Annotation`], *optional*):
+            Who proposes latents in the policy's place, which says what they are worth; it counts what became of them.
     """
 
-    def __init__(self, policy: Policy, formatting_func: Callable[[dict], str] | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        formatting_func: Callable[[dict], str] | None = None,
+        annotation: Annotation | None = None,
+    ):
         self.policy = policy
+        self.annotation = annotation
         self._reader = RowReader(policy.segmenter, RowForms.of(policy.args, formatting_func))
         self._bytes = readable_bytes(policy.tokenizer, policy.segmenter.format)
 
@@ -85,12 +93,15 @@ class RowAnnotator:
         """Whether there is a place for a latent."""
         return any(document.boundaries for document in self._cut(example))
 
-    def __call__(self, example: Text | Tokens) -> AnnotatedRow:
+    def __call__(self, example: Text | Tokens, row: Mapping[str, Any] | None = None) -> AnnotatedRow:
         """Annotates what was [`~RowAnnotator.read`], inside `policy.inference()`; what can't be annotated stays as it
-        is."""
+        is. An annotator may want the other columns of its `row`."""
         policy, documents = self.policy, self._cut(example)
         text, noise = _text_of(policy.segmenter, example), NoiseKey(policy.args.seed, 1, 0)
-        examples = [annotate(policy, document, noise) for document in documents]
+        if self.annotation is None:
+            examples = [annotate(policy, document, noise) for document in documents]
+        else:
+            (examples,) = self.annotation(policy, [(text, row or {}, documents)], noise)
         if not documents or documents[0].status != "actions":
             return AnnotatedRow(text, [], 0, examples)
         boundaries = sum(len(document.boundaries) for document in documents)
@@ -101,7 +112,10 @@ class RowAnnotator:
 
 
 def annotate_dataset(
-    policy: Policy, dataset: Dataset, formatting_func: Callable[[dict], str] | None = None
+    policy: Policy,
+    dataset: Dataset,
+    formatting_func: Callable[[dict], str] | None = None,
+    annotation: Annotation | None = None,
 ) -> Dataset:
     """Splices latents of the present weights into a data set that fits into memory; the processes share it out.
 
@@ -112,6 +126,8 @@ def annotate_dataset(
             Text as the trainer takes it.
         formatting_func (`Callable`, *optional*):
             Makes the text of a row.
+        annotation ([`~ra3_trl.policy.Annotation`], *optional*):
+            Who proposes latents in the policy's place.
 
     Returns:
         `datasets.Dataset`: the same rows and columns with `annotated_text`, `latents` and `num_boundaries` added, on
@@ -126,12 +142,12 @@ def annotate_dataset(
     if not len(dataset):
         raise ValueError("the corpus is empty; give it at least one row.")
     args, dataset = policy.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
-    annotator = RowAnnotator(policy, formatting_func)
+    annotator = RowAnnotator(policy, formatting_func, annotation)
     mine = range(args.process_index, len(dataset), args.world_size)
     examples = {number: _read(annotator, dataset[number], number) for number in mine}  # before the work
     quiet = args.disable_tqdm or args.process_index > 0
     with policy.inference(), tqdm(examples.items(), desc="Annotating", unit="row", disable=quiet) as progress:
-        own = {number: annotator(example).columns() for number, example in progress}
+        own = {number: annotator(example, dataset[number]).columns() for number, example in progress}
     rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RA3Config
@@ -293,8 +294,8 @@ class Policy:
     def evaluate(self, documents: Sequence[Document]) -> dict[str, float]:
         """Held-out numbers, those of `trainer.evaluate()` without their prefix: `ce`, `elbo`, `bound_multi`, ... in
         nats per code token, `think_rate`, `gain`, ..."""
-        with self.inference():
-            return finish_metrics(evaluate_documents(self, documents))
+        with self.inference(), tqdm(total=len(documents), desc="Evaluating", unit="document", disable=None) as bar:
+            return finish_metrics(evaluate_documents(self, documents, bar.update))
 
     def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
         """Completes a prompt, with latents where `think` says, see

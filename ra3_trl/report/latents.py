@@ -10,11 +10,15 @@ from pyarrow import ArrowException, Table, parquet
 from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import TensorBoardCallback, TrackioCallback
+from transformers.trainer_callback import CallbackHandler
 
 from ..files import naming
+from ..markdown import cell
 
 
 _SHOWN = 8  # rows of a printed table
+_SENT = ("gain", "think_prob", "line", "doc_id", "line_number")  # to trackers, beside the latent
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -44,16 +48,44 @@ def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_tab
     table = rich_table.Table(title=title, title_justify="left")
     for name in ("gain (nats)", "P(think)", "latent", "next line"):
         table.add_column(name, justify="left" if name in ("latent", "next line") else "right", overflow="fold")
-    different = {(row["latent"], row["line"], row["gain"]): row for row in rows}.values()
-    for row in sorted(different, key=lambda r: -r["gain"])[:_SHOWN]:
+    for row in _largest(rows):
         cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
 
 
+def latent_markdown(rows: Sequence[dict], think: str = "#") -> str:
+    """The same table as Markdown, which TensorBoard shows."""
+    lines = ["| gain (nats) | P(think) | latent | next line |", "|---:|---:|---|---|"]
+    for row in _largest(rows):
+        texts = cell(think + row["latent"]), cell(row["line"].split("\n")[0])
+        lines.append(f"| {row['gain']:+.2f} | {row['think_prob']:.3f} | {texts[0]} | {texts[1]} |")
+    return "\n".join(lines)
+
+
+def send_latents(handler: CallbackHandler, step: int, rows: Sequence[dict], think: str = "#") -> None:
+    """Writes latents as text to the trackers of a run that take it: TensorBoard and trackio."""
+    for callback in handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("estep/latents", latent_markdown(rows, think), step)
+        elif isinstance(callback, TrackioCallback):
+            import pandas  # comes with datasets
+            import trackio  # installed, since its callback is there
+
+            shown = [{"latent": think + row["latent"]} | {name: row[name] for name in _SENT} for row in _largest(rows)]
+            trackio.log({"estep/latents": trackio.Table(dataframe=pandas.DataFrame(shown)), "train/global_step": step})
+
+
+def _largest(rows: Sequence[dict]) -> list[dict]:
+    """Those with the largest gains, equal ones once."""
+    different = {(row["latent"], row["line"], row["gain"]): row for row in rows}.values()
+    return sorted(different, key=lambda row: -row["gain"])[:_SHOWN]
+
+
 @dataclass
 class LatentLog:
-    """Writes `step_<n>.parquet` into `folder` and prints a table every `every` updates; `0` is never.
+    """Writes `step_<n>.parquet` into `folder`, prints a table and sends it to `trackers` every `every` updates; `0` is
+    never.
 
     `think` is what opens a latent.
     """
@@ -62,6 +94,7 @@ class LatentLog:
     tokenizer: PreTrainedTokenizerBase
     every: int
     think: str = "#"
+    trackers: CallbackHandler | None = None
     _rows: list[dict] = field(default_factory=list, init=False)
 
     def add(self, step: int, rollouts: Sequence) -> None:
@@ -73,6 +106,8 @@ class LatentLog:
         parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
         title = f"Latents at update {step}, largest gains of {len(rows)}"
         Console(stderr=True).print(latent_table(rows, title, self.think))
+        if self.trackers is not None:
+            send_latents(self.trackers, step, rows, self.think)
 
     def latest(self, step: int) -> list[dict]:
         """The rows that were written last, by this process or, before `step`, by the one that it goes on from."""

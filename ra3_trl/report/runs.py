@@ -10,17 +10,22 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from huggingface_hub.repocard import metadata_load
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from yaml import YAMLError
 
-from ..files import naming, parse_json, read_lines, require_form
+from ..config_file import read_settings
+from ..files import naming, parse_json, public_name, read_lines, require_form
 
 
 MIDTRAINING, RLVR = "mid-training", "RLVR"
 _ROW = {"annotated_text": str, "latents": list[dict[str, Any]]}
+_PLACE = {"path": str | None, "line": int | None}  # where a program comes from, as `load_code_directory` says it
 _LATENT = {"line": int, "gain": float | None}
 _NUMBERS = ("estep/", "mstep/", "eval_", "reward", "pass_rate", "think_rate", "latent_length")  # begin so
 _MOST = 1e30  # what is drawn, in size
+PEAK_MEMORY = "peak_memory_bytes"  # in all_results.json
 _CURE = (
     "give the folder of a run of `ra3 train` or `ra3 rlvr` (with trainer_state.json or checkpoints), or a corpus of "
     "`ra3 annotate`"
@@ -31,12 +36,14 @@ _CURE = (
 class TrainingRun:
     """The log of a run, `trainer.state.log_history`; `kind` is `MIDTRAINING` or `RLVR`.
 
-    Runs of the same label are seeds of one another.
+    Runs of the same label are seeds of one another. `facts` is what its folder says besides: `base`, the model that it
+    began with, `peak`, the most memory in bytes, and `settings`, by name.
     """
 
     label: str
     kind: str
     log: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self, key: str) -> dict[int, float]:
         """The number logged under `key`, by update; what is not finite can't be drawn."""
@@ -46,9 +53,8 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class AnnotatedCorpus:
-    """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`; read from `source`.
-
-    Iterating gives them checked.
+    """Rows of `ra3 annotate`: `annotated_text` and `latents`, each with `line`, `text` and `gain`; perhaps `path`.
+    They were read from `source`; iterating gives them checked.
 
     Raises:
         `ValueError`: naming the row and the field, if one is not what `ra3 annotate` writes.
@@ -61,7 +67,7 @@ class AnnotatedCorpus:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for i, row in enumerate(self.rows, 1):
             with naming(f"`run` {self.source!r}, row {i},", _CURE):
-                require_form(row, _ROW)
+                require_form(row, _ROW | {name: hint for name, hint in _PLACE.items() if name in row})
                 for latent in row["latents"]:
                     require_form(latent, _LATENT)
                     if latent["gain"] is not None and not abs(latent["gain"]) < _MOST:
@@ -128,7 +134,7 @@ def _read_rows(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
             data = load_dataset("parquet", data_files=files, split="train") if files else load_from_disk(str(path))
         if not isinstance(data, Dataset) or not set(_ROW) <= set(data.column_names):
             raise ValueError(f"`run` {name!r} is a dataset without the columns of `ra3 annotate`; {_CURE}.")
-        return data.select_columns(list(_ROW))
+        return data.select_columns([*_ROW, *(name for name in _PLACE if name in data.column_names)])
     if path.suffix == ".jsonl":
         rows = [parse_json(line, f"`run` {where}, can't be read, or", _CURE) for where, line in read_lines(path)]
     else:
@@ -145,9 +151,9 @@ def _read_training(path: Path, name: str, label: str) -> TrainingRun:
     log = _read_log(folder / TRAINER_STATE_NAME)
     keys = {key for entry in log for key in entry}
     if any(key.startswith(("estep/", "mstep/")) for key in keys):
-        return TrainingRun(label, MIDTRAINING, log)
+        return TrainingRun(label, MIDTRAINING, log, _read_facts(path, folder))
     if "reward" in keys:
-        return TrainingRun(label, RLVR, log)
+        return TrainingRun(label, RLVR, log, _read_facts(path, folder))
     raise ValueError(f"`run` {name!r} logged neither phases of RA3MidTrainer nor rewards; {_CURE}.")
 
 
@@ -160,4 +166,25 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
             numbers = [key for key in entry if key.startswith(_NUMBERS)]
             require_form(entry, {"step": int} if "step" in entry else {})
             require_form(entry, dict.fromkeys(numbers, float | None))
+            require_form(entry, {"train_runtime": float} if "train_runtime" in entry else {})
     return content["log_history"]
+
+
+def _read_facts(path: Path, folder: Path) -> dict[str, Any]:
+    """What a run's folder says of it; `folder`, perhaps a checkpoint in it, has the log."""
+    facts: dict[str, Any] = {"settings": read_settings(str(folder)) or read_settings(str(path)) or {}}
+    card, adapter, results = (path / name for name in ("README.md", "adapter_config.json", "all_results.json"))
+    if results.is_file():
+        content = parse_json(results.read_bytes(), str(results), _CURE)
+        with naming(results, _CURE):
+            require_form({PEAK_MEMORY: content.get(PEAK_MEMORY)}, {PEAK_MEMORY: float | None})
+        facts["peak"] = content.get(PEAK_MEMORY)
+    if adapter.is_file():
+        with naming(adapter, _CURE):
+            facts["base"] = parse_json(adapter.read_bytes(), str(adapter), _CURE).get("base_model_name_or_path")
+    elif card.is_file():
+        with naming(card, _CURE, YAMLError, ValueError):
+            facts["base"] = (metadata_load(card) or {}).get("base_model")
+    if isinstance(facts.get("base"), str):  # of a path its last part says enough
+        facts["base"] = public_name(facts["base"])
+    return {name: fact for name, fact in facts.items() if fact}
