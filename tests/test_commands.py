@@ -107,6 +107,25 @@ def test_a_class_or_file_that_is_not_there():
     assert path_of("transformers", "no_such_file.py") is None and path_of("no_such_package", "a.py") is None
 
 
+PAGES = [PACKAGE.parent / "README.md", *sorted((PACKAGE.parent / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_page_are_taken(page):
+    """Each `ra3 ...` of its shell blocks, with every option; what a reader has (folders, files) need not be there."""
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text("utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            name, command, *words = [*shlex.split(line, comments=True), "", ""]
+            if name != "ra3":
+                continue
+            words = words[:-2]
+            if command in options.PARSERS:
+                options.PARSERS[command]().parse_args(words)
+            elif "--accelerate_config" not in words:
+                known = {f"--{field}" for field in trainer_fields(command)} | {"--config"}
+                assert {word for word in words if word.startswith("--")} <= known, line
+
+
 # ---- helps ----
 
 

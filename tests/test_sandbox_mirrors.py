@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import needs_bwrap
 
+from ra3_trl.evaluation.evalplus import evalplus_problems
 from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox, wire
 
 
@@ -156,6 +157,18 @@ def test_what_tests_have_imported_is_not_bound_anew(judge, tests):
     )
     result = judge(Problem(tests=(f"{tests}for i in range(3): assert isclose(f(3), 9)",)), program)
     assert (result.verdict, result.passed) == ("failed", 0)
+
+
+@needs_bwrap
+def test_a_changed_input_changes_no_oracle(judge):
+    """HumanEval/32's rule puts the answer into the input's polynomial, -1 + x here, which 0 + 0 x would make right."""
+    row = {
+        "prompt": "def find_zero(xs):\n", "canonical_solution": "    return 1.0\n", "entry_point": "find_zero",
+        "base_input": [[[-1.0, 1.0]]], "plus_input": [], "atol": 1e-4,
+    }  # fmt: skip
+    problem, _ = evalplus_problems(row, "HumanEval/32")
+    assert judge(problem, "def find_zero(xs):\n    return 1.0\n").verdict == "passed"
+    assert judge(problem, "def find_zero(xs):\n    xs[:] = [0.0, 0.0]\n    return 5.0\n").verdict == "failed"
 
 
 HIDES = """\

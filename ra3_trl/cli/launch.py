@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ..files import is_a
-from ..refusals import shown
+from ..kinds import shown
 from .parser import TrainParser, read_config, read_yaml, refuse_unknown, without_theirs
 
 

@@ -20,7 +20,8 @@ from trl import TrlParser
 
 from ..config import RA3Config
 from ..files import DAMAGE, is_a, one_line
-from ..refusals import SETTINGS, find, keep_ours, near, shown
+from ..kinds import shown
+from ..refusals import SETTINGS, find, keep_ours, near
 from ..versions import TrainingArguments
 
 

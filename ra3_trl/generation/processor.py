@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from ..kinds import checked
 from ..rollout import SamplingParams
 from ..rollout.sampler import LatentDistribution
 from ..segmentation import find_format
@@ -45,6 +46,7 @@ class _Forced:
     may_end: bool = False
 
 
+@checked
 class ThinkLogitsProcessor(LogitsProcessor):
     """Decides where `generate` thinks, and shapes what it thinks.
 
@@ -121,7 +123,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
         """Whether latents come by a decision made here; else the model opens them as it likes."""
         return self.think != "auto" or self.threshold is not None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores `[batch, V]` of the next token, `-inf` where it may not be."""
         fitted = self._fit(scores)
         rows, width = input_ids.tolist(), input_ids.shape[1]

@@ -9,6 +9,8 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, DatasetCard
 
 from ..config import RA3Config
+from ..files import write_whole
+from ..kinds import checked
 from .annotated import ANNOTATION, annotate_dataset, require_boundaries
 from .card import card_facts, render_model_card
 from .dataset_card import render_dataset_card
@@ -16,6 +18,7 @@ from .publish import DatasetPush
 from .push import PushMixin
 
 
+@checked
 class HubMixin(PushMixin):
     """The Hub's part of [`RA3MidTrainer`], which has `policy`, `source_dataset`, `cut`, `latent_log` and
     `evaluations`."""
@@ -30,10 +33,15 @@ class HubMixin(PushMixin):
         # The order of arguments is that of TRL's trainers.
         if self.is_world_process_zero():
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
-            card.save(Path(str(self.args.output_dir), "README.md"))
+            write_whole(Path(str(self.args.output_dir), "README.md"), str(card).encode())
 
     def push_annotated_dataset(
-        self, repo_id: str, dataset: Dataset | None = None, *, dataset_name: str | None = None, **options: Any
+        self,
+        repo_id: str,
+        dataset: Dataset | IterableDataset | None = None,
+        *,
+        dataset_name: str | None = None,
+        **options: Any,
     ) -> CommitInfo | None:
         """
         Annotates a corpus with the present weights and pushes it to the Hub with its card, in one commit.
@@ -76,7 +84,7 @@ class HubMixin(PushMixin):
 
         return push.upload(annotated, card)
 
-    def _to_annotate(self, dataset: Dataset | None) -> Dataset:
+    def _to_annotate(self, dataset: Dataset | IterableDataset | None) -> Dataset:
         """The corpus to push, or the training data as they were given."""
         source = self.source_dataset if dataset is None else dataset
         if not isinstance(source, Dataset):

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from ..files import written_aside
+from ..kinds import checked
 from ..outgoing import check_upload, process_tokens
 from .secrets import check_card
 
@@ -28,6 +29,7 @@ _NOT_PUSHED = (
 _STAYS = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
 
 
+@checked
 class PushMixin(Trainer):
     """The pushes of [`RA3MidTrainer`] and of RLVR's trainer: `Trainer`'s, through one door."""
 
@@ -92,7 +94,8 @@ class PushMixin(Trainer):
     # Private, since `Trainer`'s copies a list of files of its own into `output_dir`, writes `training_args.bin` there,
     # which holds the token, and uploads at once; no hook stands in between.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint as `Trainer` does, with head, settings and card, and without pickled arguments."""
+        """Pushes a checkpoint as `Trainer` does, with head, settings and the card that was written before it, and
+        without pickled arguments."""
         output_dir, strategy = str(self.args.output_dir), HubStrategy(self.args.hub_strategy)
         before = self.push_in_progress
         busy = before is not None and not before.is_done()
@@ -105,7 +108,6 @@ class PushMixin(Trainer):
             for path in Path(checkpoint_folder).iterdir():
                 if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
                     shutil.copy(path, folder)
-        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         message = f"Training in progress, update {self.state.global_step}"
         jobs = [self._upload(output_dir, message, ignore_patterns=_STAYS)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

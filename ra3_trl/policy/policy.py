@@ -20,6 +20,7 @@ from ..config import RA3Config
 from ..config_fields import beside_trainers, blaming, own_fields
 from ..config_file import RA3_CONFIG, read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..kinds import checked
 from ..models import (
     AbstractionHead,
     check_vocabulary,
@@ -54,6 +55,7 @@ THINKING = (
 )  # fmt: skip
 
 
+@checked
 class Policy:
     """
     A language model with all that latents need: tokenizer, action format, segmenter, rollout engine, abstraction head
@@ -126,11 +128,6 @@ class Policy:
             `ValueError`: for a checkpoint or settings that can't work together, with the cure.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
-        kinds = (str, Path, PreTrainedModel, PeftModel, AutoModelForCausalLMWithAbstractionHead)
-        if not isinstance(model, kinds):
-            raise ValueError(f"`model` is {model!r}; give a folder, a Hub id or a model.")
-        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"`tokenizer` is {tokenizer!r}; give a tokenizer, or leave it out for the checkpoint's.")
         head: AbstractionHead | None = None
         saved: dict[str, Any] = {}
         place = place_of(model_init_kwargs)
@@ -300,10 +297,6 @@ class Policy:
     def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
         """Completes a prompt, with latents where `think` says, see
         [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`]; gives the new text."""
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"`prompt` is {prompt!r}; give one text (of a chat, what the tokenizer's template makes)."
-            )
         if kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError(
                 "`num_return_sequences` is above 1; ask once for each text, or use the wrapper's `generate`."

@@ -22,8 +22,10 @@ _SENT = ("gain", "think_prob", "line", "doc_id", "line_number")  # to trackers, 
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """One row for each latent of rollouts (objects with `.group`, `.returns`); `gain` in nats, that of a
-    latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
+    """One row for each latent of rollouts (objects with `.group`, `.returns` and `.extra`); `gain` in nats, that of a
+    latent proposed in hindsight (`origin`) with its weighted log pi - log q. Further columns are what reward functions
+    logged."""
+    extra = dict.fromkeys(name for rollout in rollouts for name in rollout.extra)
     rows = []
     for rollout in rollouts:
         group = rollout.group
@@ -39,7 +41,8 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
             }
             for g, latent in enumerate(group.latents[t]):
                 text, gain = tokenizer.decode(list(latent.token_ids)), float(rollout.returns.gain_TG[t, g])
-                rows.append(of_boundary | {"latent": text, "gain": gain})
+                logged = {name: values[t * group.num_latents + g] for name, values in rollout.extra.items()}
+                rows.append(extra | logged | of_boundary | {"latent": text, "gain": gain})
     return rows
 
 
