@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,13 @@ class _Forced:
 
     token: int
     may_end: bool = False
+
+
+@runtime_checkable
+class OtherTokenizer(Protocol):
+    """One that is not transformers', or slow: refused with what to do about it."""
+
+    is_fast: bool
 
 
 @checked
@@ -97,7 +104,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | OtherTokenizer,
         think: str = "auto",
         *,
         threshold: float | None = None,

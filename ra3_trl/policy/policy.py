@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -55,6 +55,15 @@ THINKING = (
 )  # fmt: skip
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """What draws and scores latents as a [`~ra3_trl.rollout.RolloutEngine`] does, whatever its class."""
+
+    def rollout(self, *args: Any) -> RolloutGroup: ...
+
+    def score(self, *args: Any) -> RolloutGroup: ...
+
+
 @checked
 class Policy:
     """
@@ -88,13 +97,13 @@ class Policy:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | Draws,
         args: RA3Config,
         segmenter: Segmenter | None = None,
         head: HeadDecisions | None = None,
         proposer: Proposer = OWN_LATENTS,
     ):
-        self.engine = engine
+        self.engine = cast(RolloutEngine, engine)
         self.args = args
         self._segmenter = segmenter
         self.head = head
