@@ -25,7 +25,7 @@ from ..report.compare import comparison_markdown, comparison_table, plot_compari
 from ..sandbox import Limits
 from .checkpoint import add_settings, flag_settings, stdout_console
 from .cross_entropy import FLAGS, SHARED, held_out_texts, measure, shared_settings
-from .passk_options import add_passk_options, open_judge, read_ks, read_settings
+from .passk_options import add_passk_options, model_of, open_judge, read_ks, read_settings
 
 
 VERSION = 1
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     task_name = next((run["task"] for run in runs.values()), benchmark and benchmark.name)
     for checkpoint in drawn.values():
         load_tokenizer(checkpoint, {"revision": options.model_revision})  # says best that there is no checkpoint
+    models_to_draw = {name: model_of(checkpoint, options) for name, checkpoint in drawn.items()}
     texts, source = held_out_texts(options, benchmark) if measured and not options.no_ce else (None, "")
     shared, notes_of_texts = shared_settings(options, measured) if texts is not None else ({}, [])
 
@@ -106,9 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     if drawn and benchmark is not None:
         place = options.model_revision, options.dtype
         with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
-            for name, checkpoint in drawn.items():
+            for name in drawn:
                 print(f"{name}:", file=sys.stderr)
-                runs[name] = evaluate_passk(checkpoint, benchmark, settings, ks, folder / name, judge, *place)
+                model = models_to_draw.pop(name)
+                runs[name] = evaluate_passk(model, benchmark, settings, ks, folder / name, judge, *place)
+                del model
                 gc.collect()  # the weights, before others are loaded
     runs = {entrant.name: runs[entrant.name] for entrant in entrants}
     models, notes = compare_runs(runs, ks), sampling_notes(runs)

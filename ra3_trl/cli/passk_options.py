@@ -9,8 +9,16 @@ from dataclasses import fields
 from typing import get_type_hints
 
 from ..evaluation import EvaluationSettings
+from ..generation import VLLMEngine
 from ..sandbox import Judge, Limits, Sandbox, SandboxError
 from .checkpoint import add_model_options
+
+
+_VLLM = {  # flags, as TRL calls them, and what they are for `vllm.LLM`
+    "vllm_tensor_parallel_size": "tensor_parallel_size",
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_max_model_length": "max_model_len",
+}
 
 
 def add_passk_options(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +33,14 @@ def add_passk_options(parser: argparse.ArgumentParser) -> None:
         default = "" if field.default is None else " (default: %(default)s)"
         choices, text = field.metadata["choices"], field.metadata["help"] + default
         drawn.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices, help=text)
+    vllm = parser.add_argument_group("vLLM", "of use with --backend vllm")
+    vllm.add_argument(
+        "--vllm_tensor_parallel_size", type=int, help="GPUs that share a copy of the weights (default: 1)"
+    )
+    vllm.add_argument("--vllm_gpu_memory_utilization", type=float, help="share of a GPU that it takes (default: 0.9)")
+    vllm.add_argument(
+        "--vllm_max_model_length", type=int, help="tokens of prompt and completion (default: the model's)"
+    )
     judged = parser.add_argument_group("programs")
     judged.add_argument("--timeout", type=float, default=3.0, help="seconds of a program (default: %(default)s)")
     judged.add_argument("--memory_mb", type=int, default=512, help="MiB of a program (default: %(default)s)")
@@ -35,6 +51,21 @@ def add_passk_options(parser: argparse.ArgumentParser) -> None:
 def read_settings(options: argparse.Namespace) -> EvaluationSettings:
     """The settings of samples that the options make."""
     return EvaluationSettings(**{field.name: vars(options)[field.name] for field in fields(EvaluationSettings)})
+
+
+def model_of(checkpoint: str, options: argparse.Namespace) -> str | VLLMEngine:
+    """What draws the samples of a checkpoint: its name, or with `--backend vllm` its engine.
+
+    Raises:
+        `ValueError`: for vLLM's options without vLLM.
+    """
+    words = {flag: value for flag in _VLLM if (value := vars(options)[flag]) is not None}
+    if options.backend == "vllm":
+        engine_options = {_VLLM[flag]: value for flag, value in words.items()}
+        return VLLMEngine(checkpoint, options.model_revision, options.dtype, engine_options)
+    for flag, value in words.items():
+        raise ValueError(f"`{flag}` is {value!r} and `backend` is {options.backend!r}; use 'vllm', or leave it out.")
+    return checkpoint
 
 
 def read_ks(text: str) -> list[int]:

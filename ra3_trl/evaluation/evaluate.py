@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import fingerprint, public_name
-from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..generation import AutoModelForCausalLMWithAbstractionHead, VLLMEngine
 from ..models import load_tokenizer
 from ..sandbox import Judge, Sandbox
 from .draw import RUN, EvaluationSettings, draw_samples
@@ -25,7 +26,7 @@ from .tasks import Benchmark, load_benchmark
 
 
 def evaluate_passk(
-    model: str | AutoModelForCausalLMWithAbstractionHead,
+    model: str | AutoModelForCausalLMWithAbstractionHead | VLLMEngine,
     task: str | Benchmark = "humaneval",
     settings: EvaluationSettings | None = None,
     k: Sequence[int] = (1,),
@@ -37,7 +38,7 @@ def evaluate_passk(
     """Draws samples of a benchmark's tasks, judges them in the sandbox as they come, and estimates pass@k.
 
     Args:
-        model (`str` or [`AutoModelForCausalLMWithAbstractionHead`]):
+        model (`str` or [`AutoModelForCausalLMWithAbstractionHead`] or [`~ra3_trl.generation.VLLMEngine`]):
             A checkpoint's folder or Hub id, with or without an abstraction head; or a model with its tokenizer.
         task (`str` or [`Benchmark`], *optional*, defaults to `"humaneval"`):
             As for [`load_benchmark`], or what it returned.
@@ -79,8 +80,14 @@ def evaluate_passk(
         folder = _folder(stack.enter_context(TemporaryDirectory()) if output_dir is None else output_dir)
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         _check_folder(folder, None)
-        if isinstance(model, str):
-            about: dict[str, Any] = {"checkpoint": public_name(model), "revision": revision, "dtype": dtype}
+        if isinstance(model, str) and settings.backend == "vllm":
+            model = VLLMEngine(model, revision, dtype)
+        if isinstance(model, VLLMEngine):
+            settings, name = replace(settings, backend="vllm"), model.name_or_path
+            about: dict[str, Any] = {"checkpoint": public_name(name), "revision": model.revision, "dtype": model.dtype}
+            about["weights"] = fingerprint(name, revision=model.revision)
+        elif isinstance(model, str):
+            about = {"checkpoint": public_name(model), "revision": revision, "dtype": dtype}
             name, model = model, load_checkpoint(model, revision, dtype)
             about["weights"] = fingerprint(name, revision=revision)
         else:
@@ -102,6 +109,7 @@ def evaluate_passk(
                     judged.append(submit(judge, tasks[row["task_id"]], sample, **facts))
                 bar.update(len(rows))
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
+        run["backend"] = settings.backend
         seconds = {"draw": time.perf_counter() - start}
         return _finish(judged, benchmark, k, folder, judge, run, seconds)
 
