@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from . import architectures, head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import architectures, cost, head, launches, phases, picture, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "sandbox": sandbox,
     "replication": replication,
     "picture": picture,
+    "cost": cost,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import shlex
@@ -339,10 +340,13 @@ def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert args.max_boundaries == 0
-    # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them. G = 2.
+    # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them, G = 2. A quarter of the
+    # boundaries is tried.
     counts, work = found.counts, found.workload
     assert (work.e_chunks, work.m_chunks) == (12, 24)
-    assert work.e_branches == 12 * counts["boundaries"] / 8 * 2
+    tried = [math.ceil(sum(map(bool, row["think"])) / 4) for row in trainer.train_dataset]
+    assert len(tried) == 8 and sum(tried) < counts["boundaries"]
+    assert work.e_branches == 12 * sum(tried) / 8 * 2
     assert work.annotated_boundaries == 3 * counts["boundaries"]
     assert work.annotation_branches == 2 * work.annotated_boundaries
     assert work.m_tokens == 3 * counts["tokens"]

@@ -21,6 +21,7 @@ from ..em import EStep, Gradients, mstep_loss, pack
 from ..models import BaseWeights, FrozenWeights
 from ..policy import Policy
 from ..records import AnnotatedExample, Document
+from ..report.cost import Cost, Device, Shape, count_flops, phase_seconds, this_machine
 from ..report.estimate import Estimate, Workload, count_memory, count_work
 from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
@@ -65,6 +66,25 @@ def estimate(trainer: RA3MidTrainer) -> Estimate:
         hours=hours,
         machine=machine,
         streams=streams,
+    )
+
+
+def estimate_cost(trainer: RA3MidTrainer, estimated: Estimate, device: Device, devices: int) -> Cost:
+    """Calculates what the run would take elsewhere, and checks the arithmetic by this machine's timing."""
+    args, backbone, counts = trainer.args, trainer.policy.backbone, estimated.counts
+    shape = Shape.of(backbone.causal_lm, backbone.causal_lm.config.get_text_config().num_hidden_layers)
+    line = counts["tokens"] / max(counts["boundaries"], 1)
+    phases = count_flops(shape, estimated.workload, args, line)
+    here = this_machine(args.device)
+    hours = {name: phase_seconds(cost, shape, device, devices) / 3600 for name, cost in phases.items()}
+    return Cost(
+        device=device,
+        devices=devices,
+        phases=phases,
+        hours=hours,
+        memory=sum(estimated.memory.values()),
+        measured=sum(estimated.hours.values()),
+        here=sum(phase_seconds(cost, shape, here) for cost in phases.values()) / 3600,
     )
 
 

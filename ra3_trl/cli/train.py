@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config
 
@@ -15,11 +15,12 @@ from ..config import RA3Config
 from ..config_fields import model_options, own_fields
 from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
+from ..report.cost import DEVICES
 from ..report.estimate import render
 from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
-from .estimate import estimate
+from .estimate import estimate, estimate_cost
 from .launch import read_arguments
 from .parser import TrainParser, normalise, read_config
 from .rewards import load_reward_funcs
@@ -52,10 +53,23 @@ class RA3ScriptArguments(ScriptArguments):
         "Import paths of reward functions, such as my_module.my_func; weigh them with reward_weights."
     )
     dry_run: bool = _option("Print documents, boundaries, branches, tokens, memory and hours, and end.", False)
+    device: Literal["a100", "l40s", "h100", "h200", "b200"] | None = _option(
+        "With `dry_run`: what the run would take on such devices, FLOPs, hours and money, by arithmetic."
+    )
+    devices: int = _option("How many of them.", 1)
+    price_per_hour: float | None = _option("Dollars for one of them and an hour. Default: what is usual, printed.")
 
     def __post_init__(self):
         if self.eval_documents is not None and self.eval_fraction is not None:
             raise ValueError("`eval_documents` and `eval_fraction` are both set; pass one of the two.")
+        if self.device is None and (self.devices != 1 or self.price_per_hour is not None):
+            raise ValueError("`devices` and `price_per_hour` are of use with `device`; name one, such as h100.")
+        if self.device is not None and not self.dry_run:
+            raise ValueError(f"`device` is {self.device!r}, for which a run is estimated; set `dry_run` too.")
+        if self.devices < 1:
+            raise ValueError(f"`devices` is {self.devices}; use at least 1.")
+        if self.price_per_hour is not None and not self.price_per_hour >= 0:
+            raise ValueError(f"`price_per_hour` is {self.price_per_hour}; use at least 0.")
         if self.eval_documents is not None and self.eval_documents < 0:
             raise ValueError(f"`eval_documents` is {self.eval_documents}; it must be at least 0.")
         if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
@@ -162,7 +176,13 @@ def _dry_run(script, args: HindsightConfig, model_args: ModelConfig, mixture: Da
         args.output_dir = aside
         trainer = build_trainer(script, args, model_args, mixture)
         print("Timing an E-update and an M-update ...", file=sys.stderr)
-        print(render(estimate(trainer)))
+        estimated = estimate(trainer)
+        print(render(estimated))
+        if script.device is not None:
+            device = DEVICES[script.device]
+            if script.price_per_hour is not None:
+                device = replace(device, price=script.price_per_hour)
+            print(estimate_cost(trainer, estimated, device, script.devices).render())
     return 0
 
 

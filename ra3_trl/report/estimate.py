@@ -20,7 +20,8 @@ class Workload:
     """What a run does, all in all. `e_chunks`, `m_chunks`: documents (chunks of them) that the phases go through.
 
     Example: 100 chunks of 10 boundaries and 200 tokens, 5 E-updates and one epoch of M-updates at batch 4, G = 4:
-    `e_chunks = 20`, `e_branches = 20 * 10 * 4 = 800`, `m_chunks = 100`, `annotated_boundaries = 1000`,
+    `e_chunks = 20`, `e_branches = 20 * 3 * 4 = 240` (a quarter of the boundaries, rounded up, is tried),
+    `m_chunks = 100`, `annotated_boundaries = 1000`,
     `m_tokens = 20000`.
     """
 
@@ -61,7 +62,9 @@ def count_work(sizes: np.ndarray, args: RA3Config, schedule: Schedule, whole: bo
             Whether these are all chunks; of a stream they are the first.
     """
     boundaries, tokens = sizes.mean(0)
-    tried = np.minimum(sizes[:, 0], args.max_boundaries or np.inf).mean()
+    # As `policy.decisions.choose_to_try` chooses.
+    wanted = sizes[:, 0] if args.boundary_selection == "random" else np.ceil(args.boundary_budget * sizes[:, 0])
+    tried = np.minimum(wanted, args.max_boundaries or np.inf).mean()
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     e_chunks, m_chunks = (schedule.iterations * steps * per_update for steps in (schedule.e_steps, schedule.m_steps))
     in_epochs = args.num_train_epochs * len(sizes)
