@@ -49,7 +49,7 @@ def engine(checkpoint):
 
     engine = VLLMEngine(str(checkpoint), dtype="float32", options={"max_model_len": 1024, "max_num_seqs": PROMPTS})
     yield engine
-    del engine.llm
+    vars(engine).pop("llm", None)
 
 
 @pytest.fixture(scope="module")

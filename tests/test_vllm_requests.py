@@ -5,14 +5,17 @@ What is written must be what `generate` writes, token for token. `make test-vllm
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import Enum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import requests
 import torch
-from conftest import TOKENIZERS
+from conftest import TOKENIZERS, furthest
+from safetensors.torch import load_file
 from trl import GRPOConfig
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead
@@ -220,13 +223,24 @@ def test_a_vllm_that_is_missing_or_too_old_is_named(monkeypatch, tmp_path):
         assert require_vllm("`use_vllm` is True") is vllm
 
 
-def test_engines_that_trl_makes_have_the_processor(monkeypatch):
-    vllm = pretend(monkeypatch, "0.31.0")
+def test_engines_that_trl_makes_have_the_processor_and_no_head_among_the_weights(wrapped, monkeypatch, tmp_path):
+    """vLLM loads every `.safetensors` of a folder, unless an index names those of the model."""
+    vllm, model = pretend(monkeypatch, "0.31.0"), wrapped()
+    model.pretrained_model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "with_head")
     plain = vllm.LLM.__init__
     with thinking_engines():
-        made = vllm.LLM(model="x")
-    assert made.logits_processors == ["ra3_trl.generation.vllm_processor:ThinkRequestProcessor"] and made.model == "x"
+        made, other = (vllm.LLM(model=str(tmp_path / name), seed=3) for name in ("plain", "with_head"))
     assert vllm.LLM.__init__ is plain
+    assert made.logits_processors == ["ra3_trl.generation.vllm_processor:ThinkRequestProcessor"] and made.seed == 3
+    assert made.model == str(tmp_path / "plain")
+    names = {path.name for path in Path(other.model).iterdir()}
+    assert names == {path.name for path in (tmp_path / "with_head").iterdir()} | {"model.safetensors.index.json"}
+    weights = load_file(tmp_path / "with_head" / "model.safetensors")
+    index = json.loads(Path(other.model, "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
+    loaded = AutoModelForCausalLMWithAbstractionHead.from_pretrained(other.model)  # by transformers as before
+    assert furthest(dict(loaded.state_dict()), dict(model.state_dict())) == 0
 
 
 # ---- GRPO's rollouts ----

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from ..config_file import read_settings
-from ..models import AbstractionConfig, AbstractionHead, context_length, load_head, load_tokenizer
+from ..files import find_file
+from ..models import (
+    HEAD_WEIGHTS,
+    AbstractionConfig,
+    AbstractionHead,
+    context_length,
+    load_head,
+    load_tokenizer,
+)
 from .boundaries import LineReader
 from .requests import RequestThinking
 from .sampling import Completion, CompletionSettings, read_completion
@@ -43,6 +56,28 @@ def require_vllm(setting: str) -> ModuleType:
     # vLLM's second model runner, of 2026, takes no logits processors of the v1 interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     return vllm
+
+
+def make_servable(checkpoint: str, folder: str | Path, revision: str | None = None) -> None:
+    """Makes a folder of links to a checkpoint's files which vLLM can load: it takes every `.safetensors` of a folder for
+    the model's weights, an abstraction head too, unless an index names those that are.
+
+    Args:
+        checkpoint (`str`), revision (`str`, *optional*):
+            Folder or Hub id.
+        folder (`str` or `Path`):
+            Made here; it must be empty or not there.
+    """
+    source = Path(checkpoint)
+    source = source.resolve() if source.is_dir() else Path(snapshot_download(checkpoint, revision=revision))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+    if (weights := folder / SAFE_WEIGHTS_NAME).is_file() and not (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        with safe_open(weights, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), "utf-8")
 
 
 class VLLMEngine:
@@ -84,8 +119,13 @@ class VLLMEngine:
         self.abstraction_head = AbstractionHead(AbstractionConfig(width, **of_latents)) if head is None else head
         self.ends = _end_ids(model, self.config, place) or (self.tokenizer.eos_token_id,)
         saved = self.config.dtype or torch.float32
+        weights = model
+        if head is not None:
+            self._servable = TemporaryDirectory()  # as long as the engine lives
+            weights = self._servable.name
+            make_servable(model, weights, revision)
         self.options = {
-            "model": model, "revision": revision, "tokenizer": model, "tokenizer_revision": revision, "seed": 0,
+            "model": weights, "revision": revision, "tokenizer": model, "tokenizer_revision": revision, "seed": 0,
             "dtype": str(saved).removeprefix("torch.") if dtype == "auto" else dtype, "logits_processors": [PROCESSOR],
             "enforce_eager": not torch.cuda.is_available(), **(options or {}),
         }  # fmt: skip
@@ -191,13 +231,18 @@ class RowReader:
 
 @contextmanager
 def thinking_engines() -> Iterator[None]:
-    """Inside, each `vllm.LLM` that is made has the logits processor: TRL, which makes its own, hands none on."""
+    """Inside, each `vllm.LLM` that is made has the logits processor and takes checkpoints with an abstraction head.
+    TRL, which makes its own, knows of neither."""
     llm = require_vllm("`use_vllm` is True").LLM
     plain = llm.__init__
 
     @wraps(plain)
-    def make(self, *args, **kwargs):
-        plain(self, *args, **{"logits_processors": [PROCESSOR]} | kwargs)
+    def make(self, model: str, **options):
+        if find_file(model, HEAD_WEIGHTS) is not None:
+            self.servable = TemporaryDirectory()  # as long as the engine lives
+            make_servable(model, self.servable.name)
+            model = self.servable.name
+        plain(self, model=model, **{"logits_processors": [PROCESSOR]} | options)
 
     llm.__init__ = make
     try:

@@ -100,7 +100,7 @@ def build_grpo_trainer(
     # TRL takes them for a name only.
     args.model_init_kwargs = options if isinstance(policy, str) else None
     # Of a server who starts it says which logits processors it has; see docs/scale.md.
-    makes_engine = args.use_vllm and args.vllm_mode == "colocate" and think != "auto"
+    makes_engine = args.use_vllm and args.vllm_mode == "colocate"
     with warnings.catch_warnings(), thinking_engines() if makes_engine else nullcontext():
         # It says that trl may change this; which versions of trl work is for this package to say and to test.
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
