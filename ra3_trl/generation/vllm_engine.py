@@ -59,7 +59,7 @@ def require_vllm(setting: str) -> ModuleType:
 
 
 def make_servable(checkpoint: str, folder: str | Path, revision: str | None = None) -> None:
-    """Makes a folder of links to a checkpoint's files which vLLM can load: it takes every `.safetensors` of a folder for
+    """Makes a folder of links to a checkpoint's files which vLLM can load: it takes every `.safetensors` there for
     the model's weights, an abstraction head too, unless an index names those that are.
 
     Args:
