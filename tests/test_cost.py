@@ -110,7 +110,7 @@ def test_what_cant_be_estimated_is_refused(words, says, capsys):
 def test_a_dry_run_says_what_it_costs(tiny_model, tokenizers, tmp_path, capsys):
     tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(tmp_path / "model")
     tokenizers["newline_indent"].save_pretrained(tmp_path / "model")
-    code = "".join(f"def f{i}(x):\n    y = x + {i}\n    return y\n\n\n" for i in range(6))
+    code = "".join(f"def f{i}(x):\n    y = x + {i}\n    y += 1\n    return y\n\n\n" for i in range(6))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "a.py").write_text(code)
     argv = ["--model_name_or_path", str(tmp_path / "model"), "--code_dir", str(tmp_path / "code"), "--use_cpu"]
