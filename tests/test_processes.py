@@ -89,7 +89,7 @@ def test_two_launchers_on_the_loopback_are_one_process_with_twice_the_batch(tmp_
             "--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / name), "--e_steps", "2",
             "--m_steps", "2", "--num_latents", "2", "--max_latent_length", "4", "--learning_rate", "0.05",
             "--e_learning_rate", "0.05", "--per_device_train_batch_size", str(batch), "--report_to", "none",
-            "--save_strategy", "no", "--max_length", "256", *words,
+            "--save_strategy", "no", "--max_length", "256", "--eval_documents", "0", *words,
         )  # fmt: skip
 
     launch = ["--accelerate_config", str(tmp_path / "nodes.yaml"), "--num_processes", "2", "--main_process_port", port]
