@@ -124,8 +124,8 @@ def rewards(checkpoint: Path, output: Path, use_vllm: bool, think: str, seed: in
 
     data = Dataset.from_list([{"prompt": f"def f{i}(x, y):\n"} for i in range(8)])
     args = GRPOConfig(
-        str(output), use_cpu=True, bf16=False, max_steps=updates, num_generations=8, per_device_train_batch_size=16,
-        max_completion_length=16, learning_rate=1e-5, logging_steps=1, report_to="none", save_strategy="no", seed=seed,
+        str(output), use_cpu=True, bf16=False, max_steps=updates, num_generations=8, per_device_train_batch_size=8,
+        max_completion_length=12, learning_rate=1e-5, logging_steps=1, report_to="none", save_strategy="no", seed=seed,
         use_vllm=use_vllm, vllm_mode="colocate", vllm_max_model_length=128, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     trainer = build_grpo_trainer(
