@@ -26,8 +26,21 @@ PROMPTS = 20
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """SmolLM2-135M with a head that has learned nothing of use: it says yes at some lines and no at others."""
+def prompts() -> list[list[int]]:
+    from ra3_trl.cli.demo import default_model
+    from ra3_trl.evaluation import load_benchmark, render_prompt
+    from ra3_trl.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(default_model()), {})
+    tasks = load_benchmark("humaneval", max_tasks=PROMPTS).tasks
+    return [tokenizer(render_prompt(task, task.kind, "complete")).input_ids for task in tasks]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, prompts) -> Path:
+    """SmolLM2-135M with a head that has learned nothing of use: behind every second prompt it says yes."""
+    from transformers import AutoModel
+
     from ra3_trl.cli.demo import default_model
     from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
 
@@ -38,7 +51,10 @@ def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     head = AbstractionHead(AbstractionConfig(576, trained_on=1))
     head.outer.weight.data.normal_(std=3.0)
-    head.outer.bias.data.zero_()
+    with torch.no_grad():
+        body = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        states = torch.stack([body(torch.tensor([ids])).last_hidden_state[0, -1] for ids in prompts])
+        head.outer.bias[0] -= head(states)[0].median()
     save_head(head, folder)
     return folder
 
@@ -57,14 +73,6 @@ def model(checkpoint):
     from ra3_trl.evaluation.evaluate import load_checkpoint
 
     return load_checkpoint(str(checkpoint), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def prompts(engine) -> list[list[int]]:
-    from ra3_trl.evaluation import load_benchmark, render_prompt
-
-    tasks = load_benchmark("humaneval", max_tasks=PROMPTS).tasks
-    return [engine.tokenizer(render_prompt(task, task.kind, "complete")).input_ids for task in tasks]
 
 
 KNOBS = {
