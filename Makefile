@@ -7,7 +7,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install chromium bubblewrap test test-slow lint test-versions test-vllm demo replication clean
+.PHONY: docs install chromium bubblewrap test test-slow lint test-versions test-vllm demo replication clean
 
 install: $(VENV)/.installed
 
@@ -62,6 +62,11 @@ $(TOOLS)/.installed:
 	touch $@
 
 # make demo ARGS="--model_name_or_path ... --code_dir ..."
+# The documentation as a site in site/: search, pictures, a reference from the docstrings.
+docs: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 demo: install $(if $(findstring --model_name_or_path,$(ARGS)),,$(VENV)/.model)
 	$(BIN)/ra3 demo $(ARGS)
 

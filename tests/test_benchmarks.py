@@ -75,3 +75,21 @@ def test_proposals(capsys, tmp_path, tiny_model, tokenizers):
         found["gain"]["fim"]["mean"] - found["gain"]["causal"]["mean"]
     )
     assert set(found["seconds"]) == {"causal", "fim"}
+
+
+@pytest.mark.slow  # a timing
+def test_annotation(capsys, folder):
+    """20 kills lose and double nothing."""
+    words = ["--documents", "8", "--num_latents", "2", "--latent_tokens", "3", "--soak_documents", "200"]
+    main(["annotate", "--json", "--model", str(folder), *words, "--kill_documents", "40"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kills"], found["rows_lost"], found["rows_doubled"], found["finished_shards_redone"]) == (
+        20,
+        0,
+        0,
+        0,
+    )
+    assert found["killed_bytes_equal"] and found["two_process_bytes_equal"]
+    for name in ("documents_per_s", "boundaries_per_s", "two_process_speedup", "rss_mb"):
+        assert found[name] > 0
+    assert "rss_growth_mb" in found

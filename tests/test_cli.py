@@ -217,7 +217,7 @@ def test_train_an_adapter_on_a_file(model, code, tmp_path):
     ann = tmp_path / "annotated"
     assert ra3("annotate", str(output), "--code_dir", code, "--output", str(ann), "--max_documents", "1",
                "--max_length", "256", "--num_latents", "1") == 0  # fmt: skip
-    assert len(datasets.load_from_disk(str(ann))) == 1
+    assert len(datasets.load_dataset(str(ann), split="train")) == 1
 
 
 def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys):
@@ -380,7 +380,7 @@ def test_annotate_round_trip(model, code, tmp_path, comments):
     ]
     settings += ["--existing_comments", comments]
     assert ra3("annotate", model, "--code_dir", code, "--output", str(output), *settings) == 0
-    annotated = datasets.load_from_disk(str(output))
+    annotated = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     assert set(load_code_directory(code).column_names) | {"annotated_text", "latents", "num_boundaries"} == set(
         annotated.column_names
     )
@@ -399,7 +399,8 @@ def test_annotate_round_trip(model, code, tmp_path, comments):
 
 
 def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
-    """Prompts, empty texts and texts that are no Python come through unchanged; a second run refuses the folder."""
+    """Prompts, empty texts and texts that are no Python come through unchanged; a second run has nothing to do, and a
+    folder of something else is refused."""
     file, output = tmp_path / "rows.json", tmp_path / "annotated"
     rows = [
         ("# add\r\n", "x = 1\r\ny = x\r\n"),
@@ -411,14 +412,16 @@ def test_annotate_by_policy_and_what_cannot_be(model, tmp_path, capsys):
     argv = ["annotate", model, "--dataset_name", str(file), "--output", str(output), "--annotation", "policy",
             "--max_length", "64", "--horizon", "1", "--temperature", "0.7"]  # fmt: skip
     assert ra3(*argv) == 0
-    annotated = datasets.load_from_disk(str(output))
+    annotated = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     for (prompt, completion), row in zip(rows, annotated, strict=True):
         own = {latent["line"] - 1 for latent in row["latents"]}
         lines = row["annotated_text"].split("\n")
         assert "\n".join(line for i, line in enumerate(lines) if i not in own) == prompt + completion
     assert annotated["num_boundaries"][1:3] == [0, 0]
+    before = [path.stat().st_mtime_ns for path in output.glob("*.parquet")]
+    assert ra3(*argv) == 0 and [path.stat().st_mtime_ns for path in output.glob("*.parquet")] == before
     capsys.readouterr()
-    assert ra3(*argv) == 2
+    assert ra3(*argv[:4], "--output", str(tmp_path), *argv[6:]) == 2
     assert "there already" in capsys.readouterr().err
     assert ra3("annotate", model) == 2
     assert "`push_to_hub`" in capsys.readouterr().err

@@ -24,7 +24,7 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("em", "rlvr"),
     ("report", "arguments", "saving"),
     ("trainer", "testbed"),
-    ("experimental",),
+    ("experimental", "integrations"),
     ("cli", "examples"),
     ("benchmarks",),
 )

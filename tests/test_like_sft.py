@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.models import disable_dropout
+from ra3_trl.versions import CHECKPOINTING
 
 
 TEXTS = [
@@ -47,7 +48,7 @@ def both(tmp_path, tokenizer, tiny_model) -> Callable[..., tuple[SFTTrainer, RA3
             "max_length": 256, "learning_rate": 1e-3, "per_device_train_batch_size": 3, "max_steps": 20,
             "lr_scheduler_type": "linear", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 3,
             "adam_epsilon": 1e-5,  # by default a gradient that is rounding alone moves a weight too
-            "use_cpu": True, "disable_tqdm": True, "activation_checkpointing": False, "bf16": False,
+            "use_cpu": True, "disable_tqdm": True, CHECKPOINTING: False, "bf16": False,
         } | settings  # fmt: skip
         data = Dataset.from_dict(rows) if isinstance(rows, dict) else rows
         kinds = ((SFTTrainer, SFTConfig, {}), (RA3MidTrainer, RA3Config, {"e_steps": 0} | (ours or {})))

@@ -32,7 +32,7 @@ from benchmarks.replication.real_measure import Solved, draw, gates, judged, sol
 from benchmarks.replication.records import PreparedRecipe, TraceCorpus, TraceMeasureRecipe, TraceMidRecipe, TraceTask
 from benchmarks.replication.store import Store, recipe_hash
 from benchmarks.replication.traces import ASSERTION, EXPERT, PREPARATION, USELESS, answer, programs, tasks
-from ra3_trl.cli import demo
+from ra3_trl.cli import smollm2
 from ra3_trl.segmentation import PYTHON, Segmenter
 from ra3_trl.testbed.corpus import content_hash
 
@@ -257,10 +257,10 @@ def test_other_defaults_are_another_run_but_for_next_token_prediction(monkeypatc
 
 def test_the_models_conversion_says_nothing_where_the_json_goes(monkeypatch, capsys):
     def converting() -> Path:
-        demo.console.print("Converting ...")
+        smollm2.console.print("Converting ...")
         return Path("there")
 
-    monkeypatch.setattr(demo, "default_model", converting)
+    monkeypatch.setattr(smollm2, "smollm2", converting)
     assert common.default_model() == "there"
     said = capsys.readouterr()
     assert not said.out and "Converting" in said.err

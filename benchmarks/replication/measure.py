@@ -12,8 +12,8 @@ import torch
 from transformers import PrinterCallback
 
 from ra3_trl.experimental.hindsight import HindsightTrainer
-from ra3_trl.testbed import complete, examples, gates, programs, think_probs
-from ra3_trl.testbed.corpus import boundaries, comments_before, fillings, is_hard, is_right
+from ra3_trl.testbed import complete, examples, observe, programs, think_probs
+from ra3_trl.testbed.corpus import boundaries, comments_before, fillings, is_hard
 
 from .mid import config, load, model_folder
 from .records import FillRecipe, Fills, LatentUse, MeasureRecipe, Measures, MidRecipe, UseRecipe
@@ -26,24 +26,15 @@ def measure(store: Store, recipe: MeasureRecipe) -> Measures:
     def work(folder: Path) -> dict[str, Any]:
         model, tokenizer = load(model_folder(store, recipe.start))
         model.eval()
-        texts = list(programs(recipe.corpus, recipe.seed, recipe.programs)["text"])
-        cases = list(examples(recipe.corpus, recipe.seed + 1, recipe.tasks))
-        prompts, answers = [case.prompt for case in cases], [case.answer for case in cases]
-        said = {
-            think: complete(model, tokenizer, prompts, think, recipe.seed, recipe.corpus.hard_lines)
-            for think in ("auto", "always", "never")
-        }
-        right = {k: fmean(map(is_right, v, answers)) for k, v in said.items()}
-        comments = [text.split("\n")[0] for text in said["always"]]
-        hard, easy = gates(model, tokenizer, texts)
+        seen = observe(model, tokenizer, recipe.corpus, recipe.seed, recipe.programs, recipe.tasks)
         found = Measures(
-            hard,
-            easy,
-            fmean(comment == case.comment for comment, case in zip(comments, cases, strict=True)),
+            seen.think_hard,
+            seen.think_easy,
+            seen.comments,
             **bounds(model, tokenizer, recipe),
-            accuracy=right["auto"],
-            accuracy_forced=right["always"],
-            accuracy_never=right["never"],
+            accuracy=seen.right["auto"],
+            accuracy_forced=seen.right["always"],
+            accuracy_never=seen.right["never"],
         )
         return asdict(found)
 

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
+from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from ..config_file import read_experimental
 from ..experimental.hindsight import HindsightConfig, attach
-from ..files import renamed_into_place
-from ..hub import ANNOTATION, DatasetPush, annotate_dataset, render_dataset_card, require_boundaries
-from ..policy import THINKING
+from ..files import public_name
+from ..hub import (
+    Corpus,
+    CorpusFacts,
+    DatasetPush,
+    Manifest,
+    Origin,
+    RowAnnotator,
+    ShardedAnnotation,
+    Share,
+    checkpoint_hash,
+    refuse_annotated,
+    refuse_without_boundaries,
+    render_dataset_card,
+    rows_of_a_shard,
+)
+from ..policy import THINKING, Policy
 from .checkpoint import add_model_options, add_settings, add_trust, flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 
@@ -24,12 +45,17 @@ _SETTINGS = (
     "boundary_selection", "boundary_budget", "annotation_skip", "dataset_text_field", "engine", "max_branch_tokens",
     "seed",
 )  # fmt: skip
+_MACHINE = ("engine", "max_branch_tokens")  # shape no result
+_SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ra3 annotate",
-        description="Splices latents of a checkpoint into a corpus. The result has the corpus's columns and "
+        description="Splices latents of a checkpoint into a corpus. What comes out are Parquet files and a "
+        "manifest.json; `load_dataset` reads the folder. Run again, the same command does the files that are not "
+        "finished. `accelerate launch -m ra3_trl.cli.annotate ...` shares them out among processes, --shard among "
+        "jobs; the files are the same. The rows have the corpus's columns and "
         "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
         "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
         "stand). Taking the latents out gives the text back.",
@@ -42,8 +68,24 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--dataset_split", default="train", help="its split (default: %(default)s)")
     corpus.add_argument("--code_dir", help="folder of .py files; with neither, the standard library of this Python")
     corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
+    corpus.add_argument("--streaming", action="store_true", help="read the dataset as a stream, and not at once")
+    corpus.add_argument(
+        "--skip_broken_rows", action="store_true", help="leave out rows that can't be annotated, and not their file"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="folder to save the dataset to; must not be there yet")
+    output.add_argument("--output", metavar="DIR", help="folder of the Parquet files and their manifest.json")
+    output.add_argument(
+        "--shard_rows", type=int, help="rows of a file (default: 1000, fewer where there would be less than 16 files)"
+    )
+    output.add_argument(
+        "--shard", metavar="I/N", help="do the I-th part of the files only (from 0), as one of N jobs with one folder"
+    )
+    output.add_argument(
+        "--tokens",
+        action="store_true",
+        help="write `input_ids` and `completion_mask` of each chunk and no text: for an M-phase on the very tokens by "
+        "`ra3 train --e_steps 0`",
+    )
     output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
     output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
     output.add_argument(
@@ -54,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
     output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
     add_model_options(parser)
+    parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
     add_trust(parser)
     add_settings(parser, "annotation", (*_SETTINGS, *_PROPOSALS), (*THINKING, *_PROPOSALS), HindsightConfig)
     return parser
@@ -63,15 +106,100 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
     if not options.output and not options.push_to_hub:
         raise ValueError("neither `output` nor `push_to_hub` is set; say where the annotated dataset goes.")
-    if options.output and Path(options.output).exists():
-        raise ValueError(f"`output` is {options.output!r}, which is there already; remove it or name another folder.")
-    if options.max_documents is not None and options.max_documents < 1:
-        raise ValueError(f"`max_documents` is {options.max_documents}; it must be at least 1.")
+    for name in ("max_documents", "shard_rows"):
+        if vars(options)[name] is not None and vars(options)[name] < 1:
+            raise ValueError(f"`{name}` is {vars(options)[name]}; it must be at least 1.")
+    if options.tokens and options.push_to_hub:
+        raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
+    share = _share(options.shard)
+    if not options.output and share.count > 1:
+        raise ValueError("`output` is not set; several processes or jobs need a folder that they share.")
     if not options.push_to_hub:
         return None
     names = ("license_column", "dataset_license", "allow_missing_licenses", "allow_secrets")
     how = {name: vars(options)[name] for name in names}
     return DatasetPush(options.push_to_hub, private=options.private or None, **how)
+
+
+def _share(shard: str | None) -> Share:
+    """What this process does: of the job that `--shard` says, the part that `accelerate launch` or torchrun says."""
+    match = _SHARD.fullmatch(shard or "0/1")
+    job, jobs = map(int, match.groups()) if match else (0, 0)
+    if job >= jobs:
+        raise ValueError(f"`shard` is {shard!r}; write I/N with I from 0 to N - 1, such as 0/8.")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return Share(job * processes + rank, jobs * processes, processes)
+
+
+def _read_corpus(options: argparse.Namespace) -> Corpus:
+    splits = load_splits(
+        options.dataset_name, options.code_dir, options.dataset_split, options.dataset_config, options.streaming
+    )
+    corpus: Corpus = splits[options.dataset_split]
+    if not isinstance(corpus, Dataset):
+        corpus = corpus.take(options.max_documents) if options.max_documents else corpus
+    elif options.max_documents:
+        corpus = corpus.select(range(min(options.max_documents, len(corpus))))
+    refuse_annotated(corpus.column_names or ())
+    return corpus.with_format(None)
+
+
+def _check_rows(push: DatasetPush, corpus: Corpus, share: Share, shard_rows: int) -> None:
+    """Refuses rows that may not be published before the work on any; those of a stream are checked as they come."""
+    if isinstance(corpus, Dataset):
+        numbers = [number for number in range(len(corpus)) if share.has(number // shard_rows)]
+        push.check(corpus.select(numbers), numbers)
+
+
+def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard_rows: int) -> Origin:
+    """What the manifest compares."""
+    settings = {n: getattr(policy.args, n) for n in _SETTINGS if n not in _MACHINE} | policy.proposer.settings
+    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")}
+    if options.push_to_hub:  # a column is added
+        settings |= {n: vars(options)[n] for n in ("license_column", "dataset_license")}
+    source = public_name(options.dataset_name or options.code_dir or STANDARD_LIBRARY)
+    form = "tokens" if options.tokens else "text"
+    name = public_name(options.checkpoint)
+    return Origin(settings, name, checkpoint_hash(policy), source, rows, shard_rows, form)
+
+
+def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
+    # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
+    flags = {"gate": saved.get("gate", "token")} | flag_settings(options, _SETTINGS)
+    # Without an accelerator the processes that a launcher started know of each other only so.
+    use_cpu = options.use_cpu or not torch.accelerator.is_available()
+    policy = open_policy(options, flags | {"use_cpu": use_cpu})
+    trained = read_experimental(options.checkpoint, revision=options.model_revision)
+    return attach(policy, trained, **flag_settings(options, _PROPOSALS))
+
+
+def _annotate(
+    options: argparse.Namespace, corpus: Corpus, policy: Policy, folder: Path, push: DatasetPush | None
+) -> None:
+    """Annotates this process's share into `folder`, pushes it and says how far the whole has come."""
+    rows = len(corpus) if isinstance(corpus, Dataset) else None
+    shard_rows = options.shard_rows or rows_of_a_shard(rows)
+    annotator = RowAnnotator(policy)
+    refuse_without_boundaries(annotator, corpus)
+    manifest = Manifest(folder, _origin(options, policy, rows, shard_rows))
+    share, source = _share(options.shard), options.dataset_name or options.code_dir or STANDARD_LIBRARY
+
+    def card(facts: CorpusFacts, full_name: str) -> DatasetCard:
+        licence = push and push.dataset_license
+        return render_dataset_card(policy, facts, full_name, options.checkpoint, source, licence)
+
+    url = ShardedAnnotation(
+        annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
+    ).run()
+    entries = manifest.finished().values()
+    latents, boundaries = sum(e.latents for e in entries), sum(e.boundaries for e in entries)
+    documents = sum(e.rows_out for e in entries)
+    if share.index % share.processes == 0:
+        print(f"{documents:,} documents, {latents:,} latents at {boundaries:,} boundaries in {len(entries):,} files.")
+        if options.output:
+            print(f"Saved to {options.output}; `datasets.load_dataset` reads it.")
+    if url:
+        print(f"Pushed to {url}.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,29 +208,20 @@ def main(argv: list[str] | None = None) -> int:
     push = _check(options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     saved = saved_settings(options)  # first, since it says best that there is no such checkpoint
-    splits = load_splits(options.dataset_name, options.code_dir, options.dataset_split, options.dataset_config)
-    dataset = splits[options.dataset_split]
-    if options.max_documents:
-        dataset = dataset.select(range(min(options.max_documents, len(dataset))))
-    dataset = push.check(dataset) if push else dataset  # before the work
-    # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
-    policy = open_policy(options, {"gate": saved.get("gate", "token")} | flag_settings(options, _SETTINGS))
-    trained = read_experimental(options.checkpoint, revision=options.model_revision)
-    policy = attach(policy, trained, **flag_settings(options, _PROPOSALS))
-    annotated = annotate_dataset(policy, dataset)
-    require_boundaries(annotated, policy.args.action_format)
-    placed, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
-    print(f"{len(annotated):,} documents, {placed:,} latents at {boundaries:,} boundaries.")
-    if options.output:
-        with renamed_into_place(options.output) as aside:
-            annotated.save_to_disk(str(aside))
-        print(f"Saved to {options.output}; `datasets.load_from_disk` reads it.")
+    corpus = _read_corpus(options)
     if push:
-        push.check_secrets(annotated.select_columns(list(ANNOTATION)))
-        source = options.dataset_name or options.code_dir or STANDARD_LIBRARY
-
-        def card(full_name: str) -> DatasetCard:
-            return render_dataset_card(policy, annotated, full_name, options.checkpoint, source, push.dataset_license)
-
-        print(f"Pushed to {push.upload(annotated, card).repo_url}.")
+        rows = len(corpus) if isinstance(corpus, Dataset) else None
+        _check_rows(push, corpus, _share(options.shard), options.shard_rows or rows_of_a_shard(rows))
+    policy = _open(options, saved)
+    if options.output:
+        _annotate(options, corpus, policy, Path(options.output), push)
+    else:
+        with TemporaryDirectory() as folder:
+            _annotate(options, corpus, policy, Path(folder), push)
     return 0
+
+
+if __name__ == "__main__":
+    from .main import guarded
+
+    raise SystemExit(guarded(main, sys.argv[1:]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
 from ..segmentation import load_code_directory
@@ -54,7 +55,14 @@ def _reader(path: Path) -> str | None:
 
 
 def _load(name: str, config: str | None, split: str, streaming: bool) -> Any:
-    path = Path(name)
+    try:
+        return _load_rows(Path(name), name, config, split, streaming)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"`dataset_name` is {name!r}, which can't be read: {cause}") from error
+
+
+def _load_rows(path: Path, name: str, config: str | None, split: str, streaming: bool) -> Any:
     part = split if "[" in split else None  # a slice has to be told to `load_dataset`; else all splits are wanted
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         return load_from_disk(name)

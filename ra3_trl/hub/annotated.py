@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..policy import Policy, annotate
-from ..records import AnnotatedExample
+from ..records import AnnotatedExample, Document
 from ..rollout import NoiseKey
-from ..segmentation import (
-    RowForms,
-    RowReader,
-    Segmenter,
-    Text,
-    Tokens,
-    readable_bytes,
-    row_to_document,
-    segment_dataset,
-)
+from ..segmentation import RowForms, RowReader, Segmenter, Text, Tokens, content_id, cut_example, readable_bytes
 
 
 ANNOTATION = Features(
@@ -35,10 +26,84 @@ ANNOTATION = Features(
 )
 
 
+TOKENS = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("int8")), "row": Value("int64")})
+
+
+@dataclass(frozen=True)
+class AnnotatedRow:
+    """What comes of a row: its text with `latents` in it, places where one could stand, and its chunks."""
+
+    text: str
+    latents: list[dict[str, Any]]
+    num_boundaries: int
+    chunks: list[AnnotatedExample]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its text and its latents."""
+        return sum(len(chunk.input_ids) - chunk.document.context for chunk in self.chunks)
+
+    def columns(self) -> dict[str, Any]:
+        """Its cells in the columns of `ANNOTATION`."""
+        return {"annotated_text": self.text, "latents": self.latents, "num_boundaries": self.num_boundaries}
+
+    def token_rows(self, number: int) -> list[dict[str, Any]]:
+        """A row of `TOKENS` for each chunk of the row with this number: what an M-phase trains on, token by token."""
+        masks = [[int(label != -100) for label in chunk.labels] for chunk in self.chunks]
+        return [
+            {"input_ids": list(chunk.input_ids), "completion_mask": mask, "row": number}
+            for chunk, mask in zip(self.chunks, masks, strict=True)
+        ]
+
+
+class RowAnnotator:
+    """
+    Splices latents into rows, one by one. What comes of a row depends on what it holds, on settings and weights, and
+    not on its place or its neighbours: noise is keyed by content.
+
+    Args:
+        policy ([`~ra3_trl.policy.Policy`]):
+            What writes the latents.
+        formatting_func (`Callable`, *optional*):
+            Makes the text of a row.
+    """
+
+    def __init__(self, policy: Policy, formatting_func: Callable[[dict], str] | None = None):
+        self.policy = policy
+        self._reader = RowReader(policy.segmenter, RowForms.of(policy.args, formatting_func))
+        self._bytes = readable_bytes(policy.tokenizer, policy.segmenter.format)
+
+    def read(self, row: Mapping[str, Any]) -> Text | Tokens:
+        """Reads a row in the forms that the trainer takes.
+
+        Raises:
+            `ValueError`: naming the column that can't be read, and why.
+        """
+        return self._reader(row)
+
+    def has_boundary(self, example: Text | Tokens) -> bool:
+        """Whether there is a place for a latent."""
+        return any(document.boundaries for document in self._cut(example))
+
+    def __call__(self, example: Text | Tokens) -> AnnotatedRow:
+        """Annotates what was [`~RowAnnotator.read`], inside `policy.inference()`; what can't be annotated stays as it
+        is."""
+        policy, documents = self.policy, self._cut(example)
+        text, noise = _text_of(policy.segmenter, example), NoiseKey(policy.args.seed, 1, 0)
+        examples = [annotate(policy, document, noise) for document in documents]
+        if not documents or documents[0].status != "actions":
+            return AnnotatedRow(text, [], 0, examples)
+        boundaries = sum(len(document.boundaries) for document in documents)
+        return AnnotatedRow(*join_chunks(text, examples, self._bytes), boundaries, examples)
+
+    def _cut(self, example: Text | Tokens) -> list[Document]:
+        return cut_example(self.policy.segmenter, content_id(example), example)
+
+
 def annotate_dataset(
     policy: Policy, dataset: Dataset, formatting_func: Callable[[dict], str] | None = None
 ) -> Dataset:
-    """Splices latents of the present weights into a data set; the processes share it out.
+    """Splices latents of the present weights into a data set that fits into memory; the processes share it out.
 
     Args:
         policy ([`~ra3_trl.policy.Policy`]):
@@ -55,18 +120,37 @@ def annotate_dataset(
         format, not given back by the tokenizer) stay as they are.
 
     Raises:
-        `ValueError`: if the data set is empty, or has one of these columns already.
+        `ValueError`: if the data set is empty, has one of these columns already, or a row can't be read.
     """
-    if taken := set(ANNOTATION) & set(dataset.column_names):
-        raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
+    refuse_annotated(dataset.column_names)
     if not len(dataset):
         raise ValueError("the corpus is empty; give it at least one row.")
     args, dataset = policy.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
+    annotator = RowAnnotator(policy, formatting_func)
     mine = range(args.process_index, len(dataset), args.world_size)
-    own = _annotate_rows(policy, dataset.select(mine), mine, formatting_func) if mine else {}
+    examples = {number: _read(annotator, dataset[number], number) for number in mine}  # before the work
+    quiet = args.disable_tqdm or args.process_index > 0
+    with policy.inference(), tqdm(examples.items(), desc="Annotating", unit="row", disable=quiet) as progress:
+        own = {number: annotator(example).columns() for number, example in progress}
     rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)
+
+
+def refuse_annotated(columns: Sequence[str]) -> None:
+    """
+    Raises:
+        `ValueError`: if a corpus has the columns of an annotated one.
+    """
+    if taken := set(ANNOTATION) & set(columns):
+        raise ValueError(f"the corpus has the columns {sorted(taken)} already; rename them, or annotate the original.")
+
+
+def _read(annotator: RowAnnotator, row: Mapping[str, Any], number: int) -> Text | Tokens:
+    try:
+        return annotator.read(row)
+    except ValueError as error:
+        raise ValueError(f"the corpus, row {number}: {error}") from error
 
 
 def require_boundaries(annotated: Dataset, action_format: str) -> None:
@@ -75,38 +159,16 @@ def require_boundaries(annotated: Dataset, action_format: str) -> None:
         `ValueError`: if [`annotate_dataset`] found no place for a latent in any text.
     """
     if not any(annotated["num_boundaries"]):
-        raise ValueError(
-            f"none of the {len(annotated)} texts has a boundary for `action_format` {action_format!r}: they are of "
-            "another format, or empty, or the tokenizer does not give them back. Set `action_format`, or give other "
-            "texts. Nothing was written."
-        )
+        raise no_boundaries(len(annotated), action_format)
 
 
-def _annotate_rows(
-    policy: Policy, dataset: Dataset, numbers: Sequence[int], formatting_func: Callable[[dict], str] | None
-) -> dict[int, dict[str, Any]]:
-    """Makes the columns of [`annotate_dataset`] for rows that have these `numbers` in the whole data set."""
-    args, segmenter = policy.args, policy.segmenter
-    data = readable_bytes(policy.tokenizer, segmenter.format)
-    forms = RowForms.of(args, formatting_func)
-    segmented = segment_dataset(dataset, segmenter, forms=forms)
-    reader = RowReader(segmenter, forms)
-    texts = [_text_of(segmenter, reader(row)) for row in dataset]
-    rows = {n: {"annotated_text": t, "latents": [], "num_boundaries": 0} for n, t in zip(numbers, texts, strict=True)}
-    noise, chunks = NoiseKey(args.seed, 1, 0), (row_to_document(row) for row in segmented)
-    quiet = args.disable_tqdm or args.process_index > 0
-    with policy.inference(), tqdm(total=len(segmented), desc="Annotating", unit="chunk", disable=quiet) as progress:
-        for position, documents in groupby(chunks, key=lambda document: document.doc_id):
-            number, examples = numbers[position], []
-            for document in documents:
-                # Noise is keyed by the number, which must not depend on how processes share the rows out.
-                examples.append(annotate(policy, replace(document, doc_id=number), noise))
-                progress.update()
-            if examples[0].document.status == "actions":
-                text, latents = join_chunks(texts[position], examples, data)
-                boundaries = sum(len(e.document.boundaries) for e in examples)
-                rows[number] = {"annotated_text": text, "latents": latents, "num_boundaries": boundaries}
-    return rows
+def no_boundaries(texts: int, action_format: str) -> ValueError:
+    """The error for so many `texts` without a place for a latent."""
+    return ValueError(
+        f"none of the {texts} texts has a boundary for `action_format` {action_format!r}: they are of "
+        "another format, or empty, or the tokenizer does not give them back. Set `action_format`, or give other "
+        "texts. Nothing was written."
+    )
 
 
 def _text_of(segmenter: Segmenter, example: Text | Tokens) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -47,9 +48,29 @@ def preview_rows(annotated: Dataset, action_format: str) -> list[dict[str, Any]]
     return preview
 
 
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What a card says of an annotated corpus: so many `rows`, `latents` and `boundaries`, rows by licence, names of
+    columns, and the first latents as from [`preview_rows`]."""
+
+    rows: int
+    latents: int
+    boundaries: int
+    licenses: dict[str, int]
+    columns: list[str]
+    preview: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, annotated: Dataset, action_format: str) -> CorpusFacts:
+        """Counts them in rows of [`annotate_dataset`]."""
+        latents, boundaries = sum(map(len, annotated["latents"])), sum(annotated["num_boundaries"])
+        preview = preview_rows(annotated, action_format)
+        return cls(len(annotated), latents, boundaries, count_licenses(annotated), annotated.column_names, preview)
+
+
 def render_dataset_card(
     policy: Policy,
-    annotated: Dataset,
+    annotated: Dataset | CorpusFacts,
     repo_id: str,
     checkpoint: str | None = None,
     dataset_name: str | None = None,
@@ -60,7 +81,7 @@ def render_dataset_card(
     """Lays out the card of an annotated corpus, with metadata that the Hub takes.
 
     Args:
-        policy ([`~ra3_trl.policy.Policy`]), annotated (`datasets.Dataset`):
+        policy ([`~ra3_trl.policy.Policy`]), annotated (`datasets.Dataset` or [`CorpusFacts`]):
             What annotated it, and what came of it, with a column `license` where licences are known.
         repo_id (`str`), revision (`str`, *optional*):
             Its full name on the Hub, and the branch that it is on; `None` is `main`.
@@ -72,7 +93,8 @@ def render_dataset_card(
             How many updates of RA3 the weights have seen, where they have no name.
     """
     base = policy.backbone.causal_lm.config._name_or_path
-    licenses = count_licenses(annotated) or {dataset_license or "unknown": len(annotated)}
+    facts = annotated if isinstance(annotated, CorpusFacts) else CorpusFacts.of(annotated, policy.args.action_format)
+    licenses = facts.licenses or {dataset_license or "unknown": facts.rows}
     # A path says where somebody works: the names of the card are public ones.
     if checkpoint is None:
         checkpoint = f"{Path(base).name or 'a model'} after {updates} updates of RA3"
@@ -80,7 +102,7 @@ def render_dataset_card(
         **license_metadata(licenses),
         annotations_creators="machine-generated",
         task_categories=["text-generation"],
-        size_categories=size_category(len(annotated)),
+        size_categories=size_category(facts.rows),
         source_datasets=hub_ids([dataset_name]) or None,
         tags=["ra3", "trl", "mid-training", "synthetic"],
         pretty_name=repo_id.split("/")[-1],
@@ -94,12 +116,12 @@ def render_dataset_card(
         source=dataset_name and public_name(dataset_name),
         checkpoint=public_name(checkpoint),
         checkpoint_id=next(iter(hub_ids([checkpoint])), None),
-        rows=len(annotated),
-        latents=sum(map(len, annotated["latents"])),
-        boundaries=sum(annotated["num_boundaries"]),
+        rows=facts.rows,
+        latents=facts.latents,
+        boundaries=facts.boundaries,
         licenses=list(licenses.items()),
-        columns=annotated.column_names,
-        preview=preview_rows(annotated, policy.args.action_format),
+        columns=facts.columns,
+        preview=facts.preview,
         think=find_format(policy.args.action_format).think,
         settings={name: vars(policy.args)[name] for name in _SHOWN},
         version=metadata.version("ra3-trl"),

@@ -56,24 +56,28 @@ class DatasetPush:
     def __post_init__(self):
         validate_repo_id(self.repo_id)
 
-    def check(self, dataset: Dataset) -> Dataset:
+    def check(self, dataset: Dataset, numbers: Sequence[int] | None = None) -> Dataset:
         """`dataset` with a column `license`, filled with `dataset_license`, if its rows may be published.
+
+        Args:
+            dataset (`datasets.Dataset`), numbers (`Sequence[int]`, *optional*):
+                Rows, and their numbers in the corpus that they are a part of.
 
         Raises:
             `ValueError`: for rows without a licence, or with secrets in them.
         """
-        dataset = self._licensed(dataset)
-        self.check_secrets(dataset)
+        dataset = self._licensed(dataset, numbers)
+        self.check_secrets(dataset, numbers)
         return dataset
 
-    def check_secrets(self, dataset: Dataset) -> None:
+    def check_secrets(self, dataset: Dataset, numbers: Sequence[int] | None = None) -> None:
         """Refuses rows that seem to hold secrets, saying which rows and of what kind; no secret is shown.
 
         Raises:
             `ValueError`: if there are any.
         """
         tokens = process_tokens(token=self.token)
-        secrets = scan_rows(dataset.with_format(None), tokens)
+        secrets = scan_rows(dataset.with_format(None), tokens, numbers)
         if self.allow_secrets:  # of others: this process's own are none that anybody means to publish
             secrets = [secret for secret in secrets if secret.kind in tokens.values()]
         if secrets:
@@ -84,7 +88,7 @@ class DatasetPush:
                 "uploaded."
             )
 
-    def _licensed(self, dataset: Dataset) -> Dataset:
+    def _licensed(self, dataset: Dataset, numbers: Sequence[int] | None) -> Dataset:
         column, columns = self.license_column, dataset.column_names
         if column != "license" and column not in columns:
             raise ValueError(
@@ -97,7 +101,8 @@ class DatasetPush:
         cells = dataset.with_format(None)[column] if column in columns else [None] * len(dataset)
         of_rows = [row_license(value) for value in cells]
         filled = [name or row_license(self.dataset_license) for name in of_rows]
-        missing = [number for number, name in enumerate(filled) if name is None]
+        numbers = range(len(filled)) if numbers is None else numbers
+        missing = [number for number, name in zip(numbers, filled, strict=True) if name is None]
         if missing and not self.allow_missing_licenses:
             reason = f"column `{column}` names none" if column in columns else "the corpus has no column of licences"
             raise ValueError(
@@ -116,25 +121,34 @@ class DatasetPush:
 
         `card` may be a function of the repository's full name, which is known when there is one.
         """
+        shards = max(1, min(len(dataset), -(-dataset.data.nbytes // _SHARD_BYTES)))
+        with TemporaryDirectory() as folder:
+            files = [Path(folder) / f"train-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
+            for i, file in enumerate(files):
+                dataset.shard(shards, i).to_parquet(file)
+            return self.upload_files(files, card, in_place=True)
+
+    def upload_files(
+        self, files: Sequence[Path], card: DatasetCard | Callable[[str], DatasetCard], in_place: bool
+    ) -> CommitInfo:
+        """Uploads Parquet files of checked rows and the card in one commit; `in_place` of older data, or beside it."""
         check_card(str(card(self.repo_id) if callable(card) else card), process_tokens(token=self.token))
         api = HfApi(token=self.token)
         repo_id = api.create_repo(self.repo_id, private=self.private, repo_type="dataset", exist_ok=True).repo_id
         if self.revision is not None:
             api.create_branch(repo_id, branch=self.revision, repo_type="dataset", exist_ok=True)
-        shards = max(1, min(len(dataset), -(-dataset.data.nbytes // _SHARD_BYTES)))
         with TemporaryDirectory() as folder:
             (card(repo_id) if callable(card) else card).save(Path(folder) / "README.md")
             (Path(folder) / "data").mkdir()
-            for i in range(shards):
-                name = f"train-{i:05d}-of-{shards:05d}.parquet"
-                dataset.shard(shards, i).to_parquet(Path(folder) / "data" / name)
+            for file in files:
+                (Path(folder) / "data" / file.name).symlink_to(file.resolve())
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 repo_type="dataset",
                 revision=self.revision,
                 commit_message=self.commit_message,
-                delete_patterns="data/*.parquet",
+                delete_patterns="data/*.parquet" if in_place else None,
             )
 
 

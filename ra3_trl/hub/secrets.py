@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,9 @@ def _looks_random(value: str) -> bool:
     return -sum(share * math.log2(share) for share in shares) >= _LEAST_BITS
 
 
-def scan_rows(rows: Iterable[dict[str, Any]], tokens: Mapping[str, str] | None = None) -> list[Secret]:
+def scan_rows(
+    rows: Iterable[dict[str, Any]], tokens: Mapping[str, str] | None = None, numbers: Sequence[int] | None = None
+) -> list[Secret]:
     """Secrets in all text of all columns, lists and records in them too, and in the columns' names; one that a row
     repeats counts once.
 
@@ -114,12 +116,15 @@ def scan_rows(rows: Iterable[dict[str, Any]], tokens: Mapping[str, str] | None =
             Rows by column.
         tokens (`Mapping[str, str]`, *optional*):
             Secrets that are known, each with the place where it is from.
+        numbers (`Sequence[int]`, *optional*):
+            The rows' numbers in the corpus that they are a part of.
     """
     secrets: list[Secret] = []
-    for number, row in enumerate(rows):
+    for position, row in enumerate(rows):
+        number = position if numbers is None else numbers[position]
         seen: set[str] = set()
         for place, (column, value) in enumerate(row.items()):
-            texts = [*_texts(value), *([column] if number == 0 else [])]
+            texts = [*_texts(value), *([column] if position == 0 else [])]
             column = f"column {place}" if find_secrets(column) else column  # a name that is a secret is not shown
             for kind, public, secret in (hit for text in texts for hit in find_secrets(text)):
                 if secret not in seen:

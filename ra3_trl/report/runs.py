@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -85,16 +85,23 @@ def read_run(name: str, label: str | None = None) -> Run:
     if not path.exists():
         raise ValueError(f"`run` {name!r} is not there; {_CURE}.")
     try:
-        if path.is_file() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+        if path.is_file() or saved or _shards(path):
             return AnnotatedCorpus(label, _read_rows(path, name))
         return _read_training(path, name, label)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`run` {name!r} can't be read, or is damaged ({error!r}); {_CURE}.") from error
 
 
+def _shards(path: Path) -> list[str]:
+    """The files of `ra3 annotate` in a folder."""
+    return sorted(map(str, path.glob("train-*.parquet")))
+
+
 def _read_rows(path: Path, name: str) -> Sequence[Mapping[str, Any]]:
     if path.is_dir():
-        data = load_from_disk(str(path))
+        files = _shards(path)
+        data = load_dataset("parquet", data_files=files, split="train") if files else load_from_disk(str(path))
         if not isinstance(data, Dataset) or not set(_ANNOTATED) <= set(data.column_names):
             raise ValueError(f"`run` {name!r} is a dataset without the columns of `ra3 annotate`; {_CURE}.")
         return data.select_columns(_ANNOTATED)

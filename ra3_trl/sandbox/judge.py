@@ -8,20 +8,19 @@ work, and nothing that a program prints, exits with, patches or overloads can ma
 from __future__ import annotations
 
 import ast
-import builtins
 import errno
 import json
 import re
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from signal import SIGKILL, SIGXCPU, SIGXFSZ
 from typing import Any
 
+from .names import Names, names_in
 from .sandbox import Sandbox
 
 
@@ -31,6 +30,7 @@ _REFUSALS = {
     errno.ENOSYS,
     -2, -3,  # names are not resolved
 }  # fmt: skip
+_BLANK = " \t\r"
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,9 @@ class Problem:
             raise ValueError(f"a problem's `setup` or `tests` are no Python: {error}; correct them.") from error
 
     @cached_property
-    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names that tests use and do not define: the program's, and modules of the standard library."""
-        nodes = [node for tree in self._trees for node in ast.walk(tree)]
-        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        entry_point = set() if self.entry_point is None else {self.entry_point}
-        free = used - set(_bound(nodes)) - entry_point - set(vars(builtins))
-        modules = (free - called) & sys.stdlib_module_names
-        program = free - modules | entry_point
-        return tuple(sorted(program or _shadowed(nodes))), tuple(sorted(modules))
+    def names(self) -> Names:
+        """Names that tests may have of the program."""
+        return names_in((self.setup, *self.tests), self._trees, self.entry_point)
 
 
 @dataclass(frozen=True)
@@ -211,8 +204,7 @@ class Judge:
         program = program.encode(errors="replace").decode()
         if problem.cases:
             return self._judge_cases(problem, program)
-        names, modules = problem.names
-        tests = {"setup": problem.setup, "tests": problem.tests, "names": names, "modules": modules}
+        tests = {"setup": problem.setup, "tests": problem.tests, **asdict(problem.names)}
         forgeable = problem.inside or not self.sandbox.isolated
         if problem.inside:
             report = self.sandbox.run({"role": "inside", "program": program, **tests})
@@ -224,12 +216,14 @@ class Judge:
         """One run for each case; after one that ran out of time the rest is not tried."""
         verdict, detail, output, passed, seconds = "passed", "", "", 0, 0.0
         for stdin, expected in problem.cases:
-            report = self.sandbox.run({"role": "script", "program": program, "stdin": stdin})
+            # What is longer than what is expected by 1 MiB is cut, which tells enough.
+            keep = len(expected.encode(errors="replace")) + 2**20
+            report = self.sandbox.run({"role": "script", "program": program, "stdin": stdin, "keep": keep})
             of_case, why = _script_verdict(report, expected)
             seconds += report["seconds"]
             passed += of_case == "passed"
             if verdict == "passed" != of_case:
-                verdict, detail, output = of_case, why, (report["stdout"] + report["tail"])[-2000:]
+                verdict, detail, output = of_case, why, _printed(report)
             if of_case == "timeout":
                 break
         return Result(verdict, passed, problem.total, not self.sandbox.isolated, output, detail, seconds)
@@ -294,6 +288,8 @@ def _script_verdict(report: Mapping, expected: str) -> tuple[str, str]:
     if report["ended"] in ("memory", "timeout"):
         return report["ended"], "more than the limit"
     if report["status"] == 0:
+        if report["cut"]:
+            return "failed", "more output than expected, cut where it is 1 MiB longer"
         same = _lines(report["stdout"]) == _lines(expected)
         return ("passed", "") if same else ("failed", "other output than expected")
     last = (report["tail"].strip().splitlines() or [""])[-1]
@@ -304,6 +300,12 @@ def _script_verdict(report: Mapping, expected: str) -> tuple[str, str]:
     return ("error", last) if last else _exit_verdict(report["status"])
 
 
+def _printed(report: Mapping) -> str:
+    """The end of what a script printed."""
+    cut = "\n[cut here]\n" if report["cut"] else ""
+    return (report["stdout"].encode(errors="replace").decode() + cut + report["tail"])[-2000:]
+
+
 def _refused(message: str) -> bool:
     """Whether an error's message tells of something that the sandbox refuses."""
     codes = {int(code) for code in re.findall(r"\[Errno (-?\d{1,3})\]", message)}
@@ -311,31 +313,8 @@ def _refused(message: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def _bound(nodes: Sequence[ast.AST]) -> Iterator[str]:
-    """Names that some node binds, wherever."""
-    for node in nodes:
-        match node:
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                yield name
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                yield name
-            case ast.alias(name=name, asname=alias):
-                yield (alias or name).split(".")[0]
-            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
-                yield name
-
-
-def _shadowed(nodes: Sequence[ast.AST]) -> set[str]:
-    """Tests that name nothing but builtins test a function with a builtin's name: the outermost that is called."""
-    for node in nodes:
-        if isinstance(node, ast.Assert):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name):
-                    return {inner.func.id}
-    return set()
+    r"""Lines without the white space at their ends; `\x0b`, `\u2028` and the like are characters as any other."""
+    return "\n".join(line.rstrip(_BLANK) for line in text.split("\n")).rstrip("\n").split("\n")
 
 
 def _helpers(prompt: Any, entry_point: str) -> str:

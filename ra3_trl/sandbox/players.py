@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import importlib
 import json
+import linecache
 import os
 import random
 import secrets
@@ -20,6 +21,7 @@ import socket
 import sys
 import traceback
 import types
+from pathlib import Path
 from typing import Any
 
 import wire
@@ -33,18 +35,18 @@ WARM = (
 )  # fmt: skip
 for _name in WARM:
     importlib.import_module(_name)
+_RECURSION = sys.getrecursionlimit()
 
 
 def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
     """Does the job and returns the exit code.
 
-    `job` has a `role` and what it needs: `"script"` and `"program"` have the source `program`, `"tests"` has `setup`,
-    `tests` (sources), `names` (of the program, that the tests use) and `modules` (that they use), `"inside"` has all.
+    `job` has a `role` and what it needs: `"program"` has the source `program`; `"tests"` has `setup`, `tests`
+    (sources), `names` (that the tests may have of the program), `needed` (that it must define) and `modules` (that the
+    tests use, with the attributes that they read of each); `"inside"` has all.
     `channel` is the socket between program and tests, `verdict` the file for the tests' outcomes: descriptors.
     """
     random.seed(0)  # the same program gets the same verdict
-    if job["role"] == "script":
-        return _run_script(job["program"])
     if job["role"] == "program":
         Program(job["program"], socket.socket(fileno=channel)).serve()
         return 0
@@ -52,34 +54,62 @@ def play(job: dict[str, Any], channel: int | None, verdict: int) -> int:
     try:
         if job["role"] == "tests":
             outcomes.link = link = Link(socket.socket(fileno=channel))
-            link.ask("load")
-            names = {name: link.ask("name", name) for name in job["names"]}
+            names = _asked_for(job["names"], link.ask("load", job["names"], job["needed"]))
         else:
-            names = _run_module("program", job["program"])
+            names = _run_module(types.ModuleType("program"), job["program"], "<program>")
         _run_tests(job, outcomes, names)
     except BaseException as error:
         outcomes.end(error)
     return 0
 
 
-def _run_module(name: str, source: str) -> dict[str, Any]:
+def _run_module(module: types.ModuleType, source: str, file: str) -> dict[str, Any]:
     """Runs a program as a module of its own, and returns its names."""
-    module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(source, "<program>", "exec"), vars(module))
+    sys.modules[module.__name__] = module
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    sys.setrecursionlimit(_RECURSION + _depth())  # as deep as a program of its own may go
+    exec(compile(source, file, "exec", dont_inherit=True), vars(module))
     return vars(module)
 
 
-def _run_script(source: str) -> int:
-    status = 0
+def _asked_for(wanted: list[str], names: Any) -> dict[str, Any]:
+    """Of the names that a program gives, those that tests asked for: no builtin that it may have replaced."""
+    if type(names) is not dict:
+        raise wire.WireError("no names")
+    return {
+        name: value
+        for name, value in names.items()
+        if (name in wanted if wanted else name not in vars(builtins) and not str(name).startswith("__"))
+    }
+
+
+def _depth() -> int:
+    frame, depth = sys._getframe(), 0
+    while frame := frame.f_back:
+        depth += 1
+    return depth
+
+
+def run_script(source: str, isolated: bool) -> Any:
+    """Runs a program as Python runs a script, and returns what it exits by: `None`, a number or a text."""
+    random.seed(0)
+    module = types.ModuleType("__main__")
+    module.__file__ = str(Path.cwd() / "program.py")
+    if isolated:  # in a folder of its own
+        Path(module.__file__).write_text(source, encoding="utf-8")
+    vars(module).update(__builtins__=builtins, __annotations__={}, __cached__=None)
+    sys.argv = [module.__file__]
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        _run_module("__main__", source)
+        _run_module(module, source, module.__file__)
     except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc(limit=-3)
-        status = 1
-    sys.stdout.flush()
-    return status & 255
+        return error.code
+    except BaseException as error:
+        for _ in range(2):  # the frames of this file
+            error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return None
 
 
 class Program:
@@ -114,12 +144,11 @@ class Program:
         arguments = wire.unpack(request["arguments"], self.objects.__getitem__)
         match request["do"]:
             case "load":
-                self.names = _run_module("program", self.source)
-                return None
-            case "name":
-                if arguments[0] not in self.names:
-                    raise NameError(f"the program has no `{arguments[0]}`")
-                return self.names[arguments[0]]
+                names = _run_module(types.ModuleType("program"), self.source, "<program>")
+                wanted, needed = arguments
+                if missing := [name for name in needed if name not in names]:
+                    raise NameError(f"the program has no `{missing[0]}`")
+                return {name: names[name] for name in wanted or names if name in names and not name.startswith("__")}
             case "call":
                 target, positional, named = arguments
                 return target(*positional, **named)
@@ -276,10 +305,17 @@ class Marks(ast.NodeTransformer):
 
 def _run_tests(job: dict[str, Any], outcomes: Outcomes, names: dict[str, Any]) -> None:
     """Runs `setup`, then each of `tests` with marked asserts, in one namespace that starts with `names`."""
-    space = {"__name__": "tests", **{name: importlib.import_module(name) for name in job["modules"]}, **names}
-    exec(compile(job["setup"], "<setup>", "exec"), space)
+    module = sys.modules["__main__"] = types.ModuleType("__main__")  # as which they read `__name__`
+    space = vars(module)
+    space.update(names)
+    for name, attributes in job["modules"].items():
+        standard = importlib.import_module(name)
+        # A program's own `queue` is no `queue` of the standard library; but its `math` would judge.
+        if name not in names or all(hasattr(standard, attribute) for attribute in attributes):
+            space[name] = standard
+    exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), space)
     space["__outcomes__"] = outcomes
     marks = Marks()
     for source in job["tests"]:
-        exec(compile(marks.visit(ast.parse(source)), "<tests>", "exec"), space)
+        exec(compile(marks.visit(ast.parse(source)), "<tests>", "exec", dont_inherit=True), space)
     outcomes.end()

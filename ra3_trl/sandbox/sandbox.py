@@ -30,8 +30,8 @@ from . import wire
 
 ALLOW = "HF_ALLOW_CODE_EVAL"
 _GRACE, _START = 5.0, 60.0  # seconds that a report may be late, and that a start may take
-# Bytes of what a player wrote that are read; of standard output one more than 1 MiB, which shows that it is too much.
-_KEPT = {"stdout": 2**20 + 1, "tail": 2000, "verdict": wire.MAX_FRAME}
+# Bytes of what a player wrote that are read.
+_KEPT = {"stdout": 2**20, "tail": 2000, "verdict": wire.MAX_FRAME}
 _NOBODY = 65534
 _BOOT = """
 import json, sys
@@ -40,7 +40,7 @@ sys.path.insert(0, settings["folder"])
 import guest
 sys.path[:1] = settings["packages"]
 sys.argv = [""]
-guest.main(settings["control"], settings["jobs"], settings["limits"], settings["isolated"])
+raise SystemExit(guest.main(settings["control"], settings["jobs"], settings["limits"], settings["isolated"]))
 """
 _UNPROTECTED = (
     "Code runs without isolation, since HF_ALLOW_CODE_EVAL=1. Limited are CPU time, "
@@ -62,7 +62,8 @@ class Limits:
         seconds (`float`, *optional*, defaults to `3.0`):
             Wall clock from its start to its last answer; the same number, rounded up, is each process's CPU time.
         memory_mb (`int`, *optional*, defaults to `512`):
-            MiB of address space of each process, and of memory of all together (looked at every 20 ms).
+            MiB of address space of each process, and of all that processes hold together: memory of their own and
+            shared, files in `/tmp` and `/dev/shm`, and what pipes and sockets may hold.
         disk_mb (`int`, *optional*, defaults to `16`):
             MiB of `/tmp`, of `/dev/shm` and of a file.
         processes (`int`, *optional*, defaults to `32`):
@@ -188,6 +189,7 @@ class _Server:
         if self.process is None:
             self.start()
         self.role = job["role"]
+        self.kept = _KEPT | {"stdout": job.pop("keep", _KEPT["stdout"])}
         self.files = {name: os.memfd_create(name) for name in _KEPT}
         descriptors = (*self.files.values(), *([] if descriptor is None else [descriptor]))
         self.control.sendall(b"s")
@@ -206,6 +208,8 @@ class _Server:
             report = wire.receive(self.control)
         except (OSError, EOFError, wire.WireError):
             report = {"ended": "lost", "status": None, "seconds": seconds}
+        if self.files:
+            report["cut"] = os.fstat(self.files["stdout"]).st_size > self.kept["stdout"]
         report |= {name: self._written(name) for name in self.files}
         self._drop_files()
         if report["ended"] == "lost" and (said := self.close()):
@@ -215,10 +219,11 @@ class _Server:
         return report
 
     def _written(self, name: str) -> str:
-        """What a player wrote, as much as is of use; of `tail` the end."""
-        size, most = os.fstat(self.files[name]).st_size, _KEPT[name]
+        """What a player wrote, as much as is of use; of `tail` the end; of `stdout` each byte differs from others."""
+        size, most = os.fstat(self.files[name]).st_size, self.kept[name]
         start = max(0, size - most) if name == "tail" else 0
-        return os.pread(self.files[name], most, start).decode(errors="replace")
+        written = os.pread(self.files[name], most, start)
+        return written.decode(errors="surrogateescape" if name == "stdout" else "replace")
 
     def _drop_files(self) -> None:
         for file in self.files.values():
@@ -229,8 +234,8 @@ class _Server:
         (self.control, control), (self.jobs, jobs) = socket.socketpair(), socket.socketpair()
         with control, jobs:
             settings = {
-                "limits": asdict(self.limits), "isolated": self.isolated, "packages": self.packages,
-                "control": control.fileno(), "jobs": jobs.fileno(),
+                "limits": {**asdict(self.limits), "socket_kb": _socket_kb()}, "isolated": self.isolated,
+                "packages": self.packages, "control": control.fileno(), "jobs": jobs.fileno(),
             }  # fmt: skip
             self.process = subprocess.Popen(
                 _command(settings), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -294,7 +299,8 @@ def _command(settings: dict[str, Any]) -> list[str]:
     show = [*_system(), *_folders({**{path: path for path in prefixes}, here: folder, **packages})]
     inner = [
         "--unshare-all", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--cap-drop", "ALL",
-        "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
+        "--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/null", "/dev/zero",  # which lends shared memory
+        "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
         "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
     ]  # fmt: skip
@@ -304,6 +310,11 @@ def _command(settings: dict[str, Any]) -> list[str]:
     drop = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
     outer = [bwrap, *show, "--bind", "/proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
     return [*outer, *drop, bwrap, "--ro-bind", "/", "/", *inner, *server]
+
+
+def _socket_kb() -> int:
+    """KiB that one end of a pair of sockets may hold: the system's buffer, which a last message may overrun."""
+    return int(Path("/proc/sys/net/core/wmem_default").read_text()) * 3 // 2 // 1024
 
 
 def _system() -> list[str]:

@@ -1,7 +1,16 @@
 """Text -> actions (lines) -> token boundaries."""
 
 from .corpus import load_code_directory, standard_library
-from .datasets import FEATURES, as_dataset, count_documents, document_to_row, row_to_document, segment_dataset
+from .datasets import (
+    FEATURES,
+    as_dataset,
+    content_id,
+    count_documents,
+    cut_example,
+    document_to_row,
+    row_to_document,
+    segment_dataset,
+)
 from .documents import Segmenter, Tokens, splice
 from .examples import RowForms, RowReader, Text
 from .fences import PYTHON_NAMES, Fence, find_fences
@@ -44,8 +53,10 @@ __all__ = [
     "Tokens",
     "as_dataset",
     "build_token_table",
+    "content_id",
     "count_code_lines",
     "count_documents",
+    "cut_example",
     "document_to_row",
     "find_fences",
     "find_format",

@@ -3,12 +3,13 @@
 `ra3 demo` shows RA3 here; `python -m benchmarks replication` measures it.
 """
 
-from .behaviour import complete, gates, think_probs
+from .behaviour import Behaviour, complete, gates, observe, think_probs
 from .corpus import Corpus, Example, examples, make_tokenizer, programs
 from .model import fresh_model, tokenized
 
 
 __all__ = [
+    "Behaviour",
     "Corpus",
     "Example",
     "complete",
@@ -16,6 +17,7 @@ __all__ = [
     "fresh_model",
     "gates",
     "make_tokenizer",
+    "observe",
     "programs",
     "think_probs",
     "tokenized",

@@ -1,0 +1,49 @@
+"""What mkdocs does not do by itself: files outside docs/ that pages link to become a part of the site."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+ROOT = Path(__file__).parents[1]
+_OUTSIDE = re.compile(r"(\]\()(?:\.\./)+([\w./-]+)((?:#[\w-]+)?\))")
+_WITHIN = re.compile(r"(\]\()(?!https?:|#|/)([\w./-]+)((?:#[\w-]+)?\))")
+
+
+def linked(docs: Path) -> dict[str, str]:
+    """Paths in the repository that pages link to, and what they are called in the site: `source/benchmarks/LOG.md`."""
+    pages = sorted(docs.glob("*.md"))
+    paths = {match[2] for page in pages for match in _OUTSIDE.finditer(page.read_text("utf-8"))}
+    return {path: f"source/{path}" if path.endswith(".md") else f"source/{path}.md" for path in sorted(paths)}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the linked files: markdown as it is, others as a page that shows them; folders as a list of their files."""
+    for path, name in linked(Path(config.docs_dir)).items():
+        there = ROOT / path
+        if there.is_dir():
+            text = f"# {path}\n\n" + "\n".join(
+                f"- `{file.name}`" for file in sorted(there.iterdir()) if file.is_file()
+            )
+        elif path.endswith(".md"):
+            # Its own links lead to places that the site has not.
+            text = _WITHIN.sub(r"](#)", there.read_text("utf-8")).replace("](#)", "]()")
+            text = re.sub(r"\[([^\]]*)\]\(\)", r"\1", text)
+        else:
+            kind = {".py": "python", ".yaml": "yaml", ".jinja": "jinja"}.get(there.suffix, "text")
+            text = f"# {path}\n\n````{kind}\n{there.read_text('utf-8')}\n````\n"
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns links out of docs/ into links within the site."""
+    if page.file.src_uri.startswith("source/"):
+        return markdown
+    names = linked(Path(config.docs_dir))
+    return _OUTSIDE.sub(lambda match: f"{match[1]}{names[match[2]]}{match[3]}", markdown)
