@@ -27,11 +27,11 @@ PROMPTS = 20
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    from ra3_trl.cli.demo import default_model
+    from ra3_trl.cli.smollm2 import smollm2
     from ra3_trl.evaluation import load_benchmark, render_prompt
     from ra3_trl.models import load_tokenizer
 
-    tokenizer = load_tokenizer(str(default_model()), {})
+    tokenizer = load_tokenizer(str(smollm2()), {})
     tasks = load_benchmark("humaneval", max_tasks=PROMPTS).tasks
     return [tokenizer(render_prompt(task, task.kind, "complete")).input_ids for task in tasks]
 
@@ -41,12 +41,12 @@ def checkpoint(tmp_path_factory, prompts) -> Path:
     """SmolLM2-135M with a head that has learned nothing of use: behind every second prompt it says yes."""
     from transformers import AutoModel
 
-    from ra3_trl.cli.demo import default_model
+    from ra3_trl.cli.smollm2 import smollm2
     from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
 
     folder = tmp_path_factory.mktemp("vllm") / "smol"
     folder.mkdir()
-    for path in default_model().iterdir():
+    for path in smollm2().iterdir():
         (folder / path.name).symlink_to(path)
     torch.manual_seed(0)
     head = AbstractionHead(AbstractionConfig(576, trained_on=1))
