@@ -71,7 +71,8 @@ def load(folder: Path, name: str) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=False)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_launchers_on_the_loopback_are_one_process_with_twice_the_batch(tmp_path, tokenizers, tiny_model):
     """`multi_node.yaml` on two nodes of one process without a GPU, by the command of its comment: float tolerance."""
     tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(tmp_path / "model")
