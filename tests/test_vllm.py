@@ -132,7 +132,7 @@ def rewards(checkpoint: Path, output: Path, use_vllm: bool, think: str, seed: in
 
     data = Dataset.from_list([{"prompt": f"def f{i}(x, y):\n"} for i in range(8)])
     args = GRPOConfig(
-        str(output), use_cpu=True, bf16=False, max_steps=updates, num_generations=8, per_device_train_batch_size=8,
+        str(output), use_cpu=False, bf16=False, max_steps=updates, num_generations=8, per_device_train_batch_size=8,
         max_completion_length=12, learning_rate=1e-5, logging_steps=1, report_to="none", save_strategy="no", seed=seed,
         use_vllm=use_vllm, vllm_mode="colocate", vllm_max_model_length=128, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
@@ -150,6 +150,10 @@ def rewards(checkpoint: Path, output: Path, use_vllm: bool, think: str, seed: in
     return [row["reward"] for row in rows]
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="TRL can't bring the weights of vLLM's CPU build up to date: it packs them when they are loaded",
+)
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("think", ["auto", "always"])
 def test_rewards_of_ten_updates_are_those_of_the_present_path(checkpoint, tmp_path, think):

@@ -69,16 +69,18 @@ class Batch:
                         self.rows[place] = last
                         moved.append((len(self.rows), place, Way.UNIDIRECTIONAL))
             updates = [(removed, [], moved)]
-            if len(self.rows) < self.room and waiting:
-                self.rows.append(row := waiting.pop(0))
-                added.append((len(self.rows) - 1, row["params"], row["prompt"], row["written"]))
             if step % 3 == 2 and len(self.rows) > 1:
                 self.rows[0], self.rows[1] = self.rows[1], self.rows[0]
                 updates.append(([], [], [(0, 1, Way.SWAP)]))
+            if len(self.rows) < self.room and waiting:
+                self.rows.append(row := waiting.pop(0))
+                added.append((len(self.rows) - 1, row["params"], row["prompt"], row["written"]))
             updates.append(([], added, []))
             for one_removed, one_added, one_moved in updates:
                 update = SimpleNamespace(removed=one_removed, added=one_added, moved=one_moved)
                 self.processor.update_state(update if one_removed or one_added or one_moved else None)
+            if not self.rows:
+                break
             self.states = []
             logits = self.processor.apply(torch.stack([self._forward(row) for row in self.rows]))
             for row, token in zip(self.rows, logits.argmax(-1).tolist(), strict=True):

@@ -186,7 +186,7 @@ def _check_trainer(trainer: GRPOTrainer) -> None:
     if accelerator.distributed_type == DistributedType.FSDP or zero_3:
         raise ValueError(
             f"the model is sharded by {'ZeRO-3' if zero_3 else 'FSDP'}, and rollouts with stops and latents need "
-            "whole weights; use vLLM (`use_vllm`), DDP or ZeRO-2, or a plain `GRPOTrainer` without stops and `think`."
+            "whole weights; use DDP or ZeRO-2, vLLM (`use_vllm`), or a plain `GRPOTrainer` without stops and `think`."
         )
 
 
