@@ -115,7 +115,7 @@ def test_requests_of_all_knobs_in_one_batch_are_written_as_by_generate(wrapped, 
         assert tuple(ids) == expected.token_ids, (prompt, knob)
         assert RowReader(model.tokenizer, of, (eos,), ())(model.tokenizer(prompt).input_ids, ids) == expected
         some_forced += sum(expected.forced)
-    assert some_forced > 16
+    assert some_forced
 
 
 def test_a_request_without_a_word_on_thinking_is_left_alone(wrapped):
