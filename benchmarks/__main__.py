@@ -6,7 +6,19 @@ import argparse
 import json
 import sys
 
-from . import annotate, architectures, cost, head, launches, phases, picture, proposals, replication, rollout, sandbox
+from . import (
+    annotate,
+    architectures,
+    head,
+    launches,
+    phases,
+    picture,
+    proposals,
+    replication,
+    rollout,
+    sandbox,
+    traces,
+)
 
 
 BENCHMARKS = {
@@ -18,9 +30,9 @@ BENCHMARKS = {
     "head": head,
     "proposals": proposals,
     "sandbox": sandbox,
+    "traces": traces,
     "replication": replication,
     "picture": picture,
-    "cost": cost,
 }
 
 

@@ -36,6 +36,7 @@ _ALWAYS = {"max_length": 512, "horizon": 1}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the demo's SmolLM2-135M, converted once)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--documents", type=int, default=32, help="functions of the standard library, for the speed")
     parser.add_argument("--num_latents", type=int, default=4, help="latents per boundary")
     parser.add_argument("--latent_tokens", type=int, default=12, help="longest latent")
@@ -59,8 +60,8 @@ def _command(model: str, rows: Path, output: Path, args: argparse.Namespace, pro
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ra3_trl.cli.annotate", model]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        [*command, "--dataset_name", str(rows), "--output", str(output), "--use_cpu", *words],
-        cwd=ROOT, env=env, stdout=sys.stderr,
+        [*command, "--dataset_name", str(rows), "--output_dir", str(output), "--use_cpu", *words],
+        cwd=ROOT, env=env, stdout=2,  # the output is for the JSON
     )  # fmt: skip
 
 
@@ -197,8 +198,13 @@ def _done(output: Path, rows: int) -> bool:
     return len(_listed(output)) == -(-rows // _SHARD)
 
 
+PARTS = {"speed": measure_speed, "soak": measure_growth, "kills": measure_kills}
+
+
 def run(args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     model = args.model or default_model()
-    result = measure_speed(model, args) | measure_growth(model, args) | measure_kills(model, args)
+    result: dict = {}
+    for part in args.parts:
+        result |= PARTS[part](model, args)
     return result | {"model": Path(model).name, "benchmark_seconds": round(time.perf_counter() - begin, 1)}

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ra3_trl import RA3Config
 from ra3_trl.em.mstep import mstep_loss, pack
 from ra3_trl.policy import Policy, evaluate_documents
+from ra3_trl.policy.annotate import _choose_by_resampling as choose_by_resampling
 from ra3_trl.policy.annotate import annotate_all
-from ra3_trl.records import AnnotatedExample, Document, RolloutGroup
+from ra3_trl.records import AnnotatedExample, Document, Latent, RolloutGroup
 from ra3_trl.rollout import Backbone, BranchEngine, NoiseKey, SamplingParams
 from ra3_trl.rollout import branch as branch_module
 from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, splice, standard_library
@@ -104,7 +105,7 @@ class Bench:
 
     def policy(self, model: PreTrainedModel) -> Policy:
         """Annotates and evaluates by the package's defaults."""
-        config = RA3Config(use_cpu=True, report_to="none", max_length=2 * self.args.tokens, e_steps=0)
+        config = RA3Config(use_cpu=True, report_to="none", max_length=4 * self.args.tokens, e_steps=0)
         return Policy(self.engine(model, config.max_latent_length), config)
 
     @contextmanager
@@ -148,12 +149,12 @@ def pick_documents(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace)
     return full[: args.documents]
 
 
-def make_model(args: argparse.Namespace, vocab_size: int) -> PreTrainedModel:
+def make_model(args: argparse.Namespace, vocab_size: int, spread: float = 0.02) -> PreTrainedModel:
     hidden = 14 * args.head_size
     config = AutoConfig.for_model(
         "qwen2", hidden_size=hidden, num_hidden_layers=args.layers, num_attention_heads=14, num_key_value_heads=2,
         intermediate_size=5 * hidden, vocab_size=vocab_size, max_position_embeddings=4 * args.tokens,
-        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True, initializer_range=spread,
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -300,35 +301,56 @@ def count_mstep(bench: Bench) -> dict[str, Any]:
 
 
 def compare(bench: Bench) -> dict[str, Any]:
-    """Documents together against one by one, on the CPU: the same latents, in which CPU time. The slow side is the
-    same engine, asked for one document after the other."""
+    """What goes together against the slow path, on the CPU: the same latents, in which CPU time. The slow side of a
+    rollout is the same engine, asked for one document after the other; that of annotation [`annotate_anew`], under a
+    model of its own, with weights so large that latents differ in what they bring and many are placed."""
     args, engine = bench.args, bench.engine(bench.host)
     where = [document.boundaries for document in bench.documents]
 
     def rollouts(part: slice) -> list[RolloutGroup]:
         return engine.rollouts(bench.documents[part], where[part], args.num_latents, args.horizon, NOISE)
 
-    policy = bench.policy(bench.host)
-    documents = bench.documents[: args.annotated]
-
-    def annotate(part: slice) -> list[AnnotatedExample]:
-        with policy.inference():
-            return annotate_all(policy, documents[part], NOISE)
-
-    seconds: dict[str, float] = {}
-    found: dict[str, list] = {}
-    for name, function, count in (("rollout", rollouts, args.documents), ("annotation", annotate, len(documents))):
-        whole, each = [slice(0, count)], [slice(i, i + 1) for i in range(count)]
-        for side, parts in (("together", whole), ("each", each)):
-            begin = time.process_time()
-            found[name + side] = [one for part in parts for one in function(part)]
-            seconds[name + side] = time.process_time() - begin
-    pairs = list(zip(found["rollouttogether"], found["rollouteach"], strict=True))
+    pairs, rollout = in_turn(args.documents, rollouts, rollouts)
     latents = [(z.token_ids, y.token_ids) for a, b in pairs for r, s in zip(a.latents, b.latents, strict=True)
                for z, y in zip(r, s, strict=True)]  # fmt: skip
+    policy = bench.policy(make_model(args, len(bench.tokenizer), spread=0.2))
+    documents = bench.documents[: args.annotated]
+    with policy.inference():
+        examples, annotation = in_turn(
+            len(documents),
+            lambda part: annotate_all(policy, documents[part], NOISE),
+            lambda part: [annotate_anew(policy, document) for document in documents[part]],
+        )
     return {
         "alike": round(sum(z == y for z, y in latents) / len(latents), 4),
-        "cpu_ratio": round(seconds["rollouttogether"] / seconds["rollouteach"], 3),
-        "annotation_speedup": round(seconds["annotationeach"] / seconds["annotationtogether"], 3),
-        "rollout_cpu_seconds": round(seconds["rollouttogether"], 1),
+        "cpu_ratio": round(rollout[0] / rollout[1], 3),
+        "rollout_cpu_seconds": round(rollout[0], 1),
+        "annotation_speedup": round(annotation[1] / annotation[0], 3),
+        "annotation_cpu_seconds": round(annotation[0], 1),
+        "annotation_alike": sum(one.input_ids == other.input_ids for one, other in examples) / len(examples),
+        "annotation_placed": sum(len(one.placed) for one, _ in examples),
     }
+
+
+def in_turn(
+    count: int, together: Callable[[slice], list], each: Callable[[slice], list]
+) -> tuple[list[tuple[Any, Any]], tuple[float, float]]:
+    """Does `count` things together and one by one; pairs of what came out, and CPU seconds of both sides."""
+    seconds, found = [], []
+    for function, parts in ((together, [slice(0, count)]), (each, [slice(i, i + 1) for i in range(count)])):
+        begin = time.process_time()
+        found.append([one for part in parts for one in function(part)])
+        seconds.append(time.process_time() - begin)
+    return list(zip(*found, strict=True)), (seconds[0], seconds[1])
+
+
+def annotate_anew(policy: Policy, document: Document) -> AnnotatedExample:
+    """Annotates as it was before anything was remembered: the whole text so far, for each eight boundaries."""
+    placed: dict[int, Latent] = {}
+    left = list(document.boundaries)
+    while left:
+        (choice,) = choose_by_resampling(policy, [splice(document, placed).document], [left[:8]], NOISE)
+        last = next(iter(choice.placed), left[:8][-1])
+        placed |= choice.up_to(last).placed
+        left = [boundary for boundary in left if boundary > last]
+    return splice(document, placed)

@@ -44,6 +44,13 @@ class Attack:
 ATTACKS = {
     "private": Attack("kept.append(b'x' * 2**20); hold(2**20)"),
     "private_of_one": Attack("kept.append(b'x' * 2**20); hold(2**20)", others=0),
+    "private_by_copies": Attack(
+        "x = bytearray(b'x') * (100 * 2**20); hold(len(x))\n"
+        "for _ in range(15):\n    if os.fork() == 0: break\n"
+        "for i in range(0, len(x), 2**20): x[i : i + 2**20] = bytes(2**20); hold(2**20)\n"
+        "while True: time.sleep(1)",
+        others=0,
+    ),
     "private_hidden": Attack(
         "import ctypes; ctypes.CDLL(None).prctl(4, 0)\nwhile True: kept.append(b'x' * 2**20); hold(2**20)"
     ),

@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ra3_trl.analysis import Estimate
 from ra3_trl.report.charts import Chart, curve_over, number, seeds_note, side_by_side, stem
 from ra3_trl.report.report import Section, make_sections, write_report
 from ra3_trl.report.runs import Run, read_run, read_runs
+
+from .replication.records import SHARES
 
 
 _KEYS = {"bases", "runs", "seeds", "accuracy"}  # of any table; one also has `form`, or `experiment`
@@ -77,7 +79,10 @@ class ResultTable:
     content: Mapping[str, Any]
 
     def estimate(self, measure: str, arm: str) -> Estimate:
-        return Estimate(**self.content[measure][arm])
+        estimate = Estimate(**self.content[measure][arm])
+        if measure not in SHARES or estimate.low is None or estimate.high is None:
+            return estimate
+        return replace(estimate, low=max(estimate.low, 0.0), high=min(estimate.high, 1.0))  # of tables of before
 
 
 def read_table(name: str, label: str) -> ResultTable | Run:
@@ -120,7 +125,7 @@ def table_charts(table: ResultTable) -> list[Chart]:
     for title, unit, names in _MEASURES_OF_ARMS:
         rows = {arm: [table.estimate(key, arm) for key in names] for arm in arms}
         charts.append(chart(title, unit, side_by_side(rows, 0.6), tuple(names.values())))
-    curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]]) for arm in arms]
+    curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]], True) for arm in arms]
     return [*charts, chart("RLVR: tasks solved", "share", curves)]
 
 

@@ -15,6 +15,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
+from .kinds import predicate, words
 from .versions import TrainingArguments
 
 
@@ -64,10 +65,9 @@ _LEAST = dict.fromkeys(
 _JSON = ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs")  # a mapping, or its text
 
 
-def _kinds_of(cls: type[TrainingArguments]) -> dict[str, tuple[type, ...]]:
+def _kinds_of(cls: type[TrainingArguments], hints: Mapping[str, Any]) -> dict[str, tuple[type, ...]]:
     """Types that a value of each field may have; a whole number will do for a `float`."""
     kinds_by_name: dict[str, tuple[type, ...]] = dict(_KINDS)
-    hints = get_type_hints(cls)  # evaluates the text of each annotation
     for entry in fields(cls):
         hint = hints[entry.name]
         union = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
@@ -83,11 +83,14 @@ def check_fields(args: TrainingArguments) -> None:
     Raises:
         `ValueError`: naming field, value and what it may be.
     """
-    kinds_by_name = _kinds_of(type(args))
+    hints = get_type_hints(type(args))  # evaluates the text of each annotation
+    kinds_by_name = _kinds_of(type(args), hints)
     for entry in fields(args):
         name, value, meaning = entry.name, getattr(args, entry.name), entry.metadata.get("help")
         bounds = meaning.bounds if isinstance(meaning, _Help) else {}
         kinds = kinds_by_name.get(name)
+        if kinds is None and not predicate(hints[name])(value):
+            raise ValueError(f"`{name}` is {value!r}; give {' or '.join(words(hints[name]))}.")
         if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in dict.fromkeys(kinds))
             raise ValueError(f"`{name}` is {value!r}; it must be of type {wanted}.")

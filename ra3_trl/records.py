@@ -15,6 +15,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .kinds import checked
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -62,6 +64,7 @@ class Action:
         return self.boundary.close
 
 
+@checked
 @dataclass(frozen=True)
 class Document:
     """Holds a chunk of expert text on its natural tokenization.
@@ -98,6 +101,7 @@ class Document:
         return self.input_ids[self.actions[boundary].start : last.end]
 
 
+@checked
 @dataclass(frozen=True)
 class Latent:
     """Holds a sampled rationale, without think prefix, stop and closure."""
@@ -108,6 +112,7 @@ class Latent:
     kept: tuple[torch.Tensor, ...] | None = None  # ids of the kept set at each step, under truncated sampling
 
 
+@checked
 @dataclass(frozen=True)
 class RolloutGroup:
     """Holds what an engine finds out about one document.
@@ -164,6 +169,7 @@ class PolicyLogProbs:
     router: torch.Tensor | None = None  # weighted router loss of the forward, of a mixture of experts
 
 
+@checked
 @dataclass(frozen=True)
 class AnnotatedExample:
     """Holds a document with latents spliced in: what the M-step trains on."""

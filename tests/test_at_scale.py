@@ -35,7 +35,7 @@ def tokens(model: str, tmp_path: Path) -> str:
     """The corpus annotated by `ra3 annotate --tokens` with the settings of the checkpoint; gives the folder."""
     CORPUS.to_json(tmp_path / "rows.jsonl")
     output = str(tmp_path / "tokens")
-    argv = ["annotate", model, "--dataset_name", str(tmp_path / "rows.jsonl"), "--output", output, "--tokens"]
+    argv = ["annotate", model, "--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir", output, "--tokens"]
     assert ra3([*argv, "--shard_rows", "3"]) == 0
     return output
 
@@ -114,7 +114,7 @@ def test_the_recipe_runs_stages_once(tmp_path):
     for _ in range(2):
         assert subprocess.run(command, capture_output=True).returncode == 0
     stages = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert [Path(words[words.index("--output_dir" if "train" in words[1] else "--output") + 1]).name for words in
+    assert [Path(words[words.index("--output_dir") + 1]).name for words in
             stages] == ["e-1", "data-1", "m-1", "e-2", "data-2", "data-2", "m-2"]  # fmt: skip
     taken = [words[words.index("--model_name_or_path") + 1] for words in stages if "--model_name_or_path" in words]
     assert [Path(name).name for name in taken] == ["base", "e-1", "m-1", "e-2"]
@@ -135,7 +135,7 @@ def test_the_array_job(tmp_path):
     names = {"CHECKPOINT": "it", "CORPUS": "org/code", "OUTPUT": "out dir", "ARGS": "--num_latents 4"}
     ran = subprocess.run(["bash", str(script)], env=env | names, capture_output=True, text=True, check=True)
     assert ran.stdout == (
-        "annotate it --dataset_name org/code --output out dir --streaming --shard 3/16 --num_latents 4\n"
+        "annotate it --dataset_name org/code --output_dir out dir --streaming --shard 3/16 --num_latents 4\n"
     )
     ran = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
     assert ran.returncode and "CHECKPOINT: a checkpoint of ra3 train" in ran.stderr
@@ -176,7 +176,7 @@ def by_command(corpus: Path, tmp_path: Path) -> list[dict]:
     """The first three documents by `ra3 annotate`."""
     CORPUS.select(range(3)).to_json(tmp_path / "rows.jsonl")
     argv = ["annotate", str(corpus / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), "--num_latents", "4"]
-    assert ra3([*argv, "--output", str(tmp_path / "command")]) == 0
+    assert ra3([*argv, "--output_dir", str(tmp_path / "command")]) == 0
     return load_dataset(str(tmp_path / "command"), split="train").to_list()
 
 
@@ -226,9 +226,25 @@ def test_what_slurm_is_asked_for(corpus, tmp_path):
     launch = tmp_path / "out" / "logs" / "launch_script.slurm"
     subprocess.run(["bash", "-n", str(launch)], check=True)
     text = launch.read_text()
-    for line in ("#SBATCH --array=0-1", "#SBATCH --partition=gpu", "#SBATCH --gres=gpu:1", "module load cuda"):
+    for line in ("#SBATCH --array=0-1%2", "#SBATCH --partition=gpu", "#SBATCH --gpus=1", "module load cuda"):
         assert line in text
     assert "launch_pickled_pipeline" in text and (tmp_path / "out" / "logs" / "executor.pik").is_file()
+
+
+@needs_datatrove
+@pytest.mark.slow
+def test_what_slurm_would_run(corpus, tmp_path):
+    """Both tasks of the array, each as the nodes start it: from the pickle, away from the examples."""
+    for name, body in {"sbatch": 'echo "Submitted batch job 7"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script("slurm.py", corpus, tmp_path / "out", "--partition", "gpu", PATH=path)
+    launch = [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", "out/logs/executor.pik"]
+    for task in "01":
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_ID": task}
+        subprocess.run(launch, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert_same_documents(tmp_path / "out", by_command(corpus, tmp_path))
 
 
 @needs_datatrove

@@ -189,6 +189,16 @@ def test_an_overflow_says_nothing_and_a_lost_gate_is_named():
     assert hold.holds and "was lost where latents pay" in hold.message and "nan" not in hold.message
 
 
+def test_comments_that_harm_call_for_a_cold_start():
+    """Twelve gains about -1 are below 0 by more than two standard errors; about 0 they are not."""
+    for mean, cold in ((-1.0, True), (0.0, False)):
+        hold = GateHold("auto", 0.2)
+        for i in range(12):
+            hold.update(mean + 0.1 * (-1) ** i)
+        assert ("cold start (docs/cold_start.md)" in hold.message) is cold
+        assert ("larger `num_latents`" in hold.message) is not cold
+
+
 @pytest.mark.parametrize(("logit", "m"), [(18.0, -25.0), (20.0, -60.0), (25.0, -120.0), (200.0, -120.0)])
 def test_a_gate_shut_open_against_harm_has_a_bounded_slope(logit, m):
     """P(think) rounds to 1 and every latent harms: in the log-odds the slope is the posterior, 0, less 1; where even

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
+import shlex
 import string
 from html import unescape
 from pathlib import Path
@@ -15,10 +17,13 @@ import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 from peft import LoraConfig
 
 from ra3_trl import RA3Config
+from ra3_trl.cli.early import trainer_fields
+from ra3_trl.cli.options import PARSERS
 from ra3_trl.hub import ModelCardFacts, all_evaluations, card_facts, render_model_card
 from ra3_trl.hub.card import (
     best_latents,
@@ -403,3 +408,66 @@ def test_cards_in_the_repository_are_rendered_from_their_facts(path):
 
 def test_there_are_cards_in_the_repository():
     assert list((ROOT / "model_cards").glob("*.json"))
+
+
+# ---- the collection ----
+
+
+class Recorded:
+    """Stands in for `HfApi`: what it was asked to do."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*values, **settings):
+            self.calls.append((name, values, settings))
+            return SimpleNamespace(slug="org/mid-training-1")
+
+        return call
+
+
+def collection_module():
+    spec = importlib.util.spec_from_file_location("push", ROOT / "model_cards" / "push.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_collections_layout_is_ready_to_push(tmp_path, monkeypatch):
+    """Names that the Hub takes, commands that the parsers take; all is there before anything leaves, and no
+    checkpoints or tokens with it."""
+    module = collection_module()
+    layout = module.read_layout()
+    assert len(layout["title"]) < 60 and len(layout["description"]) <= 150  # the Hub's bounds
+    for item in layout["items"]:
+        validate_repo_id(f"org/{item['name']}")
+        assert (
+            item["type"] in ("model", "dataset") and (ROOT / "model_cards" / item.get("card", "README.md")).is_file()
+        )
+        command, *words = shlex.split(item["made_by"])[1:]
+        if command in PARSERS:
+            PARSERS[command]().parse_args(words)
+        else:
+            assert {word[2:] for word in words if word.startswith("--")} <= set(trainer_fields(command))
+    models = [item["name"] for item in layout["items"] if item["type"] == "model"]
+    api = Recorded()
+    with pytest.raises(ValueError, match="has no README.md; make the checkpoint by `ra3 train"):
+        module.push("org", tmp_path, api)
+    for name in models:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("A card.")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    (tmp_path / models[-1] / "config.json").write_text('{"token": "hf_abcdefghijklmnop"}')
+    with pytest.raises(ValueError, match="would be uploaded"):
+        module.push("org", tmp_path, api)
+    assert api.calls == []
+    (tmp_path / models[-1] / "config.json").write_text("{}")
+    assert module.push("org", tmp_path, api) == "org/mid-training-1"
+    uploads = [settings for name, _, settings in api.calls if name == "upload_folder"]
+    assert [upload["repo_id"] for upload in uploads] == [f"org/{name}" for name in models]
+    assert all({"checkpoint-*", ".env"} <= set(upload["ignore_patterns"]) for upload in uploads)
+    assert all(settings["private"] for name, _, settings in api.calls if name.startswith("create"))
+    assert [values[1] for name, values, _ in api.calls if name == "add_collection_item"] == [
+        f"org/{item['name']}" for item in layout["items"]
+    ]

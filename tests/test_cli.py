@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import os
 import re
 import shlex
@@ -101,7 +100,7 @@ def test_help_of_every_command(command, capsys):
 
 def test_train_help_is_complete(capsys):
     with pytest.raises(SystemExit):
-        ra3("train", "--help")
+        ra3("train", "--help-all")
     text = capsys.readouterr().out
     options = set(re.findall(r"--(\w+)", text))
     assert train.make_parser().option_names() | {"config", "accelerate_config"} <= options
@@ -226,7 +225,9 @@ def test_proposals_in_hindsight_are_an_experiment(model, code, tmp_path, capsys)
     template = ["--proposal", "template", "--proposal_template", "{prefix}{think}{suffix}"]
     hindsight, plain, output = (str(tmp_path / name) for name in ("hindsight", "plain", "annotated"))
     assert ra3(*common, *template, "--proposal_kl_coef", "0.2", "--output_dir", hindsight) == 0
-    assert "estep/hindsight/gain" in capsys.readouterr().out
+    log = json.loads(Path(hindsight, "trainer_state.json").read_text())["log_history"]
+    (gain,) = (entry["estep/hindsight/gain"] for entry in log if "estep/hindsight/gain" in entry)
+    assert f"{gain:+.2f}" in capsys.readouterr().out  # of an update's row
     assert read_experimental(hindsight) == {
         "proposal": "template", "proposal_lines": 4, "proposal_template": "{prefix}{think}{suffix}",
         "proposal_kl_coef": 0.2,
@@ -332,21 +333,22 @@ def test_dry_run_prints_and_leaves_nothing(model, code, tmp_path, monkeypatch, c
 
 def test_dry_run_leaves_the_weights_alone(model, code, tmp_path):
     args = RA3Config(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=256, e_steps=3,
-                     num_latents=2, max_latent_length=4, per_device_train_batch_size=2,
+                     num_latents=2, max_latent_length=4, per_device_train_batch_size=2, boundary_selection="random",
                      gradient_accumulation_steps=2)  # fmt: skip
     trainer = RA3MidTrainer(model, args, load_code_directory(code))
+    head = trainer.loop.learner and {name: v.clone() for name, v in trainer.loop.learner.head.state_dict().items()}
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     found = estimate(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert head and all(
+        torch.equal(value, head[name]) for name, value in trainer.loop.learner.head.state_dict().items()
+    )
     assert args.max_boundaries == 0
-    # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them, G = 2. A quarter of the
-    # boundaries is tried.
+    # 8 documents in 8 chunks, 3 epochs; 3 E-updates of 2 x 2 documents go through 12 of them. G = 2.
     counts, work = found.counts, found.workload
     assert (work.e_chunks, work.m_chunks) == (12, 24)
-    tried = [math.ceil(sum(map(bool, row["think"])) / 4) for row in trainer.train_dataset]
-    assert len(tried) == 8 and sum(tried) < counts["boundaries"]
-    assert work.e_branches == 12 * sum(tried) / 8 * 2
+    assert work.e_branches == 12 * counts["boundaries"] / 8 * 2
     assert work.annotated_boundaries == 3 * counts["boundaries"]
     assert work.annotation_branches == 2 * work.annotated_boundaries
     assert work.m_tokens == 3 * counts["tokens"]

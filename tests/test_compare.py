@@ -18,7 +18,7 @@ from ra3_trl.cli import compare, cross_entropy
 from ra3_trl.cli.data import hold_out
 from ra3_trl.cli.main import guarded
 from ra3_trl.config_file import write_settings
-from ra3_trl.evaluation import bootstrap_interval, draw, paired_interval
+from ra3_trl.evaluation import draw, paired_interval, share_interval
 from ra3_trl.evaluation import evaluate as door
 from ra3_trl.evaluation.compare import (
     Entrant,
@@ -112,17 +112,17 @@ def test_intervals_are_paired():
     found = compare_runs({"base": results(a, n=1), "ra3": results(b, n=1)}, [1])
     number = found["ra3"]["pass@k"]["1"]
     assert (number["difference"]["low"], number["difference"]["high"]) == paired_interval(np.array(a), np.array(b))
-    assert (number["low"], number["high"]) == bootstrap_interval(np.array(b))
+    assert (number["low"], number["high"]) == share_interval(np.array(b))
     widths = [one["high"] - one["low"] for one in (number["difference"], number, found["base"]["pass@k"]["1"])]
     assert widths[0] < 0.7 * min(widths[1:]) and number["difference"]["low"] > 0
 
 
 def test_problems_are_matched_by_their_ids():
-    """The same results in another order: each difference is 0."""
+    """The same results in another order: each difference is 0. None of 3 problems differs; z^2 / (3 + z^2) = 0.561."""
     base = results([0, 1, 4])
     turned = base | {"problems": dict(reversed(base["problems"].items()))}
     number = compare_runs({"base": base, "turned": turned}, [1])["turned"]["pass@k"]["1"]
-    assert number["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert number["difference"] == pytest.approx({"value": 0.0, "low": -0.5615, "high": 0.5615}, abs=1e-4)
 
 
 def test_plus_is_left_out_unless_all_have_it():
@@ -201,16 +201,17 @@ def test_damaged_results_are_named(change, capsys):
 
 
 def test_table_and_files(capsys, monkeypatch):
-    """pass@1 of 1/4 and 1/2 on each of two problems, so that every draw has these means."""
+    """pass@1 of 1/4 and 1/2 on each of two problems. Wilson of two, w = z^2 / 2 = 1.921: (0.25 + w / 2) / (1 + w) -+
+    sqrt(0.25 * 0.75 * w + w^2 / 4) / (1 + w) = 0.027 and 0.802. The difference is the same in both: 0.25 -+ 0.658."""
     monkeypatch.setenv("COLUMNS", "120")
     places = write("results/base-toy", results([1, 1])), write("results/a-toy", results([2, 2], think="never"))
     assert run(*places, "--names", "base", "ra3|[x]", "--output_dir", "out") == 0
     said = capsys.readouterr().out
-    assert "toy: 2 problems" in said and "ra3|[x]" in said and "+0.250 [+0.250, +0.250]" in said
+    assert "toy: 2 problems" in said and "ra3|[x]" in said and "+0.250 [-0.408, +0.908]" in said
     page = Path("out/compare.md").read_text()
     assert "| | base | ra3&#124;&#91;x&#93; |" in page
-    assert "| pass@1 | 0.250 [0.250, 0.250] | 0.500 [0.500, 0.500] |" in page
-    assert "| pass@1, less the first's | - | +0.250 [+0.250, +0.250] |" in page
+    assert "| pass@1 | 0.250 [0.027, 0.802] | 0.500 [0.095, 0.905] |" in page
+    assert "| pass@1, less the first's | - | +0.250 [-0.408, +0.908] |" in page
     assert "| tokens per sample | 20.0 | 20.0 |" in page and "| verdict passed | 2 | 4 |" in page
     assert "| --think | - | never |" in page and "cross-entropy |" not in page
     assert "Without cross-entropy: base, ra3" in page and "![Points and intervals](compare.png)" in page
@@ -251,8 +252,8 @@ def test_the_picture_shows_points_and_bars():
 
 
 def test_the_picture_holds_many_models_with_odd_names(monkeypatch):
-    for name in ("bootstrap_interval", "paired_interval"):  # ten thousand draws for each of these would take long
-        monkeypatch.setattr(f"ra3_trl.evaluation.compare.{name}", lambda *values: (0.2, 0.7))
+    # Ten thousand draws for each of these would take long.
+    monkeypatch.setattr("ra3_trl.evaluation.compare.paired_interval", lambda *values: (0.2, 0.7))
     names = ["base", "x" * 200, "a-very-long-name-" * 5, "$\\frac$", "a_b^c", "ra3 [x]"]
     found = comparison({name: results([1, 2, 3], plus=[0, 1, 2]) for name in names}, (1, 2, 3, 4))
     plot_comparison(found, "many.png")

@@ -20,7 +20,8 @@ from ra3_trl.analysis import (
 )
 from ra3_trl.cli.main import main
 from ra3_trl.evaluation.diagnose import DiagnosisSettings, _alternatives, _Lines, diagnose
-from ra3_trl.losses import log1mexp
+from ra3_trl.evaluation.thoughts import advice, compare_thoughts, kept_boundaries
+from ra3_trl.losses import compute_returns, log1mexp
 from ra3_trl.rollout import NoiseKey
 from ra3_trl.segmentation import row_to_document
 
@@ -192,6 +193,50 @@ def test_what_latents_say_of_their_document(trainer):
     assert alone["gain_over_other"] is None and alone["distinct_rate"] == alone["most_frequent_rate"] == 1
 
 
+# ---- thoughts ----
+
+
+def test_where_thoughts_were_kept(make_trainer):
+    """Means of P(think) and gain, there and elsewhere, by the group itself; a latent's line counts those before it."""
+    trainer = make_trainer(TEXTS, num_latents=2, horizon=1)
+    policy, documents = trainer.policy, documents_of(trainer)[:1]
+    text = TEXTS[0].split("\n")
+    annotated = [*text[:2], "    # a", text[2], "    # b", *text[3:]]
+    row = {"text": TEXTS[0], "latents": [{"line": annotated.index("    # b") + 1}, {"line": 3}]}
+    kept = kept_boundaries(policy, {0: row}, documents)
+    assert kept == {(0, 0): {2, 3}}  # before the lines 3 and 4
+    with policy.inference():
+        group = policy.rollout(documents[0])
+    found = compare_thoughts(policy, [group], kept)
+    gains = compute_returns(group, 1, policy.args.discount).gain_TG.mean(1)
+    there = [t for t, boundary in enumerate(group.boundaries) if boundary in (2, 3)]
+    others = [t for t in range(len(gains)) if t not in there]
+    think = group.decision_logps_A[list(group.boundaries)].exp()
+    assert (found["kept"], found["others"]) == (2, len(group.boundaries) - 2)
+    assert found["think_there"] == pytest.approx(float(think[there].mean()))
+    assert found["gain_there"] == pytest.approx(float(gains[there].mean()), abs=1e-6)
+    assert found["think_elsewhere"] == pytest.approx(float(think[others].mean()))
+    assert found["gain_elsewhere"] == pytest.approx(float(gains[others].mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gain", "thoughts", "says"),
+    [
+        (-0.5, None, ["(-0.50 nats)"]),
+        (0.5, None, []),
+        (0.5, {"think_there": 0.6, "think_elsewhere": 0.5, "gain_elsewhere": -1.0}, ["P(think) is 0.50 where no"]),
+        (0.5, {"think_there": 0.6, "think_elsewhere": 0.5, "gain_elsewhere": 1.0}, []),  # it helps there
+        (0.5, {"think_there": 0.6, "think_elsewhere": 0.2, "gain_elsewhere": -1.0}, []),
+        (0.5, {"think_there": 0.05, "think_elsewhere": 0.05, "gain_elsewhere": -1.0}, []),  # it hardly thinks
+        (0.5, {"think_there": None, "think_elsewhere": 0.5, "gain_elsewhere": -1.0}, []),
+        (-1.0, {"think_there": 0.6, "think_elsewhere": 0.5, "gain_elsewhere": 0.1}, ["cold start", "everywhere"]),
+    ],
+)
+def test_advice(gain, thoughts, says):
+    found = advice({"economics": {"gain_where_it_thinks": gain}, "thoughts": thoughts}, penalty=0.2)
+    assert len(found) == len(says) and all(word in sentence for word, sentence in zip(says, found, strict=True))
+
+
 # ---- the command ----
 
 
@@ -220,6 +265,8 @@ def test_the_command(places, tmp_path, capsys):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["version"] == 1 and found["checkpoint"] == "model" and found["chunks"] == 2
     assert {"horizon", "compactness", "pruning", "economics", "settings"} <= set(found)
+    assert found["thoughts"] is None and "Thoughts" not in printed
+    assert all(sentence[:40] in printed for sentence in found["advice"])
     assert f"{found['horizon']['gbar']:.4f}" in printed and f"{found['economics']['gain']:+.3f}" in printed
 
 
@@ -227,7 +274,7 @@ def test_the_command(places, tmp_path, capsys):
     ("words", "says"),
     [
         (["--lines", "0"], "`lines` is 0"),
-        (["--documents", "-1"], "`documents` is -1"),
+        (["--documents", "-1"], "`max_documents` is -1"),
         (["--factor", "1"], "`factor` is 1.0"),
         (["--gamma", "1"], "`gamma` is 1.0"),
         (["--output", "no/such/file"], "`output` is 'no/such/file'"),
@@ -239,6 +286,16 @@ def test_bad_input_is_refused(places, capsys, words, says, tmp_path):
         (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     assert main(["diagnose", *places, *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_annotated_corpus(places, tmp_path, capsys):
+    """The table of thoughts, from the columns of `ra3 annotate`."""
+    rows = [{"text": text, "latents": [{"line": 3, "text": " a", "gain": 0.5}]} for text in TEXTS]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["diagnose", *places, "--documents", "2", "--num_latents", "2", "--output", "out.json"]) == 0
+    thoughts = json.loads((tmp_path / "out.json").read_text())["thoughts"]
+    assert thoughts["kept"] == 2 and thoughts["others"] > 2
+    assert f"{thoughts['think_elsewhere']:.4f}" in capsys.readouterr().out
 
 
 def test_corpora(places, tmp_path, capsys):

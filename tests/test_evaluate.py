@@ -484,7 +484,7 @@ def test_the_guides_python(tasks, plain_checkpoint, capsys, monkeypatch):
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
     evaluated, metric = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(evaluated, {})
-    assert "{'value': 0.0, 'low': 0.0, 'high': 0.0}" in capsys.readouterr().out
+    assert "{'value': 0.0, 'low': 0.0, 'high': 0.56" in capsys.readouterr().out
     assert Path("results/qwen-ra3/results.json").is_file()
     exec(metric, {})
     assert "'pass@1': 0.5" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import needs_bwrap
 
-from benchmarks.fidelity import Pair, compare, plain_verdicts, read_pairs
+from benchmarks.fidelity import DOCUMENTED, TABLES, Pair, compare, plain_verdicts, read_pairs
 from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox
 
 
@@ -27,9 +27,21 @@ def test_plain_python_tells_right_from_wrong():
 
 
 @needs_bwrap
-@pytest.mark.parametrize("table", ["scripts"])
+@pytest.mark.parametrize("table", TABLES)
 def test_the_sandbox_agrees_with_plain_python(judge, table):
     assert compare(judge, read_pairs(table)) == []
+
+
+@needs_bwrap
+def test_what_is_documented_to_differ_does(judge):
+    documented = read_pairs(DOCUMENTED)
+    assert [pair for pair, *_ in compare(judge, documented)] == documented
+
+
+def test_there_are_pairs_that_fail_and_pairs_that_pass():
+    assert sum(len(read_pairs(name)) for name in TABLES) >= 500
+    plain = plain_verdicts(read_pairs("classes"))
+    assert 5 < plain.count(False) < len(plain) / 2
 
 
 @needs_bwrap

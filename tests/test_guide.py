@@ -1,4 +1,5 @@
-"""The Python blocks of docs/guide.md and docs/policy.md run, on a tiny model and few updates."""
+"""The Python blocks of docs/guide.md and docs/policy.md run, on a tiny model and few updates; and those of README with
+every value that a comment offers."""
 
 from __future__ import annotations
 
@@ -22,6 +23,51 @@ def named_blocks() -> list[tuple[str, str]]:
         if code:
             found.append((heading, code))
     return found
+
+
+def with_offers(code: str) -> list[str]:
+    """`code`, and for each value that a comment offers (`think="auto")  # or "always"`) the code with that value."""
+    versions = [code]
+    for line in code.splitlines():
+        statement, _, comment = line.partition("  # or ")
+        literals = re.findall(r'"[^"]*"', statement)
+        # An offer such as "org/name" stands for what the reader has.
+        offers = [offer for offer in re.findall(r'"[^"]*"', comment) if "/" not in offer]
+        assert not offers or len(literals) == 1, f"which text may be {offers}? {line}"
+        versions += [code.replace(line, statement.replace(literals[0], offer)) for offer in offers]
+    return versions
+
+
+def test_offers_are_seen():
+    code = 'f("x")  # or "org/name"\nf(think="auto", n=1)  # or "always", "never"\n'
+    assert with_offers(code)[1:] == [
+        code.replace(code.splitlines()[1], f'f(think="{w}", n=1)') for w in ("always", "never")
+    ]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_what_comments_offer_runs(page, model_folder, tokenizers, tmp_path, monkeypatch):
+    """The blocks that offer values, as README's with the wrapper, with each of them; what an earlier block of the page
+    has made is made here."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from ra3_trl import AutoModelForCausalLMWithAbstractionHead
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen-ra3").symlink_to(model_folder)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    offering = [block for block in blocks if len(with_offers(block)) > 1]
+    assert offering or page not in ("README.md", "docs/guide.md")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLMWithAbstractionHead.from_pretrained(model_folder)
+    for block in offering:
+        if page == "docs/guide.md":  # it trains first, which test_block_runs does
+            block = "\n".join(line for line in block.splitlines() if "generate(" in line)
+        for code in with_offers(block)[1:]:
+            names = {"model": model, "inputs": tokenizer("def f(x):\n", return_tensors="pt"), "tokenizer": tokenizer}
+            torch.manual_seed(0)
+            exec(compile(code, page, "exec"), names)
 
 
 @pytest.fixture(scope="module")

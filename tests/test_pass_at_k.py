@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from conftest import needs_bwrap
 
-from ra3_trl.evaluation import PASS_AT_K, bootstrap_interval, estimate, paired_interval, pass_at_k
+from ra3_trl.evaluation import (
+    PASS_AT_K,
+    bootstrap_interval,
+    estimate,
+    paired_interval,
+    pass_at_k,
+    share_interval,
+)
 
 
 ADD = "assert add(2, 3) == 5"
@@ -98,10 +105,24 @@ def test_intervals_are_those_of_the_normal_law_and_repeat():
     assert bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
 
 
+def test_the_interval_of_a_share_is_wilsons():
+    """10 problems, z = 1.96, z^2 = 3.84. None solved: 0 to z^2 / (10 + z^2) = 0.278; all solved: the mirror image.
+    Three solved: (0.3 + 0.192 -+ sqrt(0.384 * 0.3 * 0.7 + 0.384^2 / 4)) / 1.384 = 0.108 and 0.603."""
+    none, three = np.zeros(10), np.array([1.0] * 3 + [0.0] * 7)
+    assert share_interval(none) == pytest.approx((0.0, 0.2775), abs=1e-4) and share_interval(none)[0] == 0.0
+    assert share_interval(1 - none) == pytest.approx((0.7225, 1.0), abs=1e-4) and share_interval(1 - none)[1] <= 1.0
+    assert share_interval(three) == pytest.approx((0.1078, 0.6032), abs=1e-4)
+    assert share_interval(np.full(10, 0.3)) == share_interval(three)  # spread counts as the largest there can be
+    with pytest.raises(ValueError, match="go from 0.0 to 1.5"):
+        share_interval(np.array([0.0, 1.5]))
+
+
 def test_a_paired_interval_leaves_out_what_makes_problems_hard():
     rng = np.random.default_rng(1)
     a = rng.uniform(0, 0.9, size=60)
-    assert paired_interval(a, a + 0.1) == pytest.approx((0.1, 0.1))  # the same gain everywhere, known exactly
+    # The same gain in all of 60: that of others is less sure by Wilson's bound, z^2 / (60 + z^2) = 0.0602.
+    assert paired_interval(a, a + 0.1) == pytest.approx((0.0398, 0.1602), abs=1e-4)
+    assert paired_interval(np.zeros(60), np.ones(60)) == pytest.approx((0.9398, 1.0), abs=1e-4)
     b = a + rng.normal(0.1, 0.02, size=60)
     low, high = paired_interval(a, b)
     assert low < (b - a).mean() < high

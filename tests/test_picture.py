@@ -52,11 +52,11 @@ def test_a_table_is_known_by_what_it_holds(tmp_path):
 
 
 def test_the_table_of_the_replication():
-    """Base 0.25 and 0.35: 0.3 with 12.706 * 0.05 = 0.635 either way; ra3 0.91 with 0.127."""
+    """Base 0.25 and 0.35: 0.3 with 12.706 * 0.05 = 0.635 either way; ra3 0.91 with 0.127; shares from 0 to 1."""
     section = table_section(ResultTable("x", replication()))
     rows = dict(section.rows)
     assert list(section.columns) == ["base", "ra3"]
-    assert rows["hard lines right"] == [("0.300", "[\u22120.335, 0.935]"), ("0.910", "[0.783, 1.037]")]
+    assert rows["hard lines right"] == [("0.300", "[0.000, 0.935]"), ("0.910", "[0.783, 1.000]")]
     assert rows["GRPO updates to 80 %"] == [("\u2013", "(2 never)"), ("2.0", "(1 never)")]
     assert (
         "GRPO updates to 50 %" not in rows and "Bases tried: 2;" in section.about and "right: 0.70." in section.about
@@ -70,20 +70,22 @@ def test_the_table_of_the_replication():
     assert (gain.label, gain.x, gain.y) == ("ra3", [1, 2], [0.5, 1.5])
     ours = titles["RLVR: tasks solved"].series[1]
     assert (ours.label, ours.x, ours.y, ours.band) == ("ra3", [0, 1], [0.9, 0.95], [(0.9, 0.9), (0.95, 0.95)])
-    assert titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [\u22120.335, 0.935]"] * 3
+    assert (
+        titles["Hard lines right"].cells(titles["Hard lines right"].series[0]) == ["0.300 [0.000, 0.935]"] * 3
+    )  # a share: not below 0
 
 
 def experiment():
     arms = ("base", "c=0", "c=inf")
     measures = ("think_hard", "think_easy", "comment_right", "ce", "elbo", "bound_multi", "accuracy")
-    table = {name: {arm: estimate(0.25 + i, 0.35 + i) for i, arm in enumerate(arms)} for name in measures}
+    table = {name: {arm: estimate(0.25 + i / 10, 0.35 + i / 10) for i, arm in enumerate(arms)} for name in measures}
     table["gain"] = {"base": estimate(None, None), "c=0": estimate(1.0, 1.0), "c=inf": estimate(None, None)}
     bases = [{"seed": 0, "passed": True, "comment_right": 0.7}]
     return {"experiment": "penalty", "seeds": 2, "bases": bases, **table, "runs": [{}, {}]}
 
 
 def test_an_experiment_is_drawn_over_its_arms(tmp_path):
-    """Means 0.3, 1.3 and 2.3, each with 0.635 either way; arms without an E-phase have no gain."""
+    """Means 0.3, 0.4 and 0.5, 0.635 either way, of shares from 0 to 1; arms without an E-phase have no gain."""
     section = table_section(read_table(write(tmp_path / "sweep.json", experiment()), "sweep"))
     assert section.title == "Experiment penalty: sweep"
     assert dict(section.rows)["nats of a latent at the E-phase's end"] == [
@@ -92,8 +94,9 @@ def test_an_experiment_is_drawn_over_its_arms(tmp_path):
     think, code, gain = section.charts
     assert think.name == "sweep_thinks_and_is_right" and think.ticks == ("base", "c=0", "c=inf")
     assert [one.label for one in think.series][::3] == ["P(think), hard lines", "hard lines right"]
-    assert think.series[0].y == pytest.approx([0.3, 1.3, 2.3])
-    assert think.series[0].band[1] == pytest.approx((1.3 - 0.6353, 1.3 + 0.6353))
+    assert think.series[0].y == pytest.approx([0.3, 0.4, 0.5])
+    assert think.series[0].band[0] == pytest.approx((0.0, 0.3 + 0.6353)) and think.series[0].band[1] == (0.0, 1.0)
+    assert code.series[0].band[1] == pytest.approx((0.4 - 0.6353, 0.4 + 0.6353))
     assert len(code.series) == 3 and gain.series[0].y == [None, 1.0, None]
     assert [path.name for path in write_report([section], tmp_path / "out", "t")] == [
         "report.html", "tables.md", "sweep_thinks_and_is_right.png", "sweep_held_out_expert_code.png",
@@ -107,16 +110,16 @@ def test_charts_of_one_replication_have_names_of_their_own():
 
 
 def test_the_page_of_a_table(tmp_path, capsys):
-    """With a training run beside it, which has no table."""
+    """With a training run beside it, which has a table of its own."""
     path = write(tmp_path / "table.json", replication())
     write(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "reward": 0.5}]})
     main(["picture", path, f"grpo={tmp_path}", "--output_dir", str(tmp_path / "out"), "--json"])
     assert json.loads(capsys.readouterr().out) == {"page": str(tmp_path / "out" / "report.html"), "pictures": 8}
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("<img ") == 7 and "Replication: table" in html and "<small>[0.783, 1.037]</small>" in html
+    assert html.count("<img ") == 7 and "Replication: table" in html and "<small>[0.783, 1.000]</small>" in html
     table = (tmp_path / "out" / "tables.md").read_text()
     assert (
         "## Replication: table" in table
         and "| | base | ra3 |\n|---|---|---|\n| P(think) before hard lines | " in table
     )
-    assert "| hard lines right | 0.300 [\u22120.335, 0.935] | 0.910 [0.783, 1.037] |" in table
+    assert "| hard lines right | 0.300 [0.000, 0.935] | 0.910 [0.783, 1.000] |" in table

@@ -7,15 +7,18 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from PIL import Image
 
 from ra3_trl.cli.main import main
-from ra3_trl.report.charts import Chart, Series, curve_over, draw, plot_run, training_charts
+from ra3_trl.report import charts
+from ra3_trl.report.charts import Chart, Series, choose_styles, curve_over, draw, plot_run, training_charts
 from ra3_trl.report.report import make_sections, write_report
 from ra3_trl.report.runs import AnnotatedCorpus, TrainingRun, read_run, read_runs
+from ra3_trl.report.summary import summary_text
 
 
 TEXTS = ["def f(x):\n    y = x\n    return y\n"] * 4
@@ -221,7 +224,7 @@ def test_page_and_pictures(tmp_path, training, monkeypatch, capsys):
 def test_many_labels_with_odd_names_are_drawn(tmp_path):
     runs = [TrainingRun(f"$run_{i}^", "RLVR", [{"step": s, "reward": i / 9} for s in range(40)]) for i in range(9)]
     written = write_report(make_sections(runs), tmp_path / "new" / "folder", "many")
-    assert [path.name for path in written] == ["report.html", "rlvr_reward.png", "overview.png"]
+    assert [path.name for path in written] == ["report.html", "tables.md", "rlvr_reward.png", "overview.png"]
 
 
 def test_bad_options(tmp_path, monkeypatch, capsys):
@@ -238,3 +241,123 @@ def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install \"ra3-trl\[plots\]\""):
         write_report(make_sections([TrainingRun("x", "RLVR", [{"step": 1, "reward": 1.0}])]), tmp_path / "out", "t")
     assert not (tmp_path / "out").exists()
+
+
+# ---- what a reader must not have to guess ----
+
+
+def _held_out(label, *points, **more):
+    log = [{"step": step, "eval_ce": ce, "eval_gain": -1.0, "estep/reward": 0.1} for step, ce in points]
+    return TrainingRun(label, "mid-training", [*log, *more.get("rest", [])], more.get("facts", {}))
+
+
+def _colors(png):
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return {color for _, color in image.getcolors(maxcolors=1 << 24)}
+
+
+def test_a_run_keeps_its_color_in_charts_of_one_page(tmp_path):
+    """Where no arm has them, `a` and `b` take the first two colors; `b` keeps the second where it stands alone."""
+    first, second = "#666666", "#d55e00"
+    runs = [_held_out("a", (1, 2.0)), _held_out("b", (1, 2.0), rest=[{"step": 1, "mstep/code_loss": 2.0}])]
+    charts = training_charts(runs)
+    styles = choose_styles(charts)
+    assert (styles["a"][0], styles["b"][0]) == (first, second)
+    alone = next(chart for chart in charts if chart.title == "M-phase: loss of code tokens")
+    assert [one.label for one in alone.series] == ["b"]
+    write_report(make_sections(runs), tmp_path, "t")
+    drawn = (tmp_path / "m_phase_loss_of_code_tokens.png").read_bytes()
+    assert drawn == draw([alone], size=(6.4, 4.0), styles=styles) != draw([alone], size=(6.4, 4.0))
+    assert alone.note == "Not shown: a (no M-phase in the log)."
+
+
+def test_a_run_without_an_evaluation_is_named(tmp_path):
+    silent = TrainingRun("ntp", "mid-training", [{"step": 1, "mstep/code_loss": 2.0}])
+    sections = make_sections([_held_out("ra3", (0, 2.5), (4, 2.0)), silent])
+    chart = next(chart for section in sections for chart in section.charts if chart.title == "Held-out cross-entropy")
+    assert chart.note == "Not shown: ntp (no held-out evaluation in the log)."
+    assert "Without an evaluation in the log: ntp" in sections[0].about
+    write_report(sections, tmp_path, "t")
+    assert "Not shown: ntp" in (tmp_path / "report.html").read_text()
+
+
+def test_the_summary_has_base_and_now():
+    facts = {"base": "org/small", "peak": 2_100_000_000, "settings": {"e_steps": 2, "penalty": 0.2}}
+    run = _held_out("ra3", (0, 2.5), (4, 2.25), rest=[{"step": 4, "train_runtime": 264.0}], facts=facts)
+    late = _held_out("late", (2, 2.5), (4, 2.0), facts={"settings": {"e_steps": 2, "penalty": 0.3}})
+    summary, charts, settings = make_sections([run, late])
+    assert summary.columns == ["ra3", "late"] and charts.charts
+    rows = {name: [value for value, _ in cells] for name, cells in summary.rows}
+    assert [rows[name] for name in ("base", "updates", "time", "memory at most")] == [
+        ["org/small", "–"], ["4", "4"], ["4.4 min", "–"], ["2.1 GB", "–"],
+    ]  # fmt: skip
+    assert rows["Held-out cross-entropy (nats a code token, lower is better)"] == ["2.500 → 2.250", "– → 2.000"]
+    assert "not evaluated: late" in summary.about
+    assert [(name, [value for value, _ in cells]) for name, cells in settings.rows] == [
+        ("penalty", ["0.2", "0.3"]), ("e_steps", ["2", "2"]),
+    ]  # fmt: skip
+    assert "| | ra3 | late |" in summary.markdown() and "| time | 4.4 min | – |" in summary.markdown()
+
+
+def test_the_end_of_a_run_in_words():
+    run = _held_out("ra3", (0, 2.5), (4, 2.25))
+    assert summary_text(run, 264.0, 2.1e9).splitlines() == [
+        "Held out, base -> now:",
+        "  cross-entropy: 2.500 -> 2.250 (nats a code token, lower is better)",
+        "  gain of a latent: -1.000 -> -1.000 (nats, higher is better)",
+        "Took 4.4 min, 2.1 GB of memory at most.",
+    ]
+    assert "the base was not evaluated -> 2.250" in summary_text(_held_out("x", (4, 2.25)), 1.0, None)
+    assert "Nothing was held out" in summary_text(TrainingRun("x", "mid-training", []), 1.0, None)
+
+
+def test_sets_of_a_dict_have_charts_of_their_own():
+    run = TrainingRun("x", "mid-training", [{"step": 1, "eval_a_ce": 2.0, "eval_b_ce": 3.0, "eval_a_ce_policy": 1.0}])
+    assert [chart.title for chart in training_charts([run])] == [
+        "Held-out cross-entropy: a",
+        "Held-out cross-entropy: b",
+    ]
+    assert "Without" not in make_sections([run])[0].about
+
+
+def test_ticks_are_whole_updates_and_axes_say_what_is_better():
+    import matplotlib.pyplot as plt
+
+    (chart,) = training_charts([TrainingRun("x", "RLVR", [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 1.0}])])
+    figure, axis = plt.subplots()
+    charts._draw_chart(axis, chart, choose_styles([chart]))
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axis.get_xticks()) and "higher is better" in axis.get_ylabel()
+    plt.close(figure)
+
+
+def test_programs_have_paths_and_long_docstrings_are_folded(tmp_path, monkeypatch):
+    """Of 30 lines before the latent all but 4 on either side are left out: 22; of 10 = 2 * 4 + 2 none."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"a{i} = 1\n" for i in range(30)) + "# so\n" + "".join(f"b{i} = 1\n" for i in range(10))
+    row = {
+        "annotated_text": text,
+        "latents": [{"line": 31, "text": " so", "gain": 1.0}],
+        "path": "x/<y>.py",
+        "line": 7,
+    }
+    run = read_run(write(tmp_path / "rows.json", [row]))
+    (section,) = make_sections([run])
+    (program,) = section.programs
+    assert program.title == "x/<y>.py, line 7"
+    assert [(line.number, line.skipped) for line in program.lines if line.skipped] == [(5, 22)]
+    assert [line.number for line in program.lines] == [*range(1, 6), *range(27, 42)]
+    assert main(["report", "rows.json"]) == 0
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "22 lines without a latent" in html and "x/&lt;y&gt;.py, line 7" in html
+    assert "| rows | 1 | 1 | +1.00 | 100% |" in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_what_the_help_promises_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "reward": 0.5}]})
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    promised = set(re.findall(r"\b(?:report\.html|tables\.md|overview\.png)\b", capsys.readouterr().out))
+    assert main(["report", "."]) == 0
+    assert promised == {"report.html", "tables.md", "overview.png"} <= {path.name for path in Path("report").iterdir()}

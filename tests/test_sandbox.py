@@ -94,7 +94,7 @@ HARMFUL = {
     "segfault": ("import ctypes\nctypes.string_at(0)", "error"),
     "long_answer": ("def f(x): return 'a' * 10**7", "error"),
     "deep_answer": ("def f(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y", "error"),
-    "endless_answer": ("def f(x):\n    while True: yield x", "error"),
+    "endless_answer": ("def f(x):\n    while True: yield x", "failed"),
 }  # fmt: skip
 
 

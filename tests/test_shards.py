@@ -154,10 +154,10 @@ def test_a_shard_that_fails_does_not_take_others_along(annotator, alone, tmp_pat
     """Row 1 has no text, row 4 brings the model down; their shards fail, and later they alone are done."""
 
     class Crashing(RowAnnotator):
-        def __call__(self, example):
+        def __call__(self, example, row=None):
             if example.text == TEXTS[4]:
                 raise RuntimeError("out of memory")
-            return super().__call__(example)
+            return super().__call__(example, row)
 
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match=r"2 shards failed, 1 are finished .* shard 0: row 1: `text` is None.*"
@@ -293,13 +293,13 @@ def test_the_command_in_jobs(tiny_model, tokenizers, tmp_path, capsys):
     CORPUS.to_json(tmp_path / "rows.jsonl")
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     argv = ["annotate", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), *flags]
-    one, two = [*argv, "--output", str(tmp_path / "one")], [*argv, "--output", str(tmp_path / "two")]
+    one, two = [*argv, "--output_dir", str(tmp_path / "one")], [*argv, "--output_dir", str(tmp_path / "two")]
     assert ra3(one) == 0
     assert "5 documents, " in (said := capsys.readouterr().out) and "in 5 files." in said
     assert [ra3([*two, "--shard", f"{i}/2"]) for i in range(2)] == [0, 0]
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert ra3([*one, "--streaming"]) == 2 and "whose `rows` is 5" in capsys.readouterr().err
-    assert ra3([*argv, "--output", str(tmp_path / "stream"), "--streaming"]) == 0
+    assert ra3([*argv, "--output_dir", str(tmp_path / "stream"), "--streaming"]) == 0
     assert rows(tmp_path / "stream") == rows(tmp_path / "one") and len(files(tmp_path / "stream")) == 1
     before = files(tmp_path / "one")
     assert ra3([*one, "--num_latents", "3"]) == 2 and "`num_latents` 2, and now it is 3" in capsys.readouterr().err
@@ -312,7 +312,7 @@ def test_the_command_in_jobs(tiny_model, tokenizers, tmp_path, capsys):
         assert ra3([*one, f"--shard={shard}"]) == 2 and f"`shard` is '{shard}'" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y\n')
     argv[3] = str(tmp_path / "bad.jsonl")
-    assert ra3([*argv, "--output", str(tmp_path / "bad")]) == 2
+    assert ra3([*argv, "--output_dir", str(tmp_path / "bad")]) == 2
     assert "`dataset_name` is" in (said := capsys.readouterr().err) and "can't be read" in said
     assert not (tmp_path / "bad").exists()
 
@@ -325,7 +325,7 @@ def test_accelerate_launches_two_processes(tiny_model, tokenizers, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     broken_corpus().to_json(tmp_path / "rows.jsonl")
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    argv = [str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), *flags, "--output"]
+    argv = [str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl"), *flags, "--output_dir"]
     launch = ["-m", "accelerate.commands.launch", "--config_file",
               str(ROOT / "examples" / "accelerate_configs" / "multi_process.yaml"), "-m"]  # fmt: skip
     command = ["ra3_trl.cli.annotate", *argv, str(tmp_path / "two")]

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from trl import GRPOConfig
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead
-from ra3_trl.cli import main
 from ra3_trl.evaluation import EvaluationSettings, draw
 from ra3_trl.generation import CompletionSettings, VLLMEngine, draw_completions
 from ra3_trl.generation.requests import BatchThinking, RequestThinking
@@ -327,17 +326,7 @@ def test_sharded_weights_roll_out_in_vllm(wrapped, monkeypatch, tmp_path):
 # ---- the commands ----
 
 
-def test_a_missing_vllm_is_an_error_of_the_commands(wrapped, monkeypatch, tmp_path, capsys):
-    model = wrapped()
-    model.save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    for command in (["evaluate"], ["compare", "--no_ce"]):
-        argv = [*command, str(tmp_path / "model"), "--backend", "vllm", "--output_dir", str(tmp_path / "out")]
-        assert main.main(argv) == 2
-        assert "`backend` is 'vllm', and vLLM can't be imported" in capsys.readouterr().err
-    argv = ["evaluate", str(tmp_path / "model"), "--vllm_tensor_parallel_size", "2"]
-    assert main.main(argv) == 2
-    assert "`vllm_tensor_parallel_size` is 2 and `backend` is 'transformers'" in capsys.readouterr().err
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="`backend` is 'tgi'"):
         EvaluationSettings(backend="tgi")
 

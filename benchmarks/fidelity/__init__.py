@@ -20,7 +20,18 @@ from ra3_trl.sandbox import Judge, Problem
 
 
 FOLDER = Path(__file__).parent
-TABLES = ("values", "arguments", "exceptions", "iterators", "classes", "async", "names", "scripts")
+TABLES = (
+    "values",
+    "arguments",
+    "exceptions",
+    "iterators",
+    "classes",
+    "derived",
+    "async",
+    "names",
+    "programs",
+    "scripts",
+)
 DOCUMENTED = "documented"
 
 

@@ -5,7 +5,7 @@ programs without comments: by next-token prediction, or by RA3. What each thinks
 measured over seeds. All of it goes through `RA3MidTrainer`, `GRPOTrainer` and `generate`.
 
 The experiments `real_*` ask the same of a real checkpoint, SmolLM2-135M, prepared on programs that it gets right only
-behind a comment.
+behind a comment; `cold_start` asks whether the same checkpoint, shown traces of MBPP's functions, thinks on others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from datasets import disable_progress_bars
 
 from ..common import no_warnings
 from .bases import find_bases
+from .cold_start import COLD_EXPERIMENTS, ColdRecipe, run_cold
 from .experiments import EXPERIMENTS, run_experiment
 from .real_gate import REAL_EXPERIMENTS, run_real
 from .store import Store
@@ -39,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experiment",
-        choices=sorted({*EXPERIMENTS, *REAL_EXPERIMENTS}),
+        choices=sorted({*EXPERIMENTS, *REAL_EXPERIMENTS, *COLD_EXPERIMENTS}),
         help="one of the experiments beside the table, in its place",
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", help="of cold_start: the checkpoint (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--mbpp", help="of cold_start: mbpp.jsonl (default: beside the checkout, else of the Hub)")
 
 
 @no_warnings()
@@ -51,6 +54,9 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store, form = Store(args.cache), form or Form(full=args.full)
+    if args.experiment in COLD_EXPERIMENTS:
+        cold = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp))
+        return {"experiment": args.experiment, **run_cold(store, cold, args.seeds)}
     if args.experiment in REAL_EXPERIMENTS:
         return {"experiment": args.experiment, **run_real(store, REAL_EXPERIMENTS[args.experiment](), args.seeds)}
     if args.experiment:

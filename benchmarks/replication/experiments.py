@@ -34,7 +34,7 @@ from .base import GATE
 from .bases import find_bases
 from .measure import latent_use, measure
 from .mid import midtrain
-from .records import BaseRecipe, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
+from .records import SHARES, BaseRecipe, FillRecipe, MeasureRecipe, MidRecipe, UseRecipe
 from .store import Store
 
 
@@ -269,7 +269,9 @@ def run_experiment(store: Store, experiment: Experiment, seeds: int) -> dict[str
             found.setdefault(arm, []).append(values)
     names = found[next(iter(found))][0]
     rows = {
-        name: {arm: asdict(Estimate.of(tuple(run[name] for run in seen))) for arm, seen in found.items()}
+        name: {
+            arm: asdict(Estimate.of(tuple(run[name] for run in seen), name in SHARES)) for arm, seen in found.items()
+        }
         for name in names
     }
     rows["gain"] = {arm: asdict(Estimate.of(tuple(last_gain(run.get(arm)) for run in runs))) for arm in found}

@@ -18,7 +18,7 @@ from ra3_trl.config_fields import own_fields
 
 from ..common import default_model, load
 from .base import QUIET, last_checkpoint, resume
-from .records import PreparedRecipe, TraceMidRecipe
+from .records import PreparedRecipe, TraceMidRecipe, TrainingRecipe
 from .store import Store
 from .traces import EXPERT, programs
 
@@ -41,7 +41,7 @@ def on_base(recipe: TraceMidRecipe, base: PreparedRecipe, seed: int) -> TraceMid
     return replace(recipe, base=base, seed=seed, defaults=defaults() if latents else ())
 
 
-def config(recipe: PreparedRecipe | TraceMidRecipe, folder: Path, **settings: Any) -> RA3Config:
+def config(recipe: TrainingRecipe, folder: Path, **settings: Any) -> RA3Config:
     """The settings of a run that shape it, and `settings`."""
     return RA3Config(
         output_dir=str(folder), seed=recipe.seed, learning_rate=recipe.learning_rate,

@@ -7,7 +7,7 @@ which the result is kept (`store.py`). `version` is raised by hand when code cha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ra3_trl.testbed import Corpus
 
@@ -134,6 +134,13 @@ class UseRecipe:
     version: int = 1
 
 
+# Measures that lie between 0 and 1, so that their intervals do.
+SHARES = frozenset({
+    "think_hard", "think_easy", "comment_right", "accuracy", "accuracy_forced", "accuracy_never", "think_first",
+    "think_second", "think_third", "rlvr_last",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LatentUse:
     """How a checkpoint uses latents where several lines can share one.
@@ -207,6 +214,19 @@ class Curve:
 
 
 # ---- a real checkpoint ----
+
+
+class TrainingRecipe(Protocol):
+    """What any training of a real checkpoint sets."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ra3_trl.testbed.corpus import boundaries
 from ..common import say
 from .base import GATE
 from .measure import measure
-from .records import BaseRecipe, Curve, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
+from .records import SHARES, BaseRecipe, Curve, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
 from .rlvr import curve
 from .store import Store
 
@@ -104,15 +104,19 @@ def rows(results: list[dict[str, ArmResult]], form: Form) -> dict[str, dict[str,
         steps = arm.curve.steps_to(level)
         return None if steps is None else steps * drawn["rlvr_update"] + before.get(name, 0)
 
-    def row(read) -> dict[str, Any]:
-        return {arm: asdict(Estimate.of(tuple(read(arm, result[arm]) for result in results))) for arm in results[0]}
+    def row(read, share: bool = False) -> dict[str, Any]:
+        values = {arm: tuple(read(arm, result[arm]) for result in results) for arm in results[0]}
+        return {arm: asdict(Estimate.of(of_arm, share)) for arm, of_arm in values.items()}
 
-    table = {f.name: row(lambda _, arm, name=f.name: getattr(arm.measures, name)) for f in fields(Measures)}
+    table = {
+        f.name: row(lambda _, arm, name=f.name: getattr(arm.measures, name), f.name in SHARES)
+        for f in fields(Measures)
+    }
     for level in LEVELS:
         percent = f"{level:.0%}".rstrip("%")
         table[f"rlvr_steps_to_{percent}"] = row(lambda _, arm, level=level: arm.curve.steps_to(level))
         table[f"rlvr_samples_to_{percent}"] = row(lambda name, arm, level=level: samples_to(arm, name, level))
-    return table | {"rlvr_last": row(lambda _, arm: arm.curve.last)}
+    return table | {"rlvr_last": row(lambda _, arm: arm.curve.last, share=True)}
 
 
 def samples(form: Form) -> dict[str, int]:

@@ -36,7 +36,7 @@ $(RUN)/e-$(1)/done: $(if $(filter 1,$(1)),,$(call start,$(1))/done)
 
 $(RUN)/data-$(1)/done: $(RUN)/e-$(1)/done
 	$(ANNOTATE) -m ra3_trl.cli.annotate $(RUN)/e-$(1) --dataset_name $(CORPUS) --tokens --seed $(1) \
-	  --output $(RUN)/data-$(1) $(A_ARGS)
+	  --output_dir $(RUN)/data-$(1) $(A_ARGS)
 	touch $$@
 
 $(RUN)/m-$(1)/done: $(RUN)/data-$(1)/done

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters import LambdaFilter
+from datatrove.pipeline.filters import RegexFilter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import ParquetWriter
 
-from ra3_trl.integrations.datatrove import RA3Annotator
+from ra3_trl.integrations.datatrove import SCHEMA, RA3Annotator
+
+
+SHORT = r"\A(?:[^\n]*\n){0,3}[^\n]*\Z"  # fewer than four lines: left out
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,12 +31,7 @@ def pipeline(options: argparse.Namespace) -> list[PipelineStep]:
     """Steps from the corpus to the annotated one."""
     return [
         JsonlReader(options.corpus),
-        LambdaFilter(long_enough),
+        RegexFilter(SHORT),
         RA3Annotator(options.checkpoint, num_latents=options.num_latents, skip_broken_documents=True),
-        ParquetWriter(options.output, compression="zstd"),
+        ParquetWriter(options.output, expand_metadata=True, schema=SCHEMA),
     ]
-
-
-def long_enough(document) -> bool:
-    """Whether a text has four lines."""
-    return document.text.count("\n") >= 4

@@ -28,8 +28,10 @@ class Estimate:
     values: tuple[float | None, ...]  # one a seed; `None` stands for "never reached" or "not measured"
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Estimate:
+    def of(cls, values: Sequence[float | None], share: bool = False) -> Estimate:
         """Estimates from one value a seed; `None` is in no mean and is counted by `len(values) - n`.
+
+        The interval of a `share` ends at 0 and 1: what lies beyond holds no share, so that it is as sure as before.
 
         >>> estimate = Estimate.of([1.0, None, 3.0])  # half of it is 12.706 * sqrt(2) / sqrt(2)
         >>> estimate.mean, round(estimate.low, 3), round(estimate.high, 3), estimate.n
@@ -42,4 +44,7 @@ class Estimate:
             return cls(mean, None, None, n, tuple(values))
         deviation = math.sqrt(sum((value - mean) ** 2 for value in seen) / (n - 1))
         half = t_quantile(n - 1) * deviation / math.sqrt(n)
-        return cls(mean, mean - half, mean + half, n, tuple(values))
+        low, high = mean - half, mean + half
+        if share:
+            low, high = max(low, 0.0), min(high, 1.0)
+        return cls(mean, low, high, n, tuple(values))

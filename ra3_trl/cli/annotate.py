@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from ..config_file import read_experimental
-from ..experimental.hindsight import HindsightConfig, attach
+from ..experimental.hindsight import attach
 from ..files import public_name
 from ..hub import (
     Corpus,
@@ -33,87 +33,31 @@ from ..hub import (
     render_dataset_card,
     rows_of_a_shard,
 )
-from ..policy import THINKING, Policy
-from .checkpoint import add_model_options, add_settings, add_trust, flag_settings, open_policy, saved_settings
+from ..policy import Policy
+from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of
+from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
+from .options import ANNOTATE, PROPOSALS
+from .options import annotate_parser as _parser
 
 
-_PROPOSALS = ("proposal", "proposal_lines", "proposal_template", "proposal_kl_coef")
-_SETTINGS = (
-    "annotation", "prior_alpha", "exploration", "penalty", "num_latents", "max_latent_length", "horizon", "discount",
-    "temperature", "top_k", "top_p", "action_format", "existing_comments", "max_length", "gate",
-    "boundary_selection", "boundary_budget", "annotation_skip", "dataset_text_field", "engine", "max_branch_tokens",
-    "seed",
-)  # fmt: skip
 _MACHINE = ("engine", "max_branch_tokens")  # shape no result
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ra3 annotate",
-        description="Splices latents of a checkpoint into a corpus. What comes out are Parquet files and a "
-        "manifest.json; `load_dataset` reads the folder. Run again, the same command does the files that are not "
-        "finished. `accelerate launch -m ra3_trl.cli.annotate ...` shares them out among processes, --shard among "
-        "jobs; the files are the same. The rows have the corpus's columns and "
-        "`annotated_text`, `latents` (the 1-based `line` of `annotated_text` that each stands in, its `text`, and the "
-        "`gain` of thinking there in nats, where it was measured) and `num_boundaries` (places where a latent could "
-        "stand). Taking the latents out gives the text back.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
-    corpus = parser.add_argument_group("corpus")
-    corpus.add_argument("--dataset_name", help="Hub id, folder of save_to_disk, or json(l), parquet, csv file")
-    corpus.add_argument("--dataset_config", help="configuration of the dataset")
-    corpus.add_argument("--dataset_split", default="train", help="its split (default: %(default)s)")
-    corpus.add_argument("--code_dir", help="folder of .py files; with neither, the standard library of this Python")
-    corpus.add_argument("--max_documents", type=int, help="the first so many documents only")
-    corpus.add_argument("--streaming", action="store_true", help="read the dataset as a stream, and not at once")
-    corpus.add_argument(
-        "--skip_broken_rows", action="store_true", help="leave out rows that can't be annotated, and not their file"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="folder of the Parquet files and their manifest.json")
-    output.add_argument(
-        "--shard_rows", type=int, help="rows of a file (default: 1000, fewer where there would be less than 16 files)"
-    )
-    output.add_argument(
-        "--shard", metavar="I/N", help="do the I-th part of the files only (from 0), as one of N jobs with one folder"
-    )
-    output.add_argument(
-        "--tokens",
-        action="store_true",
-        help="write `input_ids` and `completion_mask` of each chunk and no text: for an M-phase on the very tokens by "
-        "`ra3 train --e_steps 0`",
-    )
-    output.add_argument("--push_to_hub", metavar="ORG/NAME", help="dataset on the Hub to push it to, with a card")
-    output.add_argument("--private", action="store_true", help="make that dataset private if it is new")
-    output.add_argument(
-        "--license_column", default="license", help="column that names each row's licence (default: %(default)s)"
-    )
-    # Not the checkpoint's: a licence is not handed on from what it was trained on.
-    output.add_argument("--dataset_license", help="licence of the rows that name none")
-    output.add_argument("--allow_missing_licenses", action="store_true", help="push rows without a licence too")
-    output.add_argument("--allow_secrets", action="store_true", help="push what looks like passwords and keys too")
-    add_model_options(parser)
-    parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
-    add_trust(parser)
-    add_settings(parser, "annotation", (*_SETTINGS, *_PROPOSALS), (*THINKING, *_PROPOSALS), HindsightConfig)
-    return parser
-
-
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
-    if not options.output and not options.push_to_hub:
-        raise ValueError("neither `output` nor `push_to_hub` is set; say where the annotated dataset goes.")
+    if not options.output_dir and not options.push_to_hub:
+        raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
     for name in ("max_documents", "shard_rows"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
             raise ValueError(f"`{name}` is {vars(options)[name]}; it must be at least 1.")
+    check_annotator(options)
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
     share = _share(options.shard)
-    if not options.output and share.count > 1:
-        raise ValueError("`output` is not set; several processes or jobs need a folder that they share.")
+    if not options.output_dir and share.count > 1:
+        raise ValueError("`output_dir` is not set; several processes or jobs need a folder that they share.")
     if not options.push_to_hub:
         return None
     names = ("license_column", "dataset_license", "allow_missing_licenses", "allow_secrets")
@@ -153,8 +97,8 @@ def _check_rows(push: DatasetPush, corpus: Corpus, share: Share, shard_rows: int
 
 def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard_rows: int) -> Origin:
     """What the manifest compares."""
-    settings = {n: getattr(policy.args, n) for n in _SETTINGS if n not in _MACHINE} | policy.proposer.settings
-    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")}
+    settings = {n: getattr(policy.args, n) for n in ANNOTATE if n not in _MACHINE} | policy.proposer.settings
+    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")} | origin_of(options)
     if options.push_to_hub:  # a column is added
         settings |= {n: vars(options)[n] for n in ("license_column", "dataset_license")}
     source = public_name(options.dataset_name or options.code_dir or STANDARD_LIBRARY)
@@ -165,12 +109,14 @@ def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard
 
 def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
     # The gate is asked for by name, so that it is refused where there is no head for the format, and not replaced.
-    flags = {"gate": saved.get("gate", "token")} | flag_settings(options, _SETTINGS)
+    flags = {"gate": saved.get("gate", "token")} | (SETTINGS if options.annotator != "policy" else {})
+    flags |= flag_settings(options, ANNOTATE)
     # Without an accelerator the processes that a launcher started know of each other only so.
     use_cpu = options.use_cpu or not torch.accelerator.is_available()
     policy = open_policy(options, flags | {"use_cpu": use_cpu})
+    check_format(options, policy.args.action_format)
     trained = read_experimental(options.checkpoint, revision=options.model_revision)
-    return attach(policy, trained, **flag_settings(options, _PROPOSALS))
+    return attach(policy, trained, **flag_settings(options, PROPOSALS))
 
 
 def _annotate(
@@ -179,8 +125,7 @@ def _annotate(
     """Annotates this process's share into `folder`, pushes it and says how far the whole has come."""
     rows = len(corpus) if isinstance(corpus, Dataset) else None
     shard_rows = options.shard_rows or rows_of_a_shard(rows)
-    annotator = RowAnnotator(policy)
-    refuse_without_boundaries(annotator, corpus)
+    refuse_without_boundaries(RowAnnotator(policy), corpus)
     manifest = Manifest(folder, _origin(options, policy, rows, shard_rows))
     share, source = _share(options.shard), options.dataset_name or options.code_dir or STANDARD_LIBRARY
 
@@ -188,16 +133,18 @@ def _annotate(
         licence = push and push.dataset_license
         return render_dataset_card(policy, facts, full_name, options.checkpoint, source, licence)
 
-    url = ShardedAnnotation(
-        annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
-    ).run()
+    with opened_annotation(options) as annotation:
+        annotator = RowAnnotator(policy, annotation=annotation)
+        url = ShardedAnnotation(
+            annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
+        ).run()
     entries = manifest.finished().values()
     latents, boundaries = sum(e.latents for e in entries), sum(e.boundaries for e in entries)
     documents = sum(e.rows_out for e in entries)
     if share.index % share.processes == 0:
         print(f"{documents:,} documents, {latents:,} latents at {boundaries:,} boundaries in {len(entries):,} files.")
-        if options.output:
-            print(f"Saved to {options.output}; `datasets.load_dataset` reads it.")
+        if options.output_dir:
+            print(f"Saved to {options.output_dir}; `datasets.load_dataset` reads it.")
     if url:
         print(f"Pushed to {url}.")
 
@@ -213,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = len(corpus) if isinstance(corpus, Dataset) else None
         _check_rows(push, corpus, _share(options.shard), options.shard_rows or rows_of_a_shard(rows))
     policy = _open(options, saved)
-    if options.output:
-        _annotate(options, corpus, policy, Path(options.output), push)
+    if options.output_dir:
+        _annotate(options, corpus, policy, Path(options.output_dir), push)
     else:
         with TemporaryDirectory() as folder:
             _annotate(options, corpus, policy, Path(folder), push)

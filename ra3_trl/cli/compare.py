@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import logging
@@ -23,41 +22,13 @@ from ..models import load_tokenizer
 from ..policy import open_settings
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
 from ..sandbox import Limits
-from .checkpoint import add_settings, flag_settings, stdout_console
-from .cross_entropy import FLAGS, SHARED, held_out_texts, measure, shared_settings
-from .passk_options import add_passk_options, model_of, open_judge, read_ks, read_settings
+from .checkpoint import flag_settings, place_of_options, stdout_console
+from .cross_entropy import FLAGS, held_out_texts, measure, shared_settings
+from .options import compare_parser as _parser
+from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
 
 
 VERSION = 1
-_EPILOG = """Each A is a checkpoint (a folder or Hub id), which is evaluated as `ra3 evaluate` does into
-OUTPUT_DIR/NAME/ and goes on there after a kill, or a folder that `ra3 evaluate` wrote. The others are compared with
-the first. OUTPUT_DIR gets compare.md, compare.json and compare.png."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ra3 compare", description=__doc__, epilog=_EPILOG, allow_abbrev=False)
-    parser.add_argument("places", nargs="+", metavar="A", help="checkpoint, or folder of results")
-    parser.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
-    parser.add_argument("--output_dir", help="folder of samples, table and picture (default: results/compare-TASK)")
-    parser.add_argument(
-        "--task", help="humaneval, mbpp, or a jsonl file of problems (default: that of the results, else humaneval)"
-    )
-    parser.add_argument("--k", help="of pass@k, with commas (default: those that all results have, else 1)")
-    add_passk_options(parser)
-    text = parser.add_argument_group("cross-entropy")
-    text.add_argument("--no_ce", action="store_true", help="leave it out")
-    text.add_argument(
-        "--dataset_name", help="Hub id, folder of save_to_disk, or json(l), parquet, csv file (default: the tasks' "
-        "own solutions)",
-    )  # fmt: skip
-    text.add_argument("--dataset_config", help="configuration of the dataset")
-    text.add_argument(
-        "--dataset_split", help="the first rows of this split (default: the rows that `ra3 train` holds out)"
-    )
-    text.add_argument("--code_dir", help="folder of .py files")
-    text.add_argument("--eval_documents", type=int, help="documents (default: 64, and as `ra3 train` if it holds out)")
-    add_settings(parser, "settings of the cross-entropy", FLAGS, SHARED)
-    return parser
 
 
 def write_comparison(comparison: dict[str, Any], folder: Path) -> list[str]:
@@ -94,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark = match_problems(entrants, benchmark)
     task_name = next((run["task"] for run in runs.values()), benchmark and benchmark.name)
     for checkpoint in drawn.values():
-        load_tokenizer(checkpoint, {"revision": options.model_revision})  # says best that there is no checkpoint
-    models_to_draw = {name: model_of(checkpoint, options) for name, checkpoint in drawn.items()}
+        load_tokenizer(checkpoint, place_of_options(options))  # says best that there is no checkpoint
     texts, source = held_out_texts(options, benchmark) if measured and not options.no_ce else (None, "")
     shared, notes_of_texts = shared_settings(options, measured) if texts is not None else ({}, [])
 
@@ -105,13 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     if folder.is_file():
         raise ValueError(f"`output_dir` is {str(folder)!r}, a file; name a folder.")
     if drawn and benchmark is not None:
-        place = options.model_revision, options.dtype
         with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
-            for name in drawn:
+            for name, checkpoint in drawn.items():
                 print(f"{name}:", file=sys.stderr)
-                model = models_to_draw.pop(name)
-                runs[name] = evaluate_passk(model, benchmark, settings, ks, folder / name, judge, *place)
-                del model
+                place = checkpoint_of(checkpoint, options)
+                runs[name] = evaluate_passk(place, benchmark, settings, ks, folder / name, judge)
                 gc.collect()  # the weights, before others are loaded
     runs = {entrant.name: runs[entrant.name] for entrant in entrants}
     models, notes = compare_runs(runs, ks), sampling_notes(runs)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from .options import env_parser
+
 
 PACKAGES = (
-    "ra3-trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "huggingface-hub",
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "huggingface-hub",
     "tokenizers", "safetensors", "numpy", "gguf", "bitsandbytes", "deepspeed",
 )  # fmt: skip
 
@@ -23,6 +25,16 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _own_version() -> str:
+    """The version that is installed; of a checkout that has moved on since, what it says of itself, too."""
+    installed, project = _version("ra3-trl"), Path(__file__).parents[2] / "pyproject.toml"
+    if not project.is_file():
+        return installed
+    there = tomllib.loads(project.read_text("utf-8")).get("project", {}).get("version", installed)
+    moved = f" (the checkout is {there}: install it again, `pip install -e .`)"
+    return installed + (moved if there != installed else "")
 
 
 def _commit() -> str:
@@ -42,9 +54,10 @@ def _commit() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the environment; see `ra3 env --help`."""
-    argparse.ArgumentParser(prog="ra3 env", description="Versions and devices, for bug reports.").parse_args(argv)
+    env_parser().parse_args(argv)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts = {
+        "ra3-trl": _own_version(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "ra3-trl commit": _commit(),

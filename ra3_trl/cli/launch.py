@@ -66,6 +66,18 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
     return [sys.executable, "-m", *launcher, "-m", module, *command_argv]
 
 
+def asked_processes(parser: TrainParser, argv: list[str]) -> int:
+    """How many processes `--accelerate_config` and the launcher's options ask for; 1 without."""
+    command = launch_command(parser, argv)
+    if command is None:
+        return 1
+    words = [word for piece in command for word in piece.split("=", 1)]
+    if "--num_processes" in words:
+        return int(words[words.index("--num_processes") + 1])
+    settings = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text("utf-8"))
+    return int(settings.get("num_processes", 1))
+
+
 def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> tuple[list[Any], str, int | None]:
     """Parses the arguments of a run; where `--accelerate_config` asks for other processes these run it, unless `here`.
 

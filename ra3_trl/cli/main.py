@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from types import FrameType
 
+from .early import refuse_early
+from .helps import HELPS
+
 
 COMMANDS = {
     "train": "mid-train a causal language model on expert text (--dry_run says what it would take)",
@@ -79,8 +82,19 @@ def main(argv: list[str] | None = None) -> int:
         for name, text in COMMANDS.items():
             commands.add_parser(name, help=text, add_help=False)
         parser.parse_args(argv or ["--help"])
-    # Imported inside, since that takes seconds, in which an interrupt should end it as at any other time.
-    return guarded(lambda words: importlib.import_module(f".{argv[0]}", __package__).main(words), argv[1:])
+    return guarded(lambda words: _run(argv[0], words), argv[1:])
+
+
+def _run(command: str, words: list[str]) -> int:
+    """Says what needs no torch: the short help, and what is wrong with the words. Then loads the command, inside of
+    [`guarded`], since that takes seconds, in which an interrupt should end it as at any other time."""
+    if {"-h", "--help"} & set(words):
+        print(HELPS[command].text(command))
+        raise SystemExit(0)
+    words = ["--help" if word in ("--help-all", "--help_all") else word for word in words]
+    if "--help" not in words:
+        refuse_early(command, words)
+    return int(importlib.import_module(f".{command}", __package__).main(words))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from ..config_fields import model_options
 from ..config_file import read_settings
 from ..evaluation.tasks import HUB
 from ..files import public_name
+from ..report.runs import PEAK_MEMORY, RLVR
 from ..rlvr import REWARDS, RLVRData, build_grpo_trainer, get_think_cost_reward, load_tasks, use_judge
 from ..rlvr.rewards import EXECUTED
 from ..sandbox import Limits
@@ -22,7 +25,7 @@ from .launch import read_arguments
 from .parser import TrainParser, normalise
 from .passk_options import open_judge
 from .rewards import load_reward_funcs
-from .run import model_flags, named, resume_point, run_until_stopped
+from .run import end_in_words, model_flags, named, peak_memory, quiet_others, resume_point, run_until_stopped
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -111,12 +114,14 @@ def build_trainer(script: RLVRScriptArguments, args: GRPOConfig, model_args: Mod
 
 def run(trainer: GRPOTrainer, source: str, resume: bool | str | None) -> None:
     """Trains, saves, writes the card, pushes."""
-    args, print_once = trainer.args, trainer.accelerator.print
-    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=resume).metrics)
+    args, print_once, begin = trainer.args, trainer.accelerator.print, time.monotonic()
+    trained = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_metrics("train", trained.metrics | {PEAK_MEMORY: peak_memory()})
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=source)
-    print_once(f"Saved to {args.output_dir}.")
+    following = f"ra3 evaluate {shlex.quote(args.output_dir)} --task humaneval  # pass@k of what was trained"
+    end_in_words(trainer, RLVR, time.monotonic() - begin, following)
     if trainer.is_world_process_zero() and (read_settings(args.output_dir) or {}).get("abstraction_head"):
         print_once("The abstraction head is not taken along: it reads states of the weights as they were before.")
     if args.push_to_hub:
@@ -133,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     script, args, model_args = parts
     named(model_args, args, "RLVR")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    quiet_others()
     resume = resume_point(args)
     with ExitStack() as stack:
         if any(REWARDS.get(name) in EXECUTED for name in script.reward_funcs):

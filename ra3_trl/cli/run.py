@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import gather_object
+from datasets import disable_progress_bars
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
+from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_quantization_config
+
+from ..report.runs import TrainingRun
+from ..report.summary import summary_text
+from ..saving import stopped_message
 
 
 _NOT_REPEATED = ("--resume_from_checkpoint", "--hub_token", "--hub-token")  # a log is no place for a token
@@ -96,16 +107,46 @@ def run_until_stopped(trainer: Trainer, args: TrainingArguments, typed: str, wor
     try:
         work()
     except KeyboardInterrupt:
-        message = (
-            f"Stopped before the first checkpoint (save_steps={args.save_steps:g}, save_strategy="
-            f"{args.save_strategy!s}): nothing to resume. With a smaller `--save_steps` there would be."
-        )
-        if last := _last_checkpoint(args.output_dir):
-            message = f"Stopped; {last} is whole. Go on with:\n  {resume_command(typed)}"
         if says:
-            print(message, file=sys.stderr)
+            print(stopped_message(args, resume_command(typed)), file=sys.stderr)
         return 130
     return 0
+
+
+def last_evaluation(state: TrainerState, best: bool) -> dict[str, float]:
+    """What was measured of the weights that a run ends with, `{}` if nothing was: of the last update, or of the `best`
+    checkpoint where that was loaded."""
+    step = state.global_step
+    if best and state.best_model_checkpoint is not None:
+        step = int(state.best_model_checkpoint.rpartition("-")[2])
+    entries = [entry for entry in state.log_history if entry["step"] == step]
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of its accelerator, else of the machine."""
+    if torch.cuda.is_available() and (of_device := torch.cuda.max_memory_allocated()):
+        return of_device
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def end_in_words(trainer: Trainer, kind: str, seconds: float, following: str) -> None:
+    """Prints what a run changed, its time and memory, and the command to go on with; once for all processes."""
+    peak = sum(gather_object([peak_memory()]))
+    if trainer.is_world_process_zero():
+        text = summary_text(TrainingRun("", kind, trainer.state.log_history), seconds, peak)
+        print(f"{text}\nSaved to {trainer.args.output_dir}. Next:\n  {following}")
+
+
+def quiet_others() -> None:
+    """Has a process other than the first say errors only: what all have to say is said once."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        return
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def _last_checkpoint(folder: str | None) -> str | None:

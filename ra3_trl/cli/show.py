@@ -16,38 +16,14 @@ from ..report.page import write_page
 from ..report.show import ShownFile, physical_lines, print_file
 from ..segmentation import find_format
 from .checkpoint import (
-    add_model_options,
-    add_settings,
-    add_trust,
     flag_settings,
     open_policy,
     saved_settings,
     shown_name,
     stdout_console,
 )
-
-
-_SETTINGS = (
-    "num_latents", "seed", "action_format", "horizon", "discount", "line_reduction", "max_latent_length",
-    "temperature", "top_k", "top_p", "max_length", "engine", "max_branch_tokens",
-)  # fmt: skip
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ra3 show",
-        description="Shows a file as a checkpoint sees it: P(think) at each boundary, the latents it would write "
-        "there, and what each brings for the lines that follow. The file's own comments stay as they are.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
-    parser.add_argument("file", metavar="FILE", help="text in UTF-8, of the action format")
-    parser.add_argument("--html", metavar="OUT", help="write a page for a browser instead of printing")
-    parser.add_argument("--lines", metavar="A:B", help="these lines only, counted from 1; the model still reads all")
-    add_model_options(parser)
-    add_trust(parser)
-    add_settings(parser, "settings", _SETTINGS)
-    return parser
+from .options import SHOW
+from .options import show_parser as _parser
 
 
 def read_source(path: str) -> str:
@@ -92,7 +68,7 @@ def _check_html(html: str, file: str) -> None:
 
 def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
     """Loads the checkpoint and looks at the text with it."""
-    changes = flag_settings(options, _SETTINGS) | {"existing_comments": "keep"}
+    changes = flag_settings(options, SHOW) | {"existing_comments": "keep"}
     # Asked before the weights are loaded, which may take minutes.
     action_format = open_settings(saved_settings(options), changes).action_format
     if find_format(action_format).segment(text) is None:

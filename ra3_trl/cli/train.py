@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config
 
@@ -15,16 +17,26 @@ from ..config import RA3Config
 from ..config_fields import model_options, own_fields
 from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
-from ..report.cost import DEVICES
 from ..report.estimate import render
+from ..report.runs import MIDTRAINING, PEAK_MEMORY
 from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
-from .estimate import estimate, estimate_cost
-from .launch import read_arguments
-from .parser import TrainParser, normalise, read_config
+from .estimate import estimate
+from .launch import asked_processes, read_arguments
+from .parser import TrainParser, normalise, read_config, without_theirs
 from .rewards import load_reward_funcs
-from .run import model_flags, named, resume_command, resume_point, run_until_stopped
+from .run import (
+    end_in_words,
+    last_evaluation,
+    model_flags,
+    named,
+    peak_memory,
+    quiet_others,
+    resume_command,
+    resume_point,
+    run_until_stopped,
+)
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -44,6 +56,7 @@ class RA3ScriptArguments(ScriptArguments):
         "Folder of .py files whose functions and classes are the documents. With neither `code_dir` nor "
         "`dataset_name` it is the standard library of the running Python."
     )
+    max_documents: int | None = _option("The first so many documents only, held-out ones among them.")
     eval_documents: int | None = _option(
         "Documents to hold out of the training data, or to take from the test split where there is one (0: none). "
         "Default: one in twenty, at most 64."
@@ -53,23 +66,12 @@ class RA3ScriptArguments(ScriptArguments):
         "Import paths of reward functions, such as my_module.my_func; weigh them with reward_weights."
     )
     dry_run: bool = _option("Print documents, boundaries, branches, tokens, memory and hours, and end.", False)
-    device: Literal["a100", "l40s", "h100", "h200", "b200"] | None = _option(
-        "With `dry_run`: what the run would take on such devices, FLOPs, hours and money, by arithmetic."
-    )
-    devices: int = _option("How many of them.", 1)
-    price_per_hour: float | None = _option("Dollars for one of them and an hour. Default: what is usual, printed.")
 
     def __post_init__(self):
         if self.eval_documents is not None and self.eval_fraction is not None:
             raise ValueError("`eval_documents` and `eval_fraction` are both set; pass one of the two.")
-        if self.device is None and (self.devices != 1 or self.price_per_hour is not None):
-            raise ValueError("`devices` and `price_per_hour` are of use with `device`; name one, such as h100.")
-        if self.device is not None and not self.dry_run:
-            raise ValueError(f"`device` is {self.device!r}, for which a run is estimated; set `dry_run` too.")
-        if self.devices < 1:
-            raise ValueError(f"`devices` is {self.devices}; use at least 1.")
-        if self.price_per_hour is not None and not self.price_per_hour >= 0:
-            raise ValueError(f"`price_per_hour` is {self.price_per_hour}; use at least 0.")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"`max_documents` is {self.max_documents}; it must be at least 1.")
         if self.eval_documents is not None and self.eval_documents < 0:
             raise ValueError(f"`eval_documents` is {self.eval_documents}; it must be at least 0.")
         if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
@@ -79,11 +81,13 @@ class RA3ScriptArguments(ScriptArguments):
 def make_parser(prog: str = "ra3 train") -> TrainParser:
     """Makes the parser of script, config, model and mixture arguments."""
     types = (RA3ScriptArguments, HindsightConfig, ModelConfig, DatasetMixtureConfig)
-    return TrainParser(
+    parser = TrainParser(
         types, prog=prog, allow_abbrev=False, description="Mid-trains a causal language model with RA3.",
         usage=f"{prog} --model_name_or_path MODEL [--dataset_name NAME | --code_dir FOLDER] [--output_dir DIR] "
         "[OPTION ...]",
     )  # fmt: skip
+    parser.set_defaults(eval_on_start=True)  # the base, where documents are held out: what else says what has changed?
+    return parser
 
 
 def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: int) -> tuple[Any, Any]:
@@ -98,6 +102,8 @@ def load_data(script: RA3ScriptArguments, mixture: DatasetMixtureConfig, seed: i
         source, split = (script.dataset_name, script.code_dir), script.dataset_train_split
         splits = load_splits(*source, split, script.dataset_config, script.dataset_streaming)
         train, test = splits[split], splits.get(script.dataset_test_split)
+    if script.max_documents is not None:
+        train = limit(train, script.max_documents)
     if test is None or script.eval_fraction is not None:
         return hold_out(train, script.eval_documents, script.eval_fraction, seed)
     return train, limit(test, script.eval_documents)
@@ -148,19 +154,26 @@ def _plain(args: HindsightConfig) -> RA3Config:
     return plain
 
 
-def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) -> None:
-    """Trains, evaluates, saves, writes the card, pushes."""
-    args = trainer.args
+def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None, file: str = "FILE.py") -> None:
+    """Trains, evaluates what was not evaluated yet, saves, writes the card, says what changed, pushes.
+
+    Args:
+        file (`str`, *optional*, defaults to `"FILE.py"`):
+            A program that the command to go on with shows.
+    """
+    args, begin = trainer.args, time.monotonic()
+    args.eval_on_start &= trainer.eval_dataset is not None and not resume  # the base is no checkpoint to resume from
     trained = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_metrics("train", trained.metrics)
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
+        metrics = last_evaluation(trainer.state, args.load_best_model_at_end) or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
+    trainer.save_metrics("train", trained.metrics | {PEAK_MEMORY: peak_memory()})
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
-    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    output = shlex.quote(args.output_dir)
+    following = f"ra3 show {output} {shlex.quote(file)} --html page.html  # its thoughts on a file, as a page"
+    end_in_words(trainer, MIDTRAINING, time.monotonic() - begin, following)
     if args.push_to_hub:
         pushed = trainer.push_to_hub(dataset_name=dataset_name)
         if pushed is not None:  # None on other processes
@@ -168,21 +181,16 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None) ->
     trainer.accelerator.end_training()
 
 
-def _dry_run(script, args: HindsightConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig) -> int:
-    """Prints the estimate. The run's folder is not made and nothing leaves the machine."""
+def _dry_run(parts: list[Any], processes: int) -> int:
+    """Prints the estimate of a run in so many processes. Its folder is not made and nothing leaves the machine."""
+    script, args, model_args, mixture = parts
     check_trackers(args.report_to)  # as the run would
     args.push_to_hub, args.report_to = False, []
     with tempfile.TemporaryDirectory() as aside:
         args.output_dir = aside
         trainer = build_trainer(script, args, model_args, mixture)
-        print("Timing an E-update and an M-update ...", file=sys.stderr)
-        estimated = estimate(trainer)
-        print(render(estimated))
-        if script.device is not None:
-            device = DEVICES[script.device]
-            if script.price_per_hour is not None:
-                device = replace(device, price=script.price_per_hour)
-            print(estimate_cost(trainer, estimated, device, script.devices).render())
+        print("Timing an update of each phase and an evaluation on a few documents ...", file=sys.stderr)
+        print(render(estimate(trainer, processes)))
     return 0
 
 
@@ -196,12 +204,19 @@ def main(argv: list[str] | None = None) -> int:
     script, args, model_args, mixture = parts
     named(model_args, args, "RA3")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    quiet_others()
     if script.dry_run:
-        return _dry_run(script, args, model_args, mixture)
+        return _dry_run(parts, asked_processes(make_parser(), without_theirs(argv, make_parser())))
     resume = resume_point(args)
     trainer = build_trainer(script, args, model_args, mixture)
     trainer.resume_hint = f"`{resume_command(typed)}`"  # for the message after a SIGTERM
-    return run_until_stopped(trainer, args, typed, lambda: run(trainer, source_name(script, mixture), resume))
+    source, file = source_name(script, mixture), _some_program(script.code_dir)
+    return run_until_stopped(trainer, args, typed, lambda: run(trainer, source, resume, file))
+
+
+def _some_program(code_dir: str | None) -> str:
+    """A file to look at after the run: the first of the user's, if they are files."""
+    return str(next(iter(sorted(Path(code_dir).rglob("*.py"))), "FILE.py")) if code_dir else "FILE.py"
 
 
 if __name__ == "__main__":

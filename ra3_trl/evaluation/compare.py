@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import fingerprint
-from .passk import bootstrap_interval, paired_interval
+from .passk import paired_interval, share_interval
 from .results import RESULTS, check_k, problem_values, read_results, with_interval
 from .tasks import HUB, Benchmark
 
@@ -163,7 +163,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> di
     """Measures each run, and its distance from the first, which is of the same problems.
 
     Returns:
-        `dict[str, dict[str, Any]]`: for each run `pass@k` by k with `value`, `low` and `high` (95 % bootstrap interval
+        `dict[str, dict[str, Any]]`: for each run `pass@k` by k with `value`, `low` and `high` (95 % interval by Wilson
         over problems) and, but for the first, `difference` with the same three (the interval is paired: both over the
         same drawn problems); `plus_pass@k` likewise if all have it; `think`, counts of verdicts, and means.
     """
@@ -177,7 +177,7 @@ def compare_runs(runs: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> di
             order = runs[first]["problems"]
             values = {name: problem_values(run["problems"], kind, k, order) for name, run in runs.items()}
             for name, row in values.items():
-                number: dict[str, Any] = with_interval(row.mean(), bootstrap_interval(row))
+                number: dict[str, Any] = with_interval(row.mean(), share_interval(row))
                 if name != first:
                     paired = paired_interval(values[first], row)
                     number["difference"] = with_interval(row.mean() - values[first].mean(), paired)

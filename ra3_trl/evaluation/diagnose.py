@@ -19,6 +19,7 @@ from ..policy import Policy, annotate, first_latent, gains_over_other, token_tex
 from ..records import Action, AnnotatedExample, Document, Latent, RolloutGroup
 from ..rollout import NoiseKey
 from ..segmentation import readable_bytes
+from .thoughts import Kept, advice, compare_thoughts
 
 
 _PHASE = 2  # of the noise: neither training's nor that of `evaluate()`
@@ -58,6 +59,7 @@ def diagnose(
     documents: Sequence[Document],
     settings: DiagnosisSettings | None = None,
     progress: Callable[[int], Any] = lambda done: None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Measures a checkpoint on a corpus.
 
@@ -70,10 +72,12 @@ def diagnose(
             How the measures are taken.
         progress (`Callable`, *optional*):
             Told of every document and boundary done.
+        kept (`Mapping[tuple[int, int], Collection[int]]`, *optional*):
+            By document and chunk the boundaries before which the model was shown a thought, of [`kept_boundaries`].
 
     Returns:
-        `dict`: `horizon`, `compactness`, `pruning` (`None` where actions are not lines) and `economics`, see
-        docs/diagnose.md.
+        `dict`: `horizon`, `compactness`, `pruning` (`None` where actions are not lines), `economics`, `thoughts`
+        (`None` without `kept`) and `advice`, see docs/diagnose.md.
 
     Raises:
         `ValueError`: if no document has a boundary.
@@ -103,12 +107,14 @@ def diagnose(
             progress(1)
     pruning = measure_pruning([a for a in alternatives if a is not None], settings.factor)
     horizon = effective_horizon([_starts(example) for example in examples], settings.gamma)
-    return {
+    found = {
         "horizon": asdict(horizon) | {"gamma": settings.gamma},
         "compactness": _compactness(groups, args.seed),
         "pruning": None if pruning is None else asdict(pruning) | {"left_out": draw_lines.left_out},
         "economics": _economics(groups, args) | _sameness(policy, groups, over_other),
+        "thoughts": None if kept is None else compare_thoughts(policy, groups, kept),
     }
+    return found | {"advice": advice(found, args.penalty)}
 
 
 def _starts(example: AnnotatedExample) -> tuple[int, list[int]]:

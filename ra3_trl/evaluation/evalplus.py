@@ -44,7 +44,7 @@ _inputs = _loads(_decode({inputs!r}))
 _TEST = """\
 for _given in _inputs:
     _expected = _reference(*_copy(_given))
-    assert {rule}({entry_point}(*_given), _expected, _given, {atol!r})
+    assert {rule}({entry_point}(*_copy(_given)), _expected, _given, {atol!r})
 """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -50,6 +52,47 @@ def estimate(counts: Sequence[tuple[int, int]], k: int) -> float:
     return float(np.mean([pass_at_k(n, c, k) for n, c in counts]))
 
 
+def share_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Computes Wilson's interval of a mean of shares, such as a model's pass@k over problems.
+
+    It stays within 0 and 1, and says something where no problem or each is solved, of which a bootstrap makes an
+    interval without width. It is meant for one sample a problem; where values lie between 0 and 1 it is too wide, if
+    anything, since none spread more than zeros and ones of the same mean do.
+
+    Args:
+        values (`np.ndarray`):
+            A share for each problem, shape `[problems]`.
+        level (`float`, *optional*, defaults to `0.95`):
+            How often the interval holds the mean over all such problems.
+
+    Raises:
+        `ValueError`: for no values, values outside 0 to 1 or not in one row, or a `level` out of range.
+
+    Example:
+
+    ```python
+    >>> [round(end, 3) for end in share_interval(np.zeros(10))]  # up to z^2 / (10 + z^2) with z = 1.96
+    [0.0, 0.278]
+    ```
+    """
+    values = _checked(values, level)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"`values` go from {values.min()} to {values.max()}; give shares between 0 and 1.")
+    mean, weight = float(values.mean()), NormalDist().inv_cdf((1 + level) / 2) ** 2 / values.size
+    middle = (mean + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * mean * (1 - mean) + weight**2 / 4) / (1 + weight)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _checked(values: np.ndarray, level: float) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"`values` has the shape {values.shape}; give one finite number for each problem.")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` is {level}; give a share between 0 and 1.")
+    return values
+
+
 def bootstrap_interval(
     values: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
@@ -70,11 +113,7 @@ def bootstrap_interval(
     Raises:
         `ValueError`: for no values, values that are not finite or not in one row, or a setting out of range.
     """
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"`values` has the shape {values.shape}; give one finite number for each problem.")
-    if not 0 < level < 1:
-        raise ValueError(f"`level` is {level}; give a share between 0 and 1.")
+    values = _checked(values, level)
     if resamples < 1:
         raise ValueError(f"`resamples` is {resamples}; draw at least once.")
     draws = np.random.default_rng(seed)
@@ -90,7 +129,9 @@ def paired_interval(
     """Computes the interval of `mean(b) - mean(a)` as [`bootstrap_interval`], both over the same drawn problems.
 
     What makes a problem hard for both cancels, so this is narrower than two intervals side by side. `a` and `b` have
-    a value for each problem, in the same order.
+    a share for each problem, in the same order. Where they differ by the same everywhere, a bootstrap would be sure:
+    other problems may differ otherwise, but in no larger share of them than Wilson's bound for none of so many
+    ([`share_interval`]), and by no more than 1.
 
     Raises:
         `ValueError`: if the numbers of problems differ, and what [`bootstrap_interval`] raises.
@@ -98,4 +139,8 @@ def paired_interval(
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"`a` has the shape {a.shape} and `b` {b.shape}; compare values of the same problems.")
-    return bootstrap_interval(b - a, seed, resamples, level)
+    differences = b - a
+    if differences.size and np.ptp(differences) < 1e-12:
+        most = share_interval(np.zeros(differences.size), level)[1]
+        return max(differences[0] - most, -1.0), min(differences[0] + most, 1.0)
+    return bootstrap_interval(differences, seed, resamples, level)

@@ -15,7 +15,7 @@ import numpy as np
 from ..files import read_versioned
 from ..sandbox import VERDICTS, Judge, Result
 from ..segmentation import count_code_lines, own_line_comments
-from .passk import bootstrap_interval, pass_at_k
+from .passk import pass_at_k, share_interval
 from .samples import Sample
 from .tasks import Task
 
@@ -77,7 +77,7 @@ def summarise(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
         name = kind.removesuffix("verdict")
         values = {k: problem_values(problems, kind, k) for k in ks}
         results[f"{name}pass@k"] = {
-            str(k): with_interval(row.mean(), bootstrap_interval(row)) for k, row in values.items()
+            str(k): with_interval(row.mean(), share_interval(row)) for k, row in values.items()
         }
         results[f"{name}verdicts"] = dict(Counter(row[kind] for row in rows).most_common())
     total = {name: sum(row.get(name, 0) for row in rows) for name in ("forgeable", "latents", "lines")}

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from ..kinds import checked
 from ..segmentation import find_format
 from .boundaries import LineReader
 from .steering import ThinkSteering, check_knob
 from .vocabulary import read_vocabulary
 
 
+@runtime_checkable
+class OtherTokenizer(Protocol):
+    """One that is not transformers', or slow: refused with what to do about it."""
+
+    is_fast: bool
+
+
+@checked
 class ThinkLogitsProcessor(LogitsProcessor):
     """Decides where `generate` thinks, and shapes what it thinks.
 
@@ -69,7 +78,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | OtherTokenizer,
         think: str = "auto",
         *,
         threshold: float | None = None,
@@ -87,7 +96,7 @@ class ThinkLogitsProcessor(LogitsProcessor):
         self._lines = LineReader(self._vocabulary, prompt_is_code)
         self._steering = ThinkSteering(self._vocabulary, think, threshold, max_latent_length, gated=gate is not None)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores `[batch, V]` of the next token, `-inf` where it may not be."""
         rows, width = input_ids.tolist(), input_ids.shape[1]
         ask_gate = cache(partial(self._ask_gate, len(rows)))  # at most once a step

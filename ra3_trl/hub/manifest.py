@@ -135,7 +135,7 @@ class Manifest:
         self.folder, self.origin = folder, origin
         if folder.exists() and not (folder / MANIFEST).exists() and any(p.name != _ASIDE for p in folder.iterdir()):
             raise ValueError(
-                f"`output` is {str(folder)!r}, which is there already and has no {MANIFEST}; remove it or name "
+                f"`output_dir` is {str(folder)!r}, which is there already and has no {MANIFEST}; remove it or name "
                 "another folder."
             )
         (folder / _ASIDE).mkdir(parents=True, exist_ok=True)
@@ -146,25 +146,25 @@ class Manifest:
                 content |= asdict(origin) | {"settings_hash": origin.settings_hash, "shards": [], "failed": {}}
 
     def _compare(self, content: dict[str, Any]) -> None:
-        other = f"`output` {str(self.folder)!r} has shards of"
+        other = f"`output_dir` {str(self.folder)!r} has shards of"
         theirs, ours = content["settings"], json.loads(json.dumps(self.origin.settings))
         for name in sorted({*theirs, *ours}):
             if theirs.get(name) != ours.get(name):
                 raise ValueError(
                     f"{other} `{name}` {theirs.get(name)!r}, and now it is {ours.get(name)!r}; set it as it was, or "
-                    "name another `output`."
+                    "name another `output_dir`."
                 )
         for name in ("source", "rows", "shard_rows", "form"):
             if content[name] != (now := getattr(self.origin, name)):
                 raise ValueError(
                     f"{other} a corpus whose `{name}` is {content[name]!r}, and now it is {now!r}; give the corpus as "
-                    "it was, or name another `output`."
+                    "it was, or name another `output_dir`."
                 )
         if content["checkpoint_hash"] != self.origin.checkpoint_hash:
             raise ValueError(
                 f"{other} the checkpoint {content['checkpoint']!r} with the hash {content['checkpoint_hash']}, and "
                 f"{self.origin.checkpoint!r} has {self.origin.checkpoint_hash}: weights or tokenizer have changed. "
-                "Give the checkpoint as it was, or name another `output`."
+                "Give the checkpoint as it was, or name another `output_dir`."
             )
 
     def _read(self) -> dict[str, Any]:

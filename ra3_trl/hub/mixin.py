@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from ..config import RA3Config
-from ..files import written_aside
+from ..files import write_whole, written_aside
+from ..kinds import checked
 from ..outgoing import check_upload, process_tokens
 from .annotated import ANNOTATION, annotate_dataset, require_boundaries
 from .card import card_facts, render_model_card
@@ -34,6 +35,7 @@ _NOT_PUSHED = (
 _STAYS = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
 
 
+@checked
 class HubMixin(Trainer):
     """The Hub's part of [`RA3MidTrainer`], which has `policy`, `source_dataset`, `cut`, `latent_log` and
     `evaluations`."""
@@ -50,7 +52,7 @@ class HubMixin(Trainer):
         # The order of arguments is that of TRL's trainers.
         if self.is_world_process_zero():
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
-            card.save(Path(str(self.args.output_dir), "README.md"))
+            write_whole(Path(str(self.args.output_dir), "README.md"), str(card).encode())
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As `Trainer`'s; that the repository may be written to is seen now, not after the training."""
@@ -110,7 +112,8 @@ class HubMixin(Trainer):
     # Private, since `Trainer`'s copies a list of files of its own into `output_dir`, writes `training_args.bin` there,
     # which holds the token, and uploads at once; no hook stands in between.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a checkpoint as `Trainer` does, with head, settings and card, and without pickled arguments."""
+        """Pushes a checkpoint as `Trainer` does, with head, settings and the card that was written before it, and
+        without pickled arguments."""
         output_dir, strategy = str(self.args.output_dir), HubStrategy(self.args.hub_strategy)
         before = self.push_in_progress
         busy = before is not None and not before.is_done()
@@ -123,7 +126,6 @@ class HubMixin(Trainer):
             for path in Path(checkpoint_folder).iterdir():
                 if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
                     shutil.copy(path, folder)
-        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         message = f"Training in progress, update {self.state.global_step}"
         jobs = [self._upload(output_dir, message, ignore_patterns=_STAYS)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -154,7 +156,12 @@ class HubMixin(Trainer):
         return job
 
     def push_annotated_dataset(
-        self, repo_id: str, dataset: Dataset | None = None, *, dataset_name: str | None = None, **options: Any
+        self,
+        repo_id: str,
+        dataset: Dataset | IterableDataset | None = None,
+        *,
+        dataset_name: str | None = None,
+        **options: Any,
     ) -> CommitInfo | None:
         """
         Annotates a corpus with the present weights and pushes it to the Hub with its card, in one commit.
@@ -197,7 +204,7 @@ class HubMixin(Trainer):
 
         return push.upload(annotated, card)
 
-    def _to_annotate(self, dataset: Dataset | None) -> Dataset:
+    def _to_annotate(self, dataset: Dataset | IterableDataset | None) -> Dataset:
         """The corpus to push, or the training data as they were given."""
         source = self.source_dataset if dataset is None else dataset
         if not isinstance(source, Dataset):

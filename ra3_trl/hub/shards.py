@@ -221,7 +221,7 @@ class ShardedAnnotation:
         if entry is not None and (entry.rows_in, entry.rows_hash) != (shard.size, shard.digest()):
             raise ValueError(
                 f"rows {shard.first_row} to {shard.numbers[-1]} of the corpus are not those that {entry.file} was "
-                "made of; give the corpus as it was, or name another `output`."
+                "made of; give the corpus as it was, or name another `output_dir`."
             )
         return entry is not None
 
@@ -233,7 +233,7 @@ class ShardedAnnotation:
         rows = {}
         for number, example in examples.items():
             try:
-                rows[number] = self.annotator(example)
+                rows[number] = self.annotator(example, shard.rows[number - shard.first_row])
             except _FAULTS as error:
                 broken[number] = f"{type(error).__name__}: {error}"
                 self._refuse_broken(broken)

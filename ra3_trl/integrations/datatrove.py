@@ -10,11 +10,17 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from datasets import Features, Value
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from ..hub import RowAnnotator
+from ..hub import ANNOTATION, RowAnnotator
 from ..policy import Policy
+
+
+# Columns for `ParquetWriter(..., expand_metadata=True, schema=SCHEMA)`, which would else guess the type of `latents`
+# by the first document. Of other metadata add a field each: `SCHEMA.append(pyarrow.field(...))`.
+SCHEMA = Features({"text": Value("string"), "id": Value("string")} | ANNOTATION).arrow_schema.remove_metadata()
 
 
 class RA3Annotator(PipelineStep):
@@ -28,9 +34,10 @@ class RA3Annotator(PipelineStep):
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import ParquetWriter
-    from ra3_trl.integrations.datatrove import RA3Annotator
+    from ra3_trl.integrations.datatrove import SCHEMA, RA3Annotator
 
-    steps = [JsonlReader("corpus"), RA3Annotator("qwen-ra3"), ParquetWriter("annotated")]
+    writer = ParquetWriter("annotated", expand_metadata=True, schema=SCHEMA)
+    steps = [JsonlReader("corpus"), RA3Annotator("qwen-ra3"), writer]
     LocalPipelineExecutor(steps, tasks=8, workers=2, logging_dir="logs").run()
     ```
 

@@ -9,7 +9,7 @@ not the policy's own (`propose.py`) count with pi(z | s) / q(z | s, a) besides.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -79,23 +79,66 @@ def annotate_all(
         way (`str`, *optional*):
             `"policy"` or `"resample"`; the default is `policy.args.annotation`.
     """
-    args = policy.args
-    by_policy = (way or args.annotation) == "policy"
-    done = [_Choice() for _ in documents]
-    left = [list(document.boundaries) for document in documents]
-    at_once = args.horizon == 1
-    width = [len(boundaries) if at_once else _WINDOW for boundaries in left]
+    by_policy = (way or policy.args.annotation) == "policy"
     choose = _choose_by_policy if by_policy else _choose_by_resampling
+    return _left_to_right(policy, documents, [d.boundaries for d in documents], noise, choose, policy.proposer.causal)
+
+
+def annotate_proposed(
+    policy: Policy,
+    documents: Sequence[Document],
+    proposed: Sequence[Mapping[int, Sequence[Latent]]],
+    noise: NoiseKey,
+    keep_all: bool = False,
+) -> list[AnnotatedExample]:
+    """Splices latents that an annotator proposed, as [`annotate_all`] does with the policy's own.
+
+    Args:
+        policy ([`Policy`]):
+            The student, which scores the lines: what it is not helped by is not placed.
+        documents (`Sequence[Document]`):
+            Chunks of expert text, no two with the same `doc_id` and `chunk`.
+        proposed (`Sequence[Mapping[int, Sequence[Latent]]]`):
+            Of each document the latents proposed at some of its boundaries.
+        noise ([`NoiseKey`]):
+            Keys the draws.
+        keep_all (`bool`, *optional*, defaults to `False`):
+            Place at each of these boundaries the latent that brings most, whatever that is.
+
+    Returns:
+        `list[AnnotatedExample]`: with `gains` of all boundaries that were scored. Those that are missing there had no
+        room in the row.
+    """
+    by_chunk = {(d.doc_id, d.chunk): at for d, at in zip(documents, proposed, strict=True)}
+    choose = partial(_choose_among, by_chunk=by_chunk, keep_all=keep_all)
+    return _left_to_right(policy, documents, [sorted(at) for at in proposed], noise, choose, causal=True)
+
+
+def _left_to_right(
+    policy: Policy,
+    documents: Sequence[Document],
+    boundaries: Sequence[Sequence[int]],
+    noise: NoiseKey,
+    choose: Callable[..., list[_Choice]],
+    causal: bool,
+) -> list[AnnotatedExample]:
+    """Chooses at `boundaries`, all documents in lockstep; see [`annotate_all`]. `causal`: `choose` needs nothing of a
+    document behind the lines that are scored."""
+    args = policy.args
+    done = [_Choice() for _ in documents]
+    left = [list(row) for row in boundaries]
+    at_once = args.horizon == 1
+    width = [len(row) if at_once else _WINDOW for row in left]
     with policy.engine.remembering():
         while any(left):
             asked: list[tuple[int, Document, list[int]]] = []
-            for i in [i for i, boundaries in enumerate(left) if boundaries]:
+            for i in [i for i, row in enumerate(left) if row]:
                 context, window = splice(documents[i], done[i].placed).document, left[i][: width[i]]
                 if done[i].placed and len(context.input_ids) + args.max_latent_length + MARKUP > row_length(args):
                     left[i] = []  # the row is full
                 else:
                     # What a proposer sees of a document is its own affair; the policy needs no more than the window.
-                    whole = at_once or not policy.proposer.causal
+                    whole = at_once or not causal
                     asked.append((i, context if whole else _up_to(context, window[-1] + args.horizon), window))
             choices = choose(policy, [c for _, c, _ in asked], [window for _, _, window in asked], noise)
             for (i, _, window), choice in zip(asked, choices, strict=True):
@@ -189,8 +232,31 @@ def _choose_by_resampling(
     return [_draw(policy, group, number) for group, number in zip(groups, numbers, strict=True)]
 
 
-def _draw(policy: Policy, group: RolloutGroup, number: dict[int, float]) -> _Choice:
-    """Chooses at each boundary of a scored group by a uniform `number`."""
+def _choose_among(
+    policy: Policy,
+    contexts: Sequence[Document],
+    windows: Sequence[Sequence[int]],
+    noise: NoiseKey,
+    by_chunk: Mapping[tuple[int, int], Mapping[int, Sequence[Latent]]],
+    keep_all: bool,
+) -> list[_Choice]:
+    """As [`_choose_by_resampling`], among latents that are given. What is scored together has as many of them at each
+    boundary, so boundaries are taken by their number."""
+    given = [by_chunk[context.doc_id, context.chunk] for context in contexts]
+    choices = [_Choice() for _ in contexts]
+    for count in sorted({len(at[b]) for at, window in zip(given, windows, strict=True) for b in window}):
+        where = [[b for b in window if len(at[b]) == count] for at, window in zip(given, windows, strict=True)]
+        latents = [[at[b] for b in boundaries] for at, boundaries in zip(given, where, strict=True)]
+        scored = policy.engine.scores(contexts, where, latents, policy.args.horizon)
+        for i, group in enumerate(scored):
+            u = noise.uniform(contexts[i].doc_id, line_numbers(contexts[i], where[i]), CHOICE, 0).tolist()
+            number = None if keep_all else dict(zip(where[i], u, strict=True))
+            choices[i] |= _draw(policy, policy.decide(group), number)
+    return [replace(choice, placed=dict(sorted(choice.placed.items()))) for choice in choices]
+
+
+def _draw(policy: Policy, group: RolloutGroup, number: dict[int, float] | None) -> _Choice:
+    """Chooses at each boundary of a scored group by a uniform `number`; without, the latent that brings most."""
     if not group.boundaries:
         return _Choice()
     args, boundaries = policy.args, group.boundaries
@@ -199,11 +265,14 @@ def _draw(policy: Policy, group: RolloutGroup, number: dict[int, float]) -> _Cho
     weights = (
         resampling_logits(worth.act_T, worth.latent_TG, _log_prior(policy, group, boundaries)).double().softmax(-1)
     )
-    u = torch.tensor([number[boundary] for boundary in boundaries], dtype=torch.float64)
-    # Inverse CDF; the clamp is for a cumulative sum that rounding left just below 1.
-    drawn = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1).tolist()
-    pays = [(t, b, g - 1) for t, (b, g) in enumerate(zip(boundaries, drawn, strict=True)) if g > 0]
-    pays = [(t, b, g) for t, b, g in pays if worth.gain_TG[t, g] > args.penalty]
+    if number is None:
+        pays = [(t, b, int(worth.gain_TG[t].argmax())) for t, b in enumerate(boundaries)]
+    else:
+        u = torch.tensor([number[boundary] for boundary in boundaries], dtype=torch.float64)
+        # Inverse CDF; the clamp is for a cumulative sum that rounding left just below 1.
+        drawn = (weights.cumsum(-1) < u[:, None]).sum(-1).clamp(max=weights.shape[1] - 1).tolist()
+        pays = [(t, b, g - 1) for t, (b, g) in enumerate(zip(boundaries, drawn, strict=True)) if g > 0]
+        pays = [(t, b, g) for t, b, g in pays if worth.gain_TG[t, g] > args.penalty]
     return _Choice(
         {b: group.latents[t][g] for t, b, g in pays},
         {b: float(worth.gain_TG[t, g]) for t, b, g in pays},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ _SUMS = (
     "log_likelihood", "never", "elbo", "multi_sample", "policy", "tokens", "think", "boundaries", "gain", "latents",
     "latent_tokens", "policy_latents", "documents", "over_other", "others",
 )  # fmt: skip
+_CPU_TOKENS = 1024  # of a batch of documents on a CPU
 _WRITTEN = "latent: "  # begins the name of a count of latents by their tokens, so that these, too, can be added
 _HINDSIGHT = ("hindsight_elbo", "hindsight_multi", "hindsight_gain")
 
@@ -35,7 +36,9 @@ def _code_total(document: Document, logps_A: torch.Tensor) -> float:
     return sum(float(logp) for logp, action in zip(logps_A, document.actions, strict=True) if not action.comment)
 
 
-def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[str, float]:
+def evaluate_documents(
+    policy: Policy, documents: Iterable[Document], progress: Callable[[int], None] | None = None
+) -> dict[str, float]:
     """Sums over documents; [`finish_metrics`] turns them (added over processes) into averages.
 
     `never` is the log-likelihood of the code where latents are banned, as `think="never"` writes; `policy` on a text
@@ -46,12 +49,14 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
 
     `over_other` is what latents bring more, where the model thinks most, than as many of the document before, in nats
     (of `others` documents: the first has none before it); names that begin with `"latent: "` count what the first
-    latent there says.
+    latent there says. `progress` is called with the number of documents that are done since the last call.
     """
     args = policy.args
     sums = dict.fromkeys(_SUMS if policy.proposer.causal else (*_SUMS, *_HINDSIGHT), 0.0)
     before: RolloutGroup | None = None
-    for batch in _batches(documents, policy.engine.max_branch_tokens):
+    # A CPU gains little by more at a time, and whoever watches a bar waits for a batch.
+    most = policy.engine.max_branch_tokens
+    for batch in _batches(documents, min(most, _CPU_TOKENS) if policy.backbone.device.type == "cpu" else most):
         where = [choose_boundaries(document, args.eval_max_boundaries, EVAL_NOISE) for document in batch]
         # On the clean text, each latent before its own line; then the text that the policy itself has annotated.
         with policy.inference(whole=False):
@@ -76,6 +81,8 @@ def evaluate_documents(policy: Policy, documents: Iterable[Document]) -> dict[st
                 sums["hindsight_elbo"] += bounds.elbo
                 sums["hindsight_multi"] += bounds.multi_sample
                 sums["hindsight_gain"] += float(gain.double().sum())
+        if progress is not None:
+            progress(len(batch))
     return sums
 
 
@@ -108,6 +115,14 @@ def _add(sums: dict[str, float], group: RolloutGroup, gain_TG: torch.Tensor) -> 
     if group.boundaries:
         written = _WRITTEN + " ".join(map(str, first_latent(group)))
         sums[written] = sums.get(written, 0.0) + 1
+
+
+# What [`finish_metrics`] gives; the last three where there is another document, or a boundary.
+HELD_OUT = (
+    "ce", "ce_never", "ce_policy", "elbo", "bound_multi", "think_rate", "policy_latent_rate", "gain", "latent_length",
+    "code_tokens", "gain_over_other", "distinct_rate", "most_frequent_rate",
+)  # fmt: skip
+HELD_OUT_HINDSIGHT = ("elbo_hindsight", "bound_hindsight", "gain_hindsight")  # where latents are not the policy's own
 
 
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:

@@ -9,16 +9,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RA3Config, beside_trainers
 from ..config_fields import own_fields
 from ..config_file import read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..kinds import checked
 from ..models import (
     AbstractionHead,
     check_vocabulary,
@@ -53,6 +55,16 @@ THINKING = (
 )  # fmt: skip
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """What draws and scores latents as a [`~ra3_trl.rollout.RolloutEngine`] does, whatever its class."""
+
+    def rollout(self, *args: Any) -> RolloutGroup: ...
+
+    def score(self, *args: Any) -> RolloutGroup: ...
+
+
+@checked
 class Policy:
     """
     A language model with all that latents need: tokenizer, action format, segmenter, rollout engine, abstraction head
@@ -85,13 +97,13 @@ class Policy:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | Draws,
         args: RA3Config,
         segmenter: Segmenter | None = None,
         head: HeadDecisions | None = None,
         proposer: Proposer = OWN_LATENTS,
     ):
-        self.engine = engine
+        self.engine = cast(RolloutEngine, engine)
         self.args = args
         self._segmenter = segmenter
         self.head = head
@@ -125,11 +137,6 @@ class Policy:
             `ValueError`: for a checkpoint or settings that can't work together, with the cure.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
-        kinds = (str, Path, PreTrainedModel, PeftModel, AutoModelForCausalLMWithAbstractionHead)
-        if not isinstance(model, kinds):
-            raise ValueError(f"`model` is {model!r}; give a folder, a Hub id or a model.")
-        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"`tokenizer` is {tokenizer!r}; give a tokenizer, or leave it out for the checkpoint's.")
         head: AbstractionHead | None = None
         saved: dict[str, Any] = {}
         place = place_of(model_init_kwargs)
@@ -293,16 +300,12 @@ class Policy:
     def evaluate(self, documents: Sequence[Document]) -> dict[str, float]:
         """Held-out numbers, those of `trainer.evaluate()` without their prefix: `ce`, `elbo`, `bound_multi`, ... in
         nats per code token, `think_rate`, `gain`, ..."""
-        with self.inference():
-            return finish_metrics(evaluate_documents(self, documents))
+        with self.inference(), tqdm(total=len(documents), desc="Evaluating", unit="document", disable=None) as bar:
+            return finish_metrics(evaluate_documents(self, documents, bar.update))
 
     def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
         """Completes a prompt, with latents where `think` says, see
         [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`]; gives the new text."""
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"`prompt` is {prompt!r}; give one text (of a chat, what the tokenizer's template makes)."
-            )
         if kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError(
                 "`num_return_sequences` is above 1; ask once for each text, or use the wrapper's `generate`."

@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,47 @@ _COLORS = ("#666666", "#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#5
 _MARKERS = "osD^vP*X"
 _INK, _MUTED, _FAINT = "#222222", "#666666", "#bbbbbb"
 _LONG_TICKS = 48  # characters of all ticks that still stand beside one another
-_TRAINING = {  # of each kind of run: what is logged, title, unit
+_HIGHER, _LOWER = "higher is better", "lower is better"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of the log: its key, what it is called, its unit, which way is better, and whether it is a share."""
+
+    key: str
+    title: str
+    unit: str
+    better: str = ""
+    share: bool = False
+
+    @property
+    def y_label(self) -> str:
+        return ", ".join(filter(None, (self.unit, self.better)))
+
+
+_HELD_OUT = (
+    Measure("ce", "Held-out cross-entropy", "nats a code token", _LOWER),
+    Measure("elbo", "Held-out negative ELBO", "nats a code token", _LOWER),
+    Measure("bound_multi", "Held-out negative multi-sample bound", "nats a code token", _LOWER),
+)
+_TRAINING = {  # of each kind of run: what is logged
     MIDTRAINING: (
-        ("estep/reward", "E-phase: reward", "nats"),
-        ("estep/gain", "E-phase: gain of a latent", "nats"),
-        ("estep/gate_weighted_gain", "E-phase: gain where it thinks", "nats"),
-        ("estep/gain_over_other", "E-phase: gain over another document's", "nats"),
-        ("estep/think_rate", "E-phase: P(think)", ""),
-        ("mstep/annotated_rate", "M-phase: boundaries with a latent", "share"),
-        ("mstep/code_loss", "M-phase: loss of code tokens", "nats a token"),
-        ("eval_ce", "Held-out cross-entropy", "nats a code token"),
-        ("eval_elbo", "Held-out negative ELBO", "nats a code token"),
-        ("eval_bound_multi", "Held-out negative multi-sample bound", "nats a code token"),
+        Measure("estep/reward", "E-phase: reward", "nats", _HIGHER),
+        Measure("estep/gain", "E-phase: gain of a latent", "nats", _HIGHER),
+        Measure("estep/gate_weighted_gain", "E-phase: gain where it thinks", "nats", _HIGHER),
+        Measure("estep/gain_over_other", "E-phase: gain over another document's", "nats", _HIGHER),
+        Measure("estep/think_rate", "E-phase: P(think)", "mean probability", share=True),
+        Measure("mstep/annotated_rate", "M-phase: boundaries with a latent", "share", share=True),
+        Measure("mstep/code_loss", "M-phase: loss of code tokens", "nats a token", _LOWER),
     ),
     RLVR: (
-        ("reward", "RLVR: reward", ""),
-        ("pass_rate", "RLVR: share that passes", ""),
-        ("think_rate", "RLVR: latents for each line of code", ""),
-        ("latent_length", "RLVR: length of a latent", "tokens"),
+        Measure("reward", "RLVR: reward", "", _HIGHER),
+        Measure("pass_rate", "RLVR: share that passes", "share", _HIGHER, share=True),
+        Measure("think_rate", "RLVR: latents for each line of code", "latents a line"),
+        Measure("latent_length", "RLVR: length of a latent", "tokens"),
     ),
 }
+Styles = Mapping[str, tuple[str, str]]  # color and marker of each label
 _DEMO = ("estep/gain", "estep/gain_over_other", "estep/think_rate", "mstep/code_loss")
 
 
@@ -68,7 +89,7 @@ class Chart:
         ticks (`Sequence[str]`):
             Names of the places 0, 1, ... on the x axis, where points are drawn; `()` for curves.
         note (`str`):
-            What bands and bars are.
+            What bands and bars are, and which runs are not in it.
         values (`bool`):
             Whether each point has its number beside it.
     """
@@ -110,10 +131,10 @@ def seeds_note(seeds: int) -> str:
     return "" if seeds < 2 else f"Means and 95 % intervals (Student's t) over {seeds} seeds."
 
 
-def curve_over(label: str, runs: Sequence[Mapping[int, float]]) -> Series:
+def curve_over(label: str, runs: Sequence[Mapping[int, float]], share: bool = False) -> Series:
     """The mean of runs (the value by update of each) at the updates that all of them logged."""
     steps = sorted(set.intersection(*(set(run) for run in runs)))
-    return Series.of(label, steps, [Estimate.of([run[step] for run in runs]) for step in steps])
+    return Series.of(label, steps, [Estimate.of([run[step] for run in runs], share) for step in steps])
 
 
 def side_by_side(rows: Mapping[str, Sequence[Estimate]], width: float) -> list[Series]:
@@ -126,18 +147,42 @@ def side_by_side(rows: Mapping[str, Sequence[Estimate]], width: float) -> list[S
 
 
 def training_charts(runs: Sequence[TrainingRun], keys: Collection[str] | None = None) -> list[Chart]:
-    """Charts of training runs of one kind, of all that is logged or of `keys`; those of one label are one curve."""
+    """Charts of training runs of one kind, of all that is logged or of `keys`; those of one label are one curve. A
+    chart says which labels have nothing of it in their log."""
     labels = list(dict.fromkeys(run.label for run in runs))
     charts = []
-    for key, title, unit in _TRAINING[runs[0].kind]:
-        if keys is not None and key not in keys:
+    for measure in (*_TRAINING[runs[0].kind], *held_out_measures(runs)):
+        if keys is not None and measure.key not in keys:
             continue
-        by_label = {label: [run.points(key) for run in runs if run.label == label] for label in labels}
-        curves = [curve_over(label, points) for label, points in by_label.items() if all(points)]
+        points = {label: [run.points(measure.key) for run in runs if run.label == label] for label in labels}
+        curves = [curve_over(label, of_label, measure.share) for label, of_label in points.items() if all(of_label)]
         if curves := [curve for curve in curves if curve.x]:
-            note = seeds_note(max(map(len, by_label.values())))
-            charts.append(Chart(stem(title), title, "update", unit, curves, note=note))
+            missing = [label for label in labels if label not in {curve.label for curve in curves}]
+            note = " ".join(
+                filter(None, (seeds_note(max(map(len, points.values()))), _missing_note(measure, missing)))
+            )
+            charts.append(Chart(stem(measure.title), measure.title, "update", measure.y_label, curves, note=note))
     return charts
+
+
+def held_out_measures(runs: Sequence[TrainingRun]) -> list[Measure]:
+    """What runs logged about held-out code; of each set of a dict of evaluation sets apart."""
+    keys = dict.fromkeys(key for run in runs for entry in run.log for key in entry)
+    names = [key.removeprefix("eval_").removesuffix("ce") for key in keys if re.fullmatch(r"eval_(.+_)?ce", key)]
+    return [
+        replace(of, key=f"eval_{name}{of.key}", title=of.title + (f": {name[:-1]}" if name else ""))
+        for name in names
+        for of in _HELD_OUT
+    ]
+
+
+def _missing_note(measure: Measure, missing: Sequence[str]) -> str:
+    """Says whose log has nothing of it, and why."""
+    if not missing:
+        return ""
+    lacking = {"eval": "no held-out evaluation", "estep": "no E-phase", "mstep": "no M-phase"}
+    what = lacking.get(re.split("[_/]", measure.key)[0], f"no {measure.key}")
+    return f"Not shown: {', '.join(missing)} ({what} in the log)."
 
 
 def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
@@ -153,10 +198,14 @@ def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str,
     Path(path).write_bytes(draw(charts, columns=len(charts)))
 
 
-def draw(charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = (4.6, 3.1)) -> bytes:
-    """Draws charts of `size` inches in one PNG with one legend, at most `columns` a row.
+def draw(
+    charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = (4.6, 3.1), styles: Styles | None = None
+) -> bytes:
+    """Draws charts of `size` inches in one PNG with one legend, at most `columns` a row. Needs matplotlib (`pip
+    install "ra3-trl[plots]"`).
 
-    Needs matplotlib (`pip install "ra3-trl[plots]"`).
+    Charts that stand on one page apart are drawn with the `styles` of all ([`choose_styles`]), so that a run looks the
+    same in each.
     """
     import matplotlib  # an optional dependency, and slow to load
 
@@ -168,7 +217,7 @@ def draw(charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = 
     figure, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False
     )
-    styles = _styles(charts)
+    styles = {label: style for label, style in (styles or choose_styles(charts)).items() if label in _labels(charts)}
     for axis, chart in zip(axes.flat, charts, strict=False):
         _draw_chart(axis, chart, styles)
     for axis in axes.flat[len(charts) :]:
@@ -183,9 +232,14 @@ def draw(charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = 
     return png.getvalue()
 
 
-def _styles(charts: Sequence[Chart]) -> dict[str, tuple[str, str]]:
-    """Color and marker of each label, the same in all charts; other labels than `_ARMS` take what these leave."""
-    labels = dict.fromkeys(series.label for chart in charts for series in chart.series)
+def _labels(charts: Sequence[Chart]) -> dict[str, None]:
+    return dict.fromkeys(series.label for chart in charts for series in chart.series)
+
+
+def choose_styles(charts: Sequence[Chart]) -> Styles:
+    """Chooses color and marker of each label, the same in all charts; other labels than `_ARMS` take what these
+    leave."""
+    labels = _labels(charts)
     free = (i for i in range(len(labels) + len(_ARMS)) if i >= len(_ARMS) or _ARMS[i] not in labels)
     places = {label: _ARMS.index(label) if label in _ARMS else next(free) for label in labels}
     in_order = sorted(places.items(), key=lambda item: item[1])
@@ -204,8 +258,10 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
         axis.set_xticks(range(len(chart.ticks)), chart.ticks, **turned)
         for place in range(1, len(chart.ticks)):
             axis.axvline(place - 0.5, color=_FAINT, linewidth=0.6)
-    elif any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
-        axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
+    else:
+        axis.locator_params(axis="x", integer=True, nbins=6)  # there is no update 1.2
+        if any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
+            axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)
     axis.set_xlabel(chart.x_label, fontsize=9, color=_MUTED)
     axis.set_ylabel(chart.y_label, fontsize=9, color=_MUTED)

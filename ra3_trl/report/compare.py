@@ -77,8 +77,8 @@ def _interval(number: Mapping[str, float] | None, sign: str) -> str:
 
 def _title(comparison: Comparison) -> str:
     return (
-        f"{comparison['task']}: {comparison['num_tasks']} problems; in brackets 95 % bootstrap intervals over "
-        "problems, paired for differences"
+        f"{comparison['task']}: {comparison['num_tasks']} problems; in brackets 95 % intervals over problems: "
+        "Wilson's for a model, a paired bootstrap for differences"
     )
 
 
@@ -128,7 +128,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> None:
     # Names come from users: a `$` in one is no mathematics, and would end the drawing.
     figure.suptitle(f"{comparison['task']}, {comparison['num_tasks']} problems", fontsize=11, parse_math=False)
     figure.supxlabel(
-        "Bars: 95 % bootstrap intervals over problems. Filled circles: the paired interval of the difference to "
+        "Bars: 95 % intervals over problems (Wilson). Filled circles: the paired interval of the difference to "
         f"{textwrap.shorten(names[0], 40, placeholder='...')} (dashed) leaves out 0.",
         fontsize=7.5, color=_FIRST, parse_math=False,
     )  # fmt: skip
@@ -182,10 +182,13 @@ def _draw(axis: Any, title: str, form: str, numbers: list[Any]) -> None:
         axis.axvline(numbers[0]["value"], color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axis.set_title(title, fontsize=9, color=_INK)
     axis.margins(x=0.2)
-    if any(number and "low" in number for number in numbers):  # no share is below 0 or above 1
-        low, high = axis.get_xlim()
-        axis.set_xlim(max(low, -0.1), min(high, 1.1))
     axis.locator_params(axis="x", nbins=4)
+    if any(number and "low" in number for number in numbers):
+        axis.set_xlim(-0.02, 1.02)  # all of a share's range, and room for the points at its ends
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    elif (values := [number["value"] for number in numbers if number is not None]) and len(set(values)) == 1:
+        # Of one value matplotlib would make ticks of tiny fractions; a 0 gets room for its point.
+        axis.set_xlim(*((0.9 * values[0], 1.1 * values[0]) if values[0] else (-0.05, 1)))
     axis.tick_params(axis="y", labelsize=8, length=0)
     axis.tick_params(axis="x", labelsize=7.5, length=2.5, color=_FAINT, labelcolor=_FIRST)
     axis.spines[["top", "right", "left"]].set_visible(False)

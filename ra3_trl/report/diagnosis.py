@@ -44,6 +44,14 @@ _ROWS = {
         "price": ("nats to write one, -log pi(z | s)", ".2f"),
         "latent_tokens": ("tokens of a latent", ".1f"),
     },
+    "thoughts": {
+        "kept": ("boundaries where a thought was kept", "d"),
+        "think_there": ("P(think) there", ".4f"),
+        "gain_there": ("nats that its own latents bring there", "+.3f"),
+        "others": ("other boundaries", "d"),
+        "think_elsewhere": ("P(think) there", ".4f"),
+        "gain_elsewhere": ("nats that its own latents bring there", "+.3f"),
+    },
 }
 _DISTINCT = 0.9  # share of draws seen once above which entropy can't be told
 _COMPACTNESS = (("entropy", ".2f"), ("effective", ".1f"), ("distinct", ".0%"), ("given_state", ".2f"))
@@ -53,7 +61,9 @@ def print_diagnosis(diagnosis: dict[str, Any], console: Console) -> None:
     """Prints what [`~ra3_trl.evaluation.diagnose.diagnose`] measured."""
     for section, rows in _ROWS.items():
         table = Table(title=section.capitalize(), title_justify="left", show_header=False)
-        numbers = diagnosis[section] or {}
+        numbers = diagnosis.get(section) or {}
+        if section == "thoughts" and not numbers:
+            continue
         for key, (label, form) in rows.items():
             if numbers.get(key) is not None:
                 cell = visible(numbers[key].strip()) if isinstance(numbers[key], str) else format(numbers[key], form)
@@ -67,3 +77,5 @@ def print_diagnosis(diagnosis: dict[str, Any], console: Console) -> None:
         cells = (format(numbers[k], form) if k in numbers and k not in hidden else "-" for k, form in _COMPACTNESS)
         table.add_row(kind, *cells)
     console.print(table)
+    for sentence in diagnosis.get("advice") or ():
+        console.print(Text(sentence))

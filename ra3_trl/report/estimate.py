@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
 from ..config import RA3Config
 from ..config_fields import row_length
 from ..em import Schedule
 from ..rollout import Backbone, most_cached
+from .summary import duration, size
 
 
 _STATES = {"sgd": 0.0, "adafactor": 0.1, "adamw_8bit": 0.5, "adamw_bnb_8bit": 0.5, "paged_adamw_8bit": 0.5}
@@ -20,8 +24,7 @@ class Workload:
     """What a run does, all in all. `e_chunks`, `m_chunks`: documents (chunks of them) that the phases go through.
 
     Example: 100 chunks of 10 boundaries and 200 tokens, 5 E-updates and one epoch of M-updates at batch 4, G = 4:
-    `e_chunks = 20`, `e_branches = 20 * 3 * 4 = 240` (a quarter of the boundaries, rounded up, is tried),
-    `m_chunks = 100`, `annotated_boundaries = 1000`,
+    `e_chunks = 20`, `e_branches = 20 * 10 * 4 = 800`, `m_chunks = 100`, `annotated_boundaries = 1000`,
     `m_tokens = 20000`.
     """
 
@@ -37,10 +40,12 @@ class Workload:
 @dataclass(frozen=True)
 class Estimate:
     """All that `--dry_run` prints. `counts` are of the training data, of a stream of its first chunks, which stand for
-    the rest; `memory` is in bytes, as is `peak`, what the timing took; `hours` are by phase, in one process."""
+    the rest; `memory`, an upper bound by arithmetic, is in bytes, as is `peak`: what the timing took with the
+    optimizer's states; `hours` are by what is done, in each of `processes`."""
 
     counts: dict[str, int]
     held_out: int
+    evaluations: int
     updates: str
     workload: Workload
     memory: dict[str, int]
@@ -48,6 +53,7 @@ class Estimate:
     hours: dict[str, float]
     machine: str
     streams: bool
+    processes: int = 1
 
 
 def count_work(sizes: np.ndarray, args: RA3Config, schedule: Schedule, whole: bool) -> Workload:
@@ -62,9 +68,8 @@ def count_work(sizes: np.ndarray, args: RA3Config, schedule: Schedule, whole: bo
             Whether these are all chunks; of a stream they are the first.
     """
     boundaries, tokens = sizes.mean(0)
-    # As `policy.decisions.choose_to_try` chooses.
-    wanted = sizes[:, 0] if args.boundary_selection == "random" else np.ceil(args.boundary_budget * sizes[:, 0])
-    tried = np.minimum(wanted, args.max_boundaries or np.inf).mean()
+    share = 1.0 if args.boundary_selection == "random" else args.boundary_budget
+    tried = np.minimum(np.ceil(share * sizes[:, 0]), args.max_boundaries or np.inf).mean()
     per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     e_chunks, m_chunks = (schedule.iterations * steps * per_update for steps in (schedule.e_steps, schedule.m_steps))
     in_epochs = args.num_train_epochs * len(sizes)
@@ -81,6 +86,35 @@ def count_work(sizes: np.ndarray, args: RA3Config, schedule: Schedule, whole: bo
         annotation_branches=annotated * (1 if args.annotation == "policy" else args.num_latents),
         m_tokens=round(m_chunks * tokens),
     )
+
+
+def count_evaluations(args: RA3Config, schedule: Schedule, held_out: bool, chunks: int) -> int:
+    """Counts the evaluations of `ra3 train`: before the first update, at steps or ends of epochs, and at the end.
+
+    Args:
+        held_out (`bool`):
+            Whether anything is held out.
+        chunks (`int`):
+            Rows of the training data, 0 where it is a stream.
+    """
+    if not held_out:
+        return 0
+    per_update = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    total, every = schedule.total, math.inf
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        steps = args.eval_steps or args.logging_steps
+        every = math.ceil(total * steps) if steps < 1 else int(steps)
+    elif args.eval_strategy == IntervalStrategy.EPOCH and chunks:
+        every = math.ceil(chunks / per_update)
+    within = 0 if every == math.inf else total // every
+    at_the_end = every == math.inf or total % every > 0
+    return int(bool(args.eval_on_start)) + within + int(at_the_end)
+
+
+def optimizer_bytes(model: nn.Module, args: RA3Config) -> int:
+    """Calculates the bytes of the optimizer's states."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return round(trained * 2 * _STATES.get(str(args.optim.value), 1.0))
 
 
 def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchored: bool) -> dict[str, int]:
@@ -107,7 +141,7 @@ def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchor
     return {
         "parameters": parameters,
         "gradients": trained,
-        "optimizer": round(trained * 2 * _STATES.get(str(args.optim.value), 1.0)),
+        "optimizer": optimizer_bytes(backbone.model, args),
         "frozen snapshots": trained * max(in_e, in_m),
         "document cache": per_token * row_length(args),
         "branch cache": per_token * cached if args.uses_latents else 0,
@@ -126,8 +160,10 @@ def render(estimate: Estimate) -> str:
         kinds = ", ".join(f"{c[name]:,} {name.replace('_', ' ')}" for name in names if c[name])
         documents = f"{c['documents']:,} to train on ({kinds}), {c['chunks']:,} chunks; {estimate.held_out:,} held out"
         over, kept = "a pass over the data", f"; {c['kept_comments']:,} comments kept"
-    memory = "; ".join(f"{name} {_bytes(size)}" for name, size in estimate.memory.items() if size)
-    by_phase = ", ".join(f"{phase} {_duration(h)}" for phase, h in hours.items() if h)
+    memory = "; ".join(f"{name} {size(count)}" for name, count in estimate.memory.items() if count)
+    by_phase = ", ".join(f"{phase} {duration(3600 * h)}" for phase, h in hours.items() if h)
+    of_each = "in one process" if estimate.processes == 1 else f"in each of {estimate.processes} processes"
+    evaluated = f"{estimate.evaluations} evaluations of what is held out" if estimate.evaluations else "no evaluation"
     lines = {
         "Documents": documents,
         "Boundaries": f"{c['boundaries']:,} in {over}{kept}",
@@ -135,23 +171,9 @@ def render(estimate: Estimate) -> str:
         "Branches": f"{w.e_branches:,} in the E-phase, about {w.annotation_branches:,} to annotate",
         "Tokens": f"{c['tokens']:,} in {over}; M-phase {w.m_tokens:,} of the expert's; E-phase {w.e_tokens:,} of "
         "latents at most",
-        "Memory": f"about {_bytes(sum(estimate.memory.values()))}: {memory}",
-        "": f"({_bytes(estimate.peak)} at most in the timing, without optimizer)",
-        "Time": f"about {_duration(sum(hours.values()))} in one process: {by_phase}",
-        " ": f"({estimate.machine}; evaluation and saving not counted)",
+        "Memory": f"about {size(estimate.peak)} {of_each} (measured in the timing, with the optimizer's states)",
+        "": f"at most {size(sum(estimate.memory.values()))} beside libraries and data, an arithmetic bound: {memory}",
+        "Time": f"about {duration(3600 * sum(hours.values()))} {of_each}: {by_phase}",
+        " ": f"({estimate.machine}; {evaluated}; saving not counted)",
     }
     return "\n".join(f"{name:11} {text}" for name, text in lines.items())
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"

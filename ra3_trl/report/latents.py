@@ -10,14 +10,21 @@ from pyarrow import Table, parquet
 from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import TensorBoardCallback, TrackioCallback
+from transformers.trainer_callback import CallbackHandler
+
+from ..markdown import cell
 
 
 _SHOWN = 8  # rows of a printed table
+_SENT = ("gain", "think_prob", "line", "doc_id", "line_number")  # to trackers, beside the latent
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """One row for each latent of rollouts (objects with `.group`, `.returns`); `gain` in nats, that of a
-    latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
+    """One row for each latent of rollouts (objects with `.group`, `.returns` and `.extra`); `gain` in nats, that of a
+    latent proposed in hindsight (`origin`) with its weighted log pi - log q. Further columns are what reward functions
+    logged."""
+    extra = dict.fromkeys(name for rollout in rollouts for name in rollout.extra)
     rows = []
     for rollout in rollouts:
         group = rollout.group
@@ -33,7 +40,8 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
             }
             for g, latent in enumerate(group.latents[t]):
                 text, gain = tokenizer.decode(list(latent.token_ids)), float(rollout.returns.gain_TG[t, g])
-                rows.append(of_boundary | {"latent": text, "gain": gain})
+                logged = {name: values[t * group.num_latents + g] for name, values in rollout.extra.items()}
+                rows.append(extra | logged | of_boundary | {"latent": text, "gain": gain})
     return rows
 
 
@@ -42,16 +50,44 @@ def latent_table(rows: Sequence[dict], title: str, think: str = "#") -> rich_tab
     table = rich_table.Table(title=title, title_justify="left")
     for name in ("gain (nats)", "P(think)", "latent", "next line"):
         table.add_column(name, justify="left" if name in ("latent", "next line") else "right", overflow="fold")
-    different = {(row["latent"], row["line"], row["gain"]): row for row in rows}.values()
-    for row in sorted(different, key=lambda r: -r["gain"])[:_SHOWN]:
+    for row in _largest(rows):
         cells = [f"{row['gain']:+.2f}", f"{row['think_prob']:.3f}", think + row["latent"], row["line"].split("\n")[0]]
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     return table
 
 
+def latent_markdown(rows: Sequence[dict], think: str = "#") -> str:
+    """The same table as Markdown, which TensorBoard shows."""
+    lines = ["| gain (nats) | P(think) | latent | next line |", "|---:|---:|---|---|"]
+    for row in _largest(rows):
+        texts = cell(think + row["latent"]), cell(row["line"].split("\n")[0])
+        lines.append(f"| {row['gain']:+.2f} | {row['think_prob']:.3f} | {texts[0]} | {texts[1]} |")
+    return "\n".join(lines)
+
+
+def send_latents(handler: CallbackHandler, step: int, rows: Sequence[dict], think: str = "#") -> None:
+    """Writes latents as text to the trackers of a run that take it: TensorBoard and trackio."""
+    for callback in handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("estep/latents", latent_markdown(rows, think), step)
+        elif isinstance(callback, TrackioCallback):
+            import pandas  # comes with datasets
+            import trackio  # installed, since its callback is there
+
+            shown = [{"latent": think + row["latent"]} | {name: row[name] for name in _SENT} for row in _largest(rows)]
+            trackio.log({"estep/latents": trackio.Table(dataframe=pandas.DataFrame(shown)), "train/global_step": step})
+
+
+def _largest(rows: Sequence[dict]) -> list[dict]:
+    """Those with the largest gains, equal ones once."""
+    different = {(row["latent"], row["line"], row["gain"]): row for row in rows}.values()
+    return sorted(different, key=lambda row: -row["gain"])[:_SHOWN]
+
+
 @dataclass
 class LatentLog:
-    """Writes `step_<n>.parquet` into `folder` and prints a table every `every` updates; `0` is never.
+    """Writes `step_<n>.parquet` into `folder`, prints a table and sends it to `trackers` every `every` updates; `0` is
+    never.
 
     `think` is what opens a latent.
     """
@@ -60,6 +96,7 @@ class LatentLog:
     tokenizer: PreTrainedTokenizerBase
     every: int
     think: str = "#"
+    trackers: CallbackHandler | None = None
     _rows: list[dict] = field(default_factory=list, init=False)
 
     def add(self, step: int, rollouts: Sequence) -> None:
@@ -71,6 +108,8 @@ class LatentLog:
         parquet.write_table(Table.from_pylist(rows), self.folder / f"step_{step:06d}.parquet")
         title = f"Latents at update {step}, largest gains of {len(rows)}"
         Console(stderr=True).print(latent_table(rows, title, self.think))
+        if self.trackers is not None:
+            send_latents(self.trackers, step, rows, self.think)
 
     def latest(self, step: int) -> list[dict]:
         """The rows that were written last, by this process or, before `step`, by the one that it goes on from."""

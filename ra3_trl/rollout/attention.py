@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol, cast
@@ -18,64 +19,17 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
+
+from .forward import BranchTokens, Plan
+from .fused import additive, attention_and_normaliser, causal, fused, merged
 
 
 NAME = "ra3_branch"
 _OWN_KEYS = 1024  # most own keys in a block, unless one branch alone has more
+_OF_A_BOUNDARY = 16  # tokens that a boundary must have, on average, for calls of its own on a CPU
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, or `[kv_heads, M, slots, D]`
-
-
-@dataclass
-class BranchTokens:
-    """Lists the branch tokens of one forward, on the host; see `BranchPlan`."""
-
-    token: np.ndarray
-    branch: np.ndarray  # branch of each, ascending
-    slot: np.ndarray  # its place in the branch, think prefix and latent included
-    sees: np.ndarray  # it sees the branch's slots below this one,
-    run: np.ndarray  # and those from this one up to its own
-
-    def __len__(self) -> int:
-        return len(self.token)
-
-
-def chained(
-    chains: Sequence[Sequence[int] | np.ndarray],
-    branches: np.ndarray | None = None,
-    offsets: np.ndarray | None = None,
-) -> BranchTokens:
-    """Lists the tokens of `chains`, one a branch (all, or `branches`), from slot 0 or `offsets` on; each sees all
-    of its branch before it."""
-    lengths = [len(chain) for chain in chains]
-    branch = np.repeat(np.arange(len(chains)) if branches is None else branches, lengths)
-    first = np.zeros(len(chains), dtype=np.int64) if offsets is None else offsets
-    slot = np.concatenate([o + np.arange(n) for o, n in zip(first, lengths, strict=True)])
-    token = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
-    return BranchTokens(token, branch, slot, slot + 1, slot)
-
-
-@dataclass
-class Plan:
-    """What a forward needs from the host: the lengths of its documents, its branch tokens, its blocks, and `arrays`
-    that go to the device, in one copy with others'."""
-
-    lengths: list[int]
-    tokens: BranchTokens | None
-    blocks: list[tuple[int, int, int]]  # first and last branch, queries of each
-    slots: int
-    arrays: list[np.ndarray]
-
-
-def to_device(device: torch.device, *groups: Sequence[np.ndarray]) -> list[list[torch.Tensor]]:
-    """Copies groups of integer arrays in one go: the host waits for each copy."""
-    arrays = [np.asarray(array, dtype=np.int64) for group in groups for array in group]
-    if not arrays:
-        return [[] for _ in groups]
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
-    parts = iter(flat.split([array.size for array in arrays]))
-    return [[next(parts).view(np.shape(array)) for array in group] for group in groups]
 
 
 @dataclass
@@ -112,29 +66,11 @@ class _Block:
             self.masks[window] = mask.flatten(0, 1).repeat(repeat, 1)
         return self.masks[window]
 
-
-def _fused(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None
-) -> torch.Tensor:
-    if cap is None:
-        return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (torch.tanh(scores / cap) * cap + mask).softmax(-1).to(v.dtype) @ v
-
-
-def _causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
-) -> torch.Tensor:
-    """Plain causal attention of a document, or of its last tokens: `q` `[heads, last, D]`, `k` and `v`
-    `[kv_heads, N, D]`."""
-    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    length, rest = k.shape[1], q.shape[1]
-    if cap is None and (window is None or length <= window) and rest == length:
-        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
-    i = torch.arange(length, device=q.device)
-    query = i[length - rest :, None]
-    seen = (query >= i) & (query - i < (window or length))
-    return _fused(q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), scale, cap)
+    def own_mask(self, repeat: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask `[M, 1, repeat*S, L]` of each branch's own keys."""
+        if -1 not in self.masks:  # no window
+            self.masks[-1] = additive(self.visible_MSL, dtype).repeat(1, repeat, 1)[:, None]
+        return self.masks[-1]
 
 
 class BranchState:
@@ -169,6 +105,7 @@ class BranchState:
         self._tokens: tuple[torch.Tensor, ...] = ()  # branch, slot, and of the gradient pass the row of each own key
         self.blocks: list[_Block] = []
         self._lengths: list[int] = []
+        self._spans: Sequence[tuple[int, int, int, int]] = ()
         self._parts: list[KeysValues] = []  # of the present layer
         self._query_row: torch.Tensor | None = None
         self._out_row: torch.Tensor | None = None
@@ -181,24 +118,25 @@ class BranchState:
     def spread(self, count: int, slots: int) -> BranchState:
         """Each branch `count` times, one after the other, with `slots` for its tokens and the keys and values that it
         has: what they have in common is run once."""
-        state = self._of(np.repeat(np.arange(len(self.prefix)), count), slots)
+        branches = np.repeat(np.arange(len(self.prefix)), count)
+        documents = [self.document_M[m] for m in branches]
+        state = BranchState(self.prefix[branches], documents, slots, self.cached, self)
         for layer, (k, v) in self.own.items():
             state.own[layer] = (self._wide(k, slots).repeat_interleave(count, 1),
                                 self._wide(v, slots).repeat_interleave(count, 1))  # fmt: skip
         return state
 
-    def taken(self, branches: np.ndarray, rows: torch.Tensor, slots: int) -> BranchState:
-        """Some branches, with `slots` for their tokens; `rows` says on the device where their keys and values are."""
-        state = self._of(branches, slots)
-        for layer, (k, v) in self.own.items():
-            state.own[layer] = (self._wide(k[:, rows], slots), self._wide(v[:, rows], slots))
+    def holding(self, other: BranchState | None, rows: torch.Tensor) -> BranchState:
+        """This state with keys and values of another's branches; `rows` says on the device where they are."""
+        state = copy(self)
+        state.own = {
+            layer: (self._wide(k[:, rows], self.slots), self._wide(v[:, rows], self.slots))
+            for layer, (k, v) in (other.own if other else {}).items()
+        }
         return state
 
-    def _of(self, branches: np.ndarray, slots: int) -> BranchState:
-        return BranchState(self.prefix[branches], [self.document_M[m] for m in branches], slots, self.cached, self)
-
     def _wide(self, x: torch.Tensor, slots: int) -> torch.Tensor:
-        return pad(x, (0, 0, 0, slots - self.slots))  # or narrow, where slots are fewer
+        return pad(x, (0, 0, 0, slots - x.shape[2]))  # or narrow, where slots are fewer
 
     def plan(self, tokens: BranchTokens | None, documents: Sequence[Sequence[int]] = ()) -> Plan:
         """Plans a forward of documents' tokens, those that they have not `begun` with, followed by `tokens`."""
@@ -215,6 +153,7 @@ class BranchState:
         self._position[tokens.branch, tokens.slot] = position
         slots = int(tokens.slot.max()) + 1
         blocks, rows = self._cut(tokens, slots)
+        spans = self._boundaries(tokens) if self.cached else []
         row = np.concatenate([r.ravel() for r in rows])
         out_row = np.empty(len(tokens), dtype=np.int64)
         out_row[row[row >= 0]] = np.flatnonzero(row >= 0)
@@ -225,7 +164,16 @@ class BranchState:
             own_row = np.zeros_like(self._position)
             own_row[tokens.branch, tokens.slot] = np.arange(len(tokens))
             arrays.append(own_row)
-        return Plan(lengths, tokens, blocks, slots, arrays)
+        return Plan(lengths, tokens, blocks, slots, arrays, spans)
+
+    def _boundaries(self, tokens: BranchTokens) -> list[tuple[int, int, int, int]]:
+        """Cuts tokens where the next boundary's begin; none where these are too few for calls of their own."""
+        seen, document = self.prefix[tokens.branch], np.array(self.document_M)[tokens.branch]
+        begins = np.flatnonzero((np.diff(seen, prepend=-1) != 0) | (np.diff(document, prepend=-1) != 0))
+        if len(tokens) < _OF_A_BOUNDARY * len(begins) or not seen.all():
+            return []
+        ends = [*begins[1:].tolist(), len(tokens)]
+        return list(zip(begins.tolist(), ends, document[begins].tolist(), seen[begins].tolist(), strict=True))
 
     def _cut(self, tokens: BranchTokens, slots: int) -> tuple[list[tuple[int, int, int]], list[np.ndarray]]:
         """Cuts the branches of a forward into blocks; of each the row of each query, -1 where a branch has fewer."""
@@ -248,7 +196,7 @@ class BranchState:
 
     def begin(self, plan: Plan, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Announces a planned forward, whose arrays are on the device; gives its tokens and their positions."""
-        self._lengths, self.blocks, self._tokens = plan.lengths, [], ()
+        self._lengths, self.blocks, self._tokens, self._spans = plan.lengths, [], (), plan.spans
         ids, positions, *others = arrays
         if plan.tokens is None:
             return ids, positions
@@ -276,7 +224,7 @@ class BranchState:
         *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
         if self.begun:
             documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
-        outputs = [_causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
+        outputs = [causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
         if documents:
             if self.begun:
                 self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
@@ -286,7 +234,11 @@ class BranchState:
             self._parts = [(k, v) for _, k, v in documents]
         if self._tokens:
             self._keep_own(layer, k, v)
-            outputs.append(self._attend_blocks(layer, q, scale, window, cap))
+            # An accelerator is asked for few calls, a CPU for few pairs of tokens. Normalisers have no gradients.
+            if self._spans and q.device.type == "cpu" and window is None and cap is None:
+                outputs.append(self._attend_apart(layer, q, scale))
+            else:
+                outputs.append(self._attend_blocks(layer, q, scale, window, cap))
         return torch.cat(outputs, 1).transpose(0, 1)[None]
 
     def _behind(
@@ -317,6 +269,32 @@ class BranchState:
         k, v = self.documents[layer]
         return k[:, begin : begin + self.lengths[number]], v[:, begin : begin + self.lengths[number]]
 
+    def _attend_apart(self, layer: int, q: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Attention to the document, a boundary at a time and without a mask, and to each branch's own keys, a block
+        at a time, merged by the log of their normalisers."""
+        own = self.own[layer]
+        q = q.to(own[1].dtype)  # in mixed precision queries and keys may be wider than values
+        kv_heads, repeat = len(own[0]), len(q) // len(own[0])
+        queries = q.view(kv_heads, repeat, *q.shape[1:])
+        of_documents, of_own = [], []
+        for first, last, document, seen in self._spans:
+            k, v = (x[None, :, :seen].to(q.dtype) for x in self._document(layer, document))
+            query = queries[:, :, first:last]
+            out, lse = attention_and_normaliser(query.flatten(1, 2)[None], k, v, None, scale, None)
+            of_documents.append((out.view(*query.shape[:3], -1), lse.view(query.shape[:3])))
+        by_block = queries[:, :, self._query_row].split([b.row_MS.numel() for b in self.blocks], 2)
+        for block, query in zip(self.blocks, by_block, strict=True):
+            branches, width = block.row_MS.shape
+            query = query.unflatten(2, (branches, width)).permute(2, 0, 1, 3, 4)  # [M, kv_heads, repeat, S, D]
+            k, v = (x[:, block.first : block.last, : block.slots].transpose(0, 1).to(q.dtype) for x in own)
+            mask = block.own_mask(repeat, q.dtype)
+            out, lse = attention_and_normaliser(query.flatten(2, 3), k, v, mask, scale, None)
+            out = out.view(branches, kv_heads, repeat, width, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            of_own.append((out, lse.view(branches, kv_heads, repeat, width).permute(1, 2, 0, 3).flatten(2, 3)))
+        shared, shared_lse = (torch.cat(column, 2) for column in zip(*of_documents, strict=True))
+        mine, mine_lse = (torch.cat(column, 2)[:, :, self._out_row] for column in zip(*of_own, strict=True))
+        return merged(mine, mine_lse, shared, shared_lse).flatten(0, 1)
+
     def _attend_blocks(
         self, layer: int, q: torch.Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
@@ -336,7 +314,7 @@ class BranchState:
             repeat = len(q) // len(k)
             mask = block.mask(window, repeat, q.dtype)
             grouped = query.reshape(len(k), repeat * query.shape[1], -1)
-            outputs.append(_fused(grouped, k, v, mask, scale, cap).reshape(len(q), query.shape[1], -1))
+            outputs.append(fused(grouped, k, v, mask, scale, cap).reshape(len(q), query.shape[1], -1))
         return torch.cat(outputs, 1)[:, self._out_row]
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..records import Document, Latent, PolicyLogProbs, RolloutGroup
-from .attention import BranchState, BranchTokens, Plan, branch_attention, chained, to_device
+from .attention import BranchState, branch_attention
 from .decode import Decoding
 from .engine import Flight, MakeFlight, Piece, RolloutEngine, different_latents, gate_tokens, of_pieces
+from .forward import BranchTokens, Plan, chained, to_device
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
 from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bits
@@ -24,18 +25,18 @@ from .trunk import Begun, SideRuns, summed, wanted_logps
 _CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
 
 
-def _rounded(slots: int) -> int:
-    """What the kept tokens of a sampled branch count for."""
-    return -(-slots // _CACHED)
+def _cached_room(slots: int) -> float:
+    """What a sampled branch of so many kept tokens counts for; a decoding step runs one."""
+    return max(1.0, slots / _CACHED)
 
 
 def most_cached(max_branch_tokens: int, max_length: int) -> int:
     """Bounds the tokens whose keys and values sampling keeps, for latents of `max_length` behind one think token.
 
-    >>> most_cached(8192, 15), most_cached(8192, 16)  # 8,192 branches of 16 tokens, 4,096 of 17
-    (131072, 69632)
+    >>> most_cached(8192, 12), most_cached(8192, 16)  # 8,192 branches of 13 tokens, 7,710 of 17
+    (106496, 131070)
     """
-    return max_branch_tokens // _rounded(max_length + 1) * (max_length + 1)
+    return int(max_branch_tokens / _cached_room(max_length + 1)) * (max_length + 1)
 
 
 class BranchEngine(RolloutEngine):
@@ -44,14 +45,19 @@ class BranchEngine(RolloutEngine):
     name = "branch"
     _memory: dict[tuple[int, int], Begun] | None = None  # by document and chunk
 
-    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> int:
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether decoding steps keep their shapes and ask the device for nothing, as accelerators want."""
+        return self.backbone.device.type != "cpu"
+
+    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> float:
         if not sampling:
             return super()._room(plan, num_latents, sampling)
         slots = len(plan.think) + self.params.max_length
         if self.params.truncated:  # sets are kept until all are drawn, a bit a symbol of the vocabulary
             return slots
         # A decoding step runs one token a branch and keeps keys and values only; think prefixes run once a boundary.
-        return max(_rounded(slots), -(-len(plan.think) // max(num_latents, 1)))
+        return max(_cached_room(slots), len(plan.think) / max(num_latents, 1))
 
     def _forward(
         self,
@@ -197,23 +203,23 @@ class _Flight(Flight):
         self.fed = np.zeros(len(self.plans), dtype=np.int64)  # tokens that each branch has run
         self.kept: Decoding | None = None
 
-    def _open(self, longest: int) -> tuple[BranchState, torch.Tensor]:
-        """Runs the think prefixes, once a boundary; a state of all branches with room for `longest` latent tokens, and
-        the hidden state behind each one's prefix."""
+    def _open(self, longest: int, count: int) -> tuple[BranchState, torch.Tensor]:
+        """Runs the think prefixes, once a boundary; a state with `count` branches for each and room for `longest`
+        latent tokens, and the hidden state behind each one's prefix."""
         thinks = [plan.think for plan in self.opened_plans]
         lengths = np.array([len(think) for think in thinks])
         prefix = np.array([plan.start for plan in self.opened_plans])
         opening = BranchState(prefix, self.documents, int(lengths.max()), True, self.trunk)
         plan = opening.plan(chained(thinks))
-        last = np.repeat(np.cumsum(lengths) - 1, self.num_latents)
+        last = np.repeat(np.cumsum(lengths) - 1, count)
         arrays, (rows,) = to_device(self.engine.backbone.device, plan.arrays, [last])
         hidden = self.engine._forward(opening, plan, arrays)[rows]
         self.fed = self.think.copy()
-        return opening.spread(self.num_latents, int(lengths.max()) + longest), hidden
+        return opening.spread(count, int(lengths.max()) + longest), hidden
 
     def predictors(self, latents: list[Latent]) -> torch.Tensor:
         engine, fed = self.engine, [fed_tokens(z) for z in latents]
-        state, behind = self._open(max(map(len, fed), default=0))
+        state, behind = self._open(max(map(len, fed), default=0), self.num_latents)
         hidden = behind[:0]
         some = np.flatnonzero([len(f) > 0 for f in fed])
         if len(some):
@@ -224,29 +230,34 @@ class _Flight(Flight):
         return torch.cat([row[: len(z.logps)] for row, z in zip(rows, latents, strict=True)])
 
     def sample(self, noise: NoiseKey) -> list[tuple[Latent, ...]]:
+        """Draws latents. Those of a boundary share a row as long as they are the same, and leave when they have
+        stopped. With fixed shapes each has a row to the end, and what is drawn behind a stop is left out: to know who
+        has stopped is to wait."""
         engine, count, most = self.engine, len(self.plans), self.engine.params.max_length
-        device = engine.backbone.device
-        uniform_KM = torch.as_tensor(self.uniform(noise, np.arange(most)[:, None], np.arange(count)), device=device)
-        opened, hidden = self._open(most - 1)
-        rows = self.kept = Decoding(opened, self.think, device)
-        state, going = torch.zeros(count, dtype=torch.long, device=device), np.ones(count, dtype=bool)
+        device, fixed = engine.backbone.device, engine.fixed_shapes
+        each = self.num_latents if fixed else 1  # rows that a boundary begins with
+        branches = np.arange(count)
+        uniform_KM = torch.as_tensor(self.uniform(noise, np.arange(most)[:, None], branches), device=device)
+        opened, hidden = self._open(most - 1, each)
+        think = self.think[:: self.num_latents // each]
+        rows = self.kept = Decoding(opened, think, branches // (self.num_latents // each), fixed, device)
+        state = torch.zeros(count, dtype=torch.long, device=device)
         drawn: list[tuple[np.ndarray, Draw]] = []  # branches, and what was drawn for each
         for step in range(most):
-            branches = rows.branches[: rows.rows].copy()
-            uniform = uniform_KM[step] if rows.rows == count else uniform_KM[step].index_select(0, rows.branch)
-            draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform)
+            uniform, row = uniform_KM[step], None
+            if not fixed:
+                uniform, row = uniform[torch.from_numpy(branches)], rows.row[branches]
+            draw = draw_from_hidden(engine.backbone, engine.distribution, hidden, state, step, uniform, row)
             drawn.append((branches, draw))
             if step + 1 == most:
                 break
             token, state = draw.tokens_n, draw.state_n.clamp(min=0)
-            if device.type == "cpu":
-                # Elsewhere they stay, and what is drawn for them is left out: to know who has stopped is to wait.
-                going &= token.numpy() != engine.table.stop_id
-                if not going.any():
+            if not fixed:
+                going = token.numpy() != engine.table.stop_id
+                branches, state = branches[going], state[torch.from_numpy(going)]
+                if not len(branches):
                     break
-                if going.sum() <= 7 / 8 * len(going):  # else moving the others costs more than it saves
-                    stay = rows.leave(going)
-                    token, state, going = token[stay], state[stay], going[going]
+                token = torch.from_numpy(rows.follow(branches, token.numpy()[going]))
             positions = rows.begin(step)
             hidden = engine.backbone.hidden(input_ids=token[None], position_ids=positions[None], ra3=rows)[0]
         latents = _read(drawn, count, engine.table.stop_id, engine.params.truncated)
@@ -255,21 +266,27 @@ class _Flight(Flight):
         return [tuple(latents[i : i + self.num_latents]) for i in range(0, count, self.num_latents)]
 
     def score(self, horizon: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Equal latents of a boundary run once: those of a policy that knows what to say are often equal.
+        numbers: dict[tuple[int, ...], int] = {}
+        same = np.array([numbers.setdefault((m // self.num_latents, *z), m) for m, z in enumerate(self.tokens)])
+        different = np.flatnonzero(same == np.arange(len(same)))
         engine, device = self.engine, self.engine.backbone.device
-        parts = [self._scoring(part, horizon) for part in self._scored_together()]
+        parts = [self._scoring(part, horizon) for part in self._scored_together(different)]
         arrays = to_device(device, *(part.arrays for part in parts))
-        logps = []
+        logps, sampled = [], None if self.kept is None else self.kept.opened
         for part, (held, row, target, *planned) in zip(parts, arrays, strict=True):
-            state = part.state if self.kept is None else self.kept.opened.taken(part.branches, held, part.state.slots)
+            state = part.state.holding(sampled, held)
             logps.append(engine.backbone.token_logps(engine._forward(state, part.plan, planned)[row], target))
         line, is_gate = (np.concatenate([vars(part)[name] for part in parts]) for name in ("line", "is_gate"))
-        return collect_scores(self.plans, torch.cat(logps).cpu(), line, is_gate, self.num_latents, horizon)
+        found = collect_scores(self.plans, torch.cat(logps).cpu(), line, is_gate, self.num_latents, horizon)
+        lines, gates = (x.flatten(0, 1)[torch.from_numpy(same)].view(x.shape) for x in found)
+        return lines, gates
 
-    def _scored_together(self) -> list[np.ndarray]:
+    def _scored_together(self, branches: np.ndarray) -> list[np.ndarray]:
         """Cuts branches into parts whose forwards fit, those with most to run first, so that equals are together."""
         latent = np.array([len(tokens) for tokens in self.tokens])
         length = self.think + latent + np.array([len(plan.tokens) for plan in self.plans])
-        order, parts = np.argsort(-length, kind="stable"), []
+        order, parts = branches[np.argsort(-length[branches], kind="stable")], []
         while len(order):
             fit = max(1, self.engine.max_branch_tokens // int(length[order[0]]))
             parts.append(np.sort(order[:fit]))
@@ -298,7 +315,7 @@ class _Flight(Flight):
         *tokens, row, target, line, is_gate = (np.concatenate(column) for column in zip(*columns, strict=True))
         document = [self.documents[m // self.num_latents] for m in branches]
         state = BranchState(np.array([self.plans[m].start for m in branches]), document, slots, True, self.trunk)
-        held = np.argsort(self.kept.branches)[branches] if self.kept is not None else np.arange(len(branches))
+        held = np.arange(len(branches)) if self.kept is None else self.kept.row[branches]
         plan = state.plan(BranchTokens(*tokens))
         return _Scoring(branches, state, plan, [held, row, target, *plan.arrays], line, is_gate)
 

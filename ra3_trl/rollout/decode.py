@@ -10,59 +10,36 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .attention import BranchState, to_device
-
-
-def attention_and_normaliser(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention `[B, heads, Q, D]` with an additive mask, and the log of its normaliser `[B, heads, Q]`."""
-    kind, same_size = q.device.type, q.shape[-1] == v.shape[-1]
-    if cap is None and kind == "cpu" and same_size:
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-    if cap is None and kind not in ("cpu", "mps"):
-        shape = (*q.shape[:3], k.shape[2])
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask.expand(shape), True, scale=scale)
-        return out[0], out[1][..., : q.shape[2]]
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (scores if cap is None else torch.tanh(scores / cap) * cap).float() + mask
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
-
-
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a key is seen. Elsewhere the least number and not `-inf`, of which a row that sees nothing would become
-    NaN; rows stand so far apart as accelerators' kernels want."""
-    keys = seen.shape[-1]
-    mask = torch.zeros((*seen.shape[:-1], -(-keys // 16) * 16), dtype=dtype, device=seen.device)[..., :keys]
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)
+from .attention import BranchState
+from .forward import to_device
+from .fused import additive, attention_and_normaliser, merged
 
 
 class Decoding:
-    """Holds branches that are sampled: a row each, in the order of `branches`, and what the current step is.
+    """Holds latents that are sampled, and what the current step is. A row is what stands so far of one or several.
 
-    `opened` has the keys and values of the think prefixes, of which branch `m` has `think[m]`.
+    `opened` has the keys and values of the think prefixes, a row each, of which row `r` has `think[r]` tokens; branch
+    `m` begins in row `row[m]`. With `fixed` shapes a step attends to all slots that there will be.
     """
 
-    def __init__(self, opened: BranchState, think: np.ndarray, device: torch.device):
+    def __init__(self, opened: BranchState, think: np.ndarray, row: np.ndarray, fixed: bool, device: torch.device):
         self.opened = opened
-        self.think = think
+        self.fixed = fixed
         self.device = device
-        self.branches = np.arange(len(think))
-        self.rows = len(think)  # the first ones, that go on
+        self.row = row  # of each branch
+        self.rows = len(think)  # the first ones, that go on; those behind are kept for branches that have stopped
         self._longest_think = int(think.max())
         # In mixed precision keys may be wider than values; fused attention wants one type.
         opened.own = {layer: (k.to(v.dtype), v) for layer, (k, v) in opened.own.items()}
         self._documents, number = np.unique(opened.document_M, return_inverse=True)
-        self._number = number  # of each branch's document among those
+        # Of each row: the document's number among those, its tokens seen, think tokens.
+        self._of_rows = (number, opened.prefix, think)
         self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._arrange()
 
     def _arrange(self) -> None:
         """Lays the rows out by document, as wide as the one with most: where each stands, and who stands there."""
-        branches = self.branches[: self.rows]
-        number = self._number[branches]
+        number, prefix, think = (x[: self.rows] for x in self._of_rows)
         counts = np.bincount(number, minlength=len(self._documents))
         order = np.argsort(number, kind="stable")
         rank = np.empty(self.rows, dtype=np.int64)
@@ -76,29 +53,38 @@ class Decoding:
         # Keys of the documents side by side: places beyond a document's end hold some other key, which is never seen.
         self._longest = max(lengths)
         keys = np.minimum(begins[:, None] + np.arange(self._longest), sum(self.opened.lengths) - 1)
-        arrays = (at, place, keys, self.opened.prefix[branches], self.think[branches], np.arange(self.rows), branches)
-        (copied,) = to_device(self.device, arrays)
-        self._at, self._place, self._keys, self._prefix, self._think, self._row, self.branch = copied
+        (copied,) = to_device(self.device, (at, place, keys, prefix, think, np.arange(self.rows)))
+        self._at, self._place, self._keys, self._prefix, self._think, self._row = copied
         self._doc_masks: dict[int | None, torch.Tensor] = {}
         self._heads: tuple[int, torch.Tensor] | None = None
 
-    def leave(self, going: np.ndarray) -> torch.Tensor:
-        """Lets rows go that `going` leaves out; gives the rows that stay, in the new order. What the others have is
-        kept behind these."""
-        index = np.concatenate([np.flatnonzero(going), np.flatnonzero(~going)])
+    def follow(self, branches: np.ndarray, token_n: np.ndarray) -> np.ndarray:
+        """Lets `branches`, all that go on, be followed by a token each; those of one row that go on with the same one
+        share a row. Gives the token of each row that goes on."""
+        wide = int(token_n.max()) + 1
+        keys, which = np.unique(self.row[branches] * wide + token_n, return_inverse=True)
+        source, tokens = keys // wide, keys % wide
+        if len(np.unique(source)) == len(source) > 7 / 8 * self.rows:  # to move the others costs more than it saves
+            of_rows = np.zeros(self.rows, dtype=np.int64)
+            of_rows[source] = tokens
+            return of_rows
+        index = np.concatenate([source, np.setdiff1d(np.arange(len(self._of_rows[0])), source)])
+        # One that has stopped may share a row with others that go on: they leave the slots that it has alone.
+        _, first = np.unique(index, return_index=True)
+        self.row = first[self.row]
+        self.row[branches] = which
         where = to_device(self.device, [index])[0][0]
-        for kept in self.opened.own.values():
-            for x in kept:
-                x[:, : self.rows] = x[:, where]
-        self.branches[: self.rows] = self.branches[index]
-        self.rows = int(going.sum())
+        for layer, (k, v) in self.opened.own.items():
+            self.opened.own[layer] = (k[:, where], v[:, where])
+        self._of_rows = (self._of_rows[0][index], self._of_rows[1][index], self._of_rows[2][index])
+        self.rows = len(source)
         self._arrange()
-        return where[: self.rows]
+        return tokens
 
     def begin(self, step: int) -> torch.Tensor:
         """Announces the step that runs token number `step` of each row's latent; gives its position ids."""
         self._slot = self._think + step
-        self._wide = self._longest_think + step + 1  # slots that there are by now
+        self._wide = self.opened.slots if self.fixed else self._longest_think + step + 1  # slots attended to
         self._own_masks: dict[int | None, torch.Tensor] = {}
         if any(window is not None for window in self._doc_masks):
             self._doc_masks = {}
@@ -110,7 +96,7 @@ class Decoding:
             seen = j <= self._slot[:, None]
             if window is not None:
                 seen &= self._slot[:, None] - j < window
-            self._own_masks[window] = _additive(seen, dtype)[:, None, None]
+            self._own_masks[window] = additive(seen, dtype)[:, None, None]
         return self._own_masks[window]
 
     def _doc_mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
@@ -120,7 +106,7 @@ class Decoding:
             seen = j < prefix
             if window is not None:
                 seen &= prefix + slot - j < window
-            self._doc_masks[window] = _additive(seen.repeat_interleave(repeat, 1), dtype)[:, None]
+            self._doc_masks[window] = additive(seen.repeat_interleave(repeat, 1), dtype)[:, None]
         return self._doc_masks[window]
 
     def _document(self, layer: int) -> tuple[torch.Tensor, ...]:
@@ -165,6 +151,5 @@ class Decoding:
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
         doc_out = doc_out.transpose(1, 2).reshape(len(self._at), -1).index_select(0, self._place).view(out.shape)
         doc_lse = doc_lse.transpose(1, 2).reshape(len(self._at), -1).index_select(0, self._place).view(lse.shape)
-        weight = torch.sigmoid(doc_lse - lse)[..., None]
-        merged = torch.lerp(out.float(), doc_out.float(), weight).to(out.dtype)
-        return merged.transpose(1, 2).reshape(1, self.rows, heads, -1)
+        both = merged(out, lse, doc_out, doc_lse)
+        return both.transpose(1, 2).reshape(1, self.rows, heads, -1)

@@ -231,7 +231,7 @@ class RolloutEngine(ABC):
         """Cuts documents into slices that run together."""
         return fill([len(document.input_ids) for document in documents], self.max_branch_tokens)
 
-    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> int:
+    def _room(self, plan: BranchPlan, num_latents: int, sampling: bool) -> float:
         """Tokens that a branch counts for where `max_branch_tokens` bounds those in flight."""
         return self._repeated(plan.start) + len(plan.think) + self.params.max_length + len(plan.tokens)
 
@@ -245,7 +245,7 @@ class RolloutEngine(ABC):
         length = {at: self._room(plan, num_latents, sampling) for at, plan in plans.items()}
         order = sorted(places, key=lambda at: -length[at])
         while order:
-            fit = max(1, self.max_branch_tokens // (length[order[0]] * max(num_latents, 1)))
+            fit = max(1, int(self.max_branch_tokens / (length[order[0]] * max(num_latents, 1))))
             chunk, order = sorted(order[:fit]), order[fit:]
             yield chunk, make_flight([plans[at] for at in chunk], [d for d, _ in chunk], num_latents)
 

@@ -221,15 +221,17 @@ def draw_from_hidden(
     state_n: torch.Tensor,
     step: int,
     uniform_n: torch.Tensor,
+    row_n: np.ndarray | None = None,
 ) -> Draw:
-    """Draws as [`draw`] does, over bounded chunks of logits."""
+    """Draws as [`draw`] does, over bounded chunks of logits. `row_n`: the row of hidden states that each symbol is
+    drawn from, if not each from its own."""
 
     def reduce(logits: torch.Tensor, state: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, ...]:
         drawn = draw(distribution, logits, state, step, uniform)
         columns = (drawn.tokens_n, drawn.logps_n, drawn.state_n)
         return columns if drawn.kept is None else (*columns, drawn.kept)
 
-    tokens, logps, states, *kept = backbone.chunked(hidden_nD, reduce, state_n, uniform_n)
+    tokens, logps, states, *kept = backbone.chunked(hidden_nD, reduce, state_n, uniform_n, row_n=row_n)
     return Draw(tokens, logps, states, kept[0] if kept else None)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ..records import Document, RolloutGroup
-from .attention import BranchState, Plan, chained
+from .attention import BranchState
+from .forward import Plan, chained
 from .plan import gate_targets
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import confine
 import players
+import program
 import wire
 from memory import Memory, processes
 
@@ -93,7 +94,7 @@ def _play(jobs: int, limits: dict[str, Any], isolated: bool) -> Any:
             raise
         confine.close_but([verdict, *channel] if job["role"] in ("tests", "inside") else channel)
         if job["role"] == "script":
-            result = players.run_script(job["program"], isolated)
+            result = program.run_script(job["program"], isolated)
             script = True
             return result
         status = players.play(job, channel[0] if channel else None, verdict)

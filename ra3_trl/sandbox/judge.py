@@ -290,7 +290,7 @@ def _script_verdict(report: Mapping, expected: str) -> tuple[str, str]:
     if report["status"] == 0:
         if report["cut"]:
             return "failed", "more output than expected, cut where it is 1 MiB longer"
-        same = _lines(report["stdout"]) == _lines(expected)
+        same = _lines(report["exact"]) == _lines(expected)
         return ("passed", "") if same else ("failed", "other output than expected")
     last = (report["tail"].strip().splitlines() or [""])[-1]
     if "MemoryError" in last:
@@ -303,7 +303,7 @@ def _script_verdict(report: Mapping, expected: str) -> tuple[str, str]:
 def _printed(report: Mapping) -> str:
     """The end of what a script printed."""
     cut = "\n[cut here]\n" if report["cut"] else ""
-    return (report["stdout"].encode(errors="replace").decode() + cut + report["tail"])[-2000:]
+    return (report["stdout"] + cut + report["tail"])[-2000:]
 
 
 def _refused(message: str) -> bool:

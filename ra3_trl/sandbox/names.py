@@ -15,18 +15,20 @@ _REFLECTION = {"eval", "exec", "globals", "locals", "vars"}  # tests that call t
 
 @dataclass(frozen=True)
 class Names:
-    """`names` that the program may give (all of its, if there is none), those `needed` of it, and `modules` of the
-    standard library with the attributes that tests read of them."""
+    """`names` that the program may give (all of its, if there is none), those `needed` of it, those that tests have
+    `bound` themselves, and `modules` of the standard library with the attributes that tests read of them."""
 
     names: tuple[str, ...]
     needed: tuple[str, ...]
+    bound: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
 
 
 def names_in(sources: Sequence[str], trees: Sequence[ast.Module], entry_point: str | None) -> Names:
     """Finds the names in tests.
 
-    A name that tests bind is asked for too: they may bind it in another scope, or use it before. What is a builtin
+    A name that tests bind is asked for too: they may bind it in another scope, or use it before; the program can't
+    bind it anew. What is a builtin
     is never asked for, or a program's `abs` would judge it; unless it is the entry point, or tests name nothing else.
     """
     used = {name for source in sources for name in _globals(symtable.symtable(source, "<tests>", "exec"))}
@@ -41,7 +43,8 @@ def names_in(sources: Sequence[str], trees: Sequence[ast.Module], entry_point: s
     if not reflects and not free - bound - set(modules):
         needed = _shadowed(nodes) - bound
     names = () if reflects else tuple(sorted(free | needed))
-    return Names(names, tuple(sorted(needed)), modules)
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    return Names(names, tuple(sorted(needed)), tuple(sorted(bound | stored)), modules)
 
 
 def _globals(table: symtable.SymbolTable) -> Iterator[str]:

@@ -210,6 +210,7 @@ class _Server:
             report = {"ended": "lost", "status": None, "seconds": seconds}
         if self.files:
             report["cut"] = os.fstat(self.files["stdout"]).st_size > self.kept["stdout"]
+            report["exact"] = self._written("stdout", "surrogateescape")  # bytes that are no text stay apart
         report |= {name: self._written(name) for name in self.files}
         self._drop_files()
         if report["ended"] == "lost" and (said := self.close()):
@@ -218,12 +219,11 @@ class _Server:
             raise SandboxError(f"The sandbox could not run a program: {report['verdict']}.")
         return report
 
-    def _written(self, name: str) -> str:
-        """What a player wrote, as much as is of use; of `tail` the end; of `stdout` each byte differs from others."""
+    def _written(self, name: str, errors: str = "replace") -> str:
+        """What a player wrote, as much as is of use; of `tail` the end."""
         size, most = os.fstat(self.files[name]).st_size, self.kept[name]
         start = max(0, size - most) if name == "tail" else 0
-        written = os.pread(self.files[name], most, start)
-        return written.decode(errors="surrogateescape" if name == "stdout" else "replace")
+        return os.pread(self.files[name], most, start).decode(errors=errors)
 
     def _drop_files(self) -> None:
         for file in self.files.values():
@@ -314,7 +314,8 @@ def _command(settings: dict[str, Any]) -> list[str]:
 
 def _socket_kb() -> int:
     """KiB that one end of a pair of sockets may hold: the system's buffer, which a last message may overrun."""
-    return int(Path("/proc/sys/net/core/wmem_default").read_text()) * 3 // 2 // 1024
+    default = Path("/proc/sys/net/core/wmem_default")  # containers may not show it
+    return (int(default.read_text()) if default.exists() else 212_992) * 3 // 2 // 1024
 
 
 def _system() -> list[str]:

@@ -6,10 +6,11 @@ differ, and nothing outside this room knows which one is in use. The paper tried
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from ..kinds import checked
 from .lines import Line, keep_text, segment_lines
 from .markdown import segment_markdown, strip_markdown
 from .prose import segment_prose, strip_asides
@@ -17,6 +18,7 @@ from .python import segment_python, strip_python_comments
 from .slashes import segment_slashes, strip_slashes
 
 
+@checked
 @dataclass(frozen=True)
 class ActionFormat:
     """Cuts text into actions and writes latents between them.
@@ -91,8 +93,9 @@ def _without_comments(segment: Callable[[str], tuple[Line, ...] | None], text: s
     return None if lines is None else tuple(replace(line, comment=False) for line in lines)
 
 
+@checked
 def tagged(
-    base: ActionFormat, name: str, words: tuple[str, ...], think: str = "<think>", end: str = "</think>"
+    base: ActionFormat, name: str, words: Sequence[str], think: str = "<think>", end: str = "</think>"
 ) -> ActionFormat:
     """Makes a format that is `base` with latents between two special tokens, in front of its lines.
 
@@ -105,13 +108,13 @@ def tagged(
             What cuts the text.
         name (`str`):
             Name of the new format.
-        words (`tuple[str, ...]`):
+        words (`Sequence[str]`):
             Words whose mean embedding the opening tag begins as.
         think (`str`, *optional*, defaults to `"<think>"`), end (`str`, *optional*, defaults to `"</think>"`):
             The tags.
     """
     segment = partial(_without_comments, base.segment)
-    return ActionFormat(name, segment, think, end, base.strip, tags={think: words, end: ("\n",)})
+    return ActionFormat(name, segment, think, end, base.strip, tags={think: tuple(words), end: ("\n",)})
 
 
 PYTHON = ActionFormat("python", segment_python, "#", "\n", strip_python_comments)

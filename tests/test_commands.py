@@ -1,0 +1,210 @@
+"""The words of the commands: what is refused before torch is imported, short helps, the same names everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from typing import get_type_hints
+
+import pytest
+
+import ra3_trl
+from ra3_trl import RA3Config
+from ra3_trl.cli import options, rlvr, train
+from ra3_trl.cli.early import refuse_early, trainer_fields
+from ra3_trl.cli.helps import HELPS
+from ra3_trl.cli.main import COMMANDS, main
+from ra3_trl.cli.sources import PACKAGE, path_of, read_fields
+from ra3_trl.evaluation import EvaluationSettings
+from ra3_trl.evaluation.diagnose import DiagnosisSettings
+from ra3_trl.experimental.hindsight import HindsightConfig
+from ra3_trl.policy import THINKING
+
+
+# ---- what is mistyped ----
+
+MISTAKES = [
+    ("train --model_name_or_path m --num_latent 3", "no option of `ra3 train`; did you mean `--num_latents`?"),
+    ("train --model_name_or_path m --num_latents three", "invalid int value: 'three'"),
+    ("train --model_name_or_path m --penalty=much", "argument --penalty: invalid float value: 'much'"),
+    ("train --use_cpu", "`model_name_or_path` is missing"),
+    ("train --model_name_or_path m --code_dir nowhere", "`code_dir` is 'nowhere', which is not a folder"),
+    ("rlvr --model_name_or_path m --task mbpp --max_step 3", "did you mean `--max_steps`?"),
+    ("annotate m --code_dir nowhere --output_dir out", "`code_dir` is 'nowhere', which is not a folder"),
+    ("annotate m --num_latents many --output_dir out", "invalid int value: 'many'"),
+    ("show m nothing.py", "`file` is 'nothing.py', which is not there"),
+    ("show m", "the following arguments are required: FILE"),
+    ("evaluate m --think perhaps", "invalid choice: 'perhaps'"),
+    ("compare a b --max_documents few", "invalid int value: 'few'"),
+    ("diagnose m --boundary 3", "unrecognized arguments: --boundary 3"),
+    ("report", "the following arguments are required: RUN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "says"), MISTAKES)
+def test_a_mistake_costs_no_import_of_torch(words, says, tmp_path):
+    """In a process of its own: the message, and less than half a second of the CPU's."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = (
+        "import sys; from ra3_trl.cli.main import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "assert code == 2 and 'torch' not in sys.modules, (code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and says in done.stderr, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("command", ["train", "rlvr"])
+def test_what_the_sources_say_is_what_the_parser_has(command):
+    """Each option of the real parser is in the sources, with its kind where that is a number: none is refused early
+    that the command takes."""
+    parser = (train if command == "train" else rlvr).make_parser()
+    fields = trainer_fields(command)
+    assert parser.option_names() <= set(fields)
+    for dtype in parser.dataclass_types:
+        for name, hint in get_type_hints(dtype).items():
+            if name in fields and fields[name].hint in ("int", "float", "int | None", "float | None"):
+                kind = {"int": int, "float": float}[fields[name].hint.partition(" | ")[0]]
+                assert hint in (kind, kind | None), (name, hint, fields[name].hint)
+
+
+def test_what_may_be_meant_is_left_to_the_command(tmp_path):
+    (tmp_path / "code").mkdir()
+    for words in (
+        "--model_name_or_path m --accelerate_config a.yaml --num_processes 2",  # the launcher's option
+        "--config run.yaml",  # which may name the model
+        f"--model_name_or_path m --code_dir {tmp_path / 'code'} --max_boundaries none --no_packing",
+        "--model_name_or_path m --use_vllm true --learning-rate 1e-5",  # TRL's, and dashes
+        "--model_name_or_path m --lora_target_modules q_proj v_proj --model_init_kwargs {}",
+    ):
+        refuse_early("train", words.split())
+
+
+@pytest.mark.parametrize(
+    ("fields", "config"),
+    [(options.RA3_FIELDS, RA3Config), (options.HINDSIGHT_FIELDS, HindsightConfig),
+     (options.DIAGNOSIS_FIELDS, DiagnosisSettings), (options.SAMPLING_FIELDS, EvaluationSettings)],
+)  # fmt: skip
+def test_flags_have_the_meaning_and_default_of_the_field(fields, config):
+    assert options.THINKING == THINKING
+    real = {field.name: field for field in dataclasses.fields(config)}
+    for name in {*options.ANNOTATE, *options.SHOW, *options.DIAGNOSE, *options.CROSS_ENTROPY, *fields} & set(fields):
+        if name not in real or "help" not in real[name].metadata:
+            continue
+        assert real[name].metadata["help"].startswith(fields[name].text) and fields[name].text, name
+        assert fields[name].default == real[name].default or fields[name].default is None, name
+
+
+def test_a_class_or_file_that_is_not_there():
+    assert read_fields(PACKAGE / "config.py", "Nobody") == {}
+    assert path_of("transformers", "no_such_file.py") is None and path_of("no_such_package", "a.py") is None
+
+
+PAGES = [PACKAGE.parent / "README.md", *sorted((PACKAGE.parent / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_page_are_taken(page):
+    """Each `ra3 ...` of its shell blocks, with every option; what a reader has (folders, files) need not be there."""
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text("utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            name, command, *words = [*shlex.split(line, comments=True), "", ""]
+            if name != "ra3":
+                continue
+            words = words[:-2]
+            if command in options.PARSERS:
+                options.PARSERS[command]().parse_args(words)
+            elif "--accelerate_config" not in words:
+                known = {f"--{field}" for field in trainer_fields(command)} | {"--config"}
+                assert {word for word in words if word.startswith("--")} <= known, line
+
+
+# ---- helps ----
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_short_help(command, capsys):
+    """At most 25 lines, three examples, each of which the command's parser takes; and where the rest is."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: ra3 {command}") and len(lines) <= 25 and max(map(len, lines)) <= 119
+    assert lines[-1] == f"All options: ra3 {command} --help-all"
+    assert len([line for line in lines if line.startswith(f"  ra3 {command}")]) == (1 if command == "env" else 3)
+    for example in HELPS[command].examples:
+        if command in options.PARSERS:
+            options.PARSERS[command]().parse_args(shlex.split(example))
+
+
+@pytest.mark.parametrize("command", sorted(options.PARSERS))
+def test_the_whole_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help-all"])
+    assert stop.value.code == 0
+    named = set(re.findall(r"--(\w+)", " ".join(option for option, _ in HELPS[command].options)))
+    assert named <= set(re.findall(r"--(\w+)", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", ["train", "rlvr"])
+def test_the_short_help_of_a_run_names_its_options(command):
+    parser = (train if command == "train" else rlvr).make_parser()
+    text = HELPS[command].text(command)
+    assert set(re.findall(r"--(\w+)", text)) - {"help", "config"} <= parser.option_names()
+
+
+# ---- the same words ----
+
+
+@pytest.mark.parametrize("command", ["annotate", "diagnose", "compare"])
+def test_the_same_words_for_corpus_and_output(command):
+    """`--code_dir`, `--max_documents`, `--output_dir`; former names are taken."""
+    places = {"annotate": "m", "diagnose": "m", "compare": "a b"}[command]
+    parse = options.PARSERS[command]().parse_args
+    parsed = parse(f"{places} --code_dir c --max_documents 3 --output_dir o".split())
+    former = {"annotate": "--output o", "diagnose": "--documents 3", "compare": "--eval_documents 3"}[command]
+    name, value = former.removeprefix("--").split()
+    again = vars(parse(f"{places} {former}".split()))
+    assert parsed.code_dir == "c" and parsed.output_dir == "o"
+    assert (
+        str(again["output_dir" if name == "output" else name])
+        == value
+        == str(vars(parsed)["output_dir" if name == "output" else name])
+    )
+
+
+def test_train_takes_the_first_documents(tmp_path):
+    from trl import DatasetMixtureConfig
+
+    for i in range(3):
+        (tmp_path / f"{i}.py").write_text(f"def f{i}(x):\n    y = x\n    y += {i}\n    return y\n")
+    script = train.RA3ScriptArguments(code_dir=str(tmp_path), max_documents=2, eval_documents=0)
+    data, held_out = train.load_data(script, DatasetMixtureConfig(), 0)
+    assert len(data) == 2 and held_out is None
+    with pytest.raises(ValueError, match="`max_documents` is 0; it must be at least 1"):
+        train.RA3ScriptArguments(max_documents=0)
+
+
+def test_dir_shows_the_public_names():
+    assert dir(ra3_trl) == sorted(ra3_trl.__all__) and "RA3MidTrainer" in dir(ra3_trl)
+    assert all(getattr(ra3_trl, name) is not None for name in dir(ra3_trl))
+
+
+def test_env_begins_with_the_version(capsys, monkeypatch):
+    """That of the package; where the checkout has moved on since it was installed, both."""
+    from ra3_trl.cli import env
+
+    version = re.search(r'^version = "(.*)"', (PACKAGE.parent / "pyproject.toml").read_text(), re.M)[1]
+    monkeypatch.setattr(env, "_version", lambda package: version)
+    assert main(["env"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert lines[0] == f"- ra3-trl: {version}"
+    monkeypatch.setattr(env, "_version", lambda package: "0.0.1")
+    assert env._own_version() == f"0.0.1 (the checkout is {version}: install it again, `pip install -e .`)"
