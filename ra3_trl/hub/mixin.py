@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from ..config import RA3Config
-from ..files import write_whole, written_aside
+from ..files import written_aside
 from ..kinds import checked
 from ..outgoing import check_upload, process_tokens
 from .annotated import ANNOTATION, annotate_dataset, require_boundaries
@@ -52,7 +52,7 @@ class HubMixin(Trainer):
         # The order of arguments is that of TRL's trainers.
         if self.is_world_process_zero():
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
-            write_whole(Path(str(self.args.output_dir), "README.md"), str(card).encode())
+            card.save(Path(str(self.args.output_dir), "README.md"))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As `Trainer`'s; that the repository may be written to is seen now, not after the training."""
