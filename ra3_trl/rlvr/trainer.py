@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..config_fields import model_options
 from ..config_file import read_settings, write_settings
+from ..generation.vllm_engine import thinking_engines
 from ..hub import PushMixin
 from ..markdown import cell
 from ..models import context_length, load_tokenizer, place_of
@@ -99,7 +101,9 @@ def build_grpo_trainer(
     policy = _load_policy(model, options)
     # TRL takes them for a name only.
     args.model_init_kwargs = options if isinstance(policy, str) else None
-    with warnings.catch_warnings():
+    # Of a server who starts it says which logits processors it has; see docs/scale.md.
+    makes_engine = args.use_vllm and args.vllm_mode == "colocate"
+    with warnings.catch_warnings(), thinking_engines() if makes_engine else nullcontext():
         # It says that trl may change this; which versions of trl work is for this package to say and to test.
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = _CarefulGRPOTrainer(
