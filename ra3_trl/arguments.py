@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import SFTConfig
 
-from .config import RA3Config, beside_trainers, check_args
+from .config import RA3Config, check_args
+from .config_fields import beside_trainers
 from .generation import AutoModelForCausalLMWithAbstractionHead
 from .kinds import check_kind, shown
 from .models import AbstractionHead, load_head, load_tokenizer, place_of

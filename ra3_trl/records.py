@@ -80,8 +80,8 @@ class Document:
     input_ids: tuple[int, ...]
     actions: tuple[Action, ...]
     context: int  # first tokens that are conditioned on and never trained: BOS, a prompt, the chunk before's last one
-    # "actions", or why the text gets plain next-token training: "plain" does not tokenize as this format, "lossy" is
-    # not given back by the tokenizer.
+    # "actions", or why the text gets plain next-token training: "plain" is not of this format, "untokenized" parses
+    # and does not tokenize, "lossy" is not given back by the tokenizer.
     status: str = "actions"
 
     @property
@@ -191,10 +191,10 @@ class TokenTable:
 
     stop_ids: torch.Tensor  # newline-bearing and end-of-text tokens: together ONE stop symbol, the first of them
     blank_V: torch.Tensor  # tokens that may not begin a latent: it would, or could, be blank
-    # UTF-8 automaton over whole tokens, state 0 between characters; -1 forbids: invalid UTF-8, a control character,
-    # a special token, an id outside the tokenizer.
+    # Automaton over whole tokens, state 0 at the start; -1 forbids: invalid UTF-8, a text that the format forbids, a
+    # control character, a special token, an id outside the tokenizer.
     next_state_SV: torch.Tensor
-    pending_S: torch.Tensor  # bytes that a state of it still waits for
+    pending_S: torch.Tensor  # bytes that a state of it still waits for; 0 is between characters
     token_bytes: tuple[bytes | None, ...]
     eos_token_id: int
 

@@ -676,3 +676,24 @@ def test_no_token_in_the_pickled_settings(folder, tmp_path):
     trainer.save_model()
     assert trainer.args.hub_token == token
     assert token.encode() not in (tmp_path / "out" / "training_args.bin").read_bytes()
+
+
+def test_pushes_go_through_the_trainers_door(folder, tmp_path, monkeypatch):
+    """Tokens that this process knows are looked for, `.env` stays, and names are no markup on TRL's card."""
+    token, uploads = "hf_" + "NotForOthers12345", []
+    monkeypatch.setattr("ra3_trl.hub.push.upload_folder", lambda **options: uploads.append(options))
+    args = GRPOConfig(
+        str(tmp_path / "out"), hub_token=token, use_cpu=True, bf16=False, report_to="none",
+        per_device_train_batch_size=4, num_generations=4,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": HEAD, "test": CHECK}])
+    trainer = build_grpo_trainer(str(folder / "model"), args, RLVRData(rows), [lambda completions, **_: [0.0]])
+    trainer.hub_model_id, trainer.push_in_progress = "lab/one", None
+    trainer.push_to_hub(dataset_name="<img src=x>", model_name="<b>one</b>")
+    assert {".env", "_*", "checkpoint-*"} <= set(uploads[0]["ignore_patterns"]) and uploads[0]["token"] == token
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "<img" not in card and "<b>" not in card and "one" in card
+    (tmp_path / "out" / "notes.txt").write_text(token)
+    with pytest.raises(ValueError, match=r"notes.txt holds `hub_token`"):
+        trainer.push_to_hub(dataset_name="x")
+    assert len(uploads) == 1

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import fingerprint, public_name
-from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..generation import AutoModelForCausalLMWithAbstractionHead, VLLMEngine
 from ..models import load_tokenizer
 from ..sandbox import Judge, Sandbox
 from .draw import RUN, EvaluationSettings, draw_samples
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def evaluate_passk(
-    model: str | Checkpoint | AutoModelForCausalLMWithAbstractionHead,
+    model: str | Checkpoint | AutoModelForCausalLMWithAbstractionHead | VLLMEngine,
     task: str | Benchmark = "humaneval",
     settings: EvaluationSettings | None = None,
     k: Sequence[int] = (1,),
@@ -97,9 +97,16 @@ def evaluate_passk(
         _check_folder(folder, None)
         if isinstance(model, str):
             model = Checkpoint(model, revision, dtype)
-        if isinstance(model, Checkpoint):
+        if isinstance(model, Checkpoint) and settings.backend == "vllm":
+            trust = {"trust_remote_code": model.trust_remote_code}
+            model = VLLMEngine(model.name, model.revision, model.dtype, trust)
+        if isinstance(model, VLLMEngine):
+            settings, place = replace(settings, backend="vllm"), {"revision": model.revision}
+            about: dict[str, Any] = {"checkpoint": public_name(model.name_or_path), **place, "dtype": model.dtype}
+            about["weights"] = fingerprint(model.name_or_path, **place)
+        elif isinstance(model, Checkpoint):
             place = {"revision": model.revision}
-            about: dict[str, Any] = {"checkpoint": public_name(model.name), **place, "dtype": model.dtype}
+            about = {"checkpoint": public_name(model.name), **place, "dtype": model.dtype}
             name, model = model.name, model.load()
             about["weights"] = fingerprint(name, **place)
         else:
@@ -121,6 +128,7 @@ def evaluate_passk(
                     judged.append(submit(judge, tasks[row["task_id"]], sample, **facts))
                 bar.update(len(rows))
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
+        run["backend"] = settings.backend
         seconds = {"draw": time.perf_counter() - start}
         return _finish(judged, benchmark, k, folder, judge, run, seconds)
 

@@ -16,9 +16,9 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import RA3Config, beside_trainers
-from ..config_fields import own_fields
-from ..config_file import read_settings
+from ..config import RA3Config
+from ..config_fields import beside_trainers, blaming, own_fields
+from ..config_file import RA3_CONFIG, read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..kinds import checked
 from ..models import (
@@ -148,7 +148,7 @@ class Policy:
         if isinstance(model, (str, Path)):
             saved = read_settings(name, **place) or {}
             model = name
-        args = open_settings(saved, changes)
+        args = open_settings(saved, changes, name)
         action_format = find_format(args.action_format)
         require_tags(tokenizer, action_format)  # untrained tags would say nothing
         loaded = load_model(model, model_init_kwargs, None)
@@ -194,6 +194,7 @@ class Policy:
             `ValueError`: for an engine that is not exact on this model, and a `max_length` that can't be kept.
         """
         backbone = Backbone(model, args.router_aux_loss_coef)
+        longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         action_format = find_format(args.action_format)
         table = build_token_table(tokenizer, backbone.vocab_size, end_ids(backbone.causal_lm), action_format)
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
@@ -202,7 +203,6 @@ class Policy:
         attention = backbone.causal_lm.config._attn_implementation or ""
         if engine.name == "branch" and "flash" in attention:
             logger.warning(_REPLACED, attention, attention)
-        longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments, True), head)
 
     # ---- parts ----
@@ -331,13 +331,15 @@ class Policy:
         return NoiseKey(self.args.seed, 1, 0)
 
 
-def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
-    """The settings of a policy: how a checkpoint was trained to think, with `changes`; nothing of its training.
+def open_settings(saved: dict[str, Any], changes: dict[str, Any], name: str = "the checkpoint") -> RA3Config:
+    """The settings of a policy: how the checkpoint `name` was trained to think, with `changes`; nothing of its
+    training.
 
     Raises:
-        `ValueError`: for a field that there is none of, or a bad value.
+        `ValueError`: for a field that there is none of, or a bad value, with the file's name if it is the file's.
     """
-    settings = {name: saved[name] for name in THINKING if name in saved} | changes
+    thinking = {field: saved[field] for field in THINKING if field in saved}
+    settings = thinking | changes
     if "penalty" not in changes and settings.get("penalty") == math.inf:
         del settings["penalty"]  # how one trains without latents; asked for some, the policy places what pays
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
@@ -347,7 +349,7 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         settings["annotation"] = "resample"
     # Of the trainer's checks only those of an E-phase could refuse what a policy can do, such as with one latent.
     fixed: dict[str, Any] = {"e_steps": 0, "report_to": "none"}
-    with beside_trainers():
+    with beside_trainers(), blaming(f"{RA3_CONFIG} of {name!r}", lambda: RA3Config(**fixed | thinking)):
         return RA3Config(**fixed | settings)
 
 

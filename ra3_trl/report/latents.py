@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyarrow import Table, parquet
+from pyarrow import ArrowException, Table, parquet
 from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..files import naming
 from ..markdown import cell
 
 
@@ -117,4 +118,7 @@ class LatentLog:
             return self._rows
         files = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob("step_[0-9]*.parquet")}
         earlier = [number for number in files if number < step]  # later ones are of another run in the same folder
-        return parquet.read_table(files[max(earlier)]).to_pylist() if earlier else []
+        if not earlier:
+            return []
+        with naming(files[max(earlier)], "delete it", ArrowException, OSError):
+            return parquet.read_table(files[max(earlier)]).to_pylist()

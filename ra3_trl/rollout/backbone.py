@@ -215,7 +215,7 @@ class Backbone:
                 wanted, inverse = np.unique(row_n[i : i + rows], return_inverse=True)
                 hidden = hidden_nD[torch.from_numpy(wanted)]
                 which = None if np.array_equal(inverse, np.arange(len(wanted))) else torch.from_numpy(inverse)
-            chunk = (hidden, which, *(p[i : i + rows] for p in per_row))
+            chunk: Any = (hidden, which, *(p[i : i + rows] for p in per_row))
             grad = torch.is_grad_enabled()
             chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
         return [torch.cat(column) for column in zip(*chunks, strict=True)]

@@ -165,11 +165,13 @@ def segment_dataset(
 
 
 def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
-    """Counts where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; and chunks,
-    boundaries, tokens.
+    """Counts where every text went: `documents = with_actions + no_boundary + plain + untokenized + lossy + empty`.
 
-    `plain` (does not tokenize as this format), `lossy` (the tokenizer does not give the text back) and `no_boundary`
-    (a line only, say) get plain next-token training; `empty` texts have nothing to train.
+    Also chunks, boundaries and tokens.
+
+    `plain` (not of this format), `untokenized` (parses as this Python and does not tokenize as every Python would),
+    `lossy` (the tokenizer does not give the text back) and `no_boundary` (a line only, say) get plain next-token
+    training; `empty` texts have nothing to train.
     """
     per_document: dict[int, str] = {}
     totals: Counter[str] = Counter()
@@ -185,7 +187,7 @@ def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
         totals["tokens"] += document.num_trained
     kinds = Counter(per_document.values())
     counts = {"documents": len(rows)} | {
-        name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "lossy")
+        name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "untokenized", "lossy")
     }
     counts["empty"] = len(rows) - len(per_document)
     return counts | {name: totals[name] for name in ("chunks", "boundaries", "kept_comments", "tokens")}
