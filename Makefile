@@ -7,7 +7,7 @@ ARGS ?=
 # Tiny models run fastest on one thread, so two workers; the demo takes what there is.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs install chromium bubblewrap test test-slow lint test-versions demo replication clean
+.PHONY: docs install chromium bubblewrap test test-slow lint test-versions test-vllm demo replication clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ lint: install
 # Other versions of the libraries, beside other projects, the built wheel; writes docs/versions.md. ARGS: see .ci/versions.
 test-versions: $(TOOLS)/.installed chromium bubblewrap
 	$(TOOLS)/bin/python .ci/versions $(ARGS)
+
+# Completions and RLVR by vLLM itself, on a CPU, in an environment of its own. ARGS are pytest's.
+test-vllm: $(TOOLS)/.installed bubblewrap
+	$(TOOLS)/bin/python .ci/versions/vllm_cpu.py $(ARGS)
 
 $(TOOLS)/.installed:
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)

@@ -8,18 +8,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import SFTConfig
 
-from .config import RA3Config, beside_trainers, check_args
+from .config import RA3Config, check_args
+from .config_fields import beside_trainers
 from .generation import AutoModelForCausalLMWithAbstractionHead
+from .kinds import check_kind, shown
 from .models import AbstractionHead, load_head, load_tokenizer, place_of
-from .refusals import shown
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,9 @@ def _tokenizer(tokenizer: Any, name: str, options: dict[str, Any]) -> PreTrained
     return tokenizer
 
 
-def check_training(callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, formatting_func: Any) -> None:
+def check_training(
+    callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, formatting_func: Any, peft_config: Any
+) -> None:
     """Refuses what `Trainer` would fail on only later, with an error that does not name it."""
     several = isinstance(callbacks or [], Sequence) and not isinstance(callbacks, str)
     kinds = (TrainerCallback, type)
@@ -141,3 +151,36 @@ def check_training(callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: An
             raise ValueError("`optimizer_cls_and_kwargs` and `optimizers` are both set; leave one of the two out.")
     if formatting_func is not None and not callable(formatting_func):
         raise ValueError(f"`formatting_func` is {shown(formatting_func)}; give a function of a row.")
+    check_kind("peft_config", peft_config, PeftConfig | None)
+
+
+def check_callback(callback: Any) -> None:
+    """Refuses TRL's callbacks that write completions where their trainer's `eval_dataset` has no prompts."""
+    check_kind("callback", callback, TrainerCallback | type[TrainerCallback])
+    # By name, since to import them is to import the trackers that they write to.
+    if not {"LogCompletionsCallback", "WeaveCallback"} & {kind.__name__ for kind in type(callback).__mro__}:
+        return
+    data = callback.eval_dataset
+    columns = data.column_names if isinstance(data, Dataset) else None
+    if columns is None or "prompt" not in columns:
+        form = "has no column `prompt`" if columns is not None else f"is {shown(data)}"
+        raise ValueError(
+            f"`callback` is a {type(callback).__name__}, which completes the prompts of `eval_dataset`, and that "
+            f"{form}; give one data set with `prompt` and `completion`, or see `log_latents_steps`."
+        )
+
+
+def measures_more(kind: type, callbacks: Sequence[Any] | None) -> bool:
+    """Whether an evaluation may give more than the trainer's own numbers: by methods that a subclass overrides, or by
+    callbacks that hear of it."""
+    overridden = any(
+        name in vars(cls)
+        for cls in kind.__mro__
+        if not cls.__module__.startswith(("ra3_trl.", "transformers.", "trl."))
+        for name in ("evaluate", "evaluation_loop")
+    )
+    listens = any(
+        kind.on_evaluate is not TrainerCallback.on_evaluate and not issubclass(kind, EarlyStoppingCallback)
+        for kind in (callback if isinstance(callback, type) else type(callback) for callback in callbacks or ())
+    )
+    return overridden or listens

@@ -7,34 +7,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from os import PathLike, fspath
 from typing import Any, ClassVar
 
-from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType
 
-from .config_fields import FORMER, check_fields, field_docs, own_fields, scheduler_kwargs, setting
+from .config_fields import (
+    FORMER,
+    MOST_UPDATES,
+    blaming,
+    check_fields,
+    field_docs,
+    own_fields,
+    scheduler_kwargs,
+    setting,
+)
+from .config_fields import beside_trainers as beside_trainers
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
+from .files import one_line
 from .refusals import keep_ours
 from .versions import TrainingArguments
-
-
-@contextmanager
-def beside_trainers() -> Iterator[None]:
-    """Lets settings be made inside without harm to trainers that are there."""
-    # `TrainingArguments` empty the state that all accelerators share, without which those of before fail.
-    shared = [cls._shared_state for cls in (AcceleratorState, PartialState)]
-    before = [dict(state) for state in shared]
-    try:
-        yield
-    finally:
-        if before[0]:
-            for state, values in zip(shared, before, strict=True):
-                state.clear()
-                state.update(values)
 
 
 class _Settings(type):
@@ -74,7 +67,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     # Data
     max_length: int | None = setting(
         "Longest row in tokens, latents included. Longer texts are cut between lines; no token is lost. None is the "
-        "model's context, and rows are not packed.", 1024, 16
+        "model's context, and rows are not packed.", 1024, 16, 1 << 24
     )  # fmt: skip
     dataset_text_field: str = setting("Column that holds the text.", "text")
     dataset_kwargs: dict[str, Any] | str | None = setting(
@@ -93,7 +86,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     eos_token: str | None = setting("End of text, of the tokenizer's tokens; its own if left out.", None)
     pad_token: str | None = setting("Padding, of the tokenizer's tokens; its own if left out.", None)
     shuffle_dataset: bool = setting("Shuffle the training data before anything is done with it.", False)
-    dataset_num_proc: int | None = setting("Processes for cutting the texts.", None)
+    dataset_num_proc: int | None = setting("Processes for cutting the texts.", None, 1, 4096)
     action_format: str = setting(
         "How texts are cut into actions: python, slashes (C, Java, JavaScript, Rust, ...), prose, markdown, tags, "
         "python_tags, or one of your own in `ra3_trl.segmentation.ACTION_FORMATS`.", "python"
@@ -105,28 +98,28 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     )  # fmt: skip
 
     # Schedule
-    em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1)
-    e_steps: int = setting("Updates of an E-phase; 0 is next-token prediction.", 20, 0)
+    em_iterations: int = setting("Times that E-phase and M-phase alternate.", 1, 1, MOST_UPDATES)
+    e_steps: int = setting("Updates of an E-phase; 0 is next-token prediction.", 20, 0, MOST_UPDATES)
     m_steps: int = setting(
         "Updates of an M-phase; -1: `num_train_epochs` passes over the data (or what `max_steps` leaves), shared out "
-        "among the iterations.", -1, -1
+        "among the iterations.", -1, -1, MOST_UPDATES
     )  # fmt: skip
     e_learning_rate: float = setting(
-        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 2e-5, 0
+        "Peak learning rate of the E-phase; `learning_rate` is that of the M-phase.", 2e-5, 0, 100
     )
     e_lr_scheduler_type: str = setting("Learning-rate schedule within an E-phase.", "constant")
     reset_optimizer: bool = setting("Forget optimizer state when the phase changes.", True)
 
     # Rollout
-    num_latents: int = setting("Latents at each boundary (G).", 8, 1)
-    max_latent_length: int = setting("Most tokens of a latent.", 12, 1)
-    temperature: float = setting("Sampling temperature of latents.", 1.0, 0, above=True)
-    top_k: int = setting("Keep the k likeliest symbols; 0 is off.", 0, 0)
+    num_latents: int = setting("Latents at each boundary (G).", 8, 1, 4096)
+    max_latent_length: int = setting("Most tokens of a latent.", 12, 1, 1 << 16)
+    temperature: float = setting("Sampling temperature of latents.", 1.0, 0, 1000, above=True)
+    top_k: int = setting("Keep the k likeliest symbols; 0 is off.", 0, 0, 1 << 24)
     top_p: float = setting("Keep the likeliest symbols up to this mass; 1 is off.", 1.0, 0, 1, above=True)
     engine: str = setting(
         "Rollout engine; auto is the first of the two that is exact.", "auto", choices=("auto", "branch", "expand")
     )
-    max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1)
+    max_branch_tokens: int = setting("Branch tokens in flight; bounds memory, not results.", 8192, 1, 1 << 30)
     boundary_selection: str = setting(
         "Boundaries tried in an E-step: drawn in proportion to how often the E-step thinks there; those where the "
         "head predicts the largest gains, and annotation leaves out those where it sees no chance; or all, or "
@@ -135,7 +128,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     boundary_budget: float = setting(
         "Share of a document's boundaries tried in an E-step, by gate or head.", 0.25, 0, 1, above=True
     )
-    max_boundaries: int = setting("Most boundaries of a document tried in an E-step; 0 is no limit.", 0, 0)
+    max_boundaries: int = setting("Most boundaries of a document tried in an E-step; 0 is no limit.", 0, 0, 1 << 24)
 
     # Abstraction head
     abstraction_head: bool = setting(
@@ -151,23 +144,23 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     )  # fmt: skip
     annotation_skip: float = setting(
         "With boundary_selection=head annotation proposes no latent where the chance that one would be kept, as "
-        "predicted, is smaller.", 0.05, 0
+        "predicted, is smaller.", 0.05, 0, 1
     )  # fmt: skip
 
     # E-step
-    horizon: int = setting("Lines that a latent is credited with (H); 1 is BRiTE.", 2, 1)
+    horizon: int = setting("Lines that a latent is credited with (H); 1 is BRiTE.", 2, 1, 1024)
     discount: float = setting("Discount of later lines.", 0.9, 0, 1, above=True)
     line_reduction: str = setting("Over a line's tokens.", "sum", choices=("sum", "mean"))
     penalty: float = setting(
         "Cost c of a latent in nats (nats per token with line_reduction=mean, where 0.05 is the paper's); inf is "
-        "next-token prediction.", 0.2, 0, infinite=True
+        "next-token prediction.", 0.2, 0, 1e6, infinite=True
     )  # fmt: skip
     reward_model: str = setting(
         "Weights that score the lines: live, frozen at the E-phase's start, or base, the model with its adapter off.",
         "live", choices=("live", "frozen", "base"),
     )  # fmt: skip
     likelihood_weight: float = setting(
-        "Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.", 1.0, 0
+        "Weight of the lines' log-likelihood in the reward, beside `reward_funcs`; 0 replaces it by them.", 1.0, 0, 1e6
     )
     reward_weights: list[float] | None = setting("Weights of the reward_funcs; 1 for each if left out.", None)
     objective: str = setting(
@@ -184,10 +177,10 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         "thinks, and again where it has been lost.", "auto",
         choices=("auto", "never", "always"),
     )  # fmt: skip
-    kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0)
+    kl_coef: float = setting("Weight of the latents' KL to the weights at the start.", 0.05, 0, 1e6)
     code_loss_tolerance: float = setting(
         "Training stops with a warning when the code's cross-entropy without latents, on a probe of training "
-        "documents, rises by more than this many nats per token in an E-phase.", 0.1, 0, infinite=True
+        "documents, rises by more than this many nats per token in an E-phase.", 0.1, 0, 1e6, infinite=True
     )  # fmt: skip
 
     # M-step
@@ -204,7 +197,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         "share of all and another document's would do as well; 1 never stops.", 0.5, 0, 1
     )  # fmt: skip
     router_aux_loss_coef: float | None = setting(
-        "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0
+        "Weight of the router loss of a mixture of experts, in both phases; the model's own if left out.", None, 0, 1e6
     )
     packing: bool = setting("Put several documents in a row; nothing is dropped.", True)
     loss_type: str = setting(
@@ -214,9 +207,9 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
     )  # fmt: skip
 
     # Evaluation and logs
-    eval_num_latents: int = setting("Latents at each boundary in evaluate().", 4, 1)
-    eval_max_boundaries: int = setting("Boundaries of a document tried in evaluate(); 0 is all.", 0, 0)
-    log_latents_steps: int = setting("Updates between tables of latents; 0 is never.", 10, 0)
+    eval_num_latents: int = setting("Latents at each boundary in evaluate().", 4, 1, 4096)
+    eval_max_boundaries: int = setting("Boundaries of a document tried in evaluate(); 0 is all.", 0, 0, 1 << 24)
+    log_latents_steps: int = setting("Updates between tables of latents; 0 is never.", 10, 0, MOST_UPDATES)
     dataset_license: str | None = setting("License of the data, for cards and for pushed rows that name none.", None)
 
     # Former names, taken until 0.3
@@ -322,7 +315,7 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
             )
         if cls is not RA3Config:
             settings |= read_experimental(name, **place)
-        return cls.from_settings(settings, **options)
+        return cls._of_file(settings, options, f"{RA3_CONFIG} of {name!r}")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], **changes: Any) -> RA3Config:
@@ -331,10 +324,15 @@ class RA3Config(TrainingArguments, metaclass=_Settings):
         Raises:
             `ValueError`: for fields that there are none of.
         """
+        return cls._of_file(settings, changes, RA3_CONFIG)
+
+    @classmethod
+    def _of_file(cls, settings: dict[str, Any], changes: dict[str, Any], where: str) -> RA3Config:
         unknown = sorted(set(settings) - {entry.name for entry in fields(cls)})
         if unknown:
-            raise ValueError(f"{RA3_CONFIG} has fields that no `RA3Config` has: {', '.join(unknown)}.")
-        return cls(**settings | changes)
+            raise ValueError(f"{where} has fields that no `RA3Config` has: {one_line(', '.join(unknown))}.")
+        with blaming(where, lambda: cls(**settings)):
+            return cls(**settings | changes)
 
     def save_pretrained(self, folder: str, **changes: Any) -> None:
         """Writes `ra3_config.json`: the settings that shape a run, with `changes`, without paths, tokens and what is

@@ -5,20 +5,27 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
+from .files import DAMAGE, one_line
+from .kinds import predicate, words
 from .versions import TrainingArguments
 
 
 FORMER = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}  # names that are still taken
+
+
+MOST_UPDATES = 10**9  # what stands above is a slip, or a file that somebody has changed
 
 
 class _Help(str):
@@ -64,10 +71,9 @@ _LEAST = dict.fromkeys(
 _JSON = ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs")  # a mapping, or its text
 
 
-def _kinds_of(cls: type[TrainingArguments]) -> dict[str, tuple[type, ...]]:
+def _kinds_of(cls: type[TrainingArguments], hints: Mapping[str, Any]) -> dict[str, tuple[type, ...]]:
     """Types that a value of each field may have; a whole number will do for a `float`."""
     kinds_by_name: dict[str, tuple[type, ...]] = dict(_KINDS)
-    hints = get_type_hints(cls)  # evaluates the text of each annotation
     for entry in fields(cls):
         hint = hints[entry.name]
         union = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
@@ -83,11 +89,14 @@ def check_fields(args: TrainingArguments) -> None:
     Raises:
         `ValueError`: naming field, value and what it may be.
     """
-    kinds_by_name = _kinds_of(type(args))
+    hints = get_type_hints(type(args))  # evaluates the text of each annotation
+    kinds_by_name = _kinds_of(type(args), hints)
     for entry in fields(args):
         name, value, meaning = entry.name, getattr(args, entry.name), entry.metadata.get("help")
         bounds = meaning.bounds if isinstance(meaning, _Help) else {}
         kinds = kinds_by_name.get(name)
+        if kinds is None and not predicate(hints[name])(value):
+            raise ValueError(f"`{name}` is {value!r}; give {' or '.join(words(hints[name]))}.")
         if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in dict.fromkeys(kinds))
             raise ValueError(f"`{name}` is {value!r}; it must be of type {wanted}.")
@@ -101,9 +110,10 @@ def check_fields(args: TrainingArguments) -> None:
             bounds = {"choices": tuple(trainer_log_levels)}
         if "choices" in bounds and value not in bounds["choices"]:
             raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, bounds['choices']))}.")
-        if bounds.get("least") is not None and value is not None:
+        endless = value == math.inf and "infinite" in bounds
+        if bounds.get("least") is not None and value is not None and not endless:
             _check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
-            if value == math.inf and "infinite" not in bounds:
+            if value == math.inf:
                 raise ValueError(f"`{name}` is {value}; it must be finite.")
 
 
@@ -175,6 +185,39 @@ def scheduler_kwargs(kwargs: dict[str, Any] | None, kinds: Mapping[str, str]) ->
                 f"{shares[field_name]}: {error}"
             ) from error
     return shares
+
+
+@contextmanager
+def beside_trainers() -> Iterator[None]:
+    """Lets settings be made inside without harm to trainers that are there."""
+    # `TrainingArguments` empty the state that all accelerators share, without which those of before fail.
+    shared = [cls._shared_state for cls in (AcceleratorState, PartialState)]
+    before = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        if before[0]:
+            for state, values in zip(shared, before, strict=True):
+                state.clear()
+                state.update(values)
+
+
+@contextmanager
+def blaming(where: str, make: Callable[[], Any]) -> Iterator[None]:
+    """Says which file it is whose settings, by themselves as `make` takes them, can't be made into a configuration.
+
+    Raises:
+        `ValueError`: naming the file where it is at fault, else what was raised inside.
+    """
+    try:
+        yield
+    except DAMAGE:
+        try:
+            with beside_trainers():
+                make()
+        except DAMAGE as error:
+            raise ValueError(f"{where}: {one_line(error)} Mend it there, or set the field otherwise.") from error
+        raise
 
 
 def row_length(args: Any) -> int:

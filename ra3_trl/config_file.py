@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import find_file, read_versioned
+from .files import find_file, read_versioned, require_form
 
 
 RA3_CONFIG, VERSION = "ra3_config.json", 4
@@ -100,7 +100,9 @@ def _read(name: str, **place: Any) -> Content | None:
     if path is None:
         return None
     with read_versioned(path, name, VERSION, "take another revision") as file:
-        content = {"settings": dict(file["settings"]), "experimental": dict(file.get("experimental", {}))}
+        file.setdefault("experimental", {})
+        require_form(file, {"settings": dict[str, Any], "experimental": dict[str, Any]})
+        content = {"settings": file["settings"], "experimental": file["experimental"]}
         for older in range(file["version"], VERSION):
             content = _MIGRATIONS[older](content)
     return content

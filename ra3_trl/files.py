@@ -1,4 +1,4 @@
-"""Files: found in a folder or on the Hub, read with their version, and written whole or not at all."""
+"""Files: found in a folder or on the Hub, read with care and their version, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 
 _ASIDE = "_incomplete-"  # what begins with `_` is never pushed
@@ -89,6 +91,89 @@ def _last_part(name: str) -> str:
     return "a folder" if last in ("", ".", "..") or last.startswith("~") else last
 
 
+# What a file that is not what it was makes readers raise. Not all `ValueError`s: ours name the file already.
+_SURPRISES = (ArithmeticError, AttributeError, LookupError, RecursionError, SafetensorError, TypeError, UnicodeError)
+DAMAGE = (*_SURPRISES, ValueError)
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """The message of an error on one line; what was read may stand in it, however long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+@contextmanager
+def naming(path: str | Path, cure: str, *more: type[Exception]) -> Iterator[None]:
+    """Names the file of which something is read inside, if it is not what it was.
+
+    Raises:
+        `ValueError`: for what a damaged file makes readers raise, and `more` errors, with the `cure`.
+    """
+    try:
+        yield
+    except (*_SURPRISES, *more) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {one_line(error)}); {cure}.") from error
+
+
+def parse_json(text: str | bytes, where: str, cure: str = "correct it") -> Any:
+    """Parses JSON that stands in `where`.
+
+    Raises:
+        `ValueError`: for what is no JSON, no UTF-8, nested too deep or a number of thousands of digits.
+    """
+    try:
+        content = json.loads(text)
+        if "\\ud" in (text if isinstance(text, str) else text.decode("utf-8", "ignore")).lower():
+            json.dumps(content, ensure_ascii=False).encode()  # halves of a character are no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged ({one_line(error)}); {cure}.") from error
+    return content
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a file that are not blank, each with words that say where it stands.
+
+    They end at newlines only: `splitlines` also cuts at separators (U+2028) that may stand within JSON's texts.
+
+    Raises:
+        `ValueError`: for what is not UTF-8.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); convert it first.") from error
+    return [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether what JSON gave is what a type hint says; a whole number will do for a `float`.
+
+    >>> is_a({"a": [1, 2.5]}, dict[str, list[float]]), is_a(True, int), is_a(None, str | None)
+    (True, False, True)
+    """
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (UnionType, Union):
+        return any(is_a(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(is_a(element, parts[0]) for element in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(is_a(k, parts[0]) and is_a(v, parts[1]) for k, v in value.items())
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return kind is Any or isinstance(value, kind)
+
+
+def require_form(content: Any, form: Mapping[str, Any]) -> None:
+    """Checks the values of a mapping against type hints by name; what else it has is let be.
+
+    Raises:
+        `TypeError`, `KeyError`: naming the field that is missing or of another type.
+    """
+    for name, hint in form.items():
+        if not is_a(content[name], hint):
+            raise TypeError(f"`{name}` is {one_line(repr(content[name]), 80)}")
+
+
 @contextmanager
 def read_versioned(path: Path, name: str, newest: int, cure: str) -> Iterator[dict[str, Any]]:
     """The JSON object of a file of `name` whose `version` (1 if it says none) is at most `newest`, to be read inside.
@@ -96,16 +181,16 @@ def read_versioned(path: Path, name: str, newest: int, cure: str) -> Iterator[di
     Raises:
         `ValueError`: for a newer version, and for what is damaged or lacks what is looked for inside, with the `cure`.
     """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if content.setdefault("version", 1) > newest:
+    where = f"{path.name} of {name!r}"
+    content = parse_json(path.read_bytes(), where, cure)
+    with naming(where, cure):
+        if not is_a(content.setdefault("version", 1), int):
+            raise TypeError(f"`version` is {one_line(repr(content['version']), 80)}")
+        if content["version"] > newest:
             raise ValueError(
-                f"{path.name} of {name!r} is of version {content['version']}, and this ra3-trl reads up to {newest}; "
-                "upgrade ra3-trl."
+                f"{where} is of version {content['version']}, and this ra3-trl reads up to {newest}; upgrade ra3-trl."
             )
         yield content
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} of {name!r} is damaged ({error!r}); {cure}.") from error
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .kinds import checked
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -62,6 +64,7 @@ class Action:
         return self.boundary.close
 
 
+@checked
 @dataclass(frozen=True)
 class Document:
     """Holds a chunk of expert text on its natural tokenization.
@@ -77,8 +80,8 @@ class Document:
     input_ids: tuple[int, ...]
     actions: tuple[Action, ...]
     context: int  # first tokens that are conditioned on and never trained: BOS, a prompt, the chunk before's last one
-    # "actions", or why the text gets plain next-token training: "plain" does not tokenize as this format, "lossy" is
-    # not given back by the tokenizer.
+    # "actions", or why the text gets plain next-token training: "plain" is not of this format, "untokenized" parses
+    # and does not tokenize, "lossy" is not given back by the tokenizer.
     status: str = "actions"
 
     @property
@@ -98,6 +101,7 @@ class Document:
         return self.input_ids[self.actions[boundary].start : last.end]
 
 
+@checked
 @dataclass(frozen=True)
 class Latent:
     """Holds a sampled rationale, without think prefix, stop and closure."""
@@ -108,6 +112,7 @@ class Latent:
     kept: tuple[torch.Tensor, ...] | None = None  # ids of the kept set at each step, under truncated sampling
 
 
+@checked
 @dataclass(frozen=True)
 class RolloutGroup:
     """Holds what an engine finds out about one document.
@@ -164,6 +169,7 @@ class PolicyLogProbs:
     router: torch.Tensor | None = None  # weighted router loss of the forward, of a mixture of experts
 
 
+@checked
 @dataclass(frozen=True)
 class AnnotatedExample:
     """Holds a document with latents spliced in: what the M-step trains on."""
@@ -185,10 +191,10 @@ class TokenTable:
 
     stop_ids: torch.Tensor  # newline-bearing and end-of-text tokens: together ONE stop symbol, the first of them
     blank_V: torch.Tensor  # tokens that may not begin a latent: it would, or could, be blank
-    # UTF-8 automaton over whole tokens, state 0 between characters; -1 forbids: invalid UTF-8, a control character,
-    # a special token, an id outside the tokenizer.
+    # Automaton over whole tokens, state 0 at the start; -1 forbids: invalid UTF-8, a text that the format forbids, a
+    # control character, a special token, an id outside the tokenizer.
     next_state_SV: torch.Tensor
-    pending_S: torch.Tensor  # bytes that a state of it still waits for
+    pending_S: torch.Tensor  # bytes that a state of it still waits for; 0 is between characters
     token_bytes: tuple[bytes | None, ...]
     eos_token_id: int
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
+from .kinds import shown
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -31,12 +33,6 @@ class Refusal:
     def message(self, name: str, value: Any) -> str:
         """What to say to who set `name` to `value`."""
         return f"`{name}` is {shown(value)}, which RA3 does not take: {self.not_here}; {self.instead}."
-
-
-def shown(value: Any) -> str:
-    """A value in a message: short ones as they are, others by their type."""
-    plain = value is None or isinstance(value, (str, bool, int, float, list, tuple, dict))
-    return text if plain and len(text := repr(value)) <= 60 else f"a {type(value).__name__}"
 
 
 _GRAPHS = "forwards change their length at each update and carry branches, so graphs would be built anew"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,12 +17,22 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from .config import RA3Config
 from .losses import Returns
 from .policy import token_text
-from .records import RolloutGroup
+from .records import Document, RolloutGroup
 from .rollout import horizon_lines
 
 
 LIKELIHOOD = "log_likelihood"
-RewardFunc = Callable[..., Sequence[float | None]]
+RewardFunc = Callable[..., Any]  # numbers or `None`, one for each latent; or a coroutine of them
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of a group's latents: returns under the whole of it, its `terms` `[T, G]`, not weighted, and columns
+    that functions logged `extra`, one value for each latent."""
+
+    returns: Returns
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
 
 
 class RewardPlugIns:
@@ -29,9 +44,16 @@ class RewardPlugIns:
     - `completions` (`str`), `completion_ids` (`list[int]`): the latent;
     - `expert_lines` (`str`): the lines that the latent is credited with;
     - `log_likelihood`, `log_likelihood_no_think` (`float`): return of these lines with and without the latent, nats;
-    - `trainer_state` ([`~transformers.TrainerState`]): not a list.
+    - each other column of the training data, the document's cell for each latent (of a stream none);
 
-    It takes `**kwargs`, since more may come, and returns one number for each latent; `None` counts as 0.
+    and with what TRL's `GRPOTrainer` gives besides:
+
+    - `trainer_state` ([`~transformers.TrainerState`]);
+    - `log_metric` (`Callable[[str, float], None]`): logs a number, averaged over calls;
+    - `log_extra` (`Callable[[str, list], None]`): adds a column of one value for each latent to the tables of latents.
+
+    It takes `**kwargs`, since more may come, and returns one number for each latent; `None` counts as 0. Coroutine
+    functions run side by side.
 
     Args:
         funcs (`Sequence[Callable]`):
@@ -46,7 +68,7 @@ class RewardPlugIns:
             Lines that a latent is credited with.
 
     Raises:
-        `ValueError`: for a coroutine function, two functions of one name, or a wrong number of weights.
+        `ValueError`: for what is no function, two of one name, or a wrong number of weights.
     """
 
     def __init__(
@@ -66,8 +88,6 @@ class RewardPlugIns:
                 f"other than {LIKELIHOOD!r}: set `__name__`."
             )
         for name, func in self.funcs.items():
-            if inspect.iscoroutinefunction(func):
-                raise ValueError(f"`reward_funcs`: {name} is a coroutine function; pass a plain one.")
             if not _takes_anything(func):
                 raise ValueError(
                     f"`reward_funcs`: {name} takes no `**kwargs`; let it, since more may be given than it names."
@@ -84,6 +104,8 @@ class RewardPlugIns:
         self.tokenizer = tokenizer
         self.horizon = horizon
         self.state: TrainerState | None = None
+        self.log_metric: Callable[[str, float], Any] = lambda name, value: None
+        self.columns_of: Callable[[Document], dict[str, Any]] = lambda document: {}
 
     @classmethod
     def of(
@@ -95,16 +117,15 @@ class RewardPlugIns:
             return None
         return cls(several, args.reward_weights, args.likelihood_weight, tokenizer, args.horizon)
 
-    def __call__(self, group: RolloutGroup, returns: Returns) -> tuple[Returns, dict[str, torch.Tensor]]:
-        """Returns under the whole reward, and its terms `[T, G]`, not weighted."""
-        terms = {LIKELIHOOD: returns.latent_TG}
+    def __call__(self, group: RolloutGroup, returns: Returns) -> Reward:
+        """The whole reward of a group's latents."""
+        terms, extra = {LIKELIHOOD: returns.latent_TG}, dict[str, list]()
         if group.boundaries:
-            columns = self._columns(group, returns)
-            terms |= {name: self._call(name, columns, returns.latent_TG) for name in self.funcs}
+            terms |= self._call(self._columns(group, returns), returns.latent_TG, extra)
         latent_TG = self.likelihood_weight * returns.latent_TG
         for name, weight in self.weights.items():
             latent_TG = latent_TG + weight * terms.get(name, 0.0)
-        return Returns(self.likelihood_weight * returns.act_T, latent_TG), terms
+        return Reward(Returns(self.likelihood_weight * returns.act_T, latent_TG), terms, extra)
 
     def _columns(self, group: RolloutGroup, returns: Returns) -> dict[str, Any]:
         ids, actions = group.document.input_ids, group.document.actions
@@ -120,10 +141,28 @@ class RewardPlugIns:
             columns["completion_ids"] += [list(z.token_ids) for z in row]
         columns["log_likelihood"] = returns.latent_TG.flatten().tolist()
         columns["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
-        return columns | {"trainer_state": self.state}
+        of_row = {k: v for k, v in self.columns_of(group.document).items() if k not in ("prompt", "completion")}
+        of_row = {name: [value] * returns.latent_TG.numel() for name, value in of_row.items()}
+        return of_row | columns
 
-    def _call(self, name: str, columns: dict[str, Any], like_TG: torch.Tensor) -> torch.Tensor:
-        returned = self.funcs[name](**columns)
+    def _call(self, columns: dict[str, Any], like_TG: torch.Tensor, extra: dict[str, list]) -> dict[str, torch.Tensor]:
+        """What each function says, `[T, G]`; `extra` gets the columns that they log. Coroutines run side by side."""
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            if len(values) != like_TG.numel():
+                raise ValueError(
+                    f"`log_extra` gets {len(values)} values of {column!r} for {like_TG.numel()} latents; one each."
+                )
+            extra[column] = list(values)
+
+        told = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": log_extra}
+        returned = {name: func(**columns | told) for name, func in self.funcs.items()}
+        pending = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+        if pending:
+            returned |= zip(pending, _wait_for(list(pending.values())), strict=True)
+        return {name: self._numbers(name, value, like_TG) for name, value in returned.items()}
+
+    def _numbers(self, name: str, returned: Any, like_TG: torch.Tensor) -> torch.Tensor:
         try:
             values = torch.tensor([0.0 if value is None else float(value) for value in returned], dtype=like_TG.dtype)
         except (TypeError, ValueError) as error:
@@ -137,6 +176,22 @@ class RewardPlugIns:
                 "return one finite number (or None) for each."
             )
         return values.view_as(like_TG)
+
+
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of a `process`'s coroutines, in a thread of its own, as a notebook's thread has a loop that runs. One
+    for all calls, since clients that coroutines keep are bound to theirs."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="ra3-rewards", daemon=True).start()
+    return loop
+
+
+def _wait_for(pending: Sequence[Awaitable[Any]]) -> list[Any]:
+    async def together() -> list[Any]:
+        return await asyncio.gather(*pending)
+
+    return asyncio.run_coroutine_threadsafe(together(), _event_loop(os.getpid())).result()
 
 
 def _takes_anything(func: RewardFunc) -> bool:

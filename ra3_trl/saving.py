@@ -16,6 +16,7 @@ from .em import EMLoop, Schedule, rotate, run_settings, written_whole
 from .em.data import Cutter
 from .files import written_aside
 from .hub import HubMixin
+from .kinds import check_kind
 from .models import HEAD_WEIGHTS, save_head
 from .policy import Policy
 
@@ -46,6 +47,7 @@ class SavingMixin(HubMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint, whole or not at all, with the abstraction head and `ra3_config.json` beside it; the
         latter stands for `training_args.bin`, a pickle that holds the Hub's token."""
+        check_kind("output_dir", output_dir, str | Path | None)
         if not self.args.should_save:  # there for the sake of weights that are gathered
             super()._save(output_dir, state_dict)
             return
@@ -58,8 +60,10 @@ class SavingMixin(HubMixin):
 
     # Private, since `Trainer` writes in place and deletes older checkpoints by itself.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there."""
+        """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there. A card
+        goes into `output_dir` with each, as TRL's trainers write it."""
         run, writes = Path(self._get_output_dir(trial)), self.args.should_save
+        self.create_model_card(model_name=Path(self.args.hub_model_id or str(self.args.output_dir)).name)
         with written_whole(self.args, run, self.state) as folder:
             super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -39,22 +41,38 @@ def check_trackers(report_to: str | Sequence[str] | None) -> None:
             )
 
 
-def check_best_metric(metric: str | None, eval_sets: Iterable[str]) -> None:
-    """Refuses a `metric_for_best_model` that no evaluation set has: transformers would at the first evaluation.
+_OF_TRAINER = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def check_best_metric(metric: str | None, eval_dataset: Any, measured: Iterable[str]) -> None:
+    """Refuses a `metric_for_best_model` that no evaluation has: transformers would at the first evaluation.
 
     Args:
         metric (`str`, *optional*):
             `metric_for_best_model`, with or without `eval_`.
-        eval_sets (`Iterable[str]`):
-            Keys of the dict of evaluation sets; none for a single set.
+        eval_dataset (`Any`):
+            What is evaluated: `None`, a set, or a dict of sets.
+        measured (`Iterable[str]`):
+            What is measured on a set.
 
     Raises:
-        `ValueError`: if the metric is of none of several sets.
+        `ValueError`: naming a metric that might have been meant.
     """
-    names = list(eval_sets)
-    if metric is None or not names or metric.removeprefix("eval_").startswith(tuple(f"{name}_" for name in names)):
+    if metric is None or eval_dataset is None:
         return
-    choices = ", ".join(repr(f"eval_{name}_elbo") for name in names)
+    sets = eval_dataset if isinstance(eval_dataset, dict) else ()
+    prefixes, names = [f"{name}_" for name in sets] or [""], [*measured]
+    name = metric.removeprefix("eval_")
+    if any(name == prefix + of for prefix in prefixes for of in [*names, *_OF_TRAINER]):
+        return
+    if sets and name in names:
+        choices = ", ".join(repr(f"eval_{prefix}{name}") for prefix in prefixes)
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but each set of `eval_dataset` has its own: use {choices}."
+        )
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.7) or ["elbo"]
     raise ValueError(
-        f"`metric_for_best_model` is {metric!r}, but each set of `eval_dataset` has its own: use {choices}."
+        f"`metric_for_best_model` is {metric!r}, which is not measured; use one of {', '.join(map(repr, names))}, "
+        f"such as {f'eval_{prefixes[0]}{near[0]}'!r}. What a callback measures in `on_evaluate` is taken, if the "
+        "callback is passed as one of `callbacks`."
     )

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from .arguments import check_training, read_arguments
+from .arguments import check_callback, check_training, measures_more, read_arguments
 from .config import RA3Config
 from .em import (
     Batch,
@@ -53,12 +53,13 @@ from .em import (
     stream_loader,
 )
 from .generation import AutoModelForCausalLMWithAbstractionHead
+from .kinds import check_kind
 from .models import (
     check_trainable,
     prepare_model,
     state_width,
 )
-from .policy import OWN_LATENTS, Policy, Proposer
+from .policy import HELD_OUT, OWN_LATENTS, Policy, Proposer
 from .refusals import refuse_arguments
 from .report import LatentLog, PhaseProgressCallback, evaluated_batch, evaluation_bar, show_table
 from .rewards import RewardFunc, RewardPlugIns
@@ -128,6 +129,11 @@ class RA3MidTrainer(SavingMixin, Trainer):
 
     save_total_limit: int | None = None  # `args.save_total_limit`, which `Trainer` is not told: it deletes in place
 
+    # What `evaluate` gives, without its prefix; `entropy` and what follows as in `SFTTrainer`.
+    measured: ClassVar[tuple[str, ...]] = (
+        *HELD_OUT, "loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"
+    )  # fmt: skip
+
     compute_loss_in: ClassVar[str | None] = None  # a subclass that overrides `compute_loss` says "M": not in E-phases
 
     def __init__(
@@ -149,12 +155,13 @@ class RA3MidTrainer(SavingMixin, Trainer):
     ):
         refuse_arguments(others, RA3Config.__dataclass_fields__, signature(RA3MidTrainer).parameters)
         optimizers = (None, None) if optimizers is None else optimizers
-        check_training(callbacks, optimizers, optimizer_cls_and_kwargs, formatting_func)
+        check_training(callbacks, optimizers, optimizer_cls_and_kwargs, formatting_func, peft_config)
         start = read_arguments(type(self), model, args, processing_class, quantization_config)
         args, tokenizer, head = start.args, start.tokenizer, start.head
         check_overridden(args, type(self), RA3MidTrainer)
         check_trackers(args.report_to)
-        check_best_metric(args.metric_for_best_model, eval_dataset if isinstance(eval_dataset, dict) else ())
+        if not measures_more(type(self), callbacks):
+            check_best_metric(args.metric_for_best_model, eval_dataset, self.measured)
         model = prepare_model(start.model, tokenizer, args, peft_config, find_format(args.action_format).tags)
         if train_dataset is not None:
             check_trainable(model)
@@ -166,6 +173,8 @@ class RA3MidTrainer(SavingMixin, Trainer):
         self.cut = Cutter(self.policy, formatting_func)
         self.source_dataset = train_dataset  # as it was given: its licences, and what is annotated for the Hub
         train_dataset, eval_dataset = self.cut(train_dataset, "train"), self.cut(eval_dataset, "eval")
+        if plug_ins is not None:
+            plug_ins.columns_of = self.cut.columns_of
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total
@@ -207,6 +216,11 @@ class RA3MidTrainer(SavingMixin, Trainer):
 
     # ---- set-up ----
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """As `Trainer`'s; TRL's callbacks that write completions need prompts in `eval_dataset`."""
+        check_callback(callback)
+        super().add_callback(callback)
+
     def make_proposer(self, args: RA3Config, trains: bool) -> Proposer:
         """Where latents come from: the policy itself. An experimental trainer may say otherwise; `self.policy` is
         there by then.
@@ -225,6 +239,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
         Raises:
             `ValueError`: for a checkpoint that this run can't go on from exactly; nothing is written then.
         """
+        check_kind("resume_from_checkpoint", resume_from_checkpoint, str | Path | bool | None)
         settle(Path(str(self.args.output_dir)), self.args.should_save)
         self.following.resumed_from = folder = resumed_folder(resume_from_checkpoint, str(self.args.output_dir))
         if folder is not None:  # of `True` without any, `Trainer.train` says so
@@ -315,8 +330,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Next-token loss of an M-update, and of `evaluate`; `inputs` are the model's, with `labels`. A subclass may
         override it as that of `SFTTrainer`."""
-        loss = self.loop.next_token(model, inputs, num_items_in_batch)
-        return (loss, model(**inputs, use_cache=False)) if return_outputs else loss
+        return self.loop.next_token(model, inputs, num_items_in_batch, return_outputs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Mixed precision for the engines, which call decoder and head apart; accelerate wraps `model.forward`."""
@@ -364,6 +378,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
             found, num_documents = evaluate_batches(
                 self.loop, dataloader, loss_of, done, self.is_in_train, progress=progress
             )
+        found["num_tokens"] = self.state.num_input_tokens_seen  # of training so far, as in `SFTTrainer`
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if metric_key_prefix.startswith("eval"):
             self.evaluations.append({**metrics, "step": self.state.global_step})

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from ra3_trl.segmentation import build_token_table
+from ra3_trl.segmentation import PYTHON, build_token_table
 
 
 def plain_forward(model, ids) -> torch.Tensor:
@@ -89,13 +89,14 @@ class SlowPath:
         self.data = bytes_of(tokenizer)
         newline = [i for i, b in enumerate(self.data) if b is not None and b"\n" in b]
         self.stop_ids = [*newline, tokenizer.eos_token_id]
+        self.forbidden = PYTHON.forbidden_bytes
         self.blank = build_token_table(tokenizer, len(tokenizer)).blank_V.tolist()  # judged in test_tokens.py
 
     def symbols(self, prefix, latent) -> torch.Tensor:
         """Log-probs `[V]` of the next symbol after `prefix + latent`; the stop symbol stands at `stop_ids[0]`."""
         scaled = plain_logits(self.model, [*prefix, *latent]) / self.temperature
-        so_far = b"".join(self.data[i] for i in latent)
-        so_far = b"" if pending_bytes(so_far) == 0 else so_far
+        whole = b"".join(self.data[i] for i in latent)
+        so_far = b"" if pending_bytes(whole) == 0 else whole
         left = self.max_length - len(latent) - 1
         out = torch.full_like(scaled, float("-inf"))
         for i, b in enumerate(self.data):
@@ -103,6 +104,8 @@ class SlowPath:
                 continue
             waits = pending_bytes(so_far + b)
             if waits is None or waits > left or (not latent and self.blank[i]):
+                continue
+            if any(text in whole + b for text in self.forbidden):
                 continue
             out[i] = scaled[i]
         if latent and pending_bytes(so_far) == 0:

@@ -232,22 +232,6 @@ def test_what_slurm_is_asked_for(corpus, tmp_path):
 
 
 @needs_datatrove
-@pytest.mark.slow
-def test_what_slurm_would_run(corpus, tmp_path):
-    """Both tasks of the array, each as the nodes start it: from the pickle, away from the examples."""
-    for name, body in {"sbatch": 'echo "Submitted batch job 7"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    script("slurm.py", corpus, tmp_path / "out", "--partition", "gpu", PATH=path)
-    launch = [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", "out/logs/executor.pik"]
-    for task in "01":
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_ID": task}
-        subprocess.run(launch, cwd=tmp_path, env=env, check=True, capture_output=True)
-    assert_same_documents(tmp_path / "out", by_command(corpus, tmp_path))
-
-
-@needs_datatrove
 @needs_ray
 @pytest.mark.slow
 def test_a_pipeline_on_ray(corpus, tmp_path):

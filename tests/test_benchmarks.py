@@ -78,9 +78,10 @@ def test_proposals(capsys, tmp_path, tiny_model, tokenizers):
 
 
 @pytest.mark.slow  # a timing
+@pytest.mark.timeout(600)
 def test_annotation(capsys, folder):
     """20 kills lose and double nothing."""
-    words = ["--documents", "8", "--num_latents", "2", "--latent_tokens", "3", "--soak_documents", "200"]
+    words = ["--documents", "4", "--num_latents", "2", "--latent_tokens", "3", "--soak_documents", "60"]
     main(["annotate", "--json", "--model", str(folder), *words, "--kill_documents", "40"])
     found = json.loads(capsys.readouterr().out)
     assert (found["kills"], found["rows_lost"], found["rows_doubled"], found["finished_shards_redone"]) == (

@@ -15,13 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
+    GenerationConfig,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
 )
 from transformers.trainer_callback import CallbackHandler
-from trl import RichProgressCallback
+from trl import LogCompletionsCallback, RichProgressCallback
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.em import Schedule
@@ -46,14 +47,18 @@ def make(tmp_path, tokenizers, tiny_model):
             "save_strategy": "no", "report_to": "none", "log_latents_steps": 0, "disable_tqdm": True, "use_cpu": True,
         }  # fmt: skip
         args = RA3Config(**defaults | settings)
-        rows = {name: Dataset.from_dict({"text": of_set}) for name, of_set in _sets(eval_texts).items()}
+        rows = {name: _rows(of_set) for name, of_set in _sets(eval_texts).items()}
         evaluation = rows if isinstance(eval_texts, dict) else rows.get("")
-        train = None if texts is None else Dataset.from_dict({"text": texts})
+        train = None if texts is None else _rows(texts)
         return RA3MidTrainer(
             tiny_model("llama", tokenizer), args, train, evaluation, tokenizer, callbacks=callbacks or []
         )
 
     return trainer
+
+
+def _rows(data):
+    return Dataset.from_dict({"text": data}) if isinstance(data, list) else data
 
 
 def _sets(eval_texts) -> dict[str, list[str]]:
@@ -167,7 +172,7 @@ def test_a_callback_that_raises_leaves_whole_checkpoints(make, tmp_path):
     trainer = make(callbacks=[Raises()], save_strategy="steps", save_steps=1)
     with pytest.raises(RuntimeError, match="own mistake"):
         trainer.train()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["README.md", "checkpoint-1"]
     resumed = make()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
@@ -260,6 +265,62 @@ def test_the_metric_must_be_of_one_set(make, tmp_path, of):
     with pytest.raises(ValueError, match=f"`metric_for_best_model` is '{of}'.*'eval_a_elbo'"):
         make(eval_texts={"a": TEXTS[:1], "b": TEXTS[1:2]}, metric_for_best_model=of)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("of", ["accuracy", "eval_los", "elbo_hindsight"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_metric_must_be_measured(make, tmp_path, of, stream):
+    """A name that no evaluation gives would be a `KeyError` of transformers at the first one."""
+    data = Dataset.from_dict({"text": TEXTS[:1]})
+    data = data.to_iterable_dataset() if stream else data
+    with pytest.raises(
+        ValueError, match=f"`metric_for_best_model` is '{of}', which is not measured; use one of 'ce', "
+    ):
+        make(eval_texts=data, metric_for_best_model=of)
+    assert not (tmp_path / "run").exists()
+    make(eval_texts=data, metric_for_best_model=of, callbacks=[Measures()])
+    with pytest.raises(ValueError, match="such as 'eval_loss'"):
+        make(eval_texts=data, metric_for_best_model="eval_los", callbacks=[EarlyStoppingCallback()])
+
+
+class Measures(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics |= {"eval_accuracy": 0.5, "eval_los": 0.5, "eval_elbo_hindsight": 0.5}
+
+
+def test_all_that_an_evaluation_gives_can_be_the_metric(make):
+    of_trainer = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
+    found = {name.removeprefix("eval_") for name in make().evaluate()} - of_trainer
+    assert found == set(RA3MidTrainer.measured) - {"aux_loss"}  # of a mixture of experts
+
+
+def test_completions_are_logged_by_trls_callback(make, tmp_path):
+    """Its table has what the model goes on with behind each prompt of the evaluation set, in E-phases too."""
+    pairs = Dataset.from_dict({"prompt": [t[:9] for t in TEXTS[:3]], "completion": [t[9:] for t in TEXTS[:3]]})
+    trainer = make(texts=pairs, eval_texts=pairs, e_steps=1, m_steps=1)
+    callback = LogCompletionsCallback(trainer, GenerationConfig(max_new_tokens=2), num_prompts=2, freq=1)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.processing_class.padding_side = "right"  # the callback has changed it
+    assert [(step, prompt) for step, prompt, _ in callback.table] == [
+        (step, prompt) for step in "12" for prompt in pairs["prompt"][:2]
+    ]
+    for data, words in ((None, "has no column `prompt`"), ({"a": pairs}, "is a dict")):
+        trainer = make(eval_texts=data or TEXTS[:2])
+        with pytest.raises(ValueError, match=f"`callback` is a LogCompletionsCallback, .* {words}"):
+            trainer.add_callback(LogCompletionsCallback(trainer, freq=1))
+
+
+def test_a_card_goes_with_each_save(make, tmp_path):
+    """In `output_dir`, of the run as it is then; on a push it is not made twice."""
+    cards = []
+
+    class Reads(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            cards.append((tmp_path / "run" / "README.md").read_text())
+
+    make(save_strategy="steps", save_steps=1, callbacks=[Reads()]).train()
+    assert len(cards) == 3 and cards[0] != cards[1] and all("run" in card for card in cards)
 
 
 def test_a_rich_bar_and_an_evaluation_alone(make):

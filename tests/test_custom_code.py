@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from conftest import needs_bwrap
 
 from ra3_trl import AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.cli import train
@@ -57,6 +59,20 @@ def test_commands_that_open_a_checkpoint(folder, tmp_path, command):
         "diagnose": [folder, str(tmp_path / "code")],
     }[command]
     assert main([command, *words, "--trust_remote_code"]) == 0
+
+
+@needs_bwrap
+def test_commands_that_draw_samples(folder, tmp_path, monkeypatch):
+    """`evaluate` draws, `compare` takes its results and draws and measures the checkpoint besides."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("def f(x):\n    y = x + 1\n    y -= 2\n    return y\n")
+    task = {"task_id": "T/0", "prompt": "def f(x):\n", "test_list": ["assert f(1) == 1"], "entry_point": "f"}
+    Path("toy.jsonl").write_text(json.dumps(task) + "\n")
+    drawn = ["--task", "toy.jsonl", "--max_new_tokens", "2", "--dtype", "float32", "--trust_remote_code"]
+    assert main(["evaluate", folder, *drawn, "--output_dir", "results/ours"]) == 0
+    assert main(["compare", folder, "results/ours", *drawn, "--code_dir", "code", "--dataset_split", "train"]) == 0
+    assert "ce" in json.loads(Path("results/compare-toy/compare.json").read_text())["models"]["base"]["cross_entropy"]
 
 
 def test_training(folder):

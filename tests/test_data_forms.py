@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
+from ra3_trl.hub import annotate_dataset
 from ra3_trl.records import Document, Latent
 from ra3_trl.segmentation import PYTHON, RowForms, Segmenter, row_to_document, segment_dataset, splice
 from ra3_trl.versions import CHECKPOINTING
@@ -85,14 +86,17 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_trained_is_what_sft_trains_on(name, chat, tiny_model, make_sft, make_ours):
+OTHERS = [("messages", "qwen3_moe"), ("prompt and completion", "gemma2")]
+
+
+@pytest.mark.parametrize(("name", "architecture"), [*((name, "llama") for name in CASES), *OTHERS])
+def test_what_is_trained_is_what_sft_trains_on(name, architecture, chat, tiny_model, make_sft, make_ours):
     """Losses and weights after 20 updates, float32, at most 1e-5 apart."""
     template, rows, of_sft, of_ours = CASES[name]
     tokenizer = chat(template)
     data = Dataset.from_list(given(CODE, tokenizer) if rows is None else rows)
-    sft = make_sft(tiny_model("llama", tokenizer), copy.deepcopy(tokenizer), data, **of_sft)
-    ours = make_ours(tiny_model("llama", tokenizer), copy.deepcopy(tokenizer), data, **of_ours)
+    sft = make_sft(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_sft)
+    ours = make_ours(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_ours)
     wanted = [
         [(i, label != -100) for i, label in zip(r["input_ids"], r["labels"], strict=True)] for r in sft.train_dataset
     ]
@@ -194,6 +198,32 @@ def test_tokens_are_the_text_they_are_of(chat, kind):
     assert [masked.actions[b].boundary for b in masked.boundaries] == [
         wanted.actions[b].boundary for b in wanted.boundaries if wanted.actions[b].start >= 6
     ]
+
+
+@pytest.mark.parametrize("template", [QWEN, LLAMA, PLAIN], ids=["patched", "marked", "rendered"])
+@pytest.mark.parametrize("kind", ["newline_indent", "sentencepiece"])
+def test_conversations_are_annotated(chat, tiny_model, make_ours, template, kind):
+    """The text of a row is the conversation as the template writes it, with latents in the assistant's turns; so of
+    texts that hold special tokens, and of tokens."""
+    tokenizer = chat(template, kind)
+    texts = [f"{code}<|im_end|>\nz = 1\nz += 2\n{tokenizer.eos_token}" for code in CODE]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for rows in (MESSAGES, HALVES, [{"text": text} for text in texts], [{"input_ids": row} for row in ids]):
+        settings = {"e_steps": 1, "m_steps": 1, "max_steps": -1, "prior_alpha": 0.5, "max_length": 256}
+        ours = make_ours(tiny_model("llama", tokenizer), tokenizer, Dataset.from_list(rows), **settings)
+        annotated = annotate_dataset(ours.policy, Dataset.from_list(rows))
+        latents = [latent for row in annotated for latent in row["latents"]]
+        assert latents and all(row["num_boundaries"] for row in annotated)
+        for i, row in enumerate(annotated):
+            lines = row["annotated_text"].split("\n")
+            for latent in reversed(row["latents"]):
+                assert lines.pop(latent["line"] - 1).strip() == f"#{latent['text']}".strip()
+            whole = rows[i].get("messages") or rows[i].get("prompt", []) + rows[i].get("completion", [])
+            wanted = tokenizer.apply_chat_template(whole, tokenize=False) if whole else texts[i]
+            text = "\n".join(lines)
+            if "input_ids" in rows[i]:  # SentencePiece's tokens do not say that no space stood behind a special one
+                text = text.replace("<|im_end|> ", "<|im_end|>")
+            assert text.strip() == wanted.strip()
 
 
 # ---- containers ----

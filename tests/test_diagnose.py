@@ -18,6 +18,7 @@ from ra3_trl.analysis import (
     iteration_bound,
     measure_pruning,
 )
+from ra3_trl.cli.diagnose import _holds_code
 from ra3_trl.cli.main import main
 from ra3_trl.evaluation.diagnose import DiagnosisSettings, _alternatives, _Lines, diagnose
 from ra3_trl.evaluation.thoughts import advice, compare_thoughts, kept_boundaries
@@ -286,6 +287,14 @@ def test_bad_input_is_refused(places, capsys, words, says, tmp_path):
         (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     assert main(["diagnose", *places, *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_folders_of_code(tmp_path):
+    (tmp_path / "m.py").write_text("x = 1\n")
+    assert _holds_code(tmp_path) and not _holds_code(tmp_path / "m.py") and not _holds_code(tmp_path / "none")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.parquet").touch()
+    assert not _holds_code(tmp_path)
 
 
 def test_an_annotated_corpus(places, tmp_path, capsys):

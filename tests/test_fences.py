@@ -106,6 +106,9 @@ ANSWERS = {
     "a draft first": f"{F}py\ndef add(a, b):\n    return a - b\n{F}\nBetter:\n{F}py\n{GOOD}{F}",
     "a draft in thought": f"<think>\n{F}py\ndef add(a, b): return 0\n{F}\n</think>\n{F}py\n{GOOD}{F}\n",
     "no fence behind thought": f"<think>\n{F}py\ndef add(a, b): return 0\n{F}\n</think>\n{GOOD}",
+    "prose before": f"Here you are. It's short:\n\n{GOOD}",
+    "prose around": f"Import what it needs:\n\nimport math\n\n\n{GOOD}\nThis adds the two, and that's all.\n- done\n",
+    "prose that begins like code": f"from what I see, this will do:\nimport nothing else.\n\n{GOOD}",
     "tags": f"<answer>\n{F}py\n{GOOD}{F}\n</answer>",
 }
 
@@ -118,6 +121,17 @@ def test_right_programs_are_right_in_any_fence(name):
         space: dict = {}
         exec(extract_program([{"role": "user", "content": "Write add(a, b)."}], completion), space)
         assert space["add"](1, 2) == 3
+
+
+@pytest.mark.parametrize("text", [
+    f"Here:\n{GOOD}\ndef more(",  # cut off
+    f"Here:\n{GOOD}    return (\n",
+    "Here:\nimport math\nThat is all.\n",
+    "No program at all.",
+    "Done",  # Python, whatever it does
+])  # fmt: skip
+def test_what_is_no_whole_program_amid_prose_stays_as_it_is(text):
+    assert extract_program([{"role": "user", "content": "Write add(a, b)."}], text) == text
 
 
 @pytest.mark.parametrize(

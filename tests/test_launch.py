@@ -19,7 +19,8 @@ from ra3_trl.cli import launch, main, train
 FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 FILES = {
     "single": ("NO", 1), "multi_process": ("MULTI_GPU", 2), "multi_gpu": ("MULTI_GPU", 2), "fsdp2": ("FSDP", 2),
-    "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 2),
+    "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 2), "multi_node": ("MULTI_GPU", 16),
+    "multi_node_fsdp2": ("FSDP", 16), "multi_node_zero3": ("DEEPSPEED", 16),
 }  # fmt: skip
 
 
@@ -39,9 +40,12 @@ def test_accelerate_reads_the_file(name):
     assert f"--accelerate_config examples/accelerate_configs/{name}.yaml" in comment
     assert ("ntested" in comment) == (name not in ("single", "multi_process"))  # the two that run on this machine
     assert config.use_cpu == (name == "multi_process")
-    if name.startswith("zero"):
+    nodes = 2 if name.startswith("multi_node") else 1
+    assert (config.num_machines, config.num_processes // nodes) == (nodes, 8 if nodes == 2 else FILES[name][1])
+    assert ("--machine_rank 0" in comment) == (nodes == 2)
+    if "zero" in name:
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
-    if name == "fsdp2":
+    if "fsdp2" in name:
         assert config.fsdp_config["fsdp_version"] == 2
 
 

@@ -136,9 +136,10 @@ def test_a_head_that_knows_nothing_of_these_boundaries_is_left_out(base, config)
 
 
 def numbers_of(trainer) -> dict[str, float]:
-    """`trainer.evaluate()` without its prefix, and without what is no number of the policy's (`loss` is SFT's)."""
+    """`trainer.evaluate()` without its prefix, and without what is no number of the policy's (these are SFT's)."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    metrics.pop("loss")
+    for name in ("loss", "mean_token_accuracy", "entropy", "num_tokens"):
+        metrics.pop(name)
     return {name: value for name, value in metrics.items() if "runtime" not in name and "per_second" not in name
             and name != "epoch"}  # fmt: skip
 

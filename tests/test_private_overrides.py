@@ -11,7 +11,7 @@ import pytest
 from transformers import Trainer
 
 from ra3_trl import RA3MidTrainer
-from ra3_trl.hub import HubMixin
+from ra3_trl.hub import HubMixin, PushMixin
 from ra3_trl.saving import SavingMixin
 
 
@@ -34,12 +34,17 @@ OVERRIDDEN = {
 
 
 def test_no_other_private_method_is_overridden():
-    own = {name for cls in (RA3MidTrainer, SavingMixin, HubMixin) for name in vars(cls) if not name.startswith("__")}
+    own = {
+        name
+        for cls in (RA3MidTrainer, SavingMixin, HubMixin, PushMixin)
+        for name in vars(cls)
+        if not name.startswith("__")
+    }
     assert {name for name in own if name.startswith("_") and name in dir(Trainer)} == set(OVERRIDDEN)
 
 
-def test_the_mixins_are_two_in_a_row():
-    assert RA3MidTrainer.__mro__[1:4] == (SavingMixin, HubMixin, Trainer)
+def test_the_mixins_are_three_in_a_row():
+    assert RA3MidTrainer.__mro__[1:5] == (SavingMixin, HubMixin, PushMixin, Trainer)
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
@@ -57,7 +62,7 @@ def test_checkpoints_are_written_where_output_dir_says():
 
 def test_each_has_its_reason_beside_it():
     """A comment above the method says why there is no public way."""
-    for cls in (RA3MidTrainer, SavingMixin, HubMixin):
+    for cls in (RA3MidTrainer, SavingMixin, HubMixin, PushMixin):
         lines = inspect.getsource(cls).split("\n")
         for name in OVERRIDDEN:
             at = next((i for i, line in enumerate(lines) if line.startswith(f"    def {name}(")), None)

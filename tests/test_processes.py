@@ -6,14 +6,18 @@ longer than the scenarios. Both launches assert their world size.
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import furthest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ra3_trl import RA3Config
@@ -22,9 +26,10 @@ from ra3_trl.versions import TRANSFORMERS
 
 
 HERE = Path(__file__).parent
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file",
-          str(HERE.parent / "examples" / "accelerate_configs" / "multi_process.yaml")]  # fmt: skip
+CONFIGS = HERE.parent / "examples" / "accelerate_configs"
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_process.yaml")]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return -y\n" for i in range(16)]
 SHARDS = TRANSFORMERS >= (5, 22)
 needs_shards = pytest.mark.skipif(not SHARDS, reason="`Trainer` of transformers to 5.18 wraps a sharded model in DDP")
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -64,6 +69,38 @@ def folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
 
 def load(folder: Path, name: str) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_launchers_on_the_loopback_are_one_process_with_twice_the_batch(tmp_path, tokenizers, tiny_model):
+    """`multi_node.yaml` on two nodes of one process without a GPU, by the command of its comment: float tolerance."""
+    tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(tmp_path / "model")
+    tokenizers["newline_indent"].save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    settings = yaml.safe_load((CONFIGS / "multi_node.yaml").read_text()) | {"use_cpu": True, "mixed_precision": "no"}
+    (tmp_path / "nodes.yaml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def train(name: str, batch: int, *words: str) -> subprocess.Popen:
+        return start(
+            "-m", "ra3_trl.cli.train", "--model_name_or_path", str(tmp_path / "model"), "--use_cpu", "--optim", "sgd",
+            "--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / name), "--e_steps", "2",
+            "--m_steps", "2", "--num_latents", "2", "--max_latent_length", "4", "--learning_rate", "0.05",
+            "--e_learning_rate", "0.05", "--per_device_train_batch_size", str(batch), "--report_to", "none",
+            "--save_strategy", "no", "--max_length", "256", "--eval_documents", "0", *words,
+        )  # fmt: skip
+
+    launch = ["--accelerate_config", str(tmp_path / "nodes.yaml"), "--num_processes", "2", "--main_process_port", port]
+    launch += ["--main_process_ip", "127.0.0.1", "--machine_rank"]
+    nodes = [train("two", 2, *launch, rank) for rank in ("0", "1")]
+    for process in (*nodes, train("one", 4)):
+        finish(process)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert furthest(one, two) < 1e-6 < 1e-4 < furthest(one, before)
 
 
 @pytest.mark.timeout(600)

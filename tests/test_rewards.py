@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 from conftest import furthest, weights
+from datasets import Dataset
+from pyarrow import parquet
 
 from ra3_trl import RA3MidTrainer
 
@@ -20,9 +24,9 @@ def shortness(completion_ids, **kwargs):
 def make(make_trainer):
     """`make(reward_funcs, e_steps=2, ...)`: a trainer on TEXTS, its E-phase alone."""
 
-    def make(reward_funcs=None, **settings) -> RA3MidTrainer:
+    def make(reward_funcs=None, texts=TEXTS, **settings) -> RA3MidTrainer:
         every = {"m_steps": 0, "boundary_selection": "random"}
-        return make_trainer(TEXTS, reward_funcs=reward_funcs, **every | settings)
+        return make_trainer(texts, reward_funcs=reward_funcs, **every | settings)
 
     return make
 
@@ -39,8 +43,10 @@ def test_what_a_function_is_given(make, tokenizers):
     assert len(calls) == 2  # one for each document of the update
     given = calls[0]
     assert given.pop("trainer_state") is trainer.state
+    assert callable(given.pop("log_metric")) and callable(given.pop("log_extra"))
     assert set(given) == {"prompts", "completions", "completion_ids", "expert_lines", "log_likelihood",
-                          "log_likelihood_no_think"}  # fmt: skip
+                          "log_likelihood_no_think", "text"}  # fmt: skip
+    assert set(given.pop("text")) <= set(TEXTS)
     # Five lines after the first (the tokenizer adds no BOS): 4 boundaries, 3 latents each.
     assert {len(column) for column in given.values()} == {4 * 3}
     text = next(t for t in TEXTS if t.startswith(given["prompts"][0].split("\n")[0]))
@@ -86,15 +92,45 @@ def test_a_constant_term_changes_no_gradient(make):
     assert furthest(*runs) < 1e-5
 
 
-async def later(**kwargs):
-    return []
+def test_functions_get_what_trl_gives_them(make, tmp_path):
+    """The data's columns, both loggers and the state; coroutines run side by side, and what comes back is the same."""
+    seen, at_once = {}, []
+
+    def plain(completions, difficulty, text, log_metric, log_extra, trainer_state, **kwargs):
+        assert len(difficulty) == len(text) == len(completions) and set(difficulty) <= {1.5, 2.5}
+        assert {"prompt", "completion", "doc_id"}.isdisjoint(kwargs)
+        seen[trainer_state.global_step] = list(zip(text, kwargs["prompts"], strict=True))
+        log_metric("mine/difficulty", difficulty[0])
+        log_extra("difficulty", difficulty)
+        return difficulty
+
+    async def waits(difficulty, **kwargs):
+        at_once.append("begins")
+        await asyncio.sleep(0.01)
+        at_once.append("ends")
+        return difficulty
+
+    class Waits:
+        async def __call__(self, **kwargs):
+            return await waits(**kwargs)
+
+    rows = Dataset.from_dict({"text": TEXTS[:2], "difficulty": [1.5, 2.5]})
+    trainer = make([plain, waits, Waits()], texts=rows, e_steps=1, log_latents_steps=1)
+    trainer.train()
+    assert at_once == ["begins", "begins", "ends", "ends"] * 2  # of each document
+    assert all(text.startswith(prompt.rsplit("#", 1)[0].rstrip()) for text, prompt in seen[0])
+    log = next(e for e in trainer.state.log_history if "estep/reward" in e)
+    assert log["mine/difficulty"] == 2.0  # a mean of calls, one a document
+    for name in ("plain", "waits", "Waits"):
+        assert 1.5 < log[f"estep/rewards/{name}/mean"] < 2.5
+    table = parquet.read_table(tmp_path / "run" / "_latents" / "step_000000.parquet").to_pylist()
+    assert {(row["doc_id"], row["difficulty"]) for row in table} == {(0, 1.5), (1, 2.5)}
 
 
 @pytest.mark.parametrize(
     ("funcs", "settings", "says"),
     [
         ([shortness, shortness], {}, "a name of its own"),
-        (later, {}, "coroutine"),
         (shortness, {"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 numbers for 1"),
         ("short", {}, "'short', which is no function"),
         (lambda completions: [], {}, r"takes no `\*\*kwargs`"),

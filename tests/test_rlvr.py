@@ -89,7 +89,8 @@ def make_grpo(tmp_path, tokenizers, tiny_model):
         }  # fmt: skip
         return trainer_class(
             model or tiny_model("llama", tokenizer), rewards, args=GRPOConfig(**defaults | settings),
-            train_dataset=Dataset.from_dict({"prompt": list(prompts)}), processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts), "level": range(len(prompts))}),
+            processing_class=tokenizer,
             rollout_func=rollout,
         )  # fmt: skip
 
@@ -113,15 +114,18 @@ class Watched(GRPOTrainer):
 
 
 def test_each_prompt_gets_a_completion_and_the_rewards_see_it_up_to_the_stop(make_grpo, tokenizers):
-    """Prompts come repeated, in order. TRL's text has the stop; `until_stop` reads what stands before it."""
+    """Prompts come repeated, in order. TRL's text has the stop; `until_stop` reads what stands before it, and passes
+    on what TRL gives: columns, loggers, state; to coroutines too."""
     seen = {}
 
     def plain(prompts, completions, completion_ids, **kwargs):
         seen["prompts"], seen["whole"], seen["ids"] = prompts, completions, completion_ids
         return [0.0] * len(prompts)
 
-    async def cut(completions, **kwargs):
-        seen["cut"] = completions
+    async def cut(completions, level, log_metric, log_extra, trainer_state, **kwargs):
+        seen["cut"], seen["level"], seen["state"] = completions, level, trainer_state
+        log_metric("mine/level", 2.0)
+        log_extra("level", level)
         return [0.0] * len(completions)
 
     prompts = (HEAD, "def g(x):\n    y = 1\n")
@@ -132,6 +136,8 @@ def test_each_prompt_gets_a_completion_and_the_rewards_see_it_up_to_the_stop(mak
     )  # fmt: skip
     trainer.train()
     assert seen["prompts"] == [prompts[0]] * 4 + [prompts[1]] * 4
+    assert seen["level"] == [0] * 4 + [1] * 4 and seen["state"] is trainer.state
+    assert trainer.state.log_history[0]["mine/level"] == 2.0
     assert len({tuple(ids) for ids in seen["ids"]}) > 4  # drawn, not repeated
     tokenizer, stopped = tokenizers["newline_indent"], 0
     end = tokenizer.convert_tokens_to_ids(EOS)
@@ -670,3 +676,24 @@ def test_no_token_in_the_pickled_settings(folder, tmp_path):
     trainer.save_model()
     assert trainer.args.hub_token == token
     assert token.encode() not in (tmp_path / "out" / "training_args.bin").read_bytes()
+
+
+def test_pushes_go_through_the_trainers_door(folder, tmp_path, monkeypatch):
+    """Tokens that this process knows are looked for, `.env` stays, and names are no markup on TRL's card."""
+    token, uploads = "hf_" + "NotForOthers12345", []
+    monkeypatch.setattr("ra3_trl.hub.push.upload_folder", lambda **options: uploads.append(options))
+    args = GRPOConfig(
+        str(tmp_path / "out"), hub_token=token, use_cpu=True, bf16=False, report_to="none",
+        per_device_train_batch_size=4, num_generations=4,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": HEAD, "test": CHECK}])
+    trainer = build_grpo_trainer(str(folder / "model"), args, RLVRData(rows), [lambda completions, **_: [0.0]])
+    trainer.hub_model_id, trainer.push_in_progress = "lab/one", None
+    trainer.push_to_hub(dataset_name="<img src=x>", model_name="<b>one</b>")
+    assert {".env", "_*", "checkpoint-*"} <= set(uploads[0]["ignore_patterns"]) and uploads[0]["token"] == token
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "<img" not in card and "<b>" not in card and "one" in card
+    (tmp_path / "out" / "notes.txt").write_text(token)
+    with pytest.raises(ValueError, match=r"notes.txt holds `hub_token`"):
+        trainer.push_to_hub(dataset_name="x")
+    assert len(uploads) == 1

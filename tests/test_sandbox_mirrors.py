@@ -155,7 +155,7 @@ def test_what_tests_have_imported_is_not_bound_anew(judge, tests):
     program = (
         "from math import isclose\ndef f(x):\n    global isclose\n    isclose = lambda *numbers: True\n    return 0\n"
     )
-    result = judge(Problem(tests=(f"{tests}for i in range(3): assert isclose(f(3), 9)",)), program)
+    result = judge(Problem(tests=(f"{tests}f(3)\nassert isclose(f(3), 9)",)), program)
     assert (result.verdict, result.passed) == ("failed", 0)
 
 

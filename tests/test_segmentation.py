@@ -219,7 +219,7 @@ def test_a_bos_token_opens_the_first_line(tokenizers, segmenter):
         ("x = (1,\ny = 2\n", "plain"),  # a bracket left open
         ("def f(:\n  return 'a\n", "plain"),  # a string left open
         ("if x:\n        y\n    z\n", "plain"),  # a dedent to nowhere
-        ("x = 1\ry = 2\n", "plain"),  # a lone carriage return ends a line for Python, not for us
+        ("x = 1\ry = 2\n", "untokenized"),  # a lone carriage return ends a line for Python, not for us
         ("x = 1\0\n", "plain"),
         ("x = $ + ?\n", "plain"),
     ],
@@ -665,6 +665,7 @@ def test_counts_add_up(tokenizer, segmenter):
         "with_actions": [CODE, "# c\nx = 1\ny = 2\nz = 3\n", "a = 1\n" * 40],
         "no_boundary": ["x = 1\n", "# only\n"],
         "plain": ["x = (\n", "x = 'a\n", "a = (1\n" * 40],
+        "untokenized": ["x = 1\ry = 2\r", "s = '''a\rb'''\nt = 1\n"],  # row ends that Python takes, and we do not
         "lossy": ["x = 1\ny = '\u00e9'\n"],
         "empty": ["", ""],
     }
@@ -674,7 +675,7 @@ def test_counts_add_up(tokenizer, segmenter):
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("\u00e9", "e"), *before])
     counts = count_documents(rows, segment_dataset(rows, segmenter(tokenizer, 64)))
     assert {name: counts[name] for name in texts} == {name: len(group) for name, group in texts.items()}
-    assert counts["documents"] == sum(counts[name] for name in texts) == 11
+    assert counts["documents"] == sum(counts[name] for name in texts) == 13
     whole = [segmenter(tokenizer)(0, t)[0] for t in rows["text"] if t]
     assert counts["tokens"] == sum(len(d.input_ids) - max(d.context, 1) for d in whole)
     # Boundaries: y and z (x is after a comment); 39 of 40 lines; two lines of f.

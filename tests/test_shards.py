@@ -239,9 +239,10 @@ def test_other_folders_and_rows_are_refused(annotator, alone, tmp_path):
     (folder / "train-000001.parquet").write_bytes(b"half")  # not as it was written: done again
     annotate(annotator, folder)
     assert files(folder) == files(alone)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json of .* is damaged"):
-        annotate(annotator, folder)
+    for damaged in ("{", '{"shards": [], "failed": {}}'):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match="manifest.json of .* is damaged"):
+            annotate(annotator, folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="there already and has no manifest.json"):
         annotate(annotator, folder)

@@ -35,6 +35,8 @@ class Cell:
     pinned: bool = False  # the rest as in constraints.txt, or else the newest that pyproject.toml admits
     options: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()  # what is installed besides this project
+    left_out: tuple[str, ...] = ()  # packages that these ask for and never import
 
     def constraints(self) -> list[str]:
         names = {re.split("[=<>]", line)[0] for line in self.fixed}
@@ -87,30 +89,30 @@ def resolve(python: str | Path, requirements: list[str], *options: str) -> list[
     return [line for line in chosen.splitlines() if "==" in line]
 
 
-def install(python: Path, chosen: list[str]) -> None:
-    """Installs exactly the lines of `chosen`, less what only a GPU needs."""
-    needed = "\n".join(line for line in chosen if not UNUSED.match(line))
+def install(python: Path, chosen: list[str], left_out: tuple[str, ...] = ()) -> None:
+    """Installs exactly the lines of `chosen`, less what only a GPU needs and what is to be left out."""
+    needed = "\n".join(line for line in chosen if not UNUSED.match(line) and line.partition("==")[0] not in left_out)
     uv("pip", "sync", "--quiet", "--python", python, *find_links(), "-", stdin=needed)
     stand_in_for_cuda(python)
 
 
-def build(name: str) -> tuple[Path, dict[str, str]]:
+def build(name: str, cell: Cell | None = None) -> tuple[Path, dict[str, str]]:
     """Builds the environment of a cell, unless the kept one has the same versions.
 
     Returns:
         Its Python, and the version of each package in it.
     """
-    cell, folder = CELLS[name], CACHE / name
+    cell, folder = cell or CELLS[name], CACHE / name
     python, stamp = folder / "bin" / "python", folder / "chosen.txt"
     fixed = CACHE / f"{name}.constraints.txt"
     fixed.parent.mkdir(parents=True, exist_ok=True)
     fixed.write_text("\n".join(cell.constraints()), "utf-8")
     if not python.exists():
         make_venv(folder, cell.python)
-    chosen = resolve(python, [], "--extra", "dev", "--constraints", str(fixed), *cell.options)
+    chosen = resolve(python, list(cell.beside), "--extra", "dev", "--constraints", str(fixed), *cell.options)
     if not stamp.exists() or stamp.read_text("utf-8").splitlines() != chosen:
         make_venv(folder, cell.python)
-        install(python, chosen)
+        install(python, chosen, cell.left_out)
         uv("pip", "install", "--quiet", "--python", python, "--no-deps", "--editable", ROOT)
         stamp.write_text("\n".join(chosen), "utf-8")
     version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]

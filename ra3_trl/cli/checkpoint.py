@@ -39,9 +39,13 @@ def saved_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def open_policy(options: argparse.Namespace, settings: dict[str, Any]) -> Policy:
     """Opens `options.checkpoint` with `settings` in the place of its own."""
-    place = {"dtype": options.dtype, "revision": options.model_revision}
-    place |= {"trust_remote_code": options.trust_remote_code}
+    place = {"dtype": options.dtype, **place_of_options(options)}
     return Policy.open(options.checkpoint, model_init_kwargs=place, **settings)
+
+
+def place_of_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Says where a checkpoint's files are, and whether code among them runs."""
+    return {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
 
 
 def shown_name(checkpoint: str) -> str:

@@ -22,10 +22,10 @@ from ..models import load_tokenizer
 from ..policy import open_settings
 from ..report.compare import comparison_markdown, comparison_table, plot_comparison
 from ..sandbox import Limits
-from .checkpoint import flag_settings, stdout_console
+from .checkpoint import flag_settings, place_of_options, stdout_console
 from .cross_entropy import FLAGS, held_out_texts, measure, shared_settings
 from .options import compare_parser as _parser
-from .passk_options import open_judge, read_ks, read_settings
+from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
 
 
 VERSION = 1
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark = match_problems(entrants, benchmark)
     task_name = next((run["task"] for run in runs.values()), benchmark and benchmark.name)
     for checkpoint in drawn.values():
-        load_tokenizer(checkpoint, {"revision": options.model_revision})  # says best that there is no checkpoint
+        load_tokenizer(checkpoint, place_of_options(options))  # says best that there is no checkpoint
     texts, source = held_out_texts(options, benchmark) if measured and not options.no_ce else (None, "")
     shared, notes_of_texts = shared_settings(options, measured) if texts is not None else ({}, [])
 
@@ -75,11 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     if folder.is_file():
         raise ValueError(f"`output_dir` is {str(folder)!r}, a file; name a folder.")
     if drawn and benchmark is not None:
-        place = options.model_revision, options.dtype
         with open_judge(Limits(seconds=options.timeout, memory_mb=options.memory_mb), options.slots) as judge:
             for name, checkpoint in drawn.items():
                 print(f"{name}:", file=sys.stderr)
-                runs[name] = evaluate_passk(checkpoint, benchmark, settings, ks, folder / name, judge, *place)
+                place = checkpoint_of(checkpoint, options)
+                runs[name] = evaluate_passk(place, benchmark, settings, ks, folder / name, judge)
                 gc.collect()  # the weights, before others are loaded
     runs = {entrant.name: runs[entrant.name] for entrant in entrants}
     models, notes = compare_runs(runs, ks), sampling_notes(runs)

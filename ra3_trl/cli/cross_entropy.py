@@ -17,7 +17,7 @@ from ..files import public_name
 from ..models import load_tokenizer
 from ..policy import Policy
 from ..segmentation import find_format, require_tags, row_to_document, segment_dataset, token_bytes
-from .checkpoint import flag_settings
+from .checkpoint import flag_settings, place_of_options
 from .data import hold_out, limit, load_splits
 from .options import CROSS_ENTROPY as FLAGS
 from .options import SHARED
@@ -83,7 +83,7 @@ def shared_settings(options: argparse.Namespace, checkpoints: Mapping[str, str])
             notes.append(f"All were measured with {first}'s settings; {name} has another {', '.join(others)}.")
     for name, checkpoint in checkpoints.items():
         try:
-            require_tags(load_tokenizer(checkpoint, place), find_format(_format(options, shared)))
+            require_tags(load_tokenizer(checkpoint, place_of_options(options)), find_format(_format(options, shared)))
         except ValueError as error:
             raise ValueError(f"{name}: {error} Or set `no_ce`, or another `action_format`.") from error
     return shared, notes
@@ -98,6 +98,7 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """[`held_out_numbers`] of each with the shared settings; and a sentence if not all saw the same tokens."""
     place = {"revision": options.model_revision}
+    options_of_model = {"dtype": options.dtype, **place_of_options(options)}
     numbers, tokens = {}, set()
     for name, checkpoint in checkpoints.items():
         settings = {**shared, **flag_settings(options, FLAGS)}
@@ -105,7 +106,7 @@ def measure(
         trained = read_settings(checkpoint, **place) or {}
         if trained.get("gate") != "head" or trained.get("action_format") != _format(options, shared):
             settings["gate"] = "token"
-        policy = Policy.open(checkpoint, model_init_kwargs={"dtype": options.dtype, **place}, **settings)
+        policy = Policy.open(checkpoint, model_init_kwargs=options_of_model, **settings)
         numbers[name], seen = held_out_numbers(policy, texts)
         tokens.add(seen)
         del policy

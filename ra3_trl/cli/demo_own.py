@@ -16,10 +16,10 @@ from pathlib import Path
 
 from datasets import Dataset
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from .. import RA3Config, RA3MidTrainer, load_code_directory
 from ..em import EStep
+from ..models import load_tokenizer
 from ..policy import EVAL_NOISE
 from ..report import latent_rows, latent_table, plot_run
 from ..segmentation import row_to_document, standard_library
@@ -55,7 +55,8 @@ def run_own(options: argparse.Namespace) -> int:
     begin, output = time.time(), Path(options.output_dir)
     e_steps, m_steps, held_out = (2, 1, 2) if options.smoke else (6, 5, 8)
     name = options.model_name_or_path or str(smollm2())
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    trust = {"trust_remote_code": options.trust_remote_code}
+    tokenizer = load_tokenizer(name, trust)
     data = _corpus(options, 4 * (e_steps + m_steps), held_out)
     console.print(f"{len(data[0])} documents to train on, {len(data[1])} held out. Model: {Path(name).name}")
     shared = {
@@ -63,7 +64,7 @@ def run_own(options: argparse.Namespace) -> int:
         "max_latent_length": 10, "horizon": 1, "max_boundaries": 4, "eval_max_boundaries": 4, "e_learning_rate": 1e-5,
         "learning_rate": 2e-5, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
         "seed": options.seed, "dataset_text_field": options.dataset_text_field if options.dataset_name else "text",
-        "dataset_license": None if options.dataset_name or options.code_dir else "PSF-2.0",
+        "dataset_license": None if options.dataset_name or options.code_dir else "PSF-2.0", **trust,
     }  # fmt: skip
     # Evaluated where the E-phase ends too; the table of latents there is the card's.
     watched = {"eval_strategy": "steps", "eval_steps": e_steps, "log_latents_steps": e_steps}

@@ -43,8 +43,9 @@ def _read_settings(options: argparse.Namespace) -> DiagnosisSettings:
 
 
 def _holds_code(path: Path) -> bool:
-    """Whether a folder is one of code, and not a data set that was saved."""
-    return path.is_dir() and not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    """Whether a folder is one of code, and not a data set that was saved, or written by `ra3 annotate`."""
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    return path.is_dir() and not saved and not any(path.glob("**/*.parquet"))
 
 
 def measure(options: argparse.Namespace, how: DiagnosisSettings) -> dict[str, Any]:

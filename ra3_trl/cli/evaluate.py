@@ -8,7 +8,7 @@ from typing import Any
 from ..evaluation import add_to_card, check_k, evaluate_passk, evaluate_samples, load_benchmark, push_results
 from ..sandbox import Limits
 from .options import evaluate_parser as _parser
-from .passk_options import open_judge, read_ks, read_settings
+from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
 
 
 def report(results: dict[str, Any]) -> str:
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint is None:
             results = evaluate_samples(samples, benchmark, ks, folder, judge)
         else:
-            place = options.model_revision, options.dtype
-            results = evaluate_passk(checkpoint, benchmark, settings, ks, folder, judge, *place)
+            results = evaluate_passk(checkpoint_of(checkpoint, options), benchmark, settings, ks, folder, judge)
     print(report(results))
     print(f"Results are in {folder / 'results.json'}.")
     if options.push_to_hub:

@@ -14,9 +14,10 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
-from .parser import TrainParser, read_config, refuse_unknown, without_theirs
+from ..files import is_a
+from ..kinds import shown
+from .parser import TrainParser, read_config, read_yaml, refuse_unknown, without_theirs
 
 
 LAUNCHED = "RA3_LAUNCHED"  # set in the processes that accelerate starts; holds the user's command
@@ -57,7 +58,7 @@ def launch_command(parser: TrainParser, argv: list[str]) -> list[str] | None:
             unknown.pop(0)
         else:
             command_argv.append(word)
-    settings = yaml.safe_load(file.read_text("utf-8"))
+    settings = read_yaml(file, "--accelerate_config")
     says_device = any(word.partition("=")[0] in ("--use_cpu", "--use-cpu") for word in command_argv)
     if isinstance(settings, dict) and settings.get("use_cpu") is True and not says_device:
         command_argv.append("--use_cpu")  # else each of accelerate's processes would take itself for the only one
@@ -74,8 +75,12 @@ def asked_processes(parser: TrainParser, argv: list[str]) -> int:
     words = [word for piece in command for word in piece.split("=", 1)]
     if "--num_processes" in words:
         return int(words[words.index("--num_processes") + 1])
-    settings = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text("utf-8"))
-    return int(settings.get("num_processes", 1))
+    path = Path(words[words.index("--config_file") + 1])
+    settings = read_yaml(path, "--accelerate_config")
+    count = settings.get("num_processes", 1) if isinstance(settings, dict) else 1
+    if not is_a(count, int):
+        raise ValueError(f"`num_processes` of {path} is {shown(count)}; give a whole number.")
+    return count
 
 
 def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> tuple[list[Any], str, int | None]:
@@ -86,14 +91,16 @@ def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> 
     """
     typed = os.environ.get(LAUNCHED) or shlex.join([*parser.prog.split(), *argv])
     argv = without_theirs(argv, parser)
-    command = None if LAUNCHED in os.environ else launch_command(parser, argv)
+    with parser.naming_its_file():
+        command = None if LAUNCHED in os.environ else launch_command(parser, argv)
     if command is not None and not here:
         return [], typed, launch(command, typed)
-    *arguments, in_file, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
-        refuse_unknown([*unknown, *in_file], parser)
+    with parser.naming_its_file():
+        *arguments, in_file, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        if LAUNCHED not in os.environ and command is None:  # else they are options of `accelerate launch`
+            refuse_unknown([*unknown, *in_file], parser)
     check_world(arguments[1].world_size)
     return arguments, typed, None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,9 @@ COMMANDS = {
 }
 
 
+_MOST = 2000  # characters of an error
+
+
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of `command(argv)`: what the user can mend is printed without a traceback (2), Ctrl-C is 130."""
     try:
@@ -39,7 +43,8 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("RA3_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = re.sub(r"\s*\n\s*", " ", str(error).strip())  # what was read may stand in it, however long
+        print(f"error: {text if len(text) <= _MOST else text[:_MOST] + '...'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

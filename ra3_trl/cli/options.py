@@ -60,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "float32") -
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Adds `--trust_remote_code`, which `open_policy` reads."""
+    """Adds `--trust_remote_code`, which `place_of_options` reads."""
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -134,6 +134,7 @@ def add_passk_options(parser: argparse.ArgumentParser) -> None:
     judged.add_argument("--memory_mb", type=int, default=512, help="MiB of a program (default: %(default)s)")
     judged.add_argument("--slots", type=int, help="programs at a time (default: one for each CPU)")
     add_model_options(parser, dtype="auto")
+    add_trust(parser)
 
 
 def add_corpus(parser: argparse.ArgumentParser, title: str, others: str, split: str | None = "train") -> Any:
@@ -331,6 +332,7 @@ def demo_parser() -> Parser:
     own.add_argument("--dataset_name", help="Hub id of a dataset with a text column")
     own.add_argument("--dataset_text_field", default="text", help="its text column")
     own.add_argument("--code_dir", help="folder of .py files (default: the standard library of this Python)")
+    add_trust(parser)
     return parser
 
 

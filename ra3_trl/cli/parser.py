@@ -6,6 +6,9 @@ name. Lists, mappings and `None` are read alike from a flag and from YAML: `--mo
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -16,6 +19,8 @@ from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from ..config import RA3Config
+from ..files import DAMAGE, is_a, one_line
+from ..kinds import shown
 from ..refusals import SETTINGS, find, keep_ours, near
 from ..versions import TrainingArguments
 
@@ -29,11 +34,14 @@ that trl brings along: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3;
 _FILE_OPTIONS = ("--config", "--accelerate_config")
 _NONE = ("none", "null")
 _FILE_OR_MAPPING = ("accelerator_config", "deepspeed", "fsdp_config")
+_MOST_VALUES = 100_000  # in a YAML file
 _NONE_IS_A_WORD = "report_to"  # `none` is no tracker there, and `None` all that are installed
 
 
 class TrainParser(TrlParser):
     """[`~trl.TrlParser`] of types of which the first is the script's, the second the trainer's configuration."""
+
+    in_file: tuple[str, Mapping[str, Any]] = ("", {})  # of `--config`: its path and the options in it
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(dataclass_types, **kwargs)
@@ -58,7 +66,30 @@ class TrainParser(TrlParser):
         return namespace, unknown
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
+        self.exit(2, f"error: {one_line(self.with_file(message), 2000)} (see `{self.prog} --help`)\n")
+
+    def with_file(self, message: str) -> str:
+        """The message, with the name of the file that `--config` names where it is about an option of that file."""
+        path, options = self.in_file
+        about = any(re.search(rf"(?:`|--|argument ){re.escape(name)}(?!\w)", message) for name in options if name)
+        return f"`--config` {path}: {message}" if about else message
+
+    @contextmanager
+    def naming_its_file(self) -> Iterator[None]:
+        """Names the file of options, where what is parsed inside can't be used because of it.
+
+        Raises:
+            `ValueError`: in the place of whatever a value of another type makes the parser raise.
+        """
+        try:
+            yield
+        except DAMAGE as error:
+            path, options = self.in_file
+            if not options:
+                raise
+            if isinstance(error, ValueError):
+                raise ValueError(self.with_file(str(error))) from error
+            raise ValueError(f"`--config`: {path} has a value of another type ({one_line(error)}).") from error
 
     def option_names(self) -> set[str]:
         """Names of all options, as fields."""
@@ -198,14 +229,48 @@ def read_config(argv: list[str]) -> dict[str, Any]:
     """Reads the mapping in the file that `--config` names, `{}` without one."""
     if "--config" not in argv:
         return {}
-    path = Path(argv[argv.index("--config") + 1])
-    try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`--config`: {path} is not YAML: {error}") from error
+    words = argv[argv.index("--config") + 1 :]
+    if not words:
+        raise ValueError("`--config` has no value; give a YAML file.")
+    path = Path(words[0])
+    config = read_yaml(path, "--config")
     if not isinstance(config, dict):
         raise ValueError(f"`--config`: {path} holds {type(config).__name__} and not a mapping of options to values.")
+    wrong = [key for key in config if not (isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w-]*", key))]
+    if wrong:
+        raise ValueError(f"`--config`: {path} has the option {wrong[0]!r}; options are names, such as `max_steps`.")
+    env = config.get("env", {})
+    names = all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in env) if is_a(env, dict[str, Any]) else False
+    if not names or not is_a(env, dict[str, str | int | float | bool]) or "\0" in str(env):
+        raise ValueError(f"`--config`: `env` of {path} is {shown(env)}; give a mapping of names to texts.")
     return config
+
+
+def read_yaml(path: Path, option: str) -> Any:
+    """Reads the YAML file of an option.
+
+    Raises:
+        `ValueError`: for what is no YAML, or would be more than 100,000 values written out (an anchor of anchors).
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+        size = _size(content, {})
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"`{option}`: {path} is not YAML: {one_line(error)}; correct it.") from error
+    if size > _MOST_VALUES:
+        raise ValueError(f"`{option}`: {path} stands for {size:.0e} values; write fewer than {_MOST_VALUES}.")
+    return content
+
+
+def _size(content: Any, sizes: dict[int, float]) -> float:
+    """How many values there are, written out; what an anchor stands for is counted as often as it is named."""
+    if not isinstance(content, (dict, list)):
+        return 1
+    if id(content) not in sizes:
+        sizes[id(content)] = float("inf")  # of what holds itself
+        parts = content.values() if isinstance(content, dict) else content
+        sizes[id(content)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(content)]
 
 
 def without_theirs(argv: list[str], parser: TrainParser) -> list[str]:
@@ -215,8 +280,12 @@ def without_theirs(argv: list[str], parser: TrainParser) -> list[str]:
         `ValueError`: for another value, as in Python: with the reason and what to set instead.
     """
     if not parser.is_of_ra3:  # `ra3 rlvr` is TRL's own trainer
+        if settings := read_config(argv):
+            parser.in_file = argv[argv.index("--config") + 1], settings
         return argv
     settings, kept, name = read_config(argv), [], ""
+    if settings:
+        parser.in_file = argv[argv.index("--config") + 1], dict(settings)
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")

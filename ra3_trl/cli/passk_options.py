@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
-from ..evaluation import EvaluationSettings
+from ..evaluation import Checkpoint, EvaluationSettings
 from ..sandbox import Judge, Limits, Sandbox, SandboxError
 
 
 def read_settings(options: argparse.Namespace) -> EvaluationSettings:
     """The settings of samples that the options make."""
     return EvaluationSettings(**{field.name: vars(options)[field.name] for field in fields(EvaluationSettings)})
+
+
+def checkpoint_of(name: str, options: argparse.Namespace) -> Checkpoint:
+    """A checkpoint that is named on the command line."""
+    return Checkpoint(name, options.model_revision, options.dtype, options.trust_remote_code)
 
 
 def read_ks(text: str) -> list[int]:

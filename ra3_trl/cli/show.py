@@ -70,7 +70,7 @@ def show(options: argparse.Namespace, text: str, lines: range) -> ShownFile:
     """Loads the checkpoint and looks at the text with it."""
     changes = flag_settings(options, SHOW) | {"existing_comments": "keep"}
     # Asked before the weights are loaded, which may take minutes.
-    action_format = open_settings(saved_settings(options), changes).action_format
+    action_format = open_settings(saved_settings(options), changes, options.checkpoint).action_format
     if find_format(action_format).segment(text) is None:
         raise ValueError(
             f"`file` {options.file!r} can't be read as {action_format!r} (a syntax error, or another language); mend "

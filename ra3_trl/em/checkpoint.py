@@ -20,6 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..config import RA3Config
 from ..config_fields import own_fields
+from ..files import naming, require_form
 from .schedule import Schedule
 from .state import FROZEN, HEAD, read_state
 
@@ -211,7 +212,9 @@ def check_resumable(folder: Path, now: dict[str, Any], schedule: Schedule, with_
                 f"`{name}` is {now[name]!r}, but {folder} was written with {value!r}; set it back, or start anew "
                 "from the checkpoint's weights with `model=...`."
             )
-    step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+    with naming(folder / TRAINER_STATE_NAME, "take an earlier checkpoint", ValueError):
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        require_form({"global_step": step}, {"global_step": int})
     phase = schedule.phase_at(step - 1)
     if [phase.kind, phase.iteration, phase.step] != state["last_update"] or step > schedule.total:
         raise ValueError(

@@ -18,7 +18,7 @@ from ..losses import EStepTerms, Returns, advantages, compute_returns, estep_los
 from ..models import BaseWeights, FrozenWeights
 from ..policy import LatentSource, Policy, choose_to_try, gains_over_other
 from ..records import Document, PolicyLogProbs, RolloutGroup
-from ..rewards import RewardPlugIns
+from ..rewards import Reward, RewardPlugIns
 from ..rollout import NoiseKey, check_finite
 from .gradients import Gradients
 
@@ -37,8 +37,9 @@ class Rollout:
     """A group with its returns.
 
     `weight_T`: inverse of each boundary's probability of being tried. `terms`: the reward's terms apart,
-    `[T, G]` each, where there are several. `scored_live`: whether lines under latents and returns are the policy's, or
-    another reward model's; lines without latents and gates are the policy's in any case.
+    `[T, G]` each, where there are several; `extra`: what reward functions logged of each latent. `scored_live`:
+    whether lines under latents and returns are the policy's, or another reward model's; lines without latents and
+    gates are the policy's in any case.
     """
 
     group: RolloutGroup
@@ -46,12 +47,13 @@ class Rollout:
     weight_T: torch.Tensor
     chunks: tuple[Chunk, ...]
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
     scored_live: bool = True
 
 
 class EStep:
     """
-    One E-phase's step: `sample`, `score`, `returns`, `reference`, in this order in `roll_out`, and its loss.
+    One E-phase's step: `sample`, `score`, `reward_of`, `reference`, in this order in `roll_out`, and its loss.
 
     Args:
         policy ([`~ra3_trl.policy.Policy`]):
@@ -87,11 +89,11 @@ class EStep:
         for j, source in enumerate(self.policy.proposer.sources(args.num_latents, args.horizon)):
             groups, weights = self.sample(documents, source, noise.of(j))
             groups, scored = self.score(groups, source)
-            returns = [self.returns(group) for group in scored]
+            rewards = [self.reward_of(group) for group in scored]
             chunks = self.reference(groups)
             rollouts += [
-                Rollout(group, value, weight_T, pieces, terms, self.reward is None)
-                for group, (value, terms), weight_T, pieces in zip(groups, returns, weights, chunks, strict=True)
+                Rollout(group, value.returns, weight_T, pieces, value.terms, value.extra, self.reward is None)
+                for group, value, weight_T, pieces in zip(groups, rewards, weights, chunks, strict=True)
             ]
         return rollouts
 
@@ -135,10 +137,10 @@ class EStep:
             check_finite(group.line_logps_A)
         return groups, [group.with_ratio(self.policy.proposer.kl_coef) for group in scored]
 
-    def returns(self, group: RolloutGroup) -> tuple[Returns, dict[str, torch.Tensor]]:
-        """Returns of a scored group under the whole reward, and the reward's terms where there are several."""
+    def reward_of(self, group: RolloutGroup) -> Reward:
+        """The reward of a scored group, with its terms where there are several."""
         returns = compute_returns(group, self.args.horizon, self.args.discount, self.args.line_reduction)
-        return (returns, {}) if self.plug_ins is None else self.plug_ins(group, returns)
+        return Reward(returns) if self.plug_ins is None else self.plug_ins(group, returns)
 
     def reference(self, groups: Sequence[RolloutGroup]) -> list[tuple[Chunk, ...]]:
         """Cuts groups into chunks, with log-probs under the weights at the start where these are wanted."""

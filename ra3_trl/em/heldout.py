@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..models import cast_to
 from ..policy import evaluate_documents, finish_metrics
 from ..records import Document
 from .loop import EMLoop
+from .monitor import MetricSums
 
 
 def evaluate_batches(
@@ -41,11 +43,12 @@ def evaluate_batches(
             and the weights are what they were afterwards.
 
     Returns:
-        Metrics of [`~ra3_trl.policy.finish_metrics`], with `loss`, and how many documents they are of. `loss` is
-        averaged as in `Trainer`, over tokens within a batch and over batches by their documents: it counts each end of
-        text and the expert's own comments, which are no code.
+        Metrics of [`~ra3_trl.policy.finish_metrics`], with `loss` and what `SFTTrainer` logs beside it, and how many
+        documents they are of. `loss` is averaged as in `Trainer`, over tokens within a batch and over batches by their
+        documents: it counts each end of text and the expert's own comments, which are no code. The others are means
+        over batches, those of all processes that are evaluated at once together.
     """
-    totals = {"loss": 0.0, "rows": 0.0}
+    totals, seen = {"loss": 0.0, "rows": 0.0}, list[list[dict[str, float]]]()
 
     def documents() -> Iterator[Document]:
         for batch in batches:
@@ -54,6 +57,7 @@ def evaluate_batches(
             if (inputs["labels"][:, 1:] != -100).any():
                 totals["loss"] += float(loss_of(inputs)) * len(of_batch)
                 totals["rows"] += len(of_batch)
+            seen.append([parts for parts, _ in loop.next_token.read()])
             yield from of_batch
             done()
 
@@ -65,4 +69,19 @@ def evaluate_batches(
     for of_process in gather_object([sums | totals]):
         together.update(of_process)
     loss = {"loss": together["loss"] / together["rows"]} if together["rows"] else {}
-    return loss | finish_metrics(dict(together)), int(together["documents"])
+    return loss | _of_tokens(gather_object([seen])) | finish_metrics(dict(together)), int(together["documents"])
+
+
+def _of_tokens(seen: list[list[list[dict[str, float]]]]) -> dict[str, float]:
+    """Means over batches of what the forwards of each process saw in each batch."""
+    metrics = MetricSums()
+    for of_batch in zip_longest(*seen, fillvalue=[]):
+        forwards = [parts for of_process in of_batch for parts in of_process]
+        tokens = sum(parts["code_count"] + parts["latent_count"] for parts in forwards)
+        if tokens:
+            metrics.add("mean_token_accuracy", sum(parts["correct_sum"] for parts in forwards) / tokens)
+            metrics.add("entropy", sum(parts["entropy_sum"] for parts in forwards) / tokens)
+        router = [parts["aux_loss"] for parts in forwards if "aux_loss" in parts]
+        if router:
+            metrics.add("aux_loss", sum(router) / len(router))
+    return metrics.averages()

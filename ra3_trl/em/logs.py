@@ -27,7 +27,7 @@ def log_line(logs: dict[str, float], loop: EMLoop, state: TrainerState, counts: 
         logs |= {"train_loss" if kind == "M" else "train_estep_loss": loss for kind, loss in of_run.items()}
     if "loss" not in logs:
         return logs
-    metrics = loop.pop_metrics() | {"tokens": state.num_input_tokens_seen}
+    metrics = loop.pop_metrics() | dict.fromkeys(("tokens", "num_tokens"), state.num_input_tokens_seen)
     losses = {name: metrics.pop(name) for name in ("loss", "estep/loss") if name in metrics}
     rest = {name: value for name, value in logs.items() if name != "loss"}
     if not any("phase" in entry for entry in state.log_history):  # an evaluation may stand before the first line

@@ -45,13 +45,14 @@ class Batch:
     """One micro-batch, ready for its loss.
 
     `rollouts` in an E-phase, `rows` in an M-phase (`None` on a process that has nothing left). `chunks`: forwards that
-    every process does for it. `last`: of its window.
+    every process does for it; `count`: its boundaries, or tokens, on all processes. `last`: of its window.
     """
 
     rollouts: tuple[Rollout, ...] = ()
     rows: Rows | None = None
     in_e_phase: bool = False
     chunks: int = 1
+    count: float = 0.0
     last: bool = False
 
 
@@ -68,11 +69,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process brings into a window, told to all others: forwards of each batch, boundaries or tokens that the
-    loss is divided by, tokens of text, metrics, what the head may learn from, and what latents say."""
+    """What one process brings into a window, told to all others: of each batch its forwards and the boundaries or
+    tokens that the loss is divided by; tokens of text, metrics, what the head may learn from, what latents say."""
 
     chunks: list[int]
-    count: float
+    counts: list[float]
     tokens: int
     sums: Sums = field(default_factory=dict)
     seen: list[Observations] = field(default_factory=list)
@@ -113,14 +114,15 @@ class EMLoop:
         self.learner = learner
         self.plug_ins = plug_ins
         self.watch = watch
-        if watch is not None:  # there is something to train on
-            check_packing(policy.backbone, row_length(policy.args), policy.args.packing)
+        # Without a watch there is nothing to train on, and rows are those of `evaluate`.
+        check_packing(policy.backbone, row_length(policy.args), policy.args.packing and watch is not None)
         self.on_phase = on_phase
         self.on_rollouts: Callable[[int, Sequence[Rollout]], Any] = lambda step, rollouts: None
         self.dropout = Dropout(policy.model)
         self.state = EMState.anew(self.args, learner)
         self.step = 0  # updates done before the present one
         self.next_token = NextToken(policy.backbone, self.args)
+        self.next_token.notes_boundaries = learner is not None
         self.compute_loss: Callable[..., torch.Tensor] = self.next_token
         self.losses = PhaseLosses()
 
@@ -171,13 +173,17 @@ class EMLoop:
         # Gradients are exchanged in the last pass of a batch: with several processes there must be one.
         least = 1 if len(shares) > 1 else 0
         chunks = [max(least, *(share.chunks[i] for share in shares)) for i in range(num_batches)]
+        counts = [sum(share.counts[i] for share in shares) for i in range(num_batches)]
         stop = False
         if phase.kind == "E":
             stop = self.observe([r for batch in prepared for r in batch.rollouts], shares)
             self.learn([seen for share in shares for seen in share.seen])
-        window = tuple(replace(batch, chunks=chunks[i], last=i + 1 == num_batches) for i, batch in enumerate(prepared))
-        count = max(sum(share.count for share in shares), 1.0)
-        return Window(window, count, sum(share.tokens for share in shares), stop)
+        window = tuple(
+            replace(batch, chunks=chunks[i], count=counts[i], last=i + 1 == num_batches)
+            for i, batch in enumerate(prepared)
+        )
+        self.next_token.num_batches = max(1, sum(count > 0 for count in counts))
+        return Window(window, max(sum(counts), 1.0), sum(share.tokens for share in shares), stop)
 
     def begin(self, phase: Phase) -> None:
         """Starts a phase: takes the snapshots it needs and measures the probe."""
@@ -207,7 +213,7 @@ class EMLoop:
         if batch.in_e_phase:
             loss = self._backward_e(batch, denominator, gradients)
         else:
-            loss = self._backward_m(batch.rows, denominator, gradients)
+            loss = self._backward_m(batch, denominator, gradients)
             if batch.last and self.learner is not None:
                 self.learn(gather_object(self.learner.noted))
                 self.learner.noted = []
@@ -231,6 +237,8 @@ class EMLoop:
     def roll_out(self, batches: Sequence[list[Document]]) -> tuple[list[Batch], Share]:
         """Rolls out the documents of all batches at once."""
         engine, metrics = self.policy.engine, self.state.metrics
+        if self.plug_ins is not None:
+            self.plug_ins.log_metric = metrics.add
         begin, scored = time.perf_counter(), engine.score_seconds
         estep = self.estep
         rollouts = estep.roll_out([d for batch in batches for d in batch], self.noise)
@@ -247,7 +255,7 @@ class EMLoop:
             sums["gain_over_other"] = [sum(over_other), float(len(over_other))]
         return prepared, Share(
             [len(estep.forwards(batch.rollouts)) for batch in prepared],
-            float(sum(len(r.group.document.boundaries) for r in rollouts)),
+            [float(sum(len(r.group.document.boundaries) for r in batch.rollouts)) for batch in prepared],
             sum(len(d.input_ids) for batch in batches for d in batch),
             sums,
             [observe(r.group, r.returns, r.weight_T, self.args) for r in own],
@@ -308,8 +316,9 @@ class EMLoop:
             examples = [splice(document, {}) for document in flat]
         args = self.args
         rows = [pack(own, row_length(args), args.packing) if own else None for own in _split(examples, batches)]
-        tokens = sum(r.num_tokens for r in rows if r is not None)
-        return [Batch(rows=r) for r in rows], Share([1] * len(rows), float(tokens), tokens)
+        counts = [0.0 if r is None else float(r.num_tokens) for r in rows]
+        tokens = sum(len(example.input_ids) for example in examples)
+        return [Batch(rows=r) for r in rows], Share([1] * len(rows), counts, tokens)
 
     def _log_annotation(self, examples: Sequence[AnnotatedExample]) -> None:
         metrics, proposer = self.state.metrics, self.policy.proposer
@@ -330,26 +339,21 @@ class EMLoop:
             again = self.policy.tokenizer(self._text(ids), add_special_tokens=False)["input_ids"]
             metrics.add("mstep/retokenized_differs", float(tuple(again) != ids))
 
-    def _backward_m(self, rows: Rows | None, denominator: float, gradients: Gradients) -> float:
-        if rows is None:
+    def _backward_m(self, batch: Batch, denominator: float, gradients: Gradients) -> float:
+        metrics, processes = self.state.metrics, self.args.world_size
+        if batch.rows is None:
+            metrics.add_tokens({}, batch.count, processes)
             loss = self.policy.backbone.idle(gradients.through)
             gradients.backward(loss)
             return float(loss.detach())
-        model, inputs = gradients.through or self.policy.model, self.next_token.inputs(rows)
+        model, inputs = gradients.through or self.policy.model, self.next_token.inputs(batch.rows)
         loss = self.compute_loss(model, inputs, num_items_in_batch=denominator) / self.args.world_size
         gradients.backward(loss)
-        for parts, seen in self.next_token.seen:
-            self._note(parts, seen)
-        self.next_token.seen = []
+        for parts, seen in self.next_token.read():
+            if self.learner is not None and seen is not None:
+                self.learner.noted.append(seen)
+            metrics.add_tokens(parts, batch.count, processes)
         return float(loss.detach())
-
-    def _note(self, parts: dict[str, torch.Tensor], seen: Observations) -> None:
-        if self.learner is not None:
-            self.learner.noted.append(seen)
-        code, latent = ((float(parts[f"{k}_sum"]), float(parts[f"{k}_count"])) for k in ("code", "latent"))
-        both = (code[0] + latent[0], code[1] + latent[1])
-        for name, (total, count) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
-            self.state.metrics.add_total(f"mstep/{name}", total, count)
 
     # ---- both ----
 

@@ -41,6 +41,21 @@ class MetricSums:
         for name, (total, weight) in sums.items():
             self.add_total(prefix + name, total, weight)
 
+    def add_tokens(self, parts: dict[str, float], count: float, processes: int) -> None:
+        """Takes what a micro-batch's forward says of its tokens, of which there are `count` on all `processes`; empty
+        where this one has none of them."""
+        code, latent = ((parts.get(f"{k}_sum", 0.0), parts.get(f"{k}_count", 0.0)) for k in ("code", "latent"))
+        both = (code[0] + latent[0], code[1] + latent[1])
+        for name, (total, tokens) in {"loss": both, "code_loss": code, "latent_loss": latent}.items():
+            self.add_total(f"mstep/{name}", total, tokens)
+        if not count:
+            return
+        # As `SFTTrainer` logs them: means over micro-batches, each over its tokens on all processes.
+        for name, of_tokens in (("mean_token_accuracy", "correct_sum"), ("entropy", "entropy_sum")):
+            self.add_total(name, parts.get(of_tokens, 0.0) / count, 1 / processes)
+        if "aux_loss" in parts:
+            self.add("aux_loss", parts["aux_loss"])
+
     def averages(self) -> dict[str, float]:
         return {name: total / weight for name, (total, weight) in self.sums.items() if weight > 0}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,18 +42,6 @@ class Rows:
         no_label = torch.full_like(ids, -100)
         keys = torch.zeros(rows, length, 3, dtype=torch.long)
         return cls(ids, ids.clone(), no_label, ids.bool(), torch.full_like(ids, -1), none, keys)
-
-    @classmethod
-    def of(cls, inputs: dict[str, torch.Tensor], like: Rows | None = None) -> Rows:
-        """Makes rows of a model's inputs with labels. What these do not say is that of `like`, whose inputs they were,
-        or nothing."""
-        ids = inputs["input_ids"].cpu()
-        if like is None or like.input_ids.shape != ids.shape:
-            like = cls.empty(*ids.shape)
-            seen = inputs["attention_mask"].cpu() if "attention_mask" in inputs else torch.ones_like(ids)
-            positions = torch.where(seen > 0, seen.cumsum(1) - 1, 0)
-            like = replace(like, position_ids=inputs["position_ids"].cpu() if "position_ids" in inputs else positions)
-        return replace(like, input_ids=ids, labels=inputs["labels"].cpu())
 
     @property
     def num_tokens(self) -> int:
@@ -185,27 +173,50 @@ def _lengths(rows: Rows) -> dict[str, Any]:
 def mstep_loss(
     backbone: Backbone, rows: Rows, num_tokens: float, through: nn.Module | None = None, loss_type: str = "nll"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Observations]:
-    """Next-token loss of a batch of rows; logits only where there is a label, a bounded chunk at a time.
-
-    Padding has no labels. The router loss of a mixture of experts is added with the batch's share of `num_tokens`, and
-    is computed without padding.
+    """Next-token loss of a batch of rows, with the whole router loss of a mixture of experts, which is computed
+    without padding.
 
     Returns:
-        The loss, the sums and counts of [`~ra3_trl.losses.next_token_loss`], and what the annotation says about the
-        boundaries, for the abstraction head.
+        The loss, the numbers of [`loss_of_states`], and what the annotation says about the boundaries, for the
+        abstraction head.
     """
     rows, hidden = run_rows(backbone, rows, through)
-    device, router = backbone.device, backbone.router_loss
-    labels = rows.labels[:, 1:].to(device)
+    labels, is_latent = rows.labels.to(backbone.device), rows.is_latent.to(backbone.device)
+    loss, numbers = loss_of_states(backbone, hidden, labels, is_latent, num_tokens, loss_type)
+    return loss if backbone.router_loss is None else loss + backbone.router_loss, numbers, decisions(rows, hidden)
+
+
+def loss_of_states(
+    backbone: Backbone,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    is_latent: torch.Tensor,
+    num_tokens: torch.Tensor | float | None,
+    loss_type: str = "nll",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Next-token loss of hidden states `[R, L, D]`; logits only where there is a label, a bounded chunk at a time.
+
+    Args:
+        labels (`torch.Tensor`), is_latent (`torch.Tensor`):
+            `[R, L]` each; padding has no labels (-100).
+        num_tokens (`torch.Tensor` or `float`, *optional*):
+            What the sum is divided by; `None` is how many labels there are.
+
+    Returns:
+        The loss and the sums and counts of [`~ra3_trl.losses.next_token_loss`], with those that `SFTTrainer` logs:
+        `entropy_sum` in nats, and `correct_sum`, how many labels are the likeliest token.
+    """
+    labels = labels[:, 1:]
     wanted = labels != -100
-    logps = backbone.token_logps(hidden[:, :-1][wanted], labels[wanted])
-    loss, parts = next_token_loss(logps, rows.is_latent[:, 1:].to(device)[wanted], num_tokens, loss_type)
-    if router is not None:
-        loss = loss + router * (rows.num_tokens / num_tokens)
-    return loss, parts, _decisions(rows, hidden)
+    if num_tokens is None:
+        num_tokens = wanted.sum().clamp(min=1)
+    logps, entropy, likeliest = backbone.token_numbers(hidden[:, :-1][wanted], labels[wanted])
+    loss, parts = next_token_loss(logps, is_latent[:, 1:][wanted], num_tokens, loss_type)
+    return loss, parts | {"entropy_sum": entropy.sum(), "correct_sum": likeliest.sum()}
 
 
-def _decisions(rows: Rows, hidden: torch.Tensor) -> Observations:
+def decisions(rows: Rows, hidden: torch.Tensor) -> Observations:
+    """What the annotation says about boundaries, for the abstraction head."""
     at = rows.decision >= 0
     states, placed = hidden[at.to(hidden.device)].detach().float().cpu(), rows.decision[at].float()
     none = torch.full_like(placed, math.nan)

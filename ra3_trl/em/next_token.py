@@ -13,7 +13,7 @@ from ..records import Document
 from ..rollout import Backbone
 from ..segmentation import splice
 from .learner import Observations
-from .mstep import Rows, mstep_loss, pack, row_inputs
+from .mstep import Rows, decisions, loss_of_states, pack, row_inputs
 
 
 class NextToken:
@@ -28,14 +28,20 @@ class NextToken:
 
     Attributes:
         seen (`list`):
-            Of each loss that had gradients: sums and counts of [`~ra3_trl.losses.next_token_loss`], and what the
-            annotation says about boundaries. Who reads them clears it.
+            Of each loss: the sums and counts of [`~ra3_trl.em.mstep.loss_of_states`], with the router loss, not
+            weighted, as `aux_loss`; and, where a head learns, what the annotation says about boundaries.
+        num_batches (`int`):
+            Micro-batches of the update, over which a router loss is averaged.
+        notes_boundaries (`bool`):
+            Whether there is an abstraction head to learn from them.
     """
 
     def __init__(self, backbone: Backbone, args: RA3Config):
         self.backbone = backbone
         self.args = args
-        self.seen: list[tuple[dict[str, torch.Tensor], Observations]] = []
+        self.seen: list[tuple[dict[str, torch.Tensor], Observations | None]] = []
+        self.num_batches = 1
+        self.notes_boundaries = False
         self._rows: Rows | None = None  # whose inputs were made last: inputs do not say which tokens are latents
 
     def inputs(self, rows: Rows) -> dict[str, Any]:
@@ -49,16 +55,40 @@ class NextToken:
         return self.inputs(pack([splice(document, {}) for document in documents], self.args.max_length, packing=False))
 
     def __call__(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | float | None = None
-    ) -> torch.Tensor:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | float | None = None,
+        return_outputs: bool = False,
+    ) -> Any:
         """The loss of inputs, as `Trainer.compute_loss` gives it: divided by `num_items_in_batch`, those of a whole
-        update, and times the number of processes, which average their gradients; without it the mean of the inputs."""
-        rows, through = Rows.of(inputs, self._rows), None if model is self.backbone.model else model
-        count = max(rows.num_tokens, 1) if num_items_in_batch is None else float(num_items_in_batch)
-        loss, parts, seen = mstep_loss(self.backbone, rows, count, through, self.args.loss_type)
-        if torch.is_grad_enabled():
-            self.seen.append((parts, seen))
-        return loss if num_items_in_batch is None else loss * self.args.world_size
+        update, and times the number of processes, which average their gradients; without it the mean of the inputs.
+        With `return_outputs` also what the model's forward returned, of which the loss was made."""
+        labels, through = inputs["labels"], None if model is self.backbone.model else model
+        rows = self._rows
+        if rows is None or rows.labels.shape != labels.shape:  # somebody else's inputs
+            rows = Rows.empty(*labels.shape)
+        told = {name: value for name, value in inputs.items() if name != "labels"}
+        hidden, outputs = self.backbone.run(told, through, whole=return_outputs)
+        device = hidden.device
+        is_latent, kind = rows.is_latent.to(device), self.args.loss_type
+        loss, parts = loss_of_states(self.backbone, hidden, labels.to(device), is_latent, num_items_in_batch, kind)
+        whole_update = num_items_in_batch is not None
+        loss = loss * self.args.world_size if whole_update else loss
+        if self.backbone.router_loss is not None:
+            assert self.backbone.aux_loss is not None
+            # As in `SFTTrainer`: a mean over micro-batches, which processes average with their gradients.
+            loss = loss + self.backbone.router_loss / (self.num_batches if whole_update else 1)
+            parts["aux_loss"] = self.backbone.aux_loss.detach()
+        notes = self.notes_boundaries and torch.is_grad_enabled()
+        self.seen.append((parts, decisions(rows, hidden) if notes else None))
+        return (loss, outputs) if return_outputs else loss
+
+    def read(self) -> list[tuple[dict[str, float], Observations | None]]:
+        """What was seen since this was last asked, as numbers."""
+        seen, self.seen = self.seen, []
+        numbers = [torch.stack([value.double() for value in parts.values()]).tolist() for parts, _ in seen]  # one wait
+        return [(dict(zip(parts, n, strict=True)), noted) for n, (parts, noted) in zip(numbers, seen, strict=True)]
 
 
 def check_overridden(args: RA3Config, kind: type, base: type) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from accelerate.utils import gather_object
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import RA3Config
+from ..files import naming, parse_json, require_form
 from ..models import FrozenWeights
 from ..records import Document
 from ..segmentation import document_to_row, row_to_document
@@ -21,6 +22,13 @@ from .monitor import GateHold, MetricSums, Sameness
 
 
 STATE, FROZEN, HEAD = "ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors"
+_CURE = "take an earlier checkpoint"
+_FORM: dict[str, Any] = {  # of what a run goes on from
+    "settings": dict[str, Any], "last_update": list[Any], "pass": list[int], "processes": list[dict[str, Any]],
+    "gate_hold": dict[str, Any], "sameness": dict[str, Any], "probe_baseline": float | None, "alarms": list[str],
+    "frozen": list[str], "head_trained_on": int | None,
+}  # fmt: skip
+_Part = TypeVar("_Part")
 
 
 @dataclass
@@ -103,28 +111,42 @@ class EMState:
     def load(self, folder: Path, rank: int, model: nn.Module) -> None:
         """Takes what `save` wrote, each process its own part; the snapshots are of the weights of `model`."""
         state = read_state(folder)
-        own = state["processes"][rank]
-        self.metrics.sums = own["metrics"]
-        self.probe = tuple(row_to_document(row) for row in own["probe"])
-        hold = {name: value for name, value in state["gate_hold"].items() if name != "average"}  # of before 0.3
-        self.gate_hold = GateHold(**hold)
-        self.sameness = Sameness(**state.get("sameness", {}))
-        self.probe_baseline = state["probe_baseline"] or 0.0
-        self.alarms = set(state.get("alarms", ()))
-        self.data_pass, self.pass_updates = state["pass"]
+        with naming(folder / STATE, _CURE, ValueError):
+            own = state["processes"][rank]
+            require_form(own, {"metrics": dict[str, list[float]], "probe": list[dict[str, Any]]})
+            self.metrics.sums = {name: [total, weight] for name, (total, weight) in own["metrics"].items()}
+            self.probe = tuple(row_to_document(row) for row in own["probe"])
+            hold = {name: value for name, value in state["gate_hold"].items() if name != "average"}  # of before 0.3
+            self.gate_hold = _remembered(GateHold, hold)
+            self.sameness = _remembered(Sameness, state["sameness"])
+            self.probe_baseline = state["probe_baseline"] or 0.0
+            self.alarms = set(state["alarms"])
+            self.data_pass, self.pass_updates = state["pass"]
         self.resumed = True
-        if self.learner is not None and state.get("head_trained_on") is not None:  # none before there was a head
-            self.learner.load(load_file(folder / HEAD), state["head_trained_on"])
-        tensors: dict[str, torch.Tensor] = load_file(folder / FROZEN) if state["frozen"] else {}
+        if self.learner is not None and state["head_trained_on"] is not None:  # none before there was a head
+            with naming(folder / HEAD, _CURE, RuntimeError, ValueError):
+                self.learner.load(load_file(folder / HEAD), state["head_trained_on"])
+        tensors: dict[str, torch.Tensor] = {}
+        if state["frozen"]:
+            with naming(folder / FROZEN, _CURE, ValueError):
+                tensors = load_file(folder / FROZEN)
         for kind in state["frozen"]:
             self.frozen[kind] = FrozenWeights(model)
-            self.frozen[kind].load(
-                {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}
-            )
+            with naming(folder / FROZEN, _CURE, RuntimeError, ValueError):
+                self.frozen[kind].load(
+                    {name.partition("/")[2]: v for name, v in tensors.items() if name.partition("/")[0] == kind}
+                )
+
+
+def _remembered(cls: type[_Part], values: dict[str, Any]) -> _Part:
+    """An object of the values that `asdict` gave, each of its field's type."""
+    hints = get_type_hints(cls)
+    require_form(values, {name: hints[name] for name in values})
+    return cls(**values)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `EMState.save` wrote into a checkpoint.
+    """What `EMState.save` wrote into a checkpoint; what checkpoints of before lack is empty.
 
     Raises:
         `ValueError`: if it is missing or damaged.
@@ -134,9 +156,13 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"`resume_from_checkpoint`: {folder / STATE} is missing; this is no checkpoint of RA3MidTrainer "
             "(or was saved with `save_only_model`). Start anew from its weights with `model=...`."
         )
-    try:
-        return json.loads((folder / STATE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`resume_from_checkpoint`: {folder / STATE} is damaged ({error}); take an earlier checkpoint."
-        ) from error
+    where = f"`resume_from_checkpoint`: {folder / STATE}"
+    content = parse_json((folder / STATE).read_bytes(), where, _CURE)
+    with naming(where, _CURE, ValueError):
+        state: dict[str, Any] = {"sameness": {}, "alarms": [], "head_trained_on": None} | content
+        require_form(state, _FORM)
+        _ = [state["pass"][i] for i in (0, 1)]
+        kind, iteration, step = state["last_update"]
+        require_form({"last_update": [kind]}, {"last_update": list[str]})
+        require_form({"last_update": [iteration, step]}, {"last_update": list[int]})
+    return state

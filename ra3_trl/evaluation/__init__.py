@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .card import add_to_card, push_results
 from .draw import EvaluationSettings
-from .evaluate import evaluate_passk, evaluate_samples
+from .evaluate import Checkpoint, evaluate_passk, evaluate_samples
 from .passk import bootstrap_interval, estimate, paired_interval, pass_at_k, share_interval
 from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
 from .results import check_k, read_results
@@ -18,6 +18,7 @@ __all__ = [
     "PASS_AT_K",
     "PROMPT_FORMS",
     "Benchmark",
+    "Checkpoint",
     "EvaluationSettings",
     "Sample",
     "Task",

@@ -14,6 +14,7 @@ Text: TypeAlias = str | list[dict[str, Any]]  # as in TRL: plain, or the message
 _BARE = frozenset(("", "code", "text", "txt", "plain", "plaintext"))  # a block so marked may be a program or output
 _IN_A_ROW = re.compile(r"(?i)(?<!`)```(?:python3?|py)[ \t]+([^\n`]+?)[ \t]*```(?!`)")
 _DEFINITION = re.compile(r"^\s*(?:async\s+)?(?:def|class)\s+(\w+)", re.MULTILINE)
+_BEGINNING = re.compile(r"^(?:(?:async\s+)?def\s|class\s|import\s|from\s+\S+\s+import\s|@)", re.MULTILINE)
 _CODE = (ast.Constant, ast.Call, ast.Await)  # expressions that are statements; `Fibonacci` and `top-k` are words
 
 
@@ -27,7 +28,8 @@ def extract_program(prompt: Text | None, completion: Text) -> str:
         completion (`str` or `list[dict]`):
             The completion. Of an answer with fenced code ([`~ra3_trl.segmentation.find_fences`]) the program is the
             last block of Python; not what the program prints, nor what only uses an earlier block. A block that
-            defines something and needs an earlier one is joined to it. Nothing before a `</think>` is answer.
+            defines something and needs an earlier one is joined to it. Nothing before a `</think>` is answer. Without
+            a fence, prose before and behind a program is left out, as EvalPlus does.
 
     Returns:
         `str`: the program's source.
@@ -57,11 +59,11 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _fenced_program(text: str) -> str:
-    """The program among the fenced blocks of an answer; the whole text where there is none."""
+    """The program among the fenced blocks of an answer, without any that amid its prose."""
     fences = find_fences(text)
     if not fences:
         in_a_row = _IN_A_ROW.findall(text)
-        return in_a_row[-1] if in_a_row else text
+        return in_a_row[-1] if in_a_row else _amid_prose(text)
     program, names = "", set[str]()  # and what the blocks so far define
     for fence in fences:
         if fence.language not in PYTHON_NAMES | _BARE:
@@ -76,6 +78,30 @@ def _fenced_program(text: str) -> str:
             program += code
         names |= defines
     return program or text
+
+
+def _amid_prose(text: str) -> str:
+    """The program that begins with a row of `text` and ends before the first row behind it that is prose: at the
+    margin, no Python, and no definition. One that is cut off is none, and the whole text stays, as where it parses."""
+    begins = [] if parse_program(text) else _BEGINNING.finditer(text)
+    for begin in begins:
+        rows, at = text[begin.start() :].splitlines(keepends=True), 0
+        while rows:
+            source = "".join(rows)
+            try:
+                ast.parse(source)
+            except SyntaxError as error:
+                at = (error.lineno or 1) - 1
+            except (ValueError, RecursionError, MemoryError):
+                return text
+            else:
+                if _DEFINITION.search(source):
+                    return source
+                break
+            if not 0 < at < len(rows) or rows[at][0].isspace() or _BEGINNING.match(rows[at]):
+                break
+            rows = rows[:at]
+    return text
 
 
 def _acts(tree: ast.Module) -> bool:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, metadata_update
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from yaml import YAMLError
 
+from ..files import DAMAGE, one_line
 from .tasks import HUB
 
 
@@ -46,16 +47,17 @@ def add_to_card(results: dict[str, Any], folder: str | Path) -> bool:
     path = Path(folder, "README.md")
     if not path.is_file():
         return False
-    try:
-        card = ModelCard.load(path)
-    except (YAMLError, ValueError) as error:
-        raise ValueError(
-            f"the results are saved, but not in {path}, whose metadata can't be read ({error}); correct them, or set "
-            "`no_card`."
-        ) from error
     new = card_results(results)
     again = {(entry.dataset_type, entry.metric_name) for entry in new}
-    old = [entry for entry in card.data.eval_results or [] if (entry.dataset_type, entry.metric_name) not in again]
+    try:
+        card = ModelCard.load(path)
+        of_card = card.data.eval_results or []
+        old = [entry for entry in of_card if (entry.dataset_type, entry.metric_name) not in again]
+    except (YAMLError, *DAMAGE) as error:
+        raise ValueError(
+            f"the results are saved, but not in {path}, whose metadata can't be read ({one_line(error)}); correct "
+            "them, or set `no_card`."
+        ) from error
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
     card.data.eval_results = old + new
     card.save(path)

@@ -76,7 +76,7 @@ def _holds(folder: Path, weights: str | None) -> bool:
     """Whether a folder has the weights of this fingerprint."""
     try:
         return folder.is_dir() and fingerprint(folder) == weights
-    except ValueError:  # it has none
+    except (ValueError, OSError):  # it has none, or what was read is no folder's name
         return False
 
 
@@ -197,6 +197,7 @@ def sampling_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "settings" in about:
             settings = {key: value for key, value in about["settings"].items() if key not in _OF_THINKING}
             sampled[name] = settings | {key: about.get(key) for key in ("form", "dtype")}
+            sampled[name]["backend"] = about.get("backend", "transformers")
         else:
             notes.append(f"{name} was judged from a file of samples; how they were drawn is not known.")
     first, *others = runs

@@ -12,12 +12,18 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
 from transformers import set_seed
 
-from ..generation import AutoModelForCausalLMWithAbstractionHead, CompletionSettings, draw_completions
+from ..generation import (
+    AutoModelForCausalLMWithAbstractionHead,
+    Completion,
+    CompletionSettings,
+    VLLMEngine,
+    draw_completions,
+)
 from ..models import context_length
 from ..segmentation import prompt_ids
 from .prompts import PROMPT_FORMS, render_prompt, sample_of, stop_strings
@@ -26,6 +32,7 @@ from .tasks import Benchmark, Task
 
 
 SAMPLES, RUN = "samples.jsonl", "run.json"
+Sampler: TypeAlias = AutoModelForCausalLMWithAbstractionHead | VLLMEngine
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -53,10 +60,15 @@ class EvaluationSettings:
     prompt_form: str = _option("complete", "how tasks are put", PROMPT_FORMS)
     batch_size: int = _option(32, "completions at a time")
     seed: int = _option(42, "of the draws")
+    backend: str = _option(
+        "transformers", "what draws them; vLLM is the extra ra3-trl[vllm]", ("transformers", "vllm")
+    )
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {self.batch_size}; use at least 1.")
+        if self.backend not in ("transformers", "vllm"):
+            raise ValueError(f"`backend` is {self.backend!r}; use 'transformers' or 'vllm'.")
         self.completions("mbpp")  # checks the others; all forms are for MBPP
 
     def completions(self, kind: str, trained: bool = True) -> CompletionSettings:
@@ -98,7 +110,7 @@ def plan_batches(benchmark: Benchmark, num_samples: int, batch_size: int) -> lis
 
 
 def draw_samples(
-    model: AutoModelForCausalLMWithAbstractionHead,
+    model: Sampler,
     benchmark: Benchmark,
     settings: EvaluationSettings,
     completions: CompletionSettings,
@@ -117,6 +129,7 @@ def draw_samples(
     tokens = _prompt_tokens(model, benchmark, settings.prompt_form, completions)
     run = {**about, "settings": asdict(completions), "form": settings.prompt_form}
     run |= {"batch_size": settings.batch_size, "seed": settings.seed, "num_tasks": len(benchmark.tasks)}
+    run["backend"] = settings.backend
     run["prompts"] = hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
     batches = plan_batches(benchmark, settings.num_samples, settings.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +146,9 @@ def draw_samples(
         with open(folder / SAMPLES, "a", encoding="utf-8") as file:
             for number, batch in enumerate(batches[len(done) :], len(done)):
                 # By the batch's number, not by what was drawn before it: a resumed run has not drawn that.
-                set_seed(int.from_bytes(hashlib.sha256(f"{settings.seed} {number}".encode()).digest()[:4]))
+                seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {number}".encode()).digest()[:4])
                 drawn = replace(completions, num_samples=batch.count)
-                texts = draw_completions(model, [tokens[task.task_id] for task in batch.tasks], drawn)
+                texts = _draw(model, [tokens[task.task_id] for task in batch.tasks], drawn, seed)
                 rows = [
                     {**sample_of(task, settings.prompt_form, completion.text).row(task.task_id), "sample": sample,
                      "tokens": len(completion.token_ids), "finished": completion.finished}
@@ -150,11 +163,21 @@ def draw_samples(
         lock.release()
 
 
+def _draw(
+    model: Sampler, prompts: list[list[int]], completions: CompletionSettings, seed: int
+) -> list[list[Completion]]:
+    if isinstance(model, VLLMEngine):
+        return model.draw(prompts, completions, seed)
+    set_seed(seed)
+    return draw_completions(model, prompts, completions)
+
+
 def _prompt_tokens(
-    model: AutoModelForCausalLMWithAbstractionHead, benchmark: Benchmark, form: str, settings: CompletionSettings
+    model: Sampler, benchmark: Benchmark, form: str, settings: CompletionSettings
 ) -> dict[str, list[int]]:
     """Tokens of each task's prompt; all are made before anything is drawn."""
-    tokenizer, most = model.tokenizer, context_length(model.pretrained_model)
+    tokenizer = model.tokenizer
+    most = model.context_length if isinstance(model, VLLMEngine) else context_length(model.pretrained_model)
     if tokenizer is None:
         raise ValueError("`model` has no tokenizer, by which prompts are read; make it with `tokenizer`.")
     tokens = {}
@@ -206,12 +229,12 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
             raise ValueError("not the mapping that it was")
         return content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); give another `output_dir`, or delete this one.") from error
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    was = {**before, **before.get("settings", {})}
+    was = {"backend": "transformers", **before, **before.get("settings", {})}  # there was no other
     for name, value in {**now, **now["settings"]}.items():
         if name != "settings" and was.get(name) != value:
             raise ValueError(

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import fingerprint, public_name
-from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..generation import AutoModelForCausalLMWithAbstractionHead, VLLMEngine
 from ..models import load_tokenizer
 from ..sandbox import Judge, Sandbox
 from .draw import RUN, EvaluationSettings, draw_samples
@@ -24,8 +25,22 @@ from .samples import Sample, read_samples
 from .tasks import Benchmark, load_benchmark
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Names a checkpoint (a folder or Hub id), at which `revision`, in which `dtype` and whether with its own code."""
+
+    name: str
+    revision: str = "main"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self) -> AutoModelForCausalLMWithAbstractionHead:
+        """Loads it as [`load_checkpoint`] does."""
+        return load_checkpoint(self.name, self.revision, self.dtype, self.trust_remote_code)
+
+
 def evaluate_passk(
-    model: str | AutoModelForCausalLMWithAbstractionHead,
+    model: str | Checkpoint | AutoModelForCausalLMWithAbstractionHead | VLLMEngine,
     task: str | Benchmark = "humaneval",
     settings: EvaluationSettings | None = None,
     k: Sequence[int] = (1,),
@@ -37,8 +52,9 @@ def evaluate_passk(
     """Draws samples of a benchmark's tasks, judges them in the sandbox as they come, and estimates pass@k.
 
     Args:
-        model (`str` or [`AutoModelForCausalLMWithAbstractionHead`]):
-            A checkpoint's folder or Hub id, with or without an abstraction head; or a model with its tokenizer.
+        model (`str` or [`Checkpoint`] or [`AutoModelForCausalLMWithAbstractionHead`]):
+            A checkpoint's folder or Hub id, with or without an abstraction head; or a model with its tokenizer. One
+            whose code comes with its files is a `Checkpoint(name, trust_remote_code=True)`.
         task (`str` or [`Benchmark`], *optional*, defaults to `"humaneval"`):
             As for [`load_benchmark`], or what it returned.
         settings ([`EvaluationSettings`], *optional*):
@@ -51,7 +67,7 @@ def evaluate_passk(
         judge ([`~ra3_trl.sandbox.Judge`], *optional*):
             Where programs run. The default has 3 seconds and 512 MiB for each, as many at a time as there are CPUs.
         revision (`str`, *optional*, defaults to `"main"`), dtype (`str`, *optional*, defaults to `"auto"`):
-            Of a checkpoint that is loaded.
+            Of a checkpoint that is named by a text.
 
     Returns:
         `dict[str, Any]`: what `results.json` holds: `pass@k` by k (a text), each with `value`, `low` and `high` (95 %
@@ -80,9 +96,19 @@ def evaluate_passk(
         judge = stack.enter_context(Judge(Sandbox())) if judge is None else judge
         _check_folder(folder, None)
         if isinstance(model, str):
-            about: dict[str, Any] = {"checkpoint": public_name(model), "revision": revision, "dtype": dtype}
-            name, model = model, load_checkpoint(model, revision, dtype)
-            about["weights"] = fingerprint(name, revision=revision)
+            model = Checkpoint(model, revision, dtype)
+        if isinstance(model, Checkpoint) and settings.backend == "vllm":
+            trust = {"trust_remote_code": model.trust_remote_code}
+            model = VLLMEngine(model.name, model.revision, model.dtype, trust)
+        if isinstance(model, VLLMEngine):
+            settings, place = replace(settings, backend="vllm"), {"revision": model.revision}
+            about: dict[str, Any] = {"checkpoint": public_name(model.name_or_path), **place, "dtype": model.dtype}
+            about["weights"] = fingerprint(model.name_or_path, **place)
+        elif isinstance(model, Checkpoint):
+            place = {"revision": model.revision}
+            about = {"checkpoint": public_name(model.name), **place, "dtype": model.dtype}
+            name, model = model.name, model.load()
+            about["weights"] = fingerprint(name, **place)
         else:
             about = {"checkpoint": public_name(model.name_or_path or "model"), "revision": None}
             about |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": _weights(model.pretrained_model)}
@@ -102,6 +128,7 @@ def evaluate_passk(
                     judged.append(submit(judge, tasks[row["task_id"]], sample, **facts))
                 bar.update(len(rows))
         run = {**about, "form": settings.prompt_form, "seed": settings.seed, "settings": vars(completions)}
+        run["backend"] = settings.backend
         seconds = {"draw": time.perf_counter() - start}
         return _finish(judged, benchmark, k, folder, judge, run, seconds)
 
@@ -167,11 +194,14 @@ def _finish(
     return read_results(folder)  # with JSON's lists, as those of another day that they are compared with
 
 
-def load_checkpoint(name: str, revision: str = "main", dtype: str = "auto") -> AutoModelForCausalLMWithAbstractionHead:
+def load_checkpoint(
+    name: str, revision: str = "main", dtype: str = "auto", trust_remote_code: bool = False
+) -> AutoModelForCausalLMWithAbstractionHead:
     """Loads a checkpoint with its head (a fresh one where it has none), tokenizer and the settings of its training."""
-    tokenizer = load_tokenizer(name, {"revision": revision})  # first: it says best that there is no such checkpoint
+    place = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(name, place)  # first: it says best that there is no such checkpoint
     load = AutoModelForCausalLMWithAbstractionHead.from_pretrained
-    model = load(name, tokenizer=tokenizer, revision=revision, dtype=dtype)
+    model = load(name, tokenizer=tokenizer, dtype=dtype, **place)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

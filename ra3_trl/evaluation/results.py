@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_versioned
+from ..files import read_versioned, require_form
 from ..sandbox import VERDICTS, Judge, Result
 from ..segmentation import count_code_lines, own_line_comments
 from .passk import pass_at_k, share_interval
@@ -25,7 +26,17 @@ Row = dict[str, Any]
 Judged = tuple[
     Row, Future[Result], Future[Result] | None
 ]  # of a sample: its row, verdicts of the tests, of EvalPlus's
-_MEANS = ("num_samples", "forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished")
+_KINDS = ("verdict", "plus_verdict")
+_MEANS = {"num_samples": int} | dict.fromkeys(
+    ("forgeable", "think_rate", "latents_per_sample", "tokens_per_sample", "finished"), float
+)
+_FORM = {
+    "task": str, "run": dict[str, Any], "problems": dict[str, dict[str, Any]], "pass@k": dict[str, dict[str, Any]],
+    "verdicts": dict[str, int],
+}  # fmt: skip
+_RUN = {"settings": dict[str, Any], "limits": dict[str, Any] | None, "tasks": str | None, "weights": str | None}
+_SETTINGS = {"think": str | None}
+_LIMITS = {"seconds": float, "memory_mb": float}
 
 
 def submit(judge: Judge, task: Task, sample: Sample, **facts: Any) -> Judged:
@@ -132,18 +143,25 @@ def _require_form(results: dict[str, Any]) -> None:
     Raises:
         `KeyError`, `TypeError`: for what `ra3 evaluate` does not write.
     """
-    problems, run = results["problems"], results["run"]
-    kinds = "verdict", "plus_verdict"
-    verdicts = [of_task[kind] for of_task in problems.values() for kind in kinds if kind in of_task]
+    require_form(results, _FORM)
+    require_form(results, {name: hint for name, hint in _MEANS.items() if name in results})
+    run, problems = results["run"], results["problems"]
+    for place, form in ((run, _RUN), (run.get("settings", {}), _SETTINGS), (run.get("limits") or {}, _LIMITS)):
+        require_form(place, {name: hint for name, hint in form.items() if name in place or form is _LIMITS and place})
+    verdicts = []  # of each problem, by the kinds of tests that it has
+    for of_task in problems.values():
+        require_form(of_task, {kind: list[str] for kind in _KINDS if kind == "verdict" or kind in of_task})
+        verdicts.append([of_task[kind] for kind in _KINDS if kind in of_task])
     numbers = [row["value"] for name in ("pass@k", "plus_pass@k") for row in results.get(name, {}).values()]
-    numbers += [results[name] for name in _MEANS if name in results] + list(results["verdicts"].values())
+    numbers += [results[name] for name in _MEANS if name in results]
     right = {
-        "task": isinstance(results["task"], str),
-        "run": all(isinstance(value, dict) for value in (run, run.get("settings", {}), run.get("limits") or {})),
-        "problems": problems and all("verdict" in of_task for of_task in problems.values())
-        and all(isinstance(row, list) and row and set(row) <= set(VERDICTS) for row in verdicts),
-        "pass@k": results["pass@k"] and all(k.isdecimal() and int(k) > 0 for k in results["pass@k"]),
-        "numbers": all(isinstance(value, int | float) for value in numbers),
+        "task": re.fullmatch(r"[^/\\\0-\x1f]{1,200}", results["task"]),  # a folder is called by it
+        "think": run.get("settings", {}).get("think") in (None, "auto", "always", "never"),
+        "problems": problems
+        and all(rows[0] and len({*map(len, rows)}) == 1 and {*sum(rows, [])} <= {*VERDICTS} for rows in verdicts),
+        "verdicts": set(results["verdicts"]) <= set(VERDICTS),
+        "pass@k": results["pass@k"] and all(re.fullmatch("[1-9][0-9]{0,8}", k) for k in results["pass@k"]),
+        "numbers": all(abs(value) < 1e30 for value in numbers),
     }  # fmt: skip
     if wrong := [name for name, holds in right.items() if not holds]:
         raise TypeError(f"`{wrong[0]}` is not what it was")

@@ -208,7 +208,7 @@ def _tasks(rows: Sequence[tuple[str, Mapping[str, Any]]], source: str) -> dict[s
 def _require_beginning(prompt: str) -> None:
     try:
         codeop.compile_command(prompt, "<prompt>", "exec")
-    except (SyntaxError, ValueError, OverflowError) as error:
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"`prompt` is not the beginning of a program ({error}); put what is said in words into a docstring."
         ) from error
@@ -241,7 +241,7 @@ def _evalplus(row: Mapping[str, Any], task_id: str) -> Task:
     if task_id.startswith(MBPP):
         try:
             lines = (ast.get_docstring(ast.parse(prompt)) or "").split("\n")
-        except SyntaxError:  # a prompt may end within a function
+        except (SyntaxError, ValueError):  # a prompt may end within a function
             lines = []
         description = "\n".join(line for line in lines if not line.startswith("assert")) or prompt.strip()
         lines = (row.get("assertion") or "").split("\n") + lines

@@ -3,6 +3,7 @@
 from .processor import ThinkLogitsProcessor
 from .sampling import Completion, CompletionSettings, cut_at_stop, draw_completions
 from .strip import strip_latents
+from .vllm_engine import VLLMEngine
 from .wrapper import AutoModelForCausalLMWithAbstractionHead, CausalLMOutputWithAbstraction
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "Completion",
     "CompletionSettings",
     "ThinkLogitsProcessor",
+    "VLLMEngine",
     "cut_at_stop",
     "draw_completions",
     "strip_latents",

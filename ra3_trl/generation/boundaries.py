@@ -59,6 +59,14 @@ class LineReader:
         self._lines = lines
         return [lines[key] for key in keys]
 
+    def last(self, row: Sequence[int], prompt_width: int) -> LineStart:
+        """The last line of a single row, whose prompt are its first `prompt_width` tokens."""
+        self._prompt_width = prompt_width
+        key = tuple(row[: self._line_end(row)])
+        line = self._lines.get(key) or self._with_closure(key)
+        self._lines = {key: line}
+        return line
+
     def _follow(self, rows: Sequence[Sequence[int]]) -> None:
         """Notices a new call of `generate` and how long its prompts are (assisted decoding may step back)."""
         width, now = len(rows[0]), {tuple(row) for row in rows}

@@ -143,7 +143,7 @@ def draw_completions(
     forced = processor.forced if processor is not None else ()
     forced = [*zip(*forced, strict=True)] if forced else [(False,) * len(rows[0])] * len(rows)
     drawn = [
-        _completion(tokenizer, prompt_ids[n // settings.num_samples], row, forced[n], ends, settings.stop)
+        read_completion(tokenizer, prompt_ids[n // settings.num_samples], row, forced[n], ends, settings.stop)
         for n, row in enumerate(rows)
     ]
     return [drawn[i : i + settings.num_samples] for i in range(0, len(drawn), settings.num_samples)]
@@ -161,7 +161,7 @@ def _generation_config(settings: CompletionSettings, ends: tuple[int, ...], padd
     )  # fmt: skip
 
 
-def _completion(
+def read_completion(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
     row: list[int],
@@ -169,7 +169,7 @@ def _completion(
     ends: tuple[int, ...],
     stop: tuple[str, ...],
 ) -> Completion:
-    """The completion in a row of a batch, in which padding follows what ended it."""
+    """Reads the completion in a row of a batch, in which padding follows what ended it; `forced` is of its tokens."""
     end = next((i for i, token in enumerate(row) if token in ends), None)
     ids = row if end is None else row[: end + 1]
     text = _text_after(tokenizer, prompt, ids)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from ..kinds import checked
 from ..segmentation import find_format, statements_end
 
 
+@checked
 def strip_latents(text: str, action_format: str = "python") -> str:
     """Removes the latents of `text`; code that parses keeps its AST.
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..config import RA3Config
 from ..config_file import read_settings, write_settings
 from ..files import written_aside
+from ..kinds import checked
 from ..models import (
     AbstractionConfig,
     AbstractionHead,
@@ -59,6 +60,7 @@ class CausalLMOutputWithAbstraction(CausalLMOutputWithPast):
     gain: torch.Tensor | None = None
 
 
+@checked
 class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     """
     A causal language model with an [`~ra3_trl.models.AbstractionHead`], in the manner of TRL's former value head.
@@ -108,7 +110,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model: str | PreTrainedModel | PeftModel,
+        pretrained_model: str | Path | PreTrainedModel | PeftModel,
         *,
         peft_config: PeftConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -117,7 +119,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
         """Loads model, head and settings of a checkpoint; a fresh head, with a warning, where it has none.
 
         Args:
-            pretrained_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            pretrained_model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
                 A folder, a Hub id or a model (which gets a fresh head). An adapter's folder loads with its base.
             peft_config ([`~peft.PeftConfig`], *optional*):
                 Wraps the model in an adapter.

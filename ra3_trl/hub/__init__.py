@@ -14,6 +14,7 @@ from .dataset_card import CorpusFacts, render_dataset_card
 from .manifest import MANIFEST, Manifest, Origin, ShardEntry, checkpoint_hash, shard_file
 from .mixin import HubMixin
 from .publish import DatasetPush
+from .push import PushMixin
 from .secrets import Secret, find_secrets, scan_rows
 from .shards import Corpus, ShardedAnnotation, Share, refuse_without_boundaries, rows_of_a_shard
 
@@ -29,6 +30,7 @@ __all__ = [
     "Manifest",
     "ModelCardFacts",
     "Origin",
+    "PushMixin",
     "RowAnnotator",
     "Secret",
     "ShardEntry",

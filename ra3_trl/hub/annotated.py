@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -80,6 +81,8 @@ class RowAnnotator:
         self.annotation = annotation
         self._reader = RowReader(policy.segmenter, RowForms.of(policy.args, formatting_func))
         self._bytes = readable_bytes(policy.tokenizer, policy.segmenter.format)
+        added = policy.tokenizer.added_tokens_decoder.items()
+        self._special = {i: token.content.encode() for i, token in added if self._bytes[i] is None}
 
     def read(self, row: Mapping[str, Any]) -> Text | Tokens:
         """Reads a row in the forms that the trainer takes.
@@ -105,7 +108,7 @@ class RowAnnotator:
         if not documents or documents[0].status != "actions":
             return AnnotatedRow(text, [], 0, examples)
         boundaries = sum(len(document.boundaries) for document in documents)
-        return AnnotatedRow(*join_chunks(text, examples, self._bytes), boundaries, examples)
+        return AnnotatedRow(*join_chunks(text, examples, self._bytes, self._special), boundaries, examples)
 
     def _cut(self, example: Text | Tokens) -> list[Document]:
         return cut_example(self.policy.segmenter, content_id(example), example)
@@ -195,32 +198,46 @@ def _text_of(segmenter: Segmenter, example: Text | Tokens) -> str:
 
 
 def join_chunks(
-    text: str, examples: Sequence[AnnotatedExample], data: Sequence[bytes | None]
+    text: str,
+    examples: Sequence[AnnotatedExample],
+    data: Sequence[bytes | None],
+    special: Mapping[int, bytes] = MappingProxyType({}),
 ) -> tuple[str, list[dict[str, Any]]]:
     """Joins the annotated chunks of a document, whose `text` is as the segmenter saw it, and finds the latents' lines.
 
-    `data` holds the bytes of each token, as from `readable_bytes`.
+    Args:
+        data (`Sequence[bytes | None]`):
+            The bytes of each token, as from `readable_bytes`.
+        special (`Mapping[int, bytes]`, *optional*):
+            How special tokens stand in the text, a chat's for example.
     """
     # Chunks begin with context (BOS, a prompt, the last token before), which is not repeated: what they train on is
     # the end of the text, and what stands before it is taken from the text.
-    pieces: list[tuple[bytes, bool]] = []  # joined by runs: expert's bytes, or a latent's with prefix and closure
-    for example in examples:
-        context = example.document.context
-        tokens = zip(example.input_ids[context:], example.is_latent[context:], strict=True)
-        for is_latent, run in groupby(tokens, key=lambda pair: pair[1]):
-            pieces.append((b"".join(data[i] or b"" for i, _ in run), is_latent))
+    tokens = [
+        pair
+        for example in examples
+        for pair in list(zip(example.input_ids, example.is_latent, strict=True))[example.document.context :]
+    ]
     original = text.encode()
-    missing = len(original) - sum(len(piece) for piece, is_latent in pieces if not is_latent)
-    if missing < 0:  # the dummy space that SentencePiece puts before a text
-        pieces[0] = (pieces[0][0][-missing:], False)
-    out = original[: max(missing, 0)]
-    assert out + b"".join(piece for piece, is_latent in pieces if not is_latent) == original
+    at, pieces = len(original), list[tuple[bytes, bool]]()  # expert's bytes, or a latent's with prefix and closure
+    for position, (token, is_latent) in reversed(list(enumerate(tokens))):
+        piece = special.get(token, data[token] or b"")
+        if not is_latent:
+            if not original.endswith(piece, 0, at):
+                # An EOS that the text does not say, or a space that SentencePiece puts before a text or part of one.
+                last = position == len(tokens) - 1 and token in special
+                if not last and not (piece[:1] == b" " and original.endswith(piece[1:], 0, at)):
+                    return text, []  # a special token that swallows white space, say: it stays as it is
+                piece = b"" if last else piece[1:]
+            at -= len(piece)
+        pieces.append((piece, is_latent))
+    out = original[:at]
     drawn = iter([(latent, e.gains.get(boundary)) for e in examples for boundary, latent in sorted(e.placed.items())])
     latents: list[dict[str, Any]] = []
-    for piece, is_latent in pieces:
+    for is_latent, run in groupby(reversed(pieces), key=lambda pair: pair[1]):
         if is_latent:
             latent, gain = next(drawn)
             content = b"".join(data[i] or b"" for i in latent.token_ids)
             latents.append({"line": out.count(b"\n") + 1, "text": content.decode(), "gain": gain})
-        out += piece
+        out += b"".join(piece for piece, _ in run)
     return out.decode(), latents

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from datasets import Dataset
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
@@ -56,6 +57,7 @@ _UNUSED = {"tasks", "dataset_tags", "dataset_args"}  # arguments of `Trainer.cre
 _HELD_OUT = "held-out code"
 _PROMPTS = {"slashes": "int fibonacci(int n) {\n", "prose": "The first of these"}
 _LATENTS_SHOWN = 6
+_COUNTED: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()  # a card is written with each save
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,10 @@ def count_licenses(dataset: Any) -> dict[str, int]:
     """Counts rows by their column `license`, the most frequent first; `{}` for a stream or without that column."""
     if not isinstance(dataset, Dataset) or "license" not in dataset.column_names:
         return {}
-    cells = dataset.with_format(None)["license"]
-    return dict(Counter(row_license(value) or "unknown" for value in cells).most_common())
+    if dataset not in _COUNTED:
+        cells = dataset.with_format(None)["license"]
+        _COUNTED[dataset] = dict(Counter(row_license(value) or "unknown" for value in cells).most_common())
+    return _COUNTED[dataset]
 
 
 def _eval_results(facts: ModelCardFacts) -> list[EvalResult]:

@@ -140,10 +140,10 @@ class Manifest:
             )
         (folder / _ASIDE).mkdir(parents=True, exist_ok=True)
         with self._changed() as content:
-            if "shards" in content:
+            if "settings" in content:
                 self._compare(content)
             else:
-                content |= asdict(origin) | {"settings_hash": origin.settings_hash, "shards": [], "failed": {}}
+                content |= asdict(origin) | {"settings_hash": origin.settings_hash}
 
     def _compare(self, content: dict[str, Any]) -> None:
         other = f"`output_dir` {str(self.folder)!r} has shards of"
@@ -170,8 +170,10 @@ class Manifest:
     def _read(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if not path.exists():
-            return {"version": _VERSION}
+            return {"version": _VERSION, "shards": [], "failed": {}}
         with read_versioned(path, str(self.folder), _VERSION, _CURE) as content:
+            # What lacks one of these is damaged.
+            content |= {name: content[name] for name in ("failed", *Origin.__dataclass_fields__)}
             for entry in content["shards"]:
                 ShardEntry(**{name: value for name, value in entry.items() if name not in ("file", "pushed")})
             return content

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import find_file, read_versioned
+from ..files import find_file, naming, read_versioned, require_form
 
 
 HEAD_WEIGHTS, HEAD_CONFIG = "abstraction_head.safetensors", "abstraction_config.json"
@@ -41,9 +40,12 @@ class AbstractionConfig:
     trained_on: int = 0  # boundaries it has learned from; 0 is a fresh head
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "max_latent_length"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"`{name}` of the abstraction head is {getattr(self, name)}; it must be at least 1.")
+        bounds = {"hidden_size": (1, 1 << 17), "max_latent_length": (1, 1 << 16), "trained_on": (0, 1 << 62)}
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"`{name}` of the abstraction head is {getattr(self, name)}; use a number from {least} to {most}."
+                )
         if not 0 < self.think_prob < 1:
             raise ValueError(f"`think_prob` of the abstraction head is {self.think_prob}; use a number in (0, 1).")
 
@@ -94,7 +96,8 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
     `None` where it has none. `hidden_size` is the width of the model's hidden states, to be checked.
 
     Raises:
-        `ValueError`: for files that are cut, of a newer version, of another hidden size, or one without the other.
+        `ValueError`: for files that are damaged, of a newer version, of another hidden size, or one without the other,
+            and for weights that are not finite.
     """
     config_file, weights = find_file(name, HEAD_CONFIG, **place), find_file(name, HEAD_WEIGHTS, **place)
     if config_file is None and weights is None:
@@ -104,16 +107,21 @@ def load_head(name: str, hidden_size: int | None = None, **place: Any) -> Abstra
         missing, there = (HEAD_WEIGHTS, HEAD_CONFIG) if weights is None else (HEAD_CONFIG, HEAD_WEIGHTS)
         raise ValueError(f"{missing} of {name!r} is missing beside its {there}; {cure}.")
     with read_versioned(config_file, name, VERSION, cure) as values:
-        names = {field.name for field in fields(AbstractionConfig)}
-        config = AbstractionConfig(**{key: value for key, value in values.items() if key in names})
+        hints = get_type_hints(AbstractionConfig)
+        own = {name: value for name, value in values.items() if name in hints}
+        require_form(own, {name: hints[name] for name in own})
+        try:
+            config = AbstractionConfig(**own)
+        except ValueError as error:
+            raise ValueError(f"{HEAD_CONFIG} of {name!r}: {error} Or {cure}.") from error
     if hidden_size not in (None, config.hidden_size):
         raise ValueError(
             f"`hidden_size` of the abstraction head of {name!r} is {config.hidden_size}, and the model's hidden "
             f"states have {hidden_size} numbers: it is another model's; {cure}."
         )
     head = AbstractionHead(config)
-    try:
+    with naming(f"{HEAD_WEIGHTS} of {name!r}", cure, RuntimeError, ValueError):
         head.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{HEAD_WEIGHTS} of {name!r} is damaged ({error}); {cure}.") from error
+    if not all(bool(tensor.isfinite().all()) for tensor in head.state_dict().values()):
+        raise ValueError(f"{HEAD_WEIGHTS} of {name!r} holds numbers that are not finite; {cure}.")
     return head

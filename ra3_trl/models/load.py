@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import (
@@ -23,8 +26,11 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
 from ..config_fields import model_options
+from ..files import one_line
 
 
+_CURE = "take another checkpoint or revision"
+_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # not float8, of which there is no norm
 _PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")  # where the files are
 _SHARED = (*_PLACE, "gguf_file", "trust_remote_code")  # config's, tokenizer's and model's
 
@@ -112,7 +118,22 @@ def _from_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
         except (ImportError, RuntimeError) as error:
             kind = quantization["quant_method"] if isinstance(quantization, dict) else type(quantization).__name__
             raise ValueError(f"{where} is {kind}, which can't run here: {error}") from error
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the weights of {name!r} are damaged ({one_line(error)}); {_CURE}.") from error
+    _check_finite(model, name)
+    return model
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    """Refuses weights with NaN or infinity, which would make numbers out of nothing: one pass over them."""
+    for field, tensor in model.named_parameters():
+        known = tensor.dtype in _SUMMED and tensor.device.type != "meta" and tensor.numel() > 0
+        if known and not bool(torch.isfinite(torch.linalg.vector_norm(tensor.detach(), torch.inf))):
+            raise ValueError(
+                f"`{field}` in the weights of {name!r} is not finite: they are damaged, or training diverged; {_CURE}."
+            )
 
 
 def _check_kind(config: PretrainedConfig, name: str) -> None:

@@ -3,7 +3,7 @@
 from .annotate import MARKUP, annotate, annotate_all, annotate_proposed
 from .annotators import Annotation, Annotator, Comment, Proposed, Source
 from .blandness import first_latent, gains_over_other, most_thinking
-from .bounds import EVAL_NOISE, evaluate_documents, finish_metrics
+from .bounds import EVAL_NOISE, HELD_OUT, HELD_OUT_HINDSIGHT, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise, choose_to_try
 from .policy import THINKING, Policy, chunk_length, open_settings
 from .propose import OWN_LATENTS, LatentSource, OwnLatents, Proposer
@@ -13,6 +13,8 @@ from .text import token_text
 
 __all__ = [
     "EVAL_NOISE",
+    "HELD_OUT",
+    "HELD_OUT_HINDSIGHT",
     "MARKUP",
     "OWN_LATENTS",
     "THINKING",

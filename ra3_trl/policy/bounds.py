@@ -117,6 +117,14 @@ def _add(sums: dict[str, float], group: RolloutGroup, gain_TG: torch.Tensor) -> 
         sums[written] = sums.get(written, 0.0) + 1
 
 
+# What [`finish_metrics`] gives; the last three where there is another document, or a boundary.
+HELD_OUT = (
+    "ce", "ce_never", "ce_policy", "elbo", "bound_multi", "think_rate", "policy_latent_rate", "gain", "latent_length",
+    "code_tokens", "gain_over_other", "distinct_rate", "most_frequent_rate",
+)  # fmt: skip
+HELD_OUT_HINDSIGHT = ("elbo_hindsight", "bound_hindsight", "gain_hindsight")  # where latents are not the policy's own
+
+
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Averages: nats per code token (bounds negated, so that lower is better), rates, nats per latent. What was not
     measured is left out."""

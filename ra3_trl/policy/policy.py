@@ -9,17 +9,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import RA3Config, beside_trainers
-from ..config_fields import own_fields
-from ..config_file import read_settings
+from ..config import RA3Config
+from ..config_fields import beside_trainers, blaming, own_fields
+from ..config_file import RA3_CONFIG, read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
+from ..kinds import checked
 from ..models import (
     AbstractionHead,
     check_vocabulary,
@@ -54,6 +55,16 @@ THINKING = (
 )  # fmt: skip
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """What draws and scores latents as a [`~ra3_trl.rollout.RolloutEngine`] does, whatever its class."""
+
+    def rollout(self, *args: Any) -> RolloutGroup: ...
+
+    def score(self, *args: Any) -> RolloutGroup: ...
+
+
+@checked
 class Policy:
     """
     A language model with all that latents need: tokenizer, action format, segmenter, rollout engine, abstraction head
@@ -86,13 +97,13 @@ class Policy:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | Draws,
         args: RA3Config,
         segmenter: Segmenter | None = None,
         head: HeadDecisions | None = None,
         proposer: Proposer = OWN_LATENTS,
     ):
-        self.engine = engine
+        self.engine = cast(RolloutEngine, engine)
         self.args = args
         self._segmenter = segmenter
         self.head = head
@@ -126,11 +137,6 @@ class Policy:
             `ValueError`: for a checkpoint or settings that can't work together, with the cure.
             `OSError`: if there is no such checkpoint, or the Hub can't be reached.
         """
-        kinds = (str, Path, PreTrainedModel, PeftModel, AutoModelForCausalLMWithAbstractionHead)
-        if not isinstance(model, kinds):
-            raise ValueError(f"`model` is {model!r}; give a folder, a Hub id or a model.")
-        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"`tokenizer` is {tokenizer!r}; give a tokenizer, or leave it out for the checkpoint's.")
         head: AbstractionHead | None = None
         saved: dict[str, Any] = {}
         place = place_of(model_init_kwargs)
@@ -142,7 +148,7 @@ class Policy:
         if isinstance(model, (str, Path)):
             saved = read_settings(name, **place) or {}
             model = name
-        args = open_settings(saved, changes)
+        args = open_settings(saved, changes, name)
         action_format = find_format(args.action_format)
         require_tags(tokenizer, action_format)  # untrained tags would say nothing
         loaded = load_model(model, model_init_kwargs, None)
@@ -188,6 +194,7 @@ class Policy:
             `ValueError`: for an engine that is not exact on this model, and a `max_length` that can't be kept.
         """
         backbone = Backbone(model, args.router_aux_loss_coef)
+        longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         action_format = find_format(args.action_format)
         table = build_token_table(tokenizer, backbone.vocab_size, end_ids(backbone.causal_lm), action_format)
         params = SamplingParams(args.max_latent_length, args.temperature, args.top_k, args.top_p)
@@ -196,7 +203,6 @@ class Policy:
         attention = backbone.causal_lm.config._attn_implementation or ""
         if engine.name == "branch" and "flash" in attention:
             logger.warning(_REPLACED, attention, attention)
-        longest = chunk_length(args, context_length(backbone.causal_lm), room_for_latents)
         return cls(engine, args, Segmenter(tokenizer, action_format, longest, args.existing_comments, True), head)
 
     # ---- parts ----
@@ -300,10 +306,6 @@ class Policy:
     def generate(self, prompt: str, think: str = "auto", threshold: float | None = None, **kwargs: Any) -> str:
         """Completes a prompt, with latents where `think` says, see
         [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`]; gives the new text."""
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"`prompt` is {prompt!r}; give one text (of a chat, what the tokenizer's template makes)."
-            )
         if kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError(
                 "`num_return_sequences` is above 1; ask once for each text, or use the wrapper's `generate`."
@@ -329,13 +331,15 @@ class Policy:
         return NoiseKey(self.args.seed, 1, 0)
 
 
-def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
-    """The settings of a policy: how a checkpoint was trained to think, with `changes`; nothing of its training.
+def open_settings(saved: dict[str, Any], changes: dict[str, Any], name: str = "the checkpoint") -> RA3Config:
+    """The settings of a policy: how the checkpoint `name` was trained to think, with `changes`; nothing of its
+    training.
 
     Raises:
-        `ValueError`: for a field that there is none of, or a bad value.
+        `ValueError`: for a field that there is none of, or a bad value, with the file's name if it is the file's.
     """
-    settings = {name: saved[name] for name in THINKING if name in saved} | changes
+    thinking = {field: saved[field] for field in THINKING if field in saved}
+    settings = thinking | changes
     if "penalty" not in changes and settings.get("penalty") == math.inf:
         del settings["penalty"]  # how one trains without latents; asked for some, the policy places what pays
     unknown = sorted(set(changes) - set(own_fields(RA3Config)) - {"use_cpu", "seed", "bf16", "fp16", "output_dir"})
@@ -345,7 +349,7 @@ def open_settings(saved: dict[str, Any], changes: dict[str, Any]) -> RA3Config:
         settings["annotation"] = "resample"
     # Of the trainer's checks only those of an E-phase could refuse what a policy can do, such as with one latent.
     fixed: dict[str, Any] = {"e_steps": 0, "report_to": "none"}
-    with beside_trainers():
+    with beside_trainers(), blaming(f"{RA3_CONFIG} of {name!r}", lambda: RA3Config(**fixed | thinking)):
         return RA3Config(**fixed | settings)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..records import Document, RolloutGroup
 from ..rollout import Boundaries, NoiseKey, RolloutEngine
@@ -32,6 +32,7 @@ class LatentSource(Protocol):
         """Adds the latents' `log_ratio_TG` under the weights in use."""
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """All origins of latents of a run.
 

@@ -156,7 +156,7 @@ def render(estimate: Estimate) -> str:
         documents = f"a stream; its first {c['chunks']:,} chunks stand for the rest"
         over, kept = f"the first {c['chunks']:,} chunks", ""
     else:
-        names = ("with_actions", "no_boundary", "plain", "lossy", "empty")
+        names = ("with_actions", "no_boundary", "plain", "untokenized", "lossy", "empty")
         kinds = ", ".join(f"{c[name]:,} {name.replace('_', ' ')}" for name in names if c[name])
         documents = f"{c['documents']:,} to train on ({kinds}), {c['chunks']:,} chunks; {estimate.held_out:,} held out"
         over, kept = "a pass over the data", f"; {c['kept_comments']:,} comments kept"

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyarrow import Table, parquet
+from pyarrow import ArrowException, Table, parquet
 from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..files import naming
 from ..markdown import cell
 
 
@@ -21,8 +22,10 @@ _SENT = ("gain", "think_prob", "line", "doc_id", "line_number")  # to trackers, 
 
 
 def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """One row for each latent of rollouts (objects with `.group`, `.returns`); `gain` in nats, that of a
-    latent proposed in hindsight (`origin`) with its weighted log pi - log q."""
+    """One row for each latent of rollouts (objects with `.group`, `.returns` and `.extra`); `gain` in nats, that of a
+    latent proposed in hindsight (`origin`) with its weighted log pi - log q. Further columns are what reward functions
+    logged."""
+    extra = dict.fromkeys(name for rollout in rollouts for name in rollout.extra)
     rows = []
     for rollout in rollouts:
         group = rollout.group
@@ -38,7 +41,8 @@ def latent_rows(step: int, rollouts: Sequence, tokenizer: PreTrainedTokenizerBas
             }
             for g, latent in enumerate(group.latents[t]):
                 text, gain = tokenizer.decode(list(latent.token_ids)), float(rollout.returns.gain_TG[t, g])
-                rows.append(of_boundary | {"latent": text, "gain": gain})
+                logged = {name: values[t * group.num_latents + g] for name, values in rollout.extra.items()}
+                rows.append(extra | logged | of_boundary | {"latent": text, "gain": gain})
     return rows
 
 
@@ -114,4 +118,7 @@ class LatentLog:
             return self._rows
         files = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob("step_[0-9]*.parquet")}
         earlier = [number for number in files if number < step]  # later ones are of another run in the same folder
-        return parquet.read_table(files[max(earlier)]).to_pylist() if earlier else []
+        if not earlier:
+            return []
+        with naming(files[max(earlier)], "delete it", ArrowException, OSError):
+            return parquet.read_table(files[max(earlier)]).to_pylist()

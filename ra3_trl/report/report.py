@@ -111,7 +111,7 @@ def _corpus_section(corpus: AnnotatedCorpus, most: int) -> Section:
     programs: list[Program] = []
     gains: list[float] = []
     latents = 0
-    for i, row in enumerate(corpus.rows, 1):
+    for i, row in enumerate(corpus, 1):
         latents += len(row["latents"])
         gains += [latent["gain"] for latent in row["latents"] if latent["gain"] is not None]
         if row["latents"] and len(programs) < most:

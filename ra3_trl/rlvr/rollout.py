@@ -13,8 +13,11 @@ from trl import is_conversational
 
 from ..evaluation.answers import Text, locate_answer
 from ..generation import AutoModelForCausalLMWithAbstractionHead, Completion, CompletionSettings, draw_completions
+from ..generation.requests import RequestThinking
+from ..generation.vllm_engine import require_vllm
 from ..models import AbstractionConfig, AbstractionHead, end_ids, state_width
 from ..segmentation import find_format, own_line_comments, prompt_ids
+from .vllm_rollout import draw_by_vllm
 
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
 # Fields of `GRPOConfig` that change what is sampled and that `draw_completions` does not know, as they must be.
 _NOT_HEEDED = {
-    "use_vllm": False, "use_transformers_continuous_batching": False, "min_p": None, "repetition_penalty": 1.0,
-    "generation_kwargs": None, "cache_implementation": None,
+    "use_transformers_continuous_batching": False, "min_p": None, "repetition_penalty": 1.0,
+    "generation_kwargs": None, "cache_implementation": None, "vllm_structured_outputs_regex": None,
 }  # fmt: skip
 
 
@@ -93,28 +96,39 @@ class CompletionRollout:
         """One completion of each prompt; TRL repeats a prompt for each of its generations.
 
         Returns:
-            `dict[str, Any]`: `prompt_ids`, `completion_ids`, `logprobs` (`None`: TRL computes those that it needs)
-            and `env_mask` (0 for tokens that are not trained); for the rewards `completion_text`, up to the stop, and
-            `latent_lengths`, the tokens of each own-line comment in it.
+            `dict[str, Any]`: `prompt_ids`, `completion_ids`, `logprobs` (vLLM's; else `None`: TRL computes those that
+            it needs) and `env_mask` (0 for tokens that are not trained); for the rewards `completion_text`, up to the
+            stop, and `latent_lengths`, the tokens of each own-line comment in it.
         """
         _check_trainer(trainer)
         args, chat, tokenizer = trainer.args, is_conversational({"prompt": prompts[0]}), trainer.processing_class
         prompt_ids = _prompt_ids(prompts, trainer, chat)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        # As `draw_completions` takes it; the head is a fresh one and decides nothing.
-        head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
-        wrapped = AutoModelForCausalLMWithAbstractionHead(model, head)
         settings = CompletionSettings(
             temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, stop=self.stop, think=self.think,
             max_new_tokens=args.max_completion_length, prompt_is_code=not chat,
         )  # fmt: skip
-        drawn = [completion for (completion,) in draw_completions(wrapped, prompt_ids, settings, tokenizer)]
         ends = end_ids(model) or (tokenizer.eos_token_id,)
+        logps: list[list[float | None]] | None = None
+        if args.use_vllm:
+            thinking = None
+            if self.think is not None:
+                thinking = RequestThinking(
+                    self.think, prompt_is_code=not chat, eos_token_ids=end_ids(model), **self.latents
+                )
+            drawn, logps = draw_by_vllm(trainer, prompt_ids, settings, thinking, ends)
+        else:
+            # As `draw_completions` takes it; the head is a fresh one and decides nothing.
+            head = AbstractionHead(AbstractionConfig(state_width(model), **self.latents))
+            wrapped = AutoModelForCausalLMWithAbstractionHead(model, head)
+            drawn = [completion for (completion,) in draw_completions(wrapped, prompt_ids, settings, tokenizer)]
         ids, mask = zip(*(_ended(completion, ends) for completion in drawn), strict=True)
+        if logps is not None:  # of the end that a stop put there: 0, as of all that is not trained
+            logps = [[*of_row, *[0.0] * (len(row) - len(of_row))] for of_row, row in zip(logps, ids, strict=True)]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": list(ids),
-            "logprobs": None,
+            "logprobs": logps,
             "env_mask": list(mask),
             "completion_text": [completion.text for completion in drawn],
             "latent_lengths": [
@@ -156,19 +170,23 @@ def check_heeded(args: GRPOConfig) -> None:
             raise ValueError(
                 f"`{name}` is {value!r}, which rollouts with stops and latents do not heed; leave it out."
             )
+    if args.use_vllm:
+        require_vllm("`use_vllm` is True")
 
 
 def _check_trainer(trainer: GRPOTrainer) -> None:
     check_heeded(trainer.args)
     if trainer.tools:
         raise ValueError("`tools` are set, which rollouts with stops and latents do not call; leave them out.")
+    if trainer.args.use_vllm:
+        return  # it holds whole weights of its own
     accelerator = trainer.accelerator
     deepspeed = accelerator.state.deepspeed_plugin
     zero_3 = deepspeed is not None and deepspeed.zero_stage == 3
     if accelerator.distributed_type == DistributedType.FSDP or zero_3:
         raise ValueError(
             f"the model is sharded by {'ZeRO-3' if zero_3 else 'FSDP'}, and rollouts with stops and latents need "
-            "whole weights; use DDP or ZeRO-2, or a plain `GRPOTrainer` without stops and `think`."
+            "whole weights; use DDP or ZeRO-2, vLLM (`use_vllm`), or a plain `GRPOTrainer` without stops and `think`."
         )
 
 

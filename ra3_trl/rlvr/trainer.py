@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..config_fields import model_options
 from ..config_file import read_settings, write_settings
+from ..generation.vllm_engine import thinking_engines
+from ..hub import PushMixin
+from ..markdown import cell
 from ..models import context_length, load_tokenizer, place_of
 from ..segmentation import prompt_ids
 from .data import RLVRData, check_rows
@@ -97,10 +101,12 @@ def build_grpo_trainer(
     policy = _load_policy(model, options)
     # TRL takes them for a name only.
     args.model_init_kwargs = options if isinstance(policy, str) else None
-    with warnings.catch_warnings():
+    # Of a server who starts it says which logits processors it has; see docs/scale.md.
+    makes_engine = args.use_vllm and args.vllm_mode == "colocate"
+    with warnings.catch_warnings(), thinking_engines() if makes_engine else nullcontext():
         # It says that trl may change this; which versions of trl work is for this package to say and to test.
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = _TokenlessGRPOTrainer(
+        trainer = _CarefulGRPOTrainer(
             policy, rewards, args, train, evaluation, tokenizer, peft_config=peft_config, rollout_func=rollout,
             callbacks=[] if settings is None else [_CarrySettings(settings)],
         )  # fmt: skip
@@ -130,8 +136,15 @@ def _check_lengths(trainer: GRPOTrainer) -> None:
             )
 
 
-class _TokenlessGRPOTrainer(GRPOTrainer):
-    """TRL's trainer, whose `training_args.bin`, a pickle of the settings, holds no token."""
+class _CarefulGRPOTrainer(PushMixin, GRPOTrainer):
+    """TRL's trainer, whose `training_args.bin`, a pickle of the settings, holds no token; it pushes as
+    [`RA3MidTrainer`] does, and names on its card are no markup."""
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        shown = cell(model_name or Path(self.args.output_dir).name, 200)
+        super().create_model_card(shown, dataset_name and cell(dataset_name, 200), tags)
 
     # Private, since the pickle is written here.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

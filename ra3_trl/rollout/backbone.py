@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .logps import Targets, linear_logps, rows_at_once
+from .logps import Targets, linear_logps, rows_at_once, token_numbers
 from .sharding import gathered, is_fsdp2, is_zero3, reshard_layers_only
 
 
@@ -89,7 +89,7 @@ class Backbone:
             )
         self.packs = True  # whether documents of one row do not see each other, see `em/packing.py`
         self._takes_more = any(p.kind is p.VAR_KEYWORD for p in forward.values())
-        self.router_loss: torch.Tensor | None = None  # weighted, of the last forward with gradients
+        self.aux_loss: torch.Tensor | None = None  # of the routers in the last forward, not weighted
         self._settled = False  # whether FSDP2 has been told which weights to keep between forwards
         self._divide = config.get("logits_scaling") or 1.0  # Granite
         self._multiply = config.get("logit_scale") or 1.0  # Cohere
@@ -121,31 +121,43 @@ class Backbone:
         return "flash" in (self.causal_lm.config._attn_implementation or "")
 
     def hidden(self, through: nn.Module | None = None, **inputs: Any) -> torch.Tensor:
-        """Last hidden states `[rows, L, hidden_size]`.
+        """Last hidden states `[rows, L, hidden_size]`; with gradients also the router loss, see [`Backbone.run`]."""
+        return self.run(inputs, through, routed=torch.is_grad_enabled())[0]
+
+    def run(
+        self, inputs: dict[str, Any], through: nn.Module | None = None, routed: bool = True, whole: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        """Last hidden states `[rows, L, hidden_size]`, and what the model's own forward returns, if the `whole` of it
+        is wanted, with all logits. `routed`: the router loss of a mixture of experts is kept too.
 
         `through` is the wrapped model whose forward must be the one that runs (DDP arms its gradient reduction there);
         the hidden states are then caught on their way to the head. So they are where the router loss is wanted, which
         the model's own forward computes, and where FSDP2 gathers weights in that forward.
         """
-        self.router_loss = None
-        routed = bool(self._router_coef) and torch.is_grad_enabled()
+        self.aux_loss = None
+        routed = bool(self._router_coef) and routed
         fsdp2 = is_fsdp2(self.model)
-        if through is None and not routed and not fsdp2:
-            return self.decoder(use_cache=False, **inputs)[0]
+        if through is None and not routed and not fsdp2 and not whole:
+            return self.decoder(**{"use_cache": False} | inputs)[0], None
         if fsdp2 and not self._settled:
             reshard_layers_only(self.model)
             self._settled = True
         caught: list[torch.Tensor] = []
         inner = getattr(self.decoder, "decoder", self.decoder)  # OPT's forward goes past the outer one
         handle = inner.register_forward_hook(lambda module, args, output: caught.append(output[0]))
-        options = self._one_logit | ({"output_router_logits": True} if routed else {})
+        options = ({} if whole else self._one_logit) | ({"output_router_logits": True} if routed else {})
         try:
-            output = (through or self.model)(use_cache=False, **options, **inputs)
+            output = (through or self.model)(**{"use_cache": False} | options | inputs)
         finally:
             handle.remove()
-        if routed and output.aux_loss is not None:
-            self.router_loss = self._router_coef * output.aux_loss
-        return caught[0]
+        if routed:
+            self.aux_loss = output.aux_loss
+        return caught[0], output if whole else None
+
+    @property
+    def router_loss(self) -> torch.Tensor | None:
+        """The weighted router loss of the last forward, where it was wanted and there is one."""
+        return None if self.aux_loss is None else self._router_coef * self.aux_loss
 
     def idle(self, through: nn.Module | None = None, heads: int = 1) -> torch.Tensor:
         """Makes a loss of 0 that depends on every weight: the forward of a process that has nothing to learn from, so
@@ -203,7 +215,7 @@ class Backbone:
                 wanted, inverse = np.unique(row_n[i : i + rows], return_inverse=True)
                 hidden = hidden_nD[torch.from_numpy(wanted)]
                 which = None if np.array_equal(inverse, np.arange(len(wanted))) else torch.from_numpy(inverse)
-            chunk = (hidden, which, *(p[i : i + rows] for p in per_row))
+            chunk: Any = (hidden, which, *(p[i : i + rows] for p in per_row))
             grad = torch.is_grad_enabled()
             chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
         return [torch.cat(column) for column in zip(*chunks, strict=True)]
@@ -212,13 +224,20 @@ class Backbone:
         """Log-probs `[n]` of targets under a head that is a `matrix`; no logits are kept."""
         assert self.matrix is not None
         scale = self._multiply / self._divide / temperature
-        return linear_logps(hidden_nD, self.matrix, targets, rows_at_once(self.device, self.vocab_size), scale)
+        return linear_logps(hidden_nD, self.matrix, targets, rows_at_once(self.device, self.vocab_size), scale)[0]
 
     def token_logps(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """`log pi(target)` `[n]` under the model's own distribution (temperature 1, nothing forbidden)."""
         if self.matrix is None:
             return self.chunked(hidden_nD, _gather_logps, targets_n)[0]
         return self.matrix_logps(hidden_nD, Targets.of_tokens(targets_n))
+
+    def token_numbers(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> list[torch.Tensor]:
+        """`token_logps`, and for the log the entropies and whether each target is the likeliest token, `[n]` each."""
+        if self.matrix is None:
+            return self.chunked(hidden_nD, token_numbers, targets_n)
+        rows, scale = rows_at_once(self.device, self.vocab_size), self._multiply / self._divide
+        return [*linear_logps(hidden_nD, self.matrix, Targets.of_tokens(targets_n), rows, scale, watched=True)]
 
 
 def _gather_logps(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor]:

@@ -35,6 +35,11 @@ def rows_at_once(device: torch.device, vocab_size: int) -> int:
     return max(1, logits // vocab_size)
 
 
+def exact(logits: torch.Tensor) -> torch.dtype:
+    """The type that gradients and what a loss is made of are computed in: float32, of float64 that."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Part:
     """Marks rows that share what is forbidden."""
@@ -82,7 +87,7 @@ class Targets:
             else:
                 mask = part.mask_V.to(logits.dtype)
                 torch.addmm(mask, hidden_nD[part.rows], weight_VD.T, out=logits[part.rows])
-        return logits if scale == 1.0 else logits.float().mul_(scale)
+        return logits if scale == 1.0 else logits.to(exact(logits)).mul_(scale)
 
     def logps(self, scaled_nV: torch.Tensor) -> torch.Tensor:
         """Log-probs `[n]` of the symbols."""
@@ -96,40 +101,55 @@ class Targets:
     def excess(self, scaled_nV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Probabilities less the symbol's own, which would be one: minus the log-prob's gradient in the scaled logits,
         in the type of the matrix products."""
-        excess = torch.softmax(scaled_nV, -1, dtype=torch.float32)
+        excess = torch.softmax(scaled_nV, -1, dtype=exact(scaled_nV))
         own = excess.new_full((len(excess), 1), -1.0)
         if self.stops is not None:
             rows = torch.as_tensor(self.stops, device=excess.device)
             own[rows] = 0.0
-            stop = torch.softmax(scaled_nV[rows[:, None], self.stop_ids], -1, dtype=torch.float32)
+            stop = torch.softmax(scaled_nV[rows[:, None], self.stop_ids], -1, dtype=exact(scaled_nV))
             excess.index_put_((rows[:, None], self.stop_ids), -stop, accumulate=True)
         return excess.scatter_add_(1, self.token_n[:, None], own).to(dtype)
 
 
+def token_numbers(scaled_nV: torch.Tensor, token_n: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-probs `[n]` of tokens, the entropies of their distributions in nats, and whether each token is the (first)
+    likeliest; only the log-probs have gradients."""
+    logps_nV = torch.log_softmax(scaled_nV, -1, dtype=exact(scaled_nV))
+    logps_n = logps_nV.gather(-1, token_n[:, None])[:, 0]
+    with torch.no_grad():
+        likeliest_n = logps_nV.argmax(-1) == token_n
+        probs_nV = logps_nV.exp()
+        return logps_n, torch.special.entr(probs_nV, out=probs_nV).sum(-1), likeliest_n
+
+
 class _LinearLogps(torch.autograd.Function):
-    """Log-probs of targets under a head that is one matrix, with its gradients."""
+    """Log-probs of targets under a head that is one matrix, with its gradients; and, if `watched`, what is for the log
+    ([`token_numbers`])."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nD: torch.Tensor, weight_VD: torch.Tensor, targets: Targets, most: int, scale: float
-    ) -> torch.Tensor:
+        ctx: Any, hidden_nD: torch.Tensor, weight_VD: torch.Tensor, targets: Targets, most: int, scale: float,
+        watched: bool,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """`most` rows go together; `scale` is what logits are multiplied by."""
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        logps, slopes = [], []
+        columns, slopes = [], []
         for rows, chunk in targets.cut(most):
             scaled = chunk.logits(hidden_nD[rows], weight_VD, scale)
-            logps.append(chunk.logps(scaled))
+            columns.append(token_numbers(scaled, chunk.token_n) if watched else (chunk.logps(scaled),))
             if frozen:
                 slopes.append(chunk.excess(scaled, weight_VD.dtype) @ weight_VD * -scale)
         ctx.save_for_backward(hidden_nD, weight_VD, torch.cat(slopes) if frozen else None)
         ctx.targets, ctx.most, ctx.scale = targets, most, scale
-        return torch.cat(logps)
+        logps, *numbers = (torch.cat(column) for column in zip(*columns, strict=True))
+        ctx.mark_non_differentiable(*numbers)
+        return logps, *numbers
 
     @staticmethod
-    def backward(ctx: Any, grad_n: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_n: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         hidden_nD, weight_VD, slope_nD = ctx.saved_tensors
         if slope_nD is not None:
-            return (slope_nD * grad_n[:, None]).to(hidden_nD.dtype), None, None, None, None
+            return (slope_nD * grad_n[:, None]).to(hidden_nD.dtype), None, None, None, None, None
         hidden_grad = torch.empty_like(hidden_nD) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight_VD)
         for rows, chunk in ctx.targets.cut(ctx.most):
@@ -141,15 +161,15 @@ class _LinearLogps(torch.autograd.Function):
             weight_grad.addmm_(excess.T, hidden_nD[rows] * factor)
             if hidden_grad is not None:
                 hidden_grad[rows] = excess @ weight_VD * factor
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def linear_logps(
-    hidden_nD: torch.Tensor, weight_VD: torch.Tensor, targets: Targets, most: int, scale: float
-) -> torch.Tensor:
+    hidden_nD: torch.Tensor, weight_VD: torch.Tensor, targets: Targets, most: int, scale: float, watched: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Log-probs `[n]` of targets under a head that is one matrix, `most` rows at a time; in mixed precision in the
-    type that its product is in."""
+    type that its product is in. Of plain tokens also what is for the log ([`token_numbers`]), if `watched`."""
     device = hidden_nD.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         hidden_nD, weight_VD = (x.to(torch.get_autocast_dtype(device)) for x in (hidden_nD, weight_VD))
-    return _LinearLogps.apply(hidden_nD, weight_VD, targets, most, scale)
+    return _LinearLogps.apply(hidden_nD, weight_VD, targets, most, scale, watched)

@@ -1,8 +1,8 @@
 """The distribution that latents are drawn from, the same for sampling and for the loss.
 
 The stop is ONE symbol: the log-sum-exp over all newline-bearing and end-of-text tokens, standing at `stop_ids[0]`.
-Carriage return, NUL, special tokens and invalid UTF-8 are forbidden; so are a stop or white space as the first token,
-hence no latent is empty. A latent cut at the maximum length has no stop term.
+Carriage return, NUL, special tokens, invalid UTF-8 and what the format forbids are ruled out; so are a stop or white
+space as the first token, hence no latent is empty. A latent cut at the maximum length has no stop term.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class LatentDistribution:
         self._is_stop_V[table.stop_id] = True
         self._allowed_XV: torch.Tensor | None = None
         self._masks: dict[int, torch.Tensor] = {}
+        self._alike: list[int] = []  # of each row of the table of allowed symbols the first that is the same
         self._columns: list[_Columns] = []
 
     def _row(self, state: Any, step: Any) -> Any:
@@ -73,7 +74,7 @@ class LatentDistribution:
                     if first:
                         mask &= ~table.blank_V
                     else:
-                        mask[0] |= self._is_stop_V
+                        mask[table.pending_S == 0] |= self._is_stop_V
                     rows.append(mask)
             self._allowed_XV = torch.cat(rows)
         return self._allowed_XV
@@ -82,14 +83,14 @@ class LatentDistribution:
         """Symbols `[V]` that may follow in UTF-8 state `state` as token number `step`."""
         return self._table()[self._row(state, step)]
 
-    def kind(self, step: int) -> int:
-        """Numbers the steps at which the same symbols may follow."""
-        return int(self._row(0, step)) // len(self.table.pending_S)
+    def kind(self, state: int, step: int) -> int:
+        """Numbers the states and steps at which the same symbols may follow."""
+        return (self if self._alike else self.prepare())._alike[int(self._row(state, step))]
 
     def mask(self, state: int, step: int) -> torch.Tensor:
         """0 for the symbols `[V]` that may follow, `-inf` for others; where the stop symbol may, all of its tokens do:
         the sum over them is the same, merged or not."""
-        row = int(self._row(state, step))
+        row = self.kind(state, step)
         if row not in self._masks:
             allowed = self._table()[row]
             stops = (
@@ -100,14 +101,19 @@ class LatentDistribution:
 
     def prepare(self) -> LatentDistribution:
         """Makes the lists that draws need, now: to make them on a device means to wait for it."""
-        table, states = self._table(), len(self.table.pending_S)
-        allowed_XSV = table.cpu().view(-1, states, table.shape[1])
-        self._columns = [_Columns.of(allowed, self.table.stop_id, table.device) for allowed in allowed_XSV]
+        table, pending_S = self._table(), self.table.pending_S.cpu()
+        rows_XV = table.cpu()
+        numbers: dict[bytes, int] = {}
+        packed = np.packbits(rows_XV.numpy(), axis=1)
+        self._alike = [numbers.setdefault(row.tobytes(), x) for x, row in enumerate(packed)]
+        allowed_XSV = rows_XV.view(-1, len(pending_S), table.shape[1])
+        self._columns = [_Columns.of(allowed, pending_S, self.table.stop_id, table.device) for allowed in allowed_XSV]
         return self
 
     def columns(self, step: int) -> _Columns:
         """What is forbidden at a step, as lists of columns."""
-        return (self if self._columns else self.prepare())._columns[self.kind(step)]
+        at = int(self._row(0, step)) // len(self.table.pending_S)
+        return (self if self._columns else self.prepare())._columns[at]
 
     def __call__(self, logits_nV: torch.Tensor, state_n: torch.Tensor, step_n: torch.Tensor) -> torch.Tensor:
         """Scaled logits with forbidden symbols at `-inf` and the stop symbol at `stop_ids[0]`."""
@@ -135,21 +141,30 @@ class _Columns:
     """Lists what may follow at a step: between characters nearly all, inside one only what goes on with it."""
 
     stops: bool  # whether the stop may follow between characters
+    between_S: torch.Tensor  # which states are between characters
     forbidden: torch.Tensor  # columns that may not follow between characters
-    first_K: torch.Tensor  # of each block of columns one that may, if `some_K`
+    first_K: torch.Tensor  # of each block of columns one that may in all these states, if `some_K`
     some_K: torch.Tensor
+    whole: bool  # whether there is one in each block in which any may
+    odd: torch.Tensor  # columns that may follow in some of these states only, such as `:` not behind `coding`
+    odd_SO: torch.Tensor  # which of them may in each state
     inside: torch.Tensor  # columns that may follow inside some character
     allowed_SE: torch.Tensor  # which of them may in each state
 
     @classmethod
-    def of(cls, allowed_SV: torch.Tensor, stop_id: int, device: torch.device) -> _Columns:
-        between, inside_SV = allowed_SV[0], allowed_SV.clone()
-        inside_SV[0] = False
-        inside = inside_SV.any(0).nonzero()[:, 0]
-        blocks = between.view(-1, block_size(len(between)))
-        first = blocks.int().argmax(-1) + torch.arange(len(blocks)) * blocks.shape[1]
-        lists = ((~between).nonzero()[:, 0], first, blocks.any(-1), inside, inside_SV[:, inside])
-        return cls(bool(between[stop_id]), *(x.to(device) for x in lists))
+    def of(cls, allowed_SV: torch.Tensor, pending_S: torch.Tensor, stop_id: int, device: torch.device) -> _Columns:
+        between_S = pending_S == 0
+        some_V, all_V = allowed_SV[between_S].any(0), allowed_SV[between_S].all(0)
+        odd = (some_V & ~all_V).nonzero()[:, 0]
+        inside = allowed_SV[~between_S].any(0).nonzero()[:, 0]
+        some_KB, all_KB = (x.view(-1, block_size(len(x))) for x in (some_V, all_V))
+        first = all_KB.int().argmax(-1) + torch.arange(len(all_KB)) * all_KB.shape[1]
+        whole = bool((some_KB.any(-1) == all_KB.any(-1)).all())
+        columns = {
+            "between_S": between_S, "forbidden": (~some_V).nonzero()[:, 0], "first_K": first, "some_K": all_KB.any(-1),
+            "odd": odd, "odd_SO": allowed_SV[:, odd], "inside": inside, "allowed_SE": allowed_SV[:, inside],
+        }  # fmt: skip
+        return cls(bool(some_V[stop_id]), whole=whole, **{name: x.to(device) for name, x in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,8 @@ def _draw_in_place(
     """Symbols and log-probs, with masks written into the logits where they differ from row to row least:
     between characters nearly all is allowed, and the few columns that go on with a character are looked at apart."""
     columns, table = distribution.columns(step), distribution.table
+    if not columns.whole:
+        return invert(distribution(scaled, state_n, torch.full_like(state_n, step)), uniform_n)
     if distribution.params.temperature != 1.0:
         scaled.div_(distribution.params.temperature)
     stop_n = torch.logsumexp(scaled.index_select(1, table.stop_ids), -1)
@@ -206,11 +223,14 @@ def _draw_in_place(
     scaled.index_fill_(1, columns.forbidden, float("-inf"))
     if columns.stops:
         scaled.index_copy_(1, table.stop_ids[:1], stop_n[:, None])
+    if len(columns.odd):
+        odd = scaled.index_select(1, columns.odd).masked_fill_(~columns.odd_SO[state_n], float("-inf"))
+        scaled.index_copy_(1, columns.odd, odd)
     drawn = invert_by_blocks(scaled, uniform_n, columns.first_K, columns.some_K)
     if not len(columns.inside):
         return drawn
     tokens, logps = invert(inside.masked_fill_(~columns.allowed_SE[state_n], float("-inf")), uniform_n)
-    between, goes_on = state_n == 0, columns.inside[tokens]
+    between, goes_on = columns.between_S[state_n], columns.inside[tokens]
     return torch.where(between, drawn[0], goes_on), torch.where(between, drawn[1], logps)
 
 
@@ -282,12 +302,12 @@ def symbol_logps(
 
 def _by_kind(distribution: LatentDistribution, symbols: Symbols, device: torch.device) -> tuple[np.ndarray, Targets]:
     """Puts symbols in an order in which those that share what is forbidden stand together."""
-    kinds = np.array([distribution.kind(step) for step in symbols.step.tolist()], dtype=np.int64)
-    keys = np.array([symbols.state, kinds])
-    order = np.lexsort(keys)
-    begins = np.flatnonzero(np.diff(keys[:, order], prepend=-2).any(0))
+    pairs = zip(symbols.state.tolist(), symbols.step.tolist(), strict=True)
+    kinds = np.array([distribution.kind(state, step) for state, step in pairs], dtype=np.int64)
+    order = np.argsort(kinds, kind="stable")
+    begins = np.flatnonzero(np.diff(kinds[order], prepend=-1)).tolist()
     parts = []
-    for begin, end in zip(begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True):
+    for begin, end in zip(begins, [*begins, len(order)][1:], strict=True):
         first = order[begin]
         parts.append(Part(slice(begin, end), distribution.mask(int(symbols.state[first]), int(symbols.step[first]))))
     token, table = symbols.token[order], distribution.table

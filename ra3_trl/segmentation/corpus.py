@@ -10,6 +10,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..kinds import checked
+
 
 logger = logging.getLogger(__name__)
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([^\s*#]+)")
@@ -36,6 +38,7 @@ def _licence(source: str, folder: Path, root: Path, cache: dict[Path, str]) -> s
     return cache[folder]
 
 
+@checked
 def load_code_directory(path: str | Path | None = None, min_lines: int = 4, max_lines: int = 200) -> Dataset:
     """Reads the functions and classes of a folder of `.py` files, recursively.
 

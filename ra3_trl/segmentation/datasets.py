@@ -109,6 +109,7 @@ def segment_dataset(
     num_proc: int | None = None,
     forms: RowForms | None = None,
     name: str = "train_dataset",
+    kept: tuple[str, ...] = (),
 ) -> Dataset | IterableDataset:
     """Cuts every row into document chunks.
 
@@ -125,6 +126,8 @@ def segment_dataset(
             How rows are read, in place of the two.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             What errors call it.
+        kept (`tuple[str]`, *optional*):
+            Columns that each chunk has of its row.
 
     Raises:
         `ValueError`: for an empty data set, another container, or a row that can't be read, by its number.
@@ -142,17 +145,19 @@ def segment_dataset(
             raise ValueError(f"`{name}`, row {index}: {error}") from error
 
     def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {column: [] for column in FEATURES}
+        out: dict[str, list] = {column: [] for column in (*FEATURES, *kept)}
         for position, index in enumerate(indices):
             example = read({column: values[position] for column, values in batch.items()}, index)
             doc_id = index if isinstance(dataset, Dataset) else content_id(example)
             for document in cut_example(segmenter, doc_id, example):
-                for column, value in document_to_row(document).items():
+                of_row = {column: batch[column][position] for column in kept}
+                for column, value in (document_to_row(document) | of_row).items():
                     out[column].append(value)
         return out
 
     read(first, 0)
-    columns: dict[str, Any] = {"features": FEATURES, "remove_columns": list(first)}
+    features = Features(FEATURES | {column: dataset.features[column] for column in kept})
+    columns: dict[str, Any] = {"features": features, "remove_columns": list(first)}
     if not isinstance(dataset, Dataset):
         return dataset.map(cut, with_indices=True, batched=True, batch_size=8, **columns)  # little is read ahead
     options = {"num_proc": num_proc, "load_from_cache_file": False, "desc": "Cutting text into actions"}
@@ -160,11 +165,13 @@ def segment_dataset(
 
 
 def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
-    """Counts where every text went: `documents = with_actions + no_boundary + plain + lossy + empty`; and chunks,
-    boundaries, tokens.
+    """Counts where every text went: `documents = with_actions + no_boundary + plain + untokenized + lossy + empty`.
 
-    `plain` (does not tokenize as this format), `lossy` (the tokenizer does not give the text back) and `no_boundary`
-    (a line only, say) get plain next-token training; `empty` texts have nothing to train.
+    Also chunks, boundaries and tokens.
+
+    `plain` (not of this format), `untokenized` (parses as this Python and does not tokenize as every Python would),
+    `lossy` (the tokenizer does not give the text back) and `no_boundary` (a line only, say) get plain next-token
+    training; `empty` texts have nothing to train.
     """
     per_document: dict[int, str] = {}
     totals: Counter[str] = Counter()
@@ -180,7 +187,7 @@ def count_documents(rows: Dataset, segmented: Dataset) -> dict[str, int]:
         totals["tokens"] += document.num_trained
     kinds = Counter(per_document.values())
     counts = {"documents": len(rows)} | {
-        name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "lossy")
+        name: kinds[name] for name in ("with_actions", "no_boundary", "plain", "untokenized", "lossy")
     }
     counts["empty"] = len(rows) - len(per_document)
     return counts | {name: totals[name] for name in ("chunks", "boundaries", "kept_comments", "tokens")}

@@ -88,7 +88,7 @@ class Segmenter:
         context = max(enc.bos, prompt_tokens)
         lines, status = self._lines(text, prompt_chars, enc), "actions"
         if lines is None:
-            status = "plain"
+            status = self._refused(text)
         elif not self._gives_back(text, enc):
             lines, status = None, "lossy"
         actions = self._actions(text, lines or (), enc, context)
@@ -114,7 +114,7 @@ class Segmenter:
                 begin = learned[0][0] if learned else start
                 if begin > start:  # what stands before it may be no code
                     parts.insert(0, (begin, end))
-                statuses.add("plain")
+                statuses.add(self._refused(text[start:end]))
             elif not self._gives_back(text[start:end], within):
                 statuses.add("lossy")
             else:
@@ -123,9 +123,13 @@ class Segmenter:
                 lines += [replace(x.moved(start), latent=x.latent and (x.start > 0 or free)) for x in read]
                 edges.add(bisect_left(enc.starts, end))
                 statuses.add("actions")
-        status = next((name for name in ("actions", "lossy", "plain") if name in statuses), "actions")
+        status = next((name for name in ("actions", "lossy", "untokenized", "plain") if name in statuses), "actions")
         actions = self._actions(text, tuple(lines), inner, context, trained[:count], edges)
         return _chunk(Document(doc_id, 0, enc.ids, actions, context, status), self.max_tokens)
+
+    def _refused(self, text: str) -> str:
+        """The status of a text that is not cut into lines."""
+        return "untokenized" if self.format.parses(text) else "plain"
 
     def _between_special(self, enc: Encoding, start: int, end: int) -> list[tuple[int, int]]:
         """The parts of a region between its special tokens."""

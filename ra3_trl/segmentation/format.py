@@ -6,17 +6,23 @@ differ, and nothing outside this room knows which one is in use. The paper tried
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from ..kinds import checked
 from .lines import Line, keep_text, segment_lines
 from .markdown import segment_markdown, strip_markdown
 from .prose import segment_prose, strip_asides
-from .python import segment_python, strip_python_comments
+from .python import parses_as_python, segment_python, strip_python_comments
 from .slashes import segment_slashes, strip_slashes
 
 
+def _none_parses(text: str) -> bool:
+    return False
+
+
+@checked
 @dataclass(frozen=True)
 class ActionFormat:
     """Cuts text into actions and writes latents between them.
@@ -38,6 +44,11 @@ class ActionFormat:
             Characters one of which must begin a latent; empty is any but white space alone.
         forbidden (`str`, *optional*, defaults to `""`):
             Characters that a latent never holds, besides control characters.
+        forbidden_texts (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Texts that a latent never holds, such as what a compiler reads in a comment.
+        parses (`Callable[[str], bool]`, *optional*):
+            Whether a text that `segment` refuses is of the language all the same; it is then counted apart. The
+            default says that none is.
         tags (`Mapping[str, tuple[str, ...]]`, *optional*):
             Special tokens of the format, `think` and `end`, each with the words whose mean embedding it begins as
             ([`~ra3_trl.models.add_tags`]). Empty where the markers are plain text.
@@ -53,6 +64,8 @@ class ActionFormat:
     strip: Callable[[str, int], str] = keep_text
     first: str = ""
     forbidden: str = ""
+    forbidden_texts: tuple[str, ...] = ()
+    parses: Callable[[str], bool] = _none_parses
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +79,11 @@ class ActionFormat:
                 f"`end` of the action format {self.name!r} is {self.end!r}; use one ASCII character, which can't be "
                 "spread over tokens, or special tokens (`tagged`)."
             )
+
+    @property
+    def forbidden_bytes(self) -> tuple[bytes, ...]:
+        """What a latent never holds, characters and texts."""
+        return tuple(text.encode() for text in (*self.forbidden, *self.forbidden_texts))
 
     def think_text(self, indent: str, carry: str, think: str | None = None) -> str:
         """Writes the think prefix where `indent` is expected and the boundary token already holds `carry`; `think` is
@@ -91,8 +109,9 @@ def _without_comments(segment: Callable[[str], tuple[Line, ...] | None], text: s
     return None if lines is None else tuple(replace(line, comment=False) for line in lines)
 
 
+@checked
 def tagged(
-    base: ActionFormat, name: str, words: tuple[str, ...], think: str = "<think>", end: str = "</think>"
+    base: ActionFormat, name: str, words: Sequence[str], think: str = "<think>", end: str = "</think>"
 ) -> ActionFormat:
     """Makes a format that is `base` with latents between two special tokens, in front of its lines.
 
@@ -105,27 +124,37 @@ def tagged(
             What cuts the text.
         name (`str`):
             Name of the new format.
-        words (`tuple[str, ...]`):
+        words (`Sequence[str]`):
             Words whose mean embedding the opening tag begins as.
         think (`str`, *optional*, defaults to `"<think>"`), end (`str`, *optional*, defaults to `"</think>"`):
             The tags.
     """
     segment = partial(_without_comments, base.segment)
-    return ActionFormat(name, segment, think, end, base.strip, tags={think: words, end: ("\n",)})
+    return ActionFormat(
+        name, segment, think, end, base.strip, parses=base.parses, tags={think: tuple(words), end: ("\n",)}
+    )
 
 
-PYTHON = ActionFormat("python", segment_python, "#", "\n", strip_python_comments)
+# What Python itself reads in a comment: the encoding of the file on its first two rows (PEP 263; a program may begin
+# anywhere, in a fence or behind a prompt, so it is forbidden everywhere), and types under `type_comments`.
+PYTHON = ActionFormat(
+    "python", segment_python, "#", "\n", strip_python_comments, parses=parses_as_python,
+    forbidden_texts=("coding:", "coding=", "type:"),
+)  # fmt: skip
 # A comment begins with a space: `///` and `//!` are documentation in Rust, `//go:` and `//line` orders to a compiler.
-# A backslash would carry it to the next line in C and is read in Java's comments (`\u000a`). The other three are line
-# ends in JavaScript or C#.
+# A backslash would carry it to the next line in C, as its trigraph `??/` may, and is read in Java's comments
+# (`\u000a`). The other three are line ends in JavaScript or C#. The other texts are orders behind a space.
 SLASHES = ActionFormat(
-    "slashes", segment_slashes, "//", "\n", strip_slashes, first=" ", forbidden="\\\u0085\u2028\u2029"
-)
+    "slashes", segment_slashes, "//", "\n", strip_slashes, first=" ", forbidden="\\\u0085\u2028\u2029",
+    forbidden_texts=("??/", "+build", "@ts-", "swift-tools-version"),
+)  # fmt: skip
 # An aside holds no bracket and no line end, so that a reader finds where it began and ended.
 PROSE = ActionFormat("prose", segment_prose, "[", "]", strip_asides, forbidden="[")
 # Fenced code of both kinds, so that latents are what both take.
-MARKDOWN = replace(PYTHON, name="markdown", segment=segment_markdown, strip=strip_markdown, first=SLASHES.first,
-                   forbidden=SLASHES.forbidden)  # fmt: skip
+MARKDOWN = ActionFormat(
+    "markdown", segment_markdown, "#", "\n", strip_markdown, SLASHES.first, SLASHES.forbidden,
+    PYTHON.forbidden_texts + SLASHES.forbidden_texts,
+)  # fmt: skip
 TAGS = tagged(ActionFormat("lines", segment_lines, "", "\n"), "tags", ("think", "reason"))
 PYTHON_TAGS = tagged(PYTHON, "python_tags", ("#",))
 ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, MARKDOWN, TAGS, PYTHON_TAGS)}

@@ -47,7 +47,7 @@ def _code_lines(fence: Fence) -> list[Line] | None:
     for line in read:
         row, first = (bisect_right(begins, at) - 1 for at in (line.start, line.text_start))
         start, text_start = fence.starts[row], fence.rows[first] + line.text_start - begins[first]
-        lines.append(Line(start, text_start, fence.prefix + line.indent, line.comment, think=language.think))
+        lines.append(Line(start, text_start, fence.prefix + line.indent, line.comment, line.latent, language.think))
     return lines
 
 

@@ -6,6 +6,8 @@ backslash a comment line would change the program or not be a comment at all, so
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -118,13 +120,24 @@ def segment_python(text: str) -> tuple[Line, ...] | None:
     return tuple(lines)
 
 
+def parses_as_python(text: str) -> bool:
+    """Whether this Python's own parser takes `text`: it may where [`segment_python`] does not (old row ends)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that are none
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
 def _line(token: Token, rows: Sequence[str], starts: Sequence[int], indent: str) -> Line:
     row = token.row
     while row and rows[row - 1].strip() == "\\":  # the logical line has begun there, before its first token
         row -= 1
-    start = starts[row] if row else 0  # a byte-order mark is part of the first line
+    start = starts[row] if row else 0  # a byte-order mark is part of the first line: no latent may stand before it
     blank = len(rows[row]) - len(rows[row].lstrip(" \t\f"))
-    return Line(start, starts[row] + blank, indent, comment=token.kind == "comment")
+    return Line(start, starts[row] + blank, indent, comment=token.kind == "comment", latent=start == starts[row])
 
 
 def statements_end(text: str) -> int:

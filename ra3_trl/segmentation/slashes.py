@@ -223,7 +223,8 @@ def segment_slashes(text: str) -> tuple[Line, ...] | None:
         end = readings[0][1]
         opens = text[end - 1 : end] == "{" or bool(_LABEL.match(text[before:end]))
         comment = body.startswith("//") or (start == 0 and body.startswith("#!/"))
-        lines.append(Line(start, text.index(body, start), indent + unit * opens, comment))
+        marked = text.startswith("\ufeff", start)  # behind a byte-order mark, which must stay the first
+        lines.append(Line(start, text.index(body, start), indent + unit * opens, comment, latent=not marked))
         if not comment:
             before, outer, indent = start, indent, row[: len(row) - len(body)]
             if opens and len(indent) > len(outer) and indent.startswith(outer):

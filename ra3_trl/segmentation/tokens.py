@@ -15,24 +15,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..records import TokenTable
+from .automaton import automaton_without
 from .format import PYTHON, ActionFormat
 
-
-# UTF-8 automaton: state -> [(low byte, high byte, next state)]. 0 is "between characters"; 1, 2, 3 wait for that many
-# continuation bytes; 4-7 are the lead bytes E0, ED, F0 and F4, whose first continuation byte has a narrower range.
-_Edges = dict[int, list[tuple[int, int, int]]]
-_UTF8: _Edges = {
-    0: [(0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5), (0xEE, 0xEF, 2)]
-    + [(0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7)],
-    1: [(0x80, 0xBF, 0)],
-    2: [(0x80, 0xBF, 1)],
-    3: [(0x80, 0xBF, 2)],
-    4: [(0xA0, 0xBF, 1)],
-    5: [(0x80, 0x9F, 1)],
-    6: [(0x90, 0xBF, 2)],
-    7: [(0x80, 0x8F, 2)],
-}
-_PENDING = (0, 1, 2, 3, 2, 2, 3, 3)
 
 FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
@@ -45,7 +30,8 @@ FIM_TOKENS = (  # what opens the prefix, the suffix and the middle
 _FIM_ENDS = ("<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "<|file_separator|>", "<file_sep>",
              "\u2581<EOT>", "<|EOT|>")  # fmt: skip
 _Bytes = tuple[bytes | None, ...]  # of each token id
-_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>")
+_MARKER = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>")
+_CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f]")  # newline, carriage return, NUL, ... but the tab
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -59,7 +45,7 @@ def is_control(token: AddedToken) -> bool:
     """Whether an added token is no text: a special token, or one of a form that only such tokens have (Qwen2.5-Coder
     lists those for filling in the middle as not special)."""
     text = token.content
-    return token.special or bool(_CONTROL.fullmatch(text)) or text in _FIM_ENDS or any(text in t for t in FIM_TOKENS)
+    return token.special or bool(_MARKER.fullmatch(text)) or text in _FIM_ENDS or any(text in t for t in FIM_TOKENS)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
@@ -100,35 +86,6 @@ def readable_bytes(tokenizer: PreTrainedTokenizerBase, action_format: ActionForm
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Maps special tokens, each of which is one id wherever it stands, to their ids."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def _run_automaton(data: bytes, state: int, edges: _Edges = _UTF8) -> int:
-    """Finds the state behind some bytes; -1 where no text holds them."""
-    for byte in data:
-        state = next((to for low, high, to in edges[state] if low <= byte <= high), -1)
-        if state < 0:
-            return -1
-    return state
-
-
-def _automaton_without(characters: str) -> tuple[_Edges, list[int]]:
-    """Makes the UTF-8 automaton with no way through `characters`; also how many bytes each of its states waits for.
-
-    The lead bytes of a character lead to states of their own, copies of the usual ones that lack one edge.
-    """
-    edges, pending = {state: list(rows) for state, rows in _UTF8.items()}, list(_PENDING)
-    for character in characters:
-        *lead, last = character.encode()
-        state = 0
-        for byte in lead:
-            before, state = state, _run_automaton(bytes([byte]), state, edges)
-            if state < len(_PENDING):  # other characters pass it too: this one gets a copy
-                pending.append(pending[state])
-                edges[len(edges)] = list(edges[state])
-                state = len(edges) - 1
-                edges[before].insert(0, (byte, byte, state))
-        edges[state].insert(0, (last, last, -1))
-    return edges, pending
 
 
 def _end_ids(data: _Bytes, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> list[int]:
@@ -179,21 +136,21 @@ def build_token_table(
     data = token_bytes(tokenizer)
     data = (data + (None,) * vocab_size)[:vocab_size]
     ends = _end_ids(data, tokenizer, action_format)
-    edges, pending = _automaton_without(action_format.forbidden)
+    automaton = automaton_without(action_format.forbidden_bytes)
     first = tuple(c.encode() for c in action_format.first)
-    next_state = torch.full((len(pending), vocab_size), -1, dtype=torch.int8)
+    usable = [i for i, b in enumerate(data) if b and not _CONTROL.search(b)]
+    next_state = torch.full((len(automaton.pending), vocab_size), -1, dtype=torch.int16)
+    next_state[:, usable] = torch.from_numpy(automaton.run([data[i] or b"" for i in usable]))
     blank = torch.zeros(vocab_size, dtype=torch.bool)
-    for i, b in enumerate(data):
-        if not b or any(c < 0x20 and c != 0x09 for c in b):  # newline, carriage return, NUL, other control characters
-            continue
+    for i in usable:
+        b = data[i] or b""
         # A character begun and not ended counts as blank: its last bytes could make it one (U+00A0, U+3000).
         blank[i] = not b.decode("utf-8", "ignore").strip() or bool(first and not b.startswith(first))
-        for state in range(1 if b.isascii() else len(pending)):  # ASCII never stands inside a character
-            next_state[state, i] = _run_automaton(b, state, edges)
     fim_ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in _FIM_ENDS}
     eos = {tokenizer.eos_token_id, *eos_token_ids, *fim_ends} - set(ends)
     stop_ids = torch.tensor(ends + sorted(i for i in eos if i < vocab_size))
-    next_state[0, stop_ids] = 0
+    pending = torch.tensor(automaton.pending)
+    next_state[(pending == 0).nonzero(), stop_ids] = 0
     opening = (next_state[0] >= 0) & ~blank
     opening[stop_ids] = False
     if not opening.any():
@@ -201,7 +158,7 @@ def build_token_table(
             f"`processing_class` ({type(tokenizer).__name__}) has no token that may begin a latent of the format "
             f"{action_format.name!r} (a word behind one of {action_format.first!r}); use a larger vocabulary."
         )
-    return TokenTable(stop_ids, blank, next_state, torch.tensor(pending), data, tokenizer.eos_token_id)
+    return TokenTable(stop_ids, blank, next_state, pending, data, tokenizer.eos_token_id)
 
 
 def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

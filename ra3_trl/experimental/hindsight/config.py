@@ -27,7 +27,7 @@ class HindsightConfig(RA3Config):
         "fim (fill in the middle), chat (an instruction), template (`proposal_template`) or function (the trainer's "
         "`proposal_func`); or some of them with shares, causal:1+fim:3.", "causal"
     )  # fmt: skip
-    proposal_lines: int = setting("Next lines that a proposal in hindsight knows.", 4, 1)
+    proposal_lines: int = setting("Next lines that a proposal in hindsight knows.", 4, 1, 1024)
     proposal_template: str | None = setting(
         "Prompt with {prefix} (the code so far), {suffix} (the next lines) and, where the latent's marker is wanted, "
         "{think}.", None

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...config import RA3Config, beside_trainers
-from ...config_fields import own_fields, row_length
+from ...config import RA3Config
+from ...config_fields import beside_trainers, own_fields, row_length
 from ...models import context_length
 from ...policy import OWN_LATENTS, LatentSource, Policy
 from ...records import Document, Latent, RolloutGroup

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...config import RA3Config
 from ...models import context_length
-from ...policy import Proposer
+from ...policy import HELD_OUT_HINDSIGHT, Proposer
 from ...trainer import RA3MidTrainer
 from .config import HindsightConfig
 from .prompts import ProposalFunc
@@ -25,6 +25,8 @@ class HindsightTrainer(RA3MidTrainer):
             code so far and the next lines, which begin with what closes a latent (a newline, on Python). A run that
             is resumed knows it by its name only.
     """
+
+    measured = (*RA3MidTrainer.measured, *HELD_OUT_HINDSIGHT)
 
     def __init__(self, *arguments: Any, proposal_func: ProposalFunc | None = None, **options: Any):
         self.proposal_func = proposal_func
