@@ -37,9 +37,22 @@ SHORT_TESTS = ("tests/test_imports.py", "tests/test_trainer.py", "tests/test_res
 
 def now() -> dict[str, str]:
     """The day and the commit that a result is of."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return {"date": datetime.date.today().isoformat(), "commit": commit}
+    git = ["git", "-C", str(ROOT)]
+    describe = [*git, "describe", "--always", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    # What earlier rows wrote is no change of the code.
+    changed = [
+        *git,
+        "diff",
+        "HEAD",
+        "--quiet",
+        "--",
+        ".",
+        f":!{RESULTS.relative_to(ROOT)}",
+        f":!{PAGE.relative_to(ROOT)}",
+    ]
+    dirty = "-dirty" if subprocess.run(changed).returncode else ""
+    return {"date": datetime.date.today().isoformat(), "commit": commit + dirty}
 
 
 def run_tests(python: Path, tests: tuple[str, ...], workers: int) -> dict:
