@@ -123,7 +123,7 @@ BAD = [
     (["--code_dir", "nowhere"], ["`code_dir` is 'nowhere'", "pass a folder"]),
     (["--dataset_name", "nowhere.jsonl"], ["`dataset_name` is 'nowhere.jsonl'", "no such file"]),
     (["--dataset_name", "code/a.py"], ["'code/a.py' is a single program", "give its folder"]),
-    (["--kl_coef", "inf"], ["`kl_coef` is inf; it must be finite"]),
+    (["--kl_coef", "inf"], ["`kl_coef` is inf; it must be at least 0 and at most 1000000.0"]),
     (["--dataset_name", "x", "--code_dir", "y"], ["`dataset_name` is 'x'", "one of the two"]),
     (["--eval_documents", "1", "--eval_fraction", "0.1"], ["`eval_documents`", "one of the two"]),
     (["--eval_documents", "100000"], ["100000 documents", "lower `eval_documents`"]),

@@ -87,10 +87,11 @@ def test_the_words_follow_the_numbers():
     assert table.count("0.33") == table.count("0.12") == table.count("0.95") == 3
 
 
-def test_own_code_takes_the_other_way(monkeypatch):
+def test_own_code_takes_the_other_way(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("ra3_trl.cli.demo.run_own", lambda options: seen.append("own") or 0)
     monkeypatch.setattr("ra3_trl.cli.demo.run_testbed", lambda options: seen.append("testbed") or 0)
-    for words in ([], ["--code_dir", "x"], ["--model_name_or_path", "x"], ["--dataset_name", "x"], ["--smoke"]):
+    code = str(tmp_path)
+    for words in ([], ["--code_dir", code], ["--model_name_or_path", "a/b"], ["--dataset_name", "a/b"], ["--smoke"]):
         assert main(["demo", *words]) == 0
     assert seen == ["testbed", "own", "own", "own", "testbed"]

@@ -194,7 +194,7 @@ def test_annotation_runs_its_text_once_and_documents_together(setting, tmp_path,
     """No latent is placed: a text goes through the model once, in as many forwards for three documents as for one."""
     monkeypatch.setattr(annotation, "_WINDOW", 3)
     _, engine, document = setting
-    args = RA3Config(output_dir=str(tmp_path), horizon=2, penalty=1e9, max_latent_length=5, num_latents=2)
+    args = RA3Config(output_dir=str(tmp_path), horizon=2, penalty=1e6, max_latent_length=5, num_latents=2)
     policy, tokens = Policy(engine, args), list[list[int]]()
     several = [replace(document, doc_id=i) for i in range(3)]
     for documents in (several[:1], several):

@@ -29,7 +29,7 @@ LEVELS = (  # imports point from a level to those before it, and never to anothe
     ("cli", "examples"),
     ("benchmarks",),
 )
-LEVEL = {room: level for level, rooms in enumerate(LEVELS, start=-1) for room in rooms}  # one less than in the docs
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PRIVATE = ("trl.trainer", "trl.models", "trl.experimental")
 
 

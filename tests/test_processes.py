@@ -114,7 +114,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder, scenario):
     assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
     assert furthest(first["weights"], second["weights"]) == 0
     assert furthest(one["weights"], first["weights"]) < 1e-6
-    assert one["held"] == pytest.approx(first["held"], abs=1e-5) and first["held"] == second["held"]
+    assert one["held"] == pytest.approx(first["held"], rel=1e-5, abs=1e-5) and first["held"] == second["held"]
     # The head's Adam follows the sign of tiny slopes; a step is 1e-3.
     assert furthest(first["head"], second["head"]) == 0 and furthest(one["head"], first["head"]) < 1e-3
 
@@ -138,7 +138,12 @@ def test_no_document_is_evaluated_twice(folder):
     assert one["eval_code_tokens"] == first["eval_code_tokens"]
     assert 0 < one["eval_distinct_rate"] <= 1  # what both processes wrote is one text
     for name, value in one.items():
-        if name == "eval_gain_over_other":  # each process has its own documents before
+        # Means over batches, as SFTTrainer has them, are of other batches with other processes.
+        if name in (
+            "eval_gain_over_other",
+            "eval_entropy",
+            "eval_mean_token_accuracy",
+        ):  # each process has its own documents before
             assert first[name] == second[name]
         elif not name.endswith(("runtime", "per_second")):
             assert first[name] == second[name] == pytest.approx(value, rel=1e-5), name

@@ -202,5 +202,5 @@ def test_contributing_has_the_rooms_in_their_levels():
     for row in section.split("\n"):
         if (cells := row.split("|"))[1:] and "`" in row and row.startswith("|"):
             level = int(cells[1]) if cells[1].strip() else level
-            rooms |= dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", cells[2]), level - 1)
+            rooms |= dict.fromkeys(re.findall(r"`(\w+)(?:\.py|/)`", cells[2]), level)
     assert rooms == LEVEL

@@ -28,7 +28,7 @@ def navigation(items) -> list[str]:
 
 def anchors(page: Path) -> set[str]:
     """What a page's headings are called in links to them, as GitHub and mkdocs name them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), re.M)
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.S | re.M), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
@@ -40,7 +40,7 @@ def test_every_page_is_in_the_navigation_once():
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Files of the repository, and headings in them."""
-    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.S | re.M)
     for link in LINK.findall(text):
         if "://" in link:
             continue
