@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets, disable_progress_bars
 from rich.table import Table
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from .. import RA3Config, RA3MidTrainer
 from ..policy import Policy
@@ -77,6 +83,13 @@ SIZES = (Size(), Size(operations=2, careful_steps=300, steps=600))
 SMOKE = Size(careful_steps=2, steps=4, e_steps=2, m_steps=1, tasks=8, layers=1, width=16)
 
 
+class Bar(ProgressCallback):
+    """Shows a bar, and none of the log's numbers."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def pretrain(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path, steps: int | None = None):
     """Trains a tiny Llama from random weights: first on programs with right steps before each hard line, then on
     programs of which 40 % have steps, a quarter of them wrong. Returns it and the seconds an update took."""
@@ -94,6 +107,8 @@ def pretrain(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int, folder: 
     model = fresh_model(tokenizer, seed, size.layers, size.width)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, args, collator, tokenized(concatenate_datasets(data), tokenizer))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
     return trainer.model, trainer.train().metrics["train_runtime"] / steps
 
 
@@ -142,8 +157,12 @@ def run_testbed(options: argparse.Namespace) -> int:
     for thing in (model, tokenizer):
         thing.save_pretrained(output / "base")
     trainers, seen = {}, {}
-    for name, updates in (("ntp", size.e_steps + size.m_steps), ("ra3", f"{size.e_steps} E- and {size.m_steps} M-")):
-        console.rule(f"{len(trainers) + 2}. {ARMS[name]}: {updates} updates on programs without comments")
+    length = {
+        "ntp": f"{size.e_steps + size.m_steps} updates",
+        "ra3": f"{size.e_steps} E- and {size.m_steps} M-updates",
+    }
+    for name, updates in length.items():
+        console.rule(f"{len(trainers) + 2}. {ARMS[name]}: {updates} on programs without comments")
         trainers[name] = midtrain(name, size, output / "base", output, options.seed)
         seen[name] = measured(trainers[name], size)
         trainers[name].save_model()

