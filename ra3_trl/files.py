@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
@@ -213,6 +214,31 @@ def write_whole(path: str | Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
+# A full disk, a quota, the largest size of a file, a broken disk, one that is read only. safetensors, tokenizers and
+# torch say it in words of their own.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_FULL_WORDS = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|inline_container|PytorchStreamWriter")
+
+
+@contextmanager
+def saying_what_is_full(path: str | Path, cure: str) -> Iterator[None]:
+    """Says where there is no room for what is written inside.
+
+    Raises:
+        `OSError`: in the place of the errors of a full disk, with the `cure`; others pass.
+    """
+
+    def say(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _FULL or (number is None and error is not None and _FULL_WORDS.search(str(error))):
+            raise OSError(number or errno.ENOSPC, f"{path} can't be written ({one_line(error)}); {cure}") from error
+        return False
+
+    with ExitStack() as stack:
+        stack.push(say)  # by its words, since tokenizers has no class of errors of its own
+        yield
+
+
 @contextmanager
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A new folder to write a checkpoint into; its files go to `folder` when all of them are there.
@@ -232,7 +258,8 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
     near = folder if folder.is_mount() else folder.parent
     with TemporaryDirectory(prefix=_ASIDE, dir=near, ignore_cleanup_errors=True) as name:
         aside = Path(name)
-        yield aside
+        with saying_what_is_full(folder, "free some room there, or save elsewhere"):
+            yield aside
         folder.mkdir(exist_ok=True)
         new = {path.relative_to(aside) for path in aside.rglob("*") if path.is_file()}
         if (folder / "README.md").exists():

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .em import EMLoop, Schedule, rotate, run_settings, written_whole
+from .em import FREE_ROOM, EMLoop, Schedule, rotate, run_settings, written_whole
 from .em.data import Cutter
-from .files import written_aside
+from .files import saying_what_is_full, written_aside
 from .hub import HubMixin
 from .kinds import check_kind
 from .models import HEAD_WEIGHTS, save_head
@@ -63,7 +63,8 @@ class SavingMixin(HubMixin):
         """Writes the checkpoint aside, with what the EM loop needs, and renames it: it is whole or not there. A card
         goes into `output_dir` with each, as TRL's trainers write it."""
         run, writes = Path(self._get_output_dir(trial)), self.args.should_save
-        self.create_model_card(model_name=Path(self.args.hub_model_id or str(self.args.output_dir)).name)
+        with saying_what_is_full(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", FREE_ROOM):
+            self.create_model_card(model_name=Path(self.args.hub_model_id or str(self.args.output_dir)).name)
         with written_whole(self.args, run, self.state) as folder:
             super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:

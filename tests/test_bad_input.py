@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import resource
 import shlex
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +22,8 @@ from transformers import TrainerState
 
 from ra3_trl import RA3Config
 from ra3_trl.cli import train
-from ra3_trl.cli.launch import launch_command
+from ra3_trl.cli.launch import launch_command, read_arguments
 from ra3_trl.cli.main import guarded
-from ra3_trl.cli.parser import read_config
 from ra3_trl.config_file import read_settings
 from ra3_trl.em.checkpoint import check_resumable, run_settings
 from ra3_trl.em.learner import HeadLearner
@@ -185,9 +186,8 @@ def put_yaml(folder: Path) -> Path:
 
 
 def parse(path: Path) -> None:
-    argv = ["--config", str(path)]
-    read_config(argv)
-    launch_command(train.make_parser(), argv)
+    with mock.patch.dict(os.environ), mock.patch("ra3_trl.cli.launch.launch", lambda *_: 0):
+        read_arguments(train.make_parser(), ["--config", str(path)])
 
 
 def put_accelerate(folder: Path) -> Path:

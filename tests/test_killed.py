@@ -6,41 +6,53 @@ file that is opened to write, renamed, made or deleted.
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from peft import LoraConfig
 
 from ra3_trl.em import check_resumable, resumed_folder, settle
+from ra3_trl.em import state as em_state
 
 
 TEXTS = [f"def f{i}(x):\n    y = x + {i}\n    return y\n" for i in range(4)]
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.move", "os.link", "os.truncate"}
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.move", "os.link", "os.truncate", "test.wait"}
 KILLED = 9
+
+
+def _count_down(number: int, work: Callable[[], None]) -> None:
+    """Runs `work` and ends this process, before its file operation `number` if it comes to that."""
+    left = [number]
+
+    def count(event: str, arguments: tuple) -> None:
+        if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(KILLED)
+
+    try:
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:
     """Runs `work` in a child that ends before its file operation `number`; whether it came to that operation."""
     child = os.fork()
     if child == 0:
-        left = [number]
-
-        def count(event: str, arguments: tuple) -> None:
-            if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-                left[0] -= 1
-                if left[0] < 0:
-                    os._exit(KILLED)
-
-        try:
-            sys.addaudithook(count)
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
+        _count_down(number, work)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, KILLED)
     return code == KILLED
@@ -150,3 +162,136 @@ def test_half_a_checkpoint_goes_first(saver, tmp_path):
     assert resumed_folder(True, str(run)) == run / "checkpoint-2"
     save(4)
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "checkpoint-2", "checkpoint-4"]
+
+
+# ---- two processes ----
+
+
+def killed_pair_at(number: int, victim: int, other_goes_on: bool, work: Callable[[], None]) -> bool:
+    """As [`killed_at`], of two processes, of which `victim` ends; the other is ended by whoever started them, at once
+    or when it waits for the first. What they exchange is a barrier."""
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def wait() -> None:
+        sys.audit("test.wait")  # an operation before which one may end
+        barrier.wait()
+
+    def gather(objects: list) -> list:
+        wait()
+        return objects + objects
+
+    def as_rank(rank: int) -> None:
+        PartialState._shared_state |= {"process_index": rank, "local_process_index": rank, "num_processes": 2}
+        PartialState.wait_for_everyone = lambda self: wait()
+        em_state.gather_object = gather
+        work()
+
+    pids = []
+    for rank in (0, 1):
+        pids.append(os.fork())
+        if pids[rank] == 0:
+            _count_down(number if rank == victim else 10**6, lambda: as_rank(rank))  # noqa: B023
+    ended, status = os.waitpid(pids[victim], 0)
+    killed = os.waitstatus_to_exitcode(status) == KILLED
+    if killed:
+        time.sleep(0.2 * other_goes_on)
+        os.kill(pids[1 - victim], signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pids[1 - victim], 0)[1])
+    assert killed or (os.waitstatus_to_exitcode(status), code) == (0, 0)
+    return killed
+
+
+@pytest.mark.parametrize(
+    "victim, other_goes_on, stride",
+    [(0, True, 8), (1, False, 1),
+     *(pytest.param(victim, on, 1, marks=pytest.mark.slow) for victim in (0, 1) for on in (False, True))],
+)  # fmt: skip
+def test_of_two_processes_either_may_be_killed(saver, tmp_path, victim, other_goes_on, stride):
+    """One replaces a checkpoint of both, whose random numbers the other writes."""
+    trainer, save = saver(2)
+    run, start = tmp_path / "run", tmp_path / "start"
+    run.mkdir(exist_ok=True)
+    for step in (1, 2):
+        assert not killed_pair_at(10**6, 0, False, lambda: save(step))  # noqa: B023
+    shutil.copytree(run, start)
+    old = {path.name: contents(path) for path in run.iterdir() if path.is_dir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < set(old["checkpoint-2"])
+    assert set(old) == {"checkpoint-1", "checkpoint-2"}
+    assert not killed_pair_at(10**6, 0, False, lambda: save(3))
+    new = contents(run / "checkpoint-3")
+    shutil.rmtree(run)
+    shutil.copytree(start, run)
+    number = 0
+    while killed_pair_at(number, victim, other_goes_on, lambda: save(3)):
+        settle(run, writes=True)
+        folder = resumed_folder(True, str(run))
+        now = trainer._run_settings() | {"world_size": 2}
+        check_resumable(folder, now, trainer.schedule, with_optimizer=True)
+        for path in filter(Path.is_dir, run.iterdir()):
+            assert contents(path) == (new if path.name == "checkpoint-3" else old[path.name])
+        assert len(old.keys() - {path.name for path in run.iterdir()}) <= 1
+        shutil.rmtree(run)
+        shutil.copytree(start, run)
+        number += stride
+    assert number > (40 if victim == 0 else 2)
+
+
+# ---- a full disk ----
+
+
+def full_at(number: int, work: Callable[[], None]) -> str | None:
+    """Runs `work` in a child in which file operation `number` finds the disk full; what it raised, if anything."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        left = [number]
+
+        def refuse(event: str, arguments: tuple) -> None:
+            if event == "open" and isinstance(arguments[0], str | Path) and arguments[2] & os.O_CREAT:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device", arguments[0])
+
+        try:
+            sys.addaudithook(refuse)
+            work()
+            os._exit(0)
+        except OSError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1) and (code == 0 or said)
+    return said or None
+
+
+def test_a_full_disk_is_said_and_costs_no_checkpoint(saver, tmp_path):
+    trainer, save = saver(2)
+    run = tmp_path / "run"
+    save(1)
+    old, number = contents(run), 0
+    while said := full_at(number, lambda: save(2)):
+        assert "checkpoint-2 can't be written (" in said and "No space left" in said and "go on with" in said
+        assert contents(run) == old  # nor does what there is of it take room
+        number += 3
+    assert number > 3 and resumed_folder(True, str(run)) == run / "checkpoint-2"
+
+
+@pytest.mark.parametrize("room", [0, 500, 20_000])
+def test_files_that_may_not_grow_are_said(saver, tmp_path, room):
+    """By the limit of a file's size, which weights and pickles run into within a write."""
+    trainer, save = saver(2)
+    save(1)
+    old = contents(tmp_path / "run")
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        save(2)
+
+    said = full_at(10**6, limited)
+    assert said is not None and "checkpoint-2 can't be written (" in said
+    assert contents(tmp_path / "run") == old

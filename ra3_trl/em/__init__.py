@@ -2,6 +2,7 @@
 
 from .callbacks import LoopCallback, PreemptionCallback
 from .checkpoint import (
+    FREE_ROOM,
     check_resumable,
     keep_best_alone,
     name_best,
@@ -36,6 +37,7 @@ __all__ = [
     "EMLoop",
     "EMState",
     "EStep",
+    "FREE_ROOM",
     "GateHold",
     "Gradients",
     "HeadLearner",

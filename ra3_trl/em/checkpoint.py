@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..config import RA3Config
 from ..config_fields import own_fields
-from ..files import naming, require_form
+from ..files import naming, require_form, saying_what_is_full
 from .schedule import Schedule
 from .state import FROZEN, HEAD, read_state
 
@@ -35,6 +35,7 @@ _SHARED: tuple[str, ...] = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "optim",
     "lr_scheduler_type", "dataloader_drop_last", "train_sampling_strategy",
 )  # fmt: skip
+FREE_ROOM = "free some room, and go on with the checkpoint before"
 ASIDE = "_incomplete"  # what begins with `_` is never pushed
 _WEIGHTS = ("model", "adapter_model", "pytorch_model")
 _DONE, _GONE = "done", "gone"  # in it: what is whole and has not yet its name, and what is no longer there
@@ -49,7 +50,12 @@ def written_whole(args: RA3Config, run: Path, state: TrainerState) -> Iterator[P
     before = args.output_dir, args.save_total_limit, args.push_to_hub
     args.output_dir, args.save_total_limit, args.push_to_hub = os.path.join(args.output_dir or "", ASIDE), None, False
     try:
-        yield run / ASIDE / final.name
+        with saying_what_is_full(final, FREE_ROOM):
+            yield run / ASIDE / final.name
+    except OSError:
+        if args.should_save:  # what there is of it takes room
+            shutil.rmtree(run / ASIDE, ignore_errors=True)
+        raise
     finally:
         args.output_dir, args.save_total_limit, args.push_to_hub = before
     if args.should_save:
@@ -93,7 +99,8 @@ def _settle(run: Path) -> None:
     for done in sorted((run / ASIDE / _DONE).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         _take_away(run / done.name)
         done.rename(run / done.name)
-    shutil.rmtree(run / ASIDE, ignore_errors=True)
+    for left in run.glob(f"{ASIDE}*"):  # of single files too, such as the card
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def rotate(run: Path, limit: int | None, keep: Iterable[str | Path | None]) -> None:

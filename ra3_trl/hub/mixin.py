@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, DatasetCard
 
 from ..config import RA3Config
+from ..files import write_whole
 from ..kinds import checked
 from .annotated import ANNOTATION, annotate_dataset, require_boundaries
 from .card import card_facts, render_model_card
@@ -32,7 +33,9 @@ class HubMixin(PushMixin):
         # The order of arguments is that of TRL's trainers.
         if self.is_world_process_zero():
             card = render_model_card(card_facts(self, model_name, dataset_name, **kwargs))
-            card.save(Path(str(self.args.output_dir), "README.md"))
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "README.md", str(card).encode())
 
     def push_annotated_dataset(
         self,
