@@ -23,7 +23,6 @@ from .config_fields import (
     scheduler_kwargs,
     setting,
 )
-from .config_fields import beside_trainers as beside_trainers
 from .config_file import RA3_CONFIG, read_experimental, read_settings, settings_of, write_settings
 from .files import one_line
 from .refusals import keep_ours

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ra3_trl import RA3Config
-from ra3_trl.config import beside_trainers
+from ra3_trl.config_fields import beside_trainers
 from ra3_trl.em import Schedule
 from ra3_trl.report.estimate import count_evaluations, count_work
 

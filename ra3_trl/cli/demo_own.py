@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from rich.table import Table
@@ -24,7 +23,11 @@ from ..policy import EVAL_NOISE
 from ..report import latent_rows, latent_table, plot_run
 from ..segmentation import row_to_document, standard_library
 from .data import load_splits
+from .run import peak_memory
 from .smollm2 import console, smollm2
+
+
+_MODELS = ("base", "ntp", "ra3")
 
 
 def _corpus(options: argparse.Namespace, train: int, held_out: int) -> tuple[Dataset, Dataset]:
@@ -100,15 +103,20 @@ def run_own(options: argparse.Namespace) -> int:
     config = RA3Config(output_dir=str(output / "ntp"), e_steps=0, m_steps=e_steps + m_steps, **shared)
     ntp = RA3MidTrainer(name, config, *data, tokenizer)
     ntp.train()
-    metrics = {"base": before, "ntp": ntp.evaluate(), "ra3": final}
+    metrics = dict(zip(_MODELS, (before, ntp.evaluate(), final), strict=True))
     results |= {f"{key}_{model}": m[f"eval_{key}"] for key in ("ce", "elbo") for model, m in metrics.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    results |= {"seconds": round(time.time() - begin, 1), "peak_mb": round(peak)}
+    results |= {"seconds": round(time.time() - begin, 1), "peak_mb": round(peak_memory() / 2**20)}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _tell(results, {"ra3": log, "ntp": ntp.state.log_history}, output, bland=ra3_updates <= e_steps)
+    return 0
+
+
+def _tell(results: dict[str, Any], logs: dict[str, list[dict]], output: Path, bland: bool) -> None:
+    """Draws and prints what was measured."""
     over = ["unknown" if v is None else f"{v:+.2f}" for k, v in results.items() if k.startswith("over_other_")]
     titles = {"ce": "cross-entropy", "elbo": "negative ELBO"}
-    nats = {title: {model: results[f"{key}_{model}"] for model in metrics} for key, title in titles.items()}
-    plot_run({"ra3": log, "ntp": ntp.state.log_history}, nats, output / "curves.png")
+    nats = {title: {model: results[f"{key}_{model}"] for model in _MODELS} for key, title in titles.items()}
+    plot_run(logs, nats, output / "curves.png")
     table = Table("", "base", "next-token", "RA3", title="Held-out, nats per code token (lower is better)")
     for title, by_model in nats.items():
         table.add_row(title, *(f"{value:.4f}" for value in by_model.values()))
@@ -120,8 +128,7 @@ def run_own(options: argparse.Namespace) -> int:
         f"{results['think_rate']:.2%} of boundaries by itself; {results['annotated_rate']:.1%} got a latent for "
         "the M-step.",
         "This shows the mechanics on a very small model and few updates; it is no evidence for or against the method.",
-        *(["The E-phase ended bland, so RA3 has no M-phase here."] if ra3_updates <= e_steps else []),
+        *(["The E-phase ended bland, so RA3 has no M-phase here."] if bland else []),
         f"{results['seconds']:.0f} s, {results['peak_mb']} MB at most. Written to {output}/",
         sep="\n",
     )
-    return 0

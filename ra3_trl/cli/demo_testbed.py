@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from datasets import concatenate_datasets, disable_progress_bars
 from rich.table import Table
 from transformers import (
     DataCollatorForLanguageModeling,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -25,10 +27,12 @@ from transformers import (
 )
 
 from .. import RA3Config, RA3MidTrainer
+from ..analysis import Estimate
 from ..policy import Policy
-from ..report.charts import Chart, Series, draw
+from ..report.charts import Chart, draw, side_by_side, stem, training_charts
 from ..report.look import look
 from ..report.page import write_page
+from ..report.runs import MIDTRAINING, TrainingRun
 from ..testbed import Behaviour, Corpus, fresh_model, make_tokenizer, observe, programs, tokenized
 from ..testbed.behaviour import MAX_LATENT
 from ..testbed.corpus import code_lines, is_right
@@ -40,6 +44,15 @@ LIMIT = 480  # seconds; where the whole would take longer, the programs are made
 ARMS = {"base": "before", "ntp": "next-token prediction", "ra3": "RA3"}
 KNOBS = {"never": "off", "always": "on", "auto": "auto"}
 SHOWN = 5  # programs
+# What is told of each model, in the table and in the picture.
+_RIGHT: dict[str, Callable[[Behaviour], float]] = {
+    f"thinking {said}": lambda it, knob=knob: it.right[knob] for knob, said in KNOBS.items()
+}
+_WHERE: dict[str, Callable[[Behaviour], float]] = {
+    "P(think), computed": lambda it: it.think_hard,
+    "P(think), others": lambda it: it.think_easy,
+    "comments right": lambda it: it.comments,
+}
 HELD_OUT = 1_000_000  # seed
 _OPENING = """\
 def median(values):
@@ -139,10 +152,9 @@ def midtrain(name: str, size: Size, base: Path, output: Path, seed: int) -> RA3M
     return trainer
 
 
-def measured(trainer: RA3MidTrainer, size: Size) -> Behaviour:
-    model = trainer.model.eval()
+def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: Size) -> Behaviour:
     with console.status("Looking at what it writes ..."):
-        return observe(model, trainer.processing_class, size.expert(), HELD_OUT, 24, size.tasks)
+        return observe(model.eval(), tokenizer, size.expert(), HELD_OUT, 24, size.tasks)
 
 
 def run_testbed(options: argparse.Namespace) -> int:
@@ -164,11 +176,10 @@ def run_testbed(options: argparse.Namespace) -> int:
     for name, updates in length.items():
         console.rule(f"{len(trainers) + 2}. {ARMS[name]}: {updates} on programs without comments")
         trainers[name] = midtrain(name, size, output / "base", output, options.seed)
-        seen[name] = measured(trainers[name], size)
+        seen[name] = measured(trainers[name].model, tokenizer, size)
         trainers[name].save_model()
     trainers["ra3"].create_model_card(dataset_name="the testbed of ra3-trl")
-    model.eval()
-    seen["base"] = observe(model, tokenizer, size.expert(), HELD_OUT, 24, size.tasks)
+    seen["base"] = measured(model, tokenizer, size)
     seen = {name: seen[name] for name in ARMS}
     console.rule("What each writes")
     console.print(written_table(seen), result_table(seen))
@@ -206,14 +217,7 @@ def result_table(seen: dict[str, Behaviour]) -> Table:
     """Shares over all tasks."""
     count = len(next(iter(seen.values())).cases)
     table = Table("", *ARMS.values(), title=f"Held-out programs ({count} for the lines that are right)")
-    rows: dict[str, Any] = {
-        f"computed lines right, thinking {said}": lambda it, knob=knob: it.right[knob] for knob, said in KNOBS.items()
-    }
-    rows |= {
-        "comments right, where told to think": lambda it: it.comments,
-        "P(think) before computed lines": lambda it: it.think_hard,
-        "P(think) before other lines": lambda it: it.think_easy,
-    }
+    rows = {f"computed lines right, {name}": of for name, of in _RIGHT.items()} | _WHERE
     for title, of in rows.items():
         table.add_row(title, *(f"{of(it):.2f}" for it in seen.values()))
     return table
@@ -222,40 +226,13 @@ def result_table(seen: dict[str, Behaviour]) -> Table:
 def draw_demo(seen: dict[str, Behaviour], log: list[dict[str, Any]], path: Path) -> None:
     """Draws what is right, where each thinks, and RA3's E-phase, in one picture."""
 
-    def points(title: str, places: dict[str, Any]) -> Chart:
-        values = {name: [of(it) for of in places.values()] for name, it in seen.items()}
-        gap = 0.5 / (len(values) - 1)
-        series = [
-            Series(name, [x - 0.25 + gap * i for x in range(len(places))], y, [None] * len(places))
-            for i, (name, y) in enumerate(values.items())
-        ]
-        return Chart(title, title, "", "share", series, tuple(places), values=True)
+    def points(title: str, places: dict[str, Callable[[Behaviour], float]]) -> Chart:
+        rows = {name: [Estimate.of([of(it)]) for of in places.values()] for name, it in seen.items()}
+        ticks = tuple(place.replace(" ", "\n", 1) for place in places)
+        return Chart(stem(title), title, "", "share", side_by_side(rows, 0.5), ticks, values=True)
 
-    gains = [
-        (entry["step"], entry["estep/gate_weighted_gain"]) for entry in log if "estep/gate_weighted_gain" in entry
-    ]
-    x, y = zip(*gains, strict=True)
-    charts = [
-        points(
-            "Computed lines right",
-            {f"thinking\n{said}": lambda it, knob=knob: it.right[knob] for knob, said in KNOBS.items()},
-        ),
-        points(
-            "Where it thinks, and whether that is right",
-            {
-                "P(think):\ncomputed": lambda it: it.think_hard,
-                "P(think):\nothers": lambda it: it.think_easy,
-                "comments\nright": lambda it: it.comments,
-            },
-        ),
-        Chart(
-            "gain",
-            "What a comment brings for the next line",
-            "E-update",
-            "nats",
-            [Series("ra3", x, y, [None] * len(x))],
-        ),
-    ]
+    charts = [points("Computed lines right", _RIGHT), points("Where it thinks, and whether that is right", _WHERE)]
+    charts += training_charts([TrainingRun("ra3", MIDTRAINING, log)], {"estep/gate_weighted_gain"})
     path.write_bytes(draw(charts))
 
 

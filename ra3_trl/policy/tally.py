@@ -13,7 +13,7 @@ EXAMPLES = 10
 
 @dataclass
 class Tally:
-    """Counts over texts; `tally + other` is that of both.
+    """Counts over texts.
 
     `proposed = kept + what was dropped`; `none` are places for which there was no proposal to begin with. `gains` are
     nats that a latent brings over the horizon's lines, the penalty not yet paid: counts below the first of `EDGES`,
@@ -38,19 +38,9 @@ class Tally:
         """Counts what a proposal brought, and keeps it as an example if it is at one of the ends."""
         self.gains[sum(gain >= edge for edge in EDGES)] += 1
         self.total += gain
-        self._show([{"gain": gain, "comment": comment, "line": line, "kept": kept}])
-
-    def _show(self, examples: list[dict[str, Any]]) -> None:
-        ordered = sorted([*self.examples, *examples], key=lambda example: example["gain"])
+        example = {"gain": gain, "comment": comment, "line": line, "kept": kept}
+        ordered = sorted([*self.examples, example], key=lambda one: one["gain"])
         self.examples = ordered if len(ordered) <= 2 * EXAMPLES else ordered[:EXAMPLES] + ordered[-EXAMPLES:]
-
-    def __add__(self, other: Tally) -> Tally:
-        both = Tally(self.texts + other.texts, self.proposed + other.proposed, self.kept + other.kept)
-        both.dropped, both.none = self.dropped + other.dropped, self.none + other.none
-        both.gains = [mine + yours for mine, yours in zip(self.gains, other.gains, strict=True)]
-        both.total, both.examples = self.total + other.total, list(self.examples)
-        both._show(other.examples)
-        return both
 
     def report(self) -> dict[str, Any]:
         """Plain values: `texts`, `proposed`, `kept`, `dropped` and `none` by reason, `mean_gain`, `gains` (`edges` and

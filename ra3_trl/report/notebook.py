@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
-from .table import COLUMNS, Row, UpdateTable, _WithTable
+from .table import COLUMNS, Row, _WithTable
 
 
 class TableNotebookCallback(_WithTable, NotebookProgressCallback):
@@ -15,10 +15,6 @@ class TableNotebookCallback(_WithTable, NotebookProgressCallback):
         table ([`UpdateTable`]):
             Makes the rows.
     """
-
-    def __init__(self, table: UpdateTable):
-        super().__init__()
-        self.table = table
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -96,8 +96,11 @@ class UpdateTable:
 class _WithTable:
     """What the callbacks below share: they feed the table, and write its rows by `write`."""
 
-    table: UpdateTable
     _headed = False
+
+    def __init__(self, table: UpdateTable):
+        super().__init__()
+        self.table = table
 
     def write(self, text: str) -> None:
         raise NotImplementedError
@@ -139,10 +142,6 @@ class TableProgressCallback(_WithTable, ProgressCallback):
             Makes the rows.
     """
 
-    def __init__(self, table: UpdateTable):
-        super().__init__()
-        self.table = table
-
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
         pass
 
@@ -159,10 +158,6 @@ class TablePrinterCallback(_WithTable, PrinterCallback):
         table ([`UpdateTable`]):
             Makes the rows.
     """
-
-    def __init__(self, table: UpdateTable):
-        super().__init__()
-        self.table = table
 
     def write(self, text: str) -> None:
         print(text, flush=True)
