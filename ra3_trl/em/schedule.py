@@ -53,6 +53,16 @@ class Schedule:
             return Phase("E", iteration, within, self.e_steps)
         return Phase("M", iteration, within - self.e_steps, self.m_steps)
 
+    def left_after(self, global_step: int) -> dict[str, int]:
+        """Counts the updates of each kind of phase that follow `global_step` finished ones.
+
+        >>> Schedule(2, 3, 5).left_after(9)
+        {'E': 2, 'M': 5}
+        """
+        whole, within = divmod(global_step, self.e_steps + self.m_steps)
+        e_updates = (self.iterations - whole) * self.e_steps - min(within, self.e_steps)
+        return {"E": e_updates, "M": self.total - global_step - e_updates}
+
 
 def plan_schedule(
     iterations: int, e_steps: int, m_steps: int, max_steps: int, num_train_epochs: float, updates_per_epoch: int | None

@@ -97,7 +97,7 @@ def summary_rows(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str,
 
 
 def setting_rows(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Rows of settings, a column for each run; those that are the same in all stand first."""
+    """Rows of settings, a column for each run; those that differ stand first."""
     settings = [run.facts.get("settings", {}) for run in runs]
     names = list(dict.fromkeys(name for of_run in settings for name in of_run))
     rows = [(name, [("–" if name not in of else str(of[name]), "") for of in settings]) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +39,8 @@ class UpdateTable:
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
-        self._seconds: dict[str, list[float]] = defaultdict(list)  # of a kind of phase, or "held out"
+        # The last of a kind of phase, or of "held out".
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._begin = 0.0
 
     def begin(self) -> None:
@@ -83,12 +84,10 @@ class UpdateTable:
 
     def left(self, step: int, evaluations: int = 0) -> str:
         """The time that is left; `> ` stands before it where a phase to come was not yet timed."""
-        kinds = [self.schedule.phase_at(i).kind for i in range(step, self.schedule.total)]
         total, unknown = 0.0, False
-        for kind in {*kinds, *(["held out"] if evaluations else [])}:
-            times = self._seconds[kind][-20:]
-            count = evaluations if kind == "held out" else kinds.count(kind)
-            unknown |= not times
+        for kind, count in {**self.schedule.left_after(step), "held out": evaluations}.items():
+            times = self._seconds[kind]
+            unknown |= count > 0 and not times
             total += count * sum(times) / max(len(times), 1)
         return ("> " if unknown else "") + duration(total)
 
