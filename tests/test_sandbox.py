@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import needs_bwrap
 
-from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox, SandboxError, wire
+from ra3_trl.sandbox import Judge, Limits, Problem, Sandbox, SandboxError, values, wire
 
 
 SQUARE = Problem(tests=("assert f(2) == 4", "assert f(3) == 9"))
@@ -286,24 +286,36 @@ def test_limits_are_checked():
      (1, [2, {3}]), frozenset({1}), {"a": 1, (1, 2): None}, range(1, 9, 2), int, {1: 2}.keys(), {1: 2}.items()],
 )  # fmt: skip
 def test_values_cross_the_wire_unchanged(value):
-    packed = json.loads(json.dumps(wire.pack(value, refused)))
-    found = wire.unpack(packed, refused)
+    packed = json.loads(json.dumps(values.Packer(refused, values.Shared()).message(value)))
+    found = values.Unpacker(refused, values.Shared()).message(packed)
     assert found == value
     assert type(found) is type(value)
 
 
-def refused(value):
+def refused(value, _):
     raise AssertionError(value)
 
 
 @pytest.mark.parametrize(
-    "data",
-    [{}, {"int": "0x", "list": 1}, {"nothing": [1]}, {"int": 7}, {"set": [[1]]}, {"dict": [1]}, {"range": ["a"]},
-     {"type": "eval"}, {"Fraction": "1/0"}, {"bytes": "zz"}, {"array": ["Q", [-1]]}, {"tuple": 3}],
+    ("nodes", "why"),
+    [([], "no node"), ([["int", "0x"]], "ValueError"), ([["int", 7]], "TypeError"), ([["nothing", [1]]], "TypeError"),
+     ([["set", 1, [[1]]], ["list", 2, []]], "TypeError"), ([["dict", 1, [1]]], "ValueError"),
+     ([["made", "builtins.range", ["a"]]], "TypeError"), ([["standard", "builtins.eval"]], "KeyError: .*eval"),
+     ([["made", "fractions.Fraction", [1, 0]]], "ZeroDivisionError"), ([["bytes", "zz"]], "ValueError"),
+     ([["array", 1, ["Q", -1]]], "OverflowError"), ([["tuple", 3]], "TypeError"), ([["tuple", [{}]]], "no element"),
+     ([["tuple", [[0]]]], "RecursionError"), ([["tuple", [[-1]]]], "no node"), ([["shared", 1]], "KeyError: 1"),
+     ([["error", "builtins.int", [[1]]], ["tuple", []]], "no exception"),
+     ([["list", 1, []], ["list", 1, []]], "a number that is taken")],
 )  # fmt: skip
-def test_what_is_no_value_is_refused(data):
-    with pytest.raises(wire.WireError):
-        wire.unpack(data, refused)
+def test_what_is_no_value_is_refused(nodes, why):
+    with pytest.raises(wire.WireError, match=f"^{why}"):
+        values.Unpacker(refused, values.Shared()).message({"value": [0], "nodes": nodes})
+
+
+@pytest.mark.parametrize("message", [{}, {"nodes": []}])
+def test_a_message_without_a_value_is_refused(message):
+    with pytest.raises(wire.WireError, match="^KeyError: 'value'"):
+        values.Unpacker(refused, values.Shared()).message(message)
 
 
 def test_messages_are_bounded():

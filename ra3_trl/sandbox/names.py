@@ -28,8 +28,8 @@ def names_in(sources: Sequence[str], trees: Sequence[ast.Module], entry_point: s
     """Finds the names in tests.
 
     A name that tests bind is asked for too: they may bind it in another scope, or use it before; the program can't
-    bind it anew. What is a builtin
-    is never asked for, or a program's `abs` would judge it; unless it is the entry point, or tests name nothing else.
+    bind it anew. What is a builtin is never asked for, or a program's `abs` would judge it; unless it is the entry
+    point, or tests name nothing else.
     """
     used = {name for source in sources for name in _globals(symtable.symtable(source, "<tests>", "exec"))}
     nodes = [node for tree in trees for node in ast.walk(tree)]

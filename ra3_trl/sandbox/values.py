@@ -230,7 +230,7 @@ class Unpacker:
         Raises:
             `WireError`: for anything that `Packer.message` does not make.
         """
-        if len(message) == 1 and type(message["value"]) in (*ATOMS, int):
+        if message.keys() == {"value"} and type(message["value"]) in (*ATOMS, int):
             return message["value"]
         try:
             self.nodes = message.get("nodes", [])
@@ -323,22 +323,6 @@ def make_error(kind: type[Any], args: Any, *details: Any) -> BaseException:
     for name, value in details:
         object.__setattr__(error, name, value)
     return error
-
-
-def pack(value: Any, refer: Callable[[Any], int]) -> Any:
-    """Turns `value` into JSON's types; `refer` gives the number that stands for an object that is not plain."""
-    return Packer(lambda item, _: ["object", refer(item)], Shared()).message(value)
-
-
-def unpack(data: Any, resolve: Callable[[int], Any]) -> Any:
-    """Makes the value of which `pack` made `data`; `resolve` gives what stands here for the object of a number.
-
-    Raises:
-        `WireError`: for anything that `pack` does not make.
-    """
-    if not isinstance(data, dict) or not data.keys() <= {"value", "nodes"}:
-        raise WireError("no message")
-    return Unpacker(lambda node, _: resolve(node[1]), Shared()).message(data)
 
 
 def read_iterator(items: Iterator[Any]) -> list[Any]:

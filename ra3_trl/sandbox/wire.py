@@ -13,7 +13,7 @@ from typing import Any
 
 
 values = importlib.import_module(".values" if __package__ else "values", __package__)
-WireError, pack, unpack = values.WireError, values.pack, values.unpack
+WireError = values.WireError
 MAX_FRAME = 8 * 2**20  # bytes
 BROKEN = "sandbox: "  # begins what a player writes instead of outcomes where it could not begin
 _HEADER = struct.Struct("!I")
