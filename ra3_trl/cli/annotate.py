@@ -19,6 +19,7 @@ from ..config_file import read_experimental
 from ..experimental.hindsight import attach
 from ..files import public_name
 from ..hub import (
+    MANIFEST,
     Corpus,
     CorpusFacts,
     DatasetPush,
@@ -28,13 +29,16 @@ from ..hub import (
     ShardedAnnotation,
     Share,
     checkpoint_hash,
+    cut_into_shards,
     refuse_annotated,
     refuse_without_boundaries,
     render_dataset_card,
     rows_of_a_shard,
 )
-from ..policy import Policy
-from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of
+from ..policy import Annotation, Policy
+from ..policy.prompted import AnnotatorError
+from .annotate_cost import estimate, tell_cost
+from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of, telling
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 from .options import ANNOTATE, PROPOSALS
@@ -47,7 +51,7 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
-    if not options.output_dir and not options.push_to_hub:
+    if not (options.output_dir or options.push_to_hub or options.dry_run):
         raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
     for name in ("max_documents", "shard_rows"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
@@ -56,9 +60,9 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
     share = _share(options.shard)
-    if not options.output_dir and share.count > 1:
+    if not options.output_dir and share.count > 1 and not options.dry_run:
         raise ValueError("`output_dir` is not set; several processes or jobs need a folder that they share.")
-    if not options.push_to_hub:
+    if not options.push_to_hub or options.dry_run:
         return None
     names = ("license_column", "dataset_license", "allow_missing_licenses", "allow_secrets")
     how = {name: vars(options)[name] for name in names}
@@ -95,16 +99,21 @@ def _check_rows(push: DatasetPush, corpus: Corpus, share: Share, shard_rows: int
         push.check(corpus.select(numbers), numbers)
 
 
-def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard_rows: int) -> Origin:
-    """What the manifest compares."""
+def _manifest(
+    options: argparse.Namespace, policy: Policy, annotation: Annotation | None, corpus: Corpus, folder: Path
+) -> Manifest:
+    """Opens the manifest of a folder, new or of the same corpus, checkpoint and settings."""
+    rows = len(corpus) if isinstance(corpus, Dataset) else None
     settings = {n: getattr(policy.args, n) for n in ANNOTATE if n not in _MACHINE} | policy.proposer.settings
-    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")} | origin_of(options)
+    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")}
+    settings |= origin_of(options, policy, annotation)
     if options.push_to_hub:  # a column is added
         settings |= {n: vars(options)[n] for n in ("license_column", "dataset_license")}
     source = public_name(options.dataset_name or options.code_dir or STANDARD_LIBRARY)
     form = "tokens" if options.tokens else "text"
     name = public_name(options.checkpoint)
-    return Origin(settings, name, checkpoint_hash(policy), source, rows, shard_rows, form)
+    shard_rows = options.shard_rows or rows_of_a_shard(rows)
+    return Manifest(folder, Origin(settings, name, checkpoint_hash(policy), source, rows, shard_rows, form))
 
 
 def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
@@ -123,21 +132,25 @@ def _annotate(
     options: argparse.Namespace, corpus: Corpus, policy: Policy, folder: Path, push: DatasetPush | None
 ) -> None:
     """Annotates this process's share into `folder`, pushes it and says how far the whole has come."""
-    rows = len(corpus) if isinstance(corpus, Dataset) else None
-    shard_rows = options.shard_rows or rows_of_a_shard(rows)
     refuse_without_boundaries(RowAnnotator(policy), corpus)
-    manifest = Manifest(folder, _origin(options, policy, rows, shard_rows))
     share, source = _share(options.shard), options.dataset_name or options.code_dir or STANDARD_LIBRARY
 
     def card(facts: CorpusFacts, full_name: str) -> DatasetCard:
         licence = push and push.dataset_license
         return render_dataset_card(policy, facts, full_name, options.checkpoint, source, licence)
 
-    with opened_annotation(options) as annotation:
+    with opened_annotation(options, policy) as annotation:
+        manifest = _manifest(options, policy, annotation, corpus, folder)
         annotator = RowAnnotator(policy, annotation=annotation)
-        url = ShardedAnnotation(
+        work = ShardedAnnotation(
             annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
-        ).run()
+        )
+        with telling(annotation, options.report):
+            try:
+                url = work.run()
+            except AnnotatorError as error:
+                kept = f"{len(manifest.finished())} files are finished and kept; run the same command again."
+                raise AnnotatorError(f"{error} {kept}") from error
     entries = manifest.finished().values()
     latents, boundaries = sum(e.latents for e in entries), sum(e.boundaries for e in entries)
     documents = sum(e.rows_out for e in entries)
@@ -147,6 +160,18 @@ def _annotate(
             print(f"Saved to {options.output_dir}; `datasets.load_dataset` reads it.")
     if url:
         print(f"Pushed to {url}.")
+
+
+def _dry_run(options: argparse.Namespace, corpus: Corpus, policy: Policy) -> None:
+    """Says what there is to do, or of a folder that was begun what is left; nothing is asked."""
+    folder, rows = Path(options.output_dir or ""), len(corpus) if isinstance(corpus, Dataset) else None
+    with opened_annotation(options, policy) as annotation:
+        begun = bool(options.output_dir) and (folder / MANIFEST).is_file()
+        done = _manifest(options, policy, annotation, corpus, folder).finished() if begun else {}
+        shards = cut_into_shards(corpus, options.shard_rows or rows_of_a_shard(rows), _share(options.shard).has)
+        left = (shard.rows for number, shard in shards if shard is not None and number not in done)
+        annotator = RowAnnotator(policy, annotation=annotation)
+        tell_cost(estimate(annotator, left), annotator, options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = len(corpus) if isinstance(corpus, Dataset) else None
         _check_rows(push, corpus, _share(options.shard), options.shard_rows or rows_of_a_shard(rows))
     policy = _open(options, saved)
-    if options.output_dir:
+    if options.dry_run:
+        _dry_run(options, corpus, policy)
+    elif options.output_dir:
         _annotate(options, corpus, policy, Path(options.output_dir), push)
     else:
         with TemporaryDirectory() as folder:

@@ -53,6 +53,8 @@ HELPS = {
         "CHECKPOINT [--code_dir FOLDER | --dataset_name NAME] --output_dir DIR [OPTION ...]",
         "Writes a corpus with a checkpoint's comments spliced in, and what each of them brings.",
         (_CHECKPOINT, _CODE_DIR, _DATASET, _MAX, ("--output_dir DIR", "folder of its Parquet files"),
+         ("--annotator NAME", "trace, or another model: writes comments that the checkpoint is helped by"),
+         ("--dry_run", "say what there is to do, and what a model would be asked"),
          ("--push_to_hub ORG/NAME", "push it, with a card")),
         (
             "qwen-ra3 --code_dir src --output_dir annotated",
