@@ -177,6 +177,21 @@ def test_reasons_of_both_sides_are_counted(student):
     assert annotation.tally.dropped == dropped and annotation.tally.kept == 1 and annotation.tally.proposed == 7
 
 
+def test_in_another_language(tiny_model, tokenizers):
+    """A backslash would carry a comment of C to the next line."""
+    from ra3_trl import Policy
+
+    tokenizer, text = tokenizers["newline_indent"], "int f(int x) {\n    int y = x + 1;\n    return y;\n}\n"
+    student = Policy.open(
+        tiny_model("llama", tokenizer), tokenizer=tokenizer, use_cpu=True, action_format="slashes", **TINY
+    )
+    annotation = Annotation(ModelAnnotator(Says("3: // y is 2\n2: // a\\\n2: int z;\n3: }")), keep_all=True)
+    with student.inference():
+        (examples,) = annotation(student, [(text, {}, student.segment(text))], student._noise)
+    assert student.text(examples[0]) == text.replace("    return", "    // y is 2\n    return")
+    assert annotation.tally.dropped == {UNWRITABLE: 1, CODE: 2}
+
+
 # ---- what is asked ----
 
 
@@ -382,6 +397,17 @@ def test_a_server_that_fails_is_counted_then_ends_the_run(ask, chat_server, repl
         ask(["g", "a", "b", "c", "d", "h"], answer, max_retries=0)
     with pytest.raises(AnnotatorError, match="has not answered the first request"):
         ask(["a", "g"], answer, max_retries=0)
+
+
+def test_failures_are_counted_from_one_part_of_a_corpus_to_the_next(chat_server):  # noqa: F811
+    """A file may hold a single text."""
+    pytest.importorskip("openai", reason="needs the extra ra3-trl[openai]")
+    chat_server.reply = lambda request, number: (500, "{}") if number else echo(request)
+    model = ChatServer("m", chat_server.url, AskingSettings(max_retries=0))
+    assert [next(model.write(["a"])).none for _ in range(4)] == [None, BROKEN, BROKEN, BROKEN]
+    with pytest.raises(AnnotatorError, match="4 requests in a row"):
+        next(model.write(["a"]))
+    model.close()
 
 
 def test_a_server_that_takes_too_long(ask):

@@ -80,7 +80,7 @@ class ChatServer:
         self.base_url = check_url(base_url)
         self.max_tokens = self.settings.max_tokens
         self._count = count or (lambda prompt: -(-len(prompt) // 3))
-        self._answered = False  # whether there was an answer yet
+        self._answered, self._failures = False, 0  # whether there was an answer yet; failures since the last one
 
     @cached_property
     def _openai(self) -> ModuleType:
@@ -103,7 +103,7 @@ class ChatServer:
             `AnnotatorError`: if the server is not there, knows no such model or lets nobody in; if the first request
                 has no answer, or four in a row have none.
         """
-        waiting, failures = iter(prompts), 0
+        waiting = iter(prompts)
         self._client.chat  # made here, and not by several threads  # noqa: B018
         pool = ThreadPoolExecutor(self.settings.batch_size, thread_name_prefix="annotator")
         ahead: deque[Future[tuple[Answer, str]]] = deque()
@@ -114,9 +114,9 @@ class ChatServer:
                 if not ahead:
                     return
                 answer, failure = ahead.popleft().result()
-                failures = failures + 1 if failure else 0
-                if failure and (not self._answered or failures == _MOST_FAILURES):
-                    times = "the first request" if not self._answered else f"{failures} requests in a row"
+                self._failures = self._failures + 1 if failure else 0
+                if failure and (not self._answered or self._failures >= _MOST_FAILURES):
+                    times = f"{self._failures} requests in a row" if self._answered else "the first request"
                     raise self._error(f"has not answered {times}: {failure}")
                 self._answered = self._answered or not failure
                 yield answer
