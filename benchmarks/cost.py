@@ -20,7 +20,7 @@ MODELS = {
 TOKENS, PER_LINE, PER_CHUNK = 10**9, 10, 800
 BATCH, PER_DEVICE = 64, 8  # chunks an update on all devices; at most so many in a pass of one
 # The defaults of `RA3Config`, as far as they shape the work.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "e_steps": 20, "num_latents": 8, "max_latent_length": 12, "horizon": 2, "boundary_budget": 0.25, "kl_coef": 0.05,
     "reward_model": "live", "annotation": "resample", "max_branch_tokens": 8192,
 }  # fmt: skip

@@ -90,11 +90,11 @@ def _refuse_of_trainer(command: str, argv: list[str]) -> None:
 
 def _check_device(words: dict[str, str | None]) -> None:
     """Checks what an estimate is asked for; `--config` may name the device, or say `dry_run`."""
-    name, devices, price = (_unless_none(words.get(name)) for name in ("device", "devices", "price_per_hour"))
+    name, devices, price = (_unless_none(words.get(n)) for n in ("device", "devices", "price_per_hour"))
     dry = str(words.get("dry_run", "false")).lower() not in ("false", "no", "0")
     if "config" in words:
         name, dry = name or "h100", True
-    choose_device(name, devices and int(devices), price and float(price), dry)
+    choose_device(name, int(devices) if devices else None, float(price) if price else None, dry)
 
 
 def _unless_none(word: str | None) -> str | None:

@@ -19,7 +19,7 @@ from ..hub import Corpus, RowAnnotator
 from ..policy import Policy
 from ..report.estimate import Workload, count_memory
 from ..report.summary import duration, size
-from .cost import Cost, Shape, count_passes, this_machine
+from .cost import Cost, Phases, Shape, count_passes, this_machine
 from .devices import Device
 from .estimate import LOOKED_AT, spread, timed
 from .run import peak_memory
@@ -117,7 +117,7 @@ def annotation_cost(policy: Policy, estimated: AnnotationEstimate, device: Devic
     work, args = estimated.workload, policy.args
     line, chunk = (work.m_tokens / max(n, 1) for n in (work.annotated_boundaries, work.m_chunks))
 
-    def phases(processes: int) -> dict:
+    def phases(processes: int) -> Phases:
         # `ra3 annotate` does row after row: nothing is in lockstep.
         passes = count_passes(work.shared_by(processes), args, chunk, line, together=1)
         return {"annotation": passes["annotation"]}
