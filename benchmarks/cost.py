@@ -13,9 +13,9 @@ from ra3_trl.report.estimate import Workload
 
 # Qwen2.5-Coder's. Of the smaller two embeddings are tied to the head, so that all weights are in products.
 MODELS = {
-    "0.5B": (Shape(494_000_000, 2 * 494_000_000, 24), 494_000_000),
-    "1.5B": (Shape(1_540_000_000, 2 * 1_540_000_000, 28), 1_540_000_000),
-    "7B": (Shape(7_070_000_000, 2 * 7_620_000_000, 28), 7_620_000_000),
+    "0.5B": (Shape(494_000_000, 494_000_000, 2 * 494_000_000, 24), 494_000_000),
+    "1.5B": (Shape(1_540_000_000, 1_540_000_000, 2 * 1_540_000_000, 28), 1_540_000_000),
+    "7B": (Shape(7_070_000_000, 7_070_000_000, 2 * 7_620_000_000, 28), 7_620_000_000),
 }
 TOKENS, PER_LINE, PER_CHUNK = 10**9, 10, 800
 BATCH, PER_DEVICE = 64, 8  # chunks an update on all devices; at most so many in a pass of one
@@ -55,7 +55,7 @@ def measure(device: str = "h100", counts: tuple[int, ...] = (1, 8, 64)) -> list[
             each = workload().shared_by(count, count)
             alone, phases = (count_passes(each, settings, PER_CHUNK, PER_LINE, n) for n in (1, together))
             hours = {phase: seconds_of(passes, shape, DEVICES[device]) / 3600 for phase, passes in phases.items()}
-            flops = count * sum(p.flops * shape.weights * p.tokens for passes in phases.values() for p in passes)
+            flops = count * sum(p.flops(shape) for passes in phases.values() for p in passes)
             # Weights and gradients in bfloat16, AdamW's two states in float32; caches and activations come to it.
             whole, shard = 12 * weights, 2 * weights + 12 * weights / count
             sharded = whole > 0.8 * DEVICES[device].memory and count > 1

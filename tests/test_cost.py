@@ -21,7 +21,7 @@ from ra3_trl.report.estimate import Workload
 
 
 WORK = Workload(2, 6, 72, 4, 40, 160, 200)
-SHAPE = Shape(10, 40, 3)
+SHAPE = Shape(10, 10, 40, 3)
 
 
 def settings(**changed) -> SimpleNamespace:
@@ -41,17 +41,17 @@ def test_passes_by_hand():
     phases = count_passes(WORK, settings(), 50, 10, 2)
     # Read 100 tokens: 4 passes of 26. Draw 6 branches at once, 11 tokens each behind the first. Score 6 times 3 + 20
     # tokens. Learn from 100 + 6 x 12 tokens: 7 passes.
-    assert phases["E-phase"] == (Passes(4, 100), Passes(11, 66), Passes(6, 138), Passes(7, 172, 6, 463))
+    assert phases["E-phase"] == (Passes(4, 100), Passes(11, 66), Passes(6, 138), Passes(7, 172, learns=True))
     # 2 rounds of 100 tokens, 4 passes each; 10 boundaries are 2 windows of at most 8, so 4 in all, of 40 branches
     # each, of which 26 fit at once: 4 x 2 x 11. Score 160 x 23 = 3,680: 36 passes in each window.
     assert phases["annotation"] == (Passes(8, 200), Passes(88, 1760), Passes(144, 3680))
-    assert phases["M-phase"] == (Passes(8, 200, 6, 463),)  # 2 updates of 100 tokens, 4 passes each
+    assert phases["M-phase"] == (Passes(8, 200, learns=True),)  # 2 updates of 100 tokens, 4 passes each
 
 
 def test_what_else_is_read():
     # A KL and a frozen reward model read documents and latents once more each: 2 x 172. Checkpointing: once to learn.
     more = count_passes(WORK, settings(kl_coef=0.05, reward_model="frozen", activation_checkpointing=True), 50, 10, 2)
-    assert more["E-phase"][3:] == (Passes(14, 344), Passes(7, 172, 8, 463))
+    assert more["E-phase"][3:] == (Passes(14, 344), Passes(7, 172, learns=True, again=True))
     unscored = count_passes(WORK, settings(annotation="policy"), 50, 10, 2)["annotation"]
     assert [p.tokens for p in unscored] == [200, 1760]
     # Where 100 branches fit: 2 rounds of 2 windows of 40 branches; all boundaries at once with horizon 1, 2 rounds of
@@ -66,6 +66,17 @@ def test_what_else_is_read():
 def test_drawing_takes_the_passes_that_were_counted():
     """benchmarks/LOG.md: 1,176 branches of K = 16 took 15 forwards."""
     assert _draw(1176, 1, settings(max_latent_length=16, max_branch_tokens=8192)).count == 15
+
+
+def test_flops_of_learning():
+    # 10 weights, 5 tokens: 100 forwards, 100 backwards, 100 more if all are trained, 20 if 2 of them are.
+    adapter = Shape(10, 2, 40, 3)
+    found = [
+        p.flops(s) for s in (SHAPE, adapter) for p in (Passes(1, 5), Passes(1, 5, True), Passes(1, 5, True, True))
+    ]
+    assert found == [100, 300, 400, 100, 220, 320]
+    slow = Device("", 1e9, 1e9, 0, 0, launch=0.01)  # 463 x 3 launches of 0.01 s
+    assert seconds_of((Passes(2, 5, learns=True),), SHAPE, slow) == pytest.approx(2 * 13.89)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,10 @@ def test_a_tied_head_is_a_product_and_embeddings_are_none(tiny_model, tokenizers
     embeddings = model.get_input_embeddings().weight.numel()
     total = sum(p.numel() for p in model.parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert Shape.of(model) == Shape(total - (0 if tied else embeddings), 4 * total, model.config.num_hidden_layers)
+    weights = total - (0 if tied else embeddings)
+    assert Shape.of(model) == Shape(weights, weights, 4 * total, model.config.num_hidden_layers)
+    model.requires_grad_(False)
+    assert Shape.of(model).trained == 0
 
 
 def test_the_report_says_all_of_it():

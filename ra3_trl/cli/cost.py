@@ -1,9 +1,9 @@
 """What work would take on devices that are not here: tokens, FLOPs, hours and money, by arithmetic.
 
 A phase is so many passes through the model. A pass takes the longest of three: its matrix products (2 FLOPs a weight
-and token forwards, 4 backwards) at a share of the device's peak, reading the weights, launching its kernels. Left out
-are attention's own products (a few per cent up to some thousand tokens), optimizer steps, evaluations and what devices
-say to each other.
+and token forwards, 2 backwards and 2 more where the weight is trained) at a share of the device's peak, reading the
+weights, launching its kernels. Left out are attention's own products (a few per cent up to some thousand tokens),
+optimizer steps, evaluations and what devices say to each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -31,10 +31,11 @@ _TAGS = 3  # tokens of think prefix and closure
 
 @dataclass(frozen=True)
 class Shape:
-    """What counts of a model: weights in matrix products (embeddings that are only read are none), bytes of all
-    weights, layers."""
+    """What counts of a model: weights in matrix products (embeddings that are only read are none), those of them that
+    are trained, bytes of all weights, layers."""
 
     weights: int
+    trained: int
     size: int
     layers: int
 
@@ -43,19 +44,29 @@ class Shape:
         """Reads the shape of a language model; a head that is tied to the embeddings is a product."""
         parameters = list(model.parameters())
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        weights = sum(p.numel() for p in parameters) - (0 if head is embeddings else embeddings.numel())
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        return cls(weights, size, model.config.get_text_config().num_hidden_layers)
+        products = [p for p in parameters if p is not embeddings or embeddings is head]
+        return cls(
+            weights=sum(p.numel() for p in products),
+            trained=sum(p.numel() for p in products if p.requires_grad),
+            size=sum(p.numel() * p.element_size() for p in parameters),
+            layers=model.config.get_text_config().num_hidden_layers,
+        )
 
 
 @dataclass(frozen=True)
 class Passes:
-    """So many passes of `tokens` in all, `flops` a weight and token, `launches` a layer and pass."""
+    """So many passes of `tokens` in all: forwards, and backwards too where it `learns`, for which checkpointing goes
+    forwards `again`."""
 
     count: int
     tokens: float
-    flops: int = 2
-    launches: int = FORWARD
+    learns: bool = False
+    again: bool = False
+
+    def flops(self, shape: Shape) -> float:
+        """Calculates the FLOPs of all of them."""
+        learned = 2 * (shape.weights + shape.trained) if self.learns else 0
+        return self.tokens * (2 * shape.weights * (1 + self.again) + learned)
 
 
 Phases = Mapping[str, tuple[Passes, ...]]
@@ -77,7 +88,6 @@ def count_passes(work: Workload, args: RA3Config, chunk_tokens: float, line: flo
         together (`int`):
             Documents that are rolled out or annotated in lockstep.
     """
-    learn = 8 if args.activation_checkpointing else 6
     scored = _TAGS + args.horizon * line  # a branch's, beside its latent
     documents, rounds = work.e_chunks * chunk_tokens, math.ceil(work.e_chunks / together)
     learned = documents + work.e_tokens
@@ -89,7 +99,7 @@ def count_passes(work: Workload, args: RA3Config, chunk_tokens: float, line: flo
         _draw(work.e_branches, rounds, args),
         _read(work.e_branches * scored, rounds, args),
         _read(others * learned, rounds, args),
-        _read(learned, math.ceil(work.e_chunks / batch), args, learn, LEARN),
+        _learn(learned, math.ceil(work.e_chunks / batch), args),
     )
     rounds = math.ceil(work.m_chunks / together)
     boundaries = work.annotated_boundaries / max(work.m_chunks, 1)
@@ -99,15 +109,18 @@ def count_passes(work: Workload, args: RA3Config, chunk_tokens: float, line: flo
         _draw(work.annotation_branches, windows, args),
         _read(0 if args.annotation == "policy" else work.annotation_branches * scored, windows, args),
     )
-    m_phase = (_read(work.m_tokens, math.ceil(work.m_chunks / batch), args, learn, LEARN),)
+    m_phase = (_learn(work.m_tokens, math.ceil(work.m_chunks / batch), args),)
     phases = {"E-phase": e_phase, "annotation": annotation if work.annotation_branches else (), "M-phase": m_phase}
     return {name: kept for name, passes in phases.items() if (kept := tuple(p for p in passes if p.tokens))}
 
 
-def _read(tokens: float, rounds: int, args: RA3Config, flops: int = 2, launches: int = FORWARD) -> Passes:
+def _read(tokens: float, rounds: int, args: RA3Config) -> Passes:
     """Passes over tokens that are there, in so many rounds; a pass holds `max_branch_tokens`."""
-    count = rounds * math.ceil(tokens / max(rounds, 1) / args.max_branch_tokens)
-    return Passes(count, tokens, flops, launches)
+    return Passes(rounds * math.ceil(tokens / max(rounds, 1) / args.max_branch_tokens), tokens)
+
+
+def _learn(tokens: float, rounds: int, args: RA3Config) -> Passes:
+    return replace(_read(tokens, rounds, args), learns=True, again=bool(args.activation_checkpointing))
 
 
 def _draw(branches: float, rounds: int, args: RA3Config) -> Passes:
@@ -120,11 +133,12 @@ def _draw(branches: float, rounds: int, args: RA3Config) -> Passes:
 
 def seconds_of(passes: tuple[Passes, ...], shape: Shape, device: Device) -> float:
     """Calculates the time that passes take on a device."""
-    rate = device.flops * device.share
-    each = (max(shape.size / device.bandwidth, p.launches * shape.layers * device.launch) for p in passes)
-    return sum(
-        max(p.flops * shape.weights * p.tokens / rate, p.count * least) for p, least in zip(passes, each, strict=True)
-    )
+    seconds = 0.0
+    for p in passes:
+        launches = (LEARN if p.learns else FORWARD) * shape.layers
+        least = max(shape.size / device.bandwidth, launches * device.launch)  # of a pass, however few its products
+        seconds += max(p.flops(shape) / (device.flops * device.share), p.count * least)
+    return seconds
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1024) -> Device:
@@ -183,10 +197,7 @@ class Cost:
     @property
     def flops(self) -> dict[str, float]:
         """Of each phase, on all devices together."""
-        return {
-            name: self.devices * sum(p.flops * self.shape.weights * p.tokens for p in passes)
-            for name, passes in self.phases.items()
-        }
+        return {name: self.devices * sum(p.flops(self.shape) for p in passes) for name, passes in self.phases.items()}
 
     @property
     def dollars(self) -> float:
