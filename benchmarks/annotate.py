@@ -93,12 +93,12 @@ def measure_speed(model: str, args: argparse.Namespace) -> dict:
             seconds[processes].append(max(took.values()))
             say(f"{args.documents} documents in {seconds[processes][-1]:.1f} s with {processes} processes")
         alike = [(folder / f"out-{n}-0" / "train-000000.parquet").read_bytes() for n in seconds]
-    one, two = map(min, seconds.values())
+    single, double = map(min, seconds.values())
     return {
-        "documents_per_s": round(args.documents / one, 3),
-        "boundaries_per_s": round(found["boundaries"] / one, 3),
-        "tokens_per_s": round(found["tokens"] / one, 1),
-        "two_process_speedup": round(one / two, 3),
+        "documents_per_s": round(args.documents / single, 3),
+        "boundaries_per_s": round(found["boundaries"] / single, 3),
+        "tokens_per_s": round(found["tokens"] / single, 1),
+        "two_process_speedup": round(single / double, 3),
         "seconds_of_rounds": {str(n): [round(s, 2) for s in rounds] for n, rounds in seconds.items()},
         "two_process_bytes_equal": alike[0] == alike[1],
         "documents": args.documents,

@@ -143,11 +143,11 @@ def seconds_of(passes: tuple[Passes, ...], shape: Shape, device: Device) -> floa
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1024) -> Device:
     """Measures this machine as a [`Device`]: a product of matrices, a read of memory, small operations."""
-    x, long, one = (torch.ones(n, device=device, dtype=dtype) for n in (size**2, 16 * size**2, 1))
+    x, long, scalar = (torch.ones(n, device=device, dtype=dtype) for n in (size**2, 16 * size**2, 1))
     square = x.view(size, size)
     product = _quickest(lambda: square @ square)
     read = _quickest(lambda: long.sum())
-    launch = _quickest(lambda: [one.add_(0) for _ in range(100)][-1]) / 100
+    launch = _quickest(lambda: [scalar.add_(0) for _ in range(100)][-1]) / 100
     return Device("this machine", 2 * size**3 / product, long.nbytes / read, 0, 0, launch=launch)
 
 
