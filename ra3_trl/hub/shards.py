@@ -241,13 +241,13 @@ class ShardedAnnotation:
         kept = shard.rows.select([number - shard.first_row for number in rows])
         if self.push:
             kept = self.push.check(kept, list(rows))
-        added = Dataset.from_list([row.columns() for row in rows.values()], features=ANNOTATION)
+        added = _rows([row.columns() for row in rows.values()], ANNOTATION)  # there may be none
         if self.push:
             self.push.check_secrets(added, list(rows))
         written = concatenate_datasets([kept, added], axis=1)
         if self.manifest.origin.form == "tokens":
             chunks = [chunk for number, row in rows.items() for chunk in row.token_rows(number)]
-            written = Dataset.from_list(chunks, features=TOKENS)
+            written = _rows(chunks, TOKENS)
         self._write(shard, written)
         self.manifest.add(self._entry(shard, written, rows, broken, time.perf_counter() - begun))
 
