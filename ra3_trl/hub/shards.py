@@ -241,10 +241,12 @@ class ShardedAnnotation:
         kept = shard.rows.select([number - shard.first_row for number in rows])
         if self.push:
             kept = self.push.check(kept, list(rows))
-        added = _rows([row.columns() for row in rows.values()], ANNOTATION)  # there may be none
+        added = _rows([row.columns() for row in rows.values()], ANNOTATION)
         if self.push:
             self.push.check_secrets(added, list(rows))
         written = concatenate_datasets([kept, added], axis=1)
+        if not rows:  # of data sets without rows it gives the first
+            written = _rows([], Features({**kept.features, **ANNOTATION}))
         if self.manifest.origin.form == "tokens":
             chunks = [chunk for number, row in rows.items() for chunk in row.token_rows(number)]
             written = _rows(chunks, TOKENS)
