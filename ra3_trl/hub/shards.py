@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
@@ -125,6 +127,14 @@ def cut_into_shards(
 
 def _rows(block: list[dict[str, Any]], features: Features) -> Dataset:
     return Dataset.from_dict({name: [row.get(name) for row in block] for name in features}, features=features)
+
+
+def _save(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file; of no rows one without a row group, since `load_dataset` reads none that is empty."""
+    if table.num_rows:
+        pq.write_table(table, path)
+    else:
+        pq.ParquetWriter(path, table.schema).close()
 
 
 def refuse_without_boundaries(annotator: RowAnnotator, corpus: Corpus) -> None:
@@ -271,7 +281,7 @@ class ShardedAnnotation:
     def _write(self, shard: Shard, rows: Dataset) -> None:
         table = rows.with_format("arrow")[:].cast(rows.features.arrow_schema)
         try:
-            self.manifest.write(shard_file(shard.number), lambda path: pq.write_table(table, path))
+            self.manifest.write(shard_file(shard.number), partial(_save, table))
         except OSError as error:
             raise OSError(
                 f"{shard_file(shard.number)} can't be written to {str(self.manifest.folder)!r} ({error}); "
