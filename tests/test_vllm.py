@@ -126,7 +126,7 @@ HOT = {
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("knob", HOT)
 def test_no_bias_makes_a_latent_hold_what_is_forbidden(engine, knob):
-    """32 samples of 48 tokens at temperature 5, with `logit_bias` towards markers, what spells an order to Python,
+    """32 samples of 48 tokens at temperature 2, with `logit_bias` towards markers, what spells an order to Python,
     newlines and special tokens. Without the knob all of that is drawn; it can be with `never` too, but for markers."""
     from vllm import SamplingParams
 
@@ -143,8 +143,8 @@ def test_no_bias_makes_a_latent_hold_what_is_forbidden(engine, knob):
     thinking = HOT[knob] and RequestThinking(**HOT[knob], max_latent_length=12, eos_token_ids=engine.ends)
     words = request_words(CompletionSettings(), thinking, engine.ends)
     params = SamplingParams(
-        **words, n=32, temperature=5.0, max_tokens=48, seed=0,
-        logit_bias=dict.fromkeys(ends, 85.0) | dict.fromkeys(pieces, 100.0),
+        **words, n=32, temperature=2.0, max_tokens=48, seed=0,
+        logit_bias=dict.fromkeys(ends, 42.0) | dict.fromkeys(pieces, 48.0),
     )  # fmt: skip
     (output,) = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     rows = [list(row.token_ids) for row in output.outputs]

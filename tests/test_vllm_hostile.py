@@ -19,7 +19,7 @@ from ra3_trl.generation.vllm_engine import RowReader
 from ra3_trl.segmentation import PYTHON
 
 
-PROMPTS = ("def f(x):\n", "import os\n\n\ndef area(radius, unit):\n    y = 1\n", "x = 1\n# codin", "y = 'é'\n#typ")
+PROMPTS = ("x = 1\n", "def f(x):\n    return x\n\n\ny = 1\n", "x = 1\n# codin", "y = 'é'\n#typ")
 KNOBS = ({"think": "always"}, {"think": "never"}, {"think": "auto"}, {"think": "auto", "threshold": 1e-6})
 LENGTH = 9  # most tokens of a latent
 STEPS = 40
@@ -27,12 +27,14 @@ TEMPERATURE = 3.0
 
 
 class Tempter:
-    """Scores by which a line is to hold what a compiler reads, a newline, a special token or a broken character."""
+    """Scores by which a comment is to hold what a compiler reads, a newline, a special token or a broken character.
+    Lines of code are `x`, so that boundaries come."""
 
     def __init__(self, tokenizer, seed: int):
         self.data = bytes_of(tokenizer)
         self.generator = torch.Generator().manual_seed(seed)
         self.texts = [text.encode() for text in PYTHON.forbidden_texts]
+        self.code = {b: 100.0 * torch.tensor([other == b for other in self.data]) for b in (b"x", b"\n")}
         self.moods = [
             [bool(b and b"\n" in b) for b in self.data],
             [b is None for b in self.data],
@@ -49,9 +51,13 @@ class Tempter:
     def __call__(self, row: list[int]) -> torch.Tensor:
         scores = torch.randn(len(self.data), generator=self.generator)
         mood = int(torch.randint(12, (), generator=self.generator))
+        line = b"".join(self.data[i] or b"" for i in row).rpartition(b"\n")[2]
+        if line.strip() and not line.lstrip().startswith(b"#"):
+            return scores + self.code[b"\n"]
         if mood < len(self.moods):
             return scores + 60.0 * torch.tensor(self.moods[mood])
-        line = b"".join(self.data[i] or b"" for i in row).rpartition(b"\n")[2]
+        if not line.strip():
+            return scores + self.code[b"x"]
         return scores + 12.0 * torch.tensor([self.spelled(line + (b or b"")) for b in self.data])
 
 
@@ -97,7 +103,7 @@ def test_what_generate_forbids_is_forbidden_in_a_batch(tokenizers, name):
             row.forced.append(row.slow.forced[-1][0])
             best = int(wanted.argmax())
             if not out[best].isfinite() and not row.forced[-1]:
-                refused["text" if data[best] and wanted[best] > 150 else "other"] += 1
+                refused["text" if data[best] and wanted[best] > 500 else "other"] += 1
             probs = (out / TEMPERATURE).softmax(-1)
             row.written.append(int(torch.multinomial(probs, 1, generator=tempter.generator)))
     count = 0
@@ -111,4 +117,4 @@ def test_what_generate_forbids_is_forbidden_in_a_batch(tokenizers, name):
         read = RowReader(tokenizer, row.thinking, (), ())(row.prompt, row.written)
         assert list(read.forced) == row.forced and read.token_ids == tuple(row.written)
     print(name, refused, count)
-    assert refused["text"] > 10 and refused["other"] > 10 and count > 10
+    assert refused["text"] > 3 and refused["other"] > 10 and count > 10

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -27,6 +28,27 @@ os.environ |= {
 }
 TEMPERATURE = 0.7
 UPDATES = 10
+
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING")
+
+
+@pytest.fixture(autouse=True)
+def engines(monkeypatch):
+    """They compute in float32 (vLLM takes bfloat16 for a float32 checkpoint, and TRL does not ask), and what TRL and
+    vLLM leave behind in a process goes: the variables of a launcher, a process group."""
+    import vllm
+    from accelerate.state import AcceleratorState
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    plain = vllm.LLM.__init__
+    monkeypatch.setattr(vllm.LLM, "__init__", lambda self, **words: plain(self, **words | {"dtype": "float32"}))
+    yield
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +154,7 @@ def test_rewards_of_ten_updates_are_those_of_the_present_path(checkpoint, tmp_pa
     """The mean difference over the updates is within three standard errors. An update's reward is the mean of 8 draws,
     so the noise of each is that of its group's rewards over the root of 8, which TRL logs as `reward_std`."""
     runs = {}
-    for name in ("vllm", "generate"):
+    for name in ("generate", "vllm"):  # in this order, since vLLM leaves a process group
         trainer = make_trainer(checkpoint, tmp_path / name, name == "vllm", think)
         trainer.train()
         rows = [row for row in trainer.state.log_history if "reward" in row]
@@ -165,8 +187,6 @@ def server(checkpoint):
         "--weight-transfer-config", '{"backend": "nccl"}',
     ]  # fmt: skip
     settings = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_SERVER_DEV_MODE": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING"):
-        settings.pop(name, None)  # which TRL has set in this process
     with subprocess.Popen(command, env=settings, start_new_session=True) as process:
         yield process, port
         if process.poll() is None:

@@ -89,7 +89,7 @@ def _read(name: str, value: Any) -> Any:
         case "max_latent_length":
             read = whole
         case "prompt_is_code" | "gated":
-            read = {0: False, 1: True}.get(whole)
+            read = bool(whole) if whole in (0, 1) else None
         case "eos_token_ids":
             ids = value if isinstance(value, list | tuple) else [None]
             read = tuple(ids) if all(isinstance(i, int) and i >= 0 for i in ids) else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
@@ -140,10 +143,13 @@ class VLLMEngine:
     @cached_property
     def llm(self) -> Any:
         """The `vllm.LLM`, made when it is first used."""
+        before = set(multiprocessing.active_children())
         try:
-            return importlib.import_module("vllm").LLM(**self.options)
+            llm = importlib.import_module("vllm").LLM(**self.options)
         except RuntimeError as error:
             raise OSError(f"vLLM does not start ({error}); what it said is above.") from error
+        self._processes = set(multiprocessing.active_children()) - before
+        return llm
 
     def draw(
         self, prompt_ids: Sequence[Sequence[int]], settings: CompletionSettings, seed: int = 0
@@ -157,7 +163,6 @@ class VLLMEngine:
                 Of the draws; each prompt's are seeded by it and by the prompt's number.
         """
         vllm, head = importlib.import_module("vllm"), self.abstraction_head.config
-        dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
         if not all(prompt_ids):
             raise ValueError("a prompt has no tokens; give at least one, such as the beginning-of-text token.")
         thinking = None
@@ -172,17 +177,35 @@ class VLLMEngine:
         }  # fmt: skip
         params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompt_ids))]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-        try:
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        except dead as error:
-            raise OSError(
-                "vLLM's engine has stopped; what it said is above. What was drawn is kept: the same command goes on."
-            ) from error
+        outputs = self._generate(prompts, params)
         reader = RowReader(self.tokenizer, thinking, self.ends, settings.stop)
         return [
             [reader(prompt, list(row.token_ids)) for row in output.outputs]
             for prompt, output in zip(prompt_ids, outputs, strict=True)
         ]
+
+    def _generate(self, prompts: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        """vLLM's `generate`, in a thread that is given up when a process of the engine has ended: of one that was
+        killed, as by a kernel that lacks memory, vLLM itself hears nothing and waits for ever."""
+        llm, drawn = self.llm, Future[list[Any]]()
+
+        def generate() -> None:
+            try:
+                drawn.set_result(llm.generate(prompts, params, use_tqdm=False))
+            except BaseException as error:  # raised below, in the thread that waits
+                drawn.set_exception(error)
+
+        threading.Thread(target=generate, daemon=True).start()
+        dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
+        try:
+            while not wait([drawn], timeout=1.0).done:
+                if not all(process.is_alive() for process in self._processes):
+                    raise dead
+            return drawn.result()
+        except dead as error:
+            raise OSError(
+                "vLLM's engine has stopped; what it said is above. What was drawn is kept: the same command goes on."
+            ) from error
 
 
 def request_words(
@@ -264,7 +287,7 @@ def _weights_unpacked() -> Iterator[None]:
     layers = importlib.import_module("vllm.model_executor.layers.utils")
     pack = layers.dispatch_cpu_unquantized_gemm
 
-    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def keep(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
         else:  # no matrix of a linear layer

@@ -60,7 +60,7 @@ def server_answers(generation: Any) -> Iterator[None]:
 
 def watch_server(trainer: GRPOTrainer) -> None:
     """Has a server named that goes away between two rollouts: TRL brings its weights up to date before each."""
-    generation = trainer.vllm_generation
+    generation: Any = trainer.vllm_generation
     sync = generation.sync_weights
 
     def sync_weights() -> None:
