@@ -153,7 +153,7 @@ def test_no_bias_makes_a_latent_hold_what_is_forbidden(engine, knob):
     begun = sum(text.lstrip(" ").startswith("#") for text in texts)
     if thinking is None:
         print(f"{knob}: {sum(orders)} of 32 samples hold an order, {begun} begin with a comment")
-        assert sum(orders) > 10 and begun > 0
+        assert sum(orders) > 5 and begun > 5
         return
     reader = RowReader(tokenizer, thinking, engine.ends, ())
     drawn = [latent for row in rows for latent in latents(data, row, list(reader(prompt, row).forced))]
@@ -167,18 +167,23 @@ def test_no_bias_makes_a_latent_hold_what_is_forbidden(engine, knob):
 
 
 @pytest.mark.timeout(3000)
-def test_what_leaves_no_token_where_the_knob_decides_is_refused(engine, prompts):
-    """Else the engine would draw from nothing, or a grammar would meet tokens that it did not choose."""
+def test_what_vllm_or_the_knob_cant_do_is_refused_and_the_engine_goes_on(engine, prompts):
+    """Where the knob decides, no token might be left, or one that a grammar did not choose. vLLM's own refusals, of a
+    temperature above 2, are `ValueError`s as elsewhere here."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import StructuredOutputsParams
 
+    from ra3_trl.generation import CompletionSettings
     from ra3_trl.generation.requests import RequestThinking
 
     words = {"max_tokens": 4, "extra_args": RequestThinking("always").extra_args()}
     others = {"allowed_token_ids": [5], "structured_outputs": StructuredOutputsParams(regex="a+")}
     for name, value in others.items():
-        with pytest.raises(ValueError, match=f"`{name}` is .* `ra3_think`"):
+        with pytest.raises((ValueError, VLLMValidationError), match=f"`{name}` is .* `ra3_think`"):
             engine.llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(**words, **{name: value}))
+    with pytest.raises(ValueError, match="vLLM refuses the request: temperature must be in"):
+        engine.draw(prompts[:1], CompletionSettings(temperature=5.0, max_new_tokens=4))
     assert engine.llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(**words), use_tqdm=False)
 
 

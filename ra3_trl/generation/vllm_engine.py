@@ -161,6 +161,10 @@ class VLLMEngine:
                 As there.
             seed (`int`, *optional*, defaults to `0`):
                 Of the draws; each prompt's are seeded by it and by the prompt's number.
+
+        Raises:
+            `ValueError`: for what vLLM does not take, such as a temperature above 2.
+            `OSError`: where the engine does not start or has stopped.
         """
         vllm, head = importlib.import_module("vllm"), self.abstraction_head.config
         if not all(prompt_ids):
@@ -175,9 +179,12 @@ class VLLMEngine:
             "n": settings.num_samples, "temperature": settings.temperature, "top_p": settings.top_p,
             "top_k": settings.top_k, "max_tokens": settings.max_new_tokens,
         }  # fmt: skip
-        params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompt_ids))]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-        outputs = self._generate(prompts, params)
+        try:
+            params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompts))]
+            outputs = self._generate(prompts, params)
+        except importlib.import_module("vllm.exceptions").VLLMValidationError as error:  # since 0.32 no `ValueError`
+            raise ValueError(f"vLLM refuses the request: {error}") from error
         reader = RowReader(self.tokenizer, thinking, self.ends, settings.stop)
         return [
             [reader(prompt, list(row.token_ids)) for row in output.outputs]
