@@ -36,11 +36,13 @@ from ..hub import (
     rows_of_a_shard,
 )
 from ..policy import Annotation, Policy
-from ..policy.prompted import AnnotatorError
+from ..policy.prompted import AnnotatorError, ModelAnnotator
 from .annotate_cost import estimate, tell_cost
-from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of, telling
+from .annotators import ANNOTATORS, SETTINGS, check_annotator, check_format, opened_annotation, origin_of, telling
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
+from .devices import choose_device
+from .estimate_annotation import annotation_cost, estimate_annotation
 from .options import ANNOTATE, PROPOSALS
 from .options import annotate_parser as _parser
 
@@ -51,6 +53,14 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
+    estimated = choose_device(options.device, options.devices, options.price_per_hour, options.dry_run)
+    if estimated or (options.dry_run and options.annotator in ANNOTATORS):
+        if options.annotator != "policy":
+            raise ValueError(
+                f"`annotator` is {options.annotator!r}, and `dry_run` estimates the policy's own latents; leave one "
+                "out."
+            )
+        return None
     if not (options.output_dir or options.push_to_hub or options.dry_run):
         raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
     for name in ("max_documents", "shard_rows"):
@@ -162,16 +172,30 @@ def _annotate(
         print(f"Pushed to {url}.")
 
 
-def _dry_run(options: argparse.Namespace, corpus: Corpus, policy: Policy) -> None:
-    """Says what there is to do, or of a folder that was begun what is left; nothing is asked."""
+def _dry_run(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> None:
+    """Prints what the annotation would take; nothing is asked or written."""
+    if options.annotator != "policy":
+        _tell_requests(options, policy, corpus)
+        return
+    refuse_without_boundaries(RowAnnotator(policy), corpus)
+    print("Timing the annotation of a few rows ...", file=sys.stderr)
+    estimated = estimate_annotation(policy, corpus, _share(options.shard).count)
+    print(estimated.render())
+    asked = choose_device(options.device, options.devices, options.price_per_hour, True)
+    if asked is not None:
+        print(annotation_cost(policy, estimated, *asked).render())
+
+
+def _tell_requests(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> None:
+    """Prints what a language model would be asked; of a folder that was begun what is left."""
     folder, rows = Path(options.output_dir or ""), len(corpus) if isinstance(corpus, Dataset) else None
     with opened_annotation(options, policy) as annotation:
         begun = bool(options.output_dir) and (folder / MANIFEST).is_file()
         done = _manifest(options, policy, annotation, corpus, folder).finished() if begun else {}
         shards = cut_into_shards(corpus, options.shard_rows or rows_of_a_shard(rows), _share(options.shard).has)
         left = (shard.rows for number, shard in shards if shard is not None and number not in done)
-        annotator = RowAnnotator(policy, annotation=annotation)
-        tell_cost(estimate(annotator, left), annotator, options)
+        assert annotation is not None and isinstance(annotation.annotator, ModelAnnotator)
+        tell_cost(estimate(RowAnnotator(policy), annotation.annotator, left), annotation.annotator, options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_rows(push, corpus, _share(options.shard), options.shard_rows or rows_of_a_shard(rows))
     policy = _open(options, saved)
     if options.dry_run:
-        _dry_run(options, corpus, policy)
+        _dry_run(options, policy, corpus)
     elif options.output_dir:
         _annotate(options, corpus, policy, Path(options.output_dir), push)
     else:

@@ -45,7 +45,7 @@ def check_annotator(options: argparse.Namespace) -> None:
         raise ValueError(f"`report` is {options.report!r}; name a file in a folder that is there.")
     if options.annotator == "policy":
         for name in ("keep", "report"):
-            if vars(options)[name] not in ("resample", None) and not (name == "report" and options.dry_run):
+            if vars(options)[name] not in ("resample", None):
                 raise ValueError(
                     f"`{name}` is {vars(options)[name]!r}, but the policy's own latents are chosen by `annotation`; "
                     "name an `annotator`, such as trace, or leave it out."

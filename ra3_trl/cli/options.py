@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .devices import DEVICES, OPTIONS
 from .sources import PACKAGE, SourceField, read_constant, read_fields
 
 
@@ -117,9 +118,6 @@ def add_annotator_options(parser: argparse.ArgumentParser) -> None:
         "--report", metavar="FILE", help="write there, as JSON, how many proposals there were in this run, which were "
         "kept, why not, a histogram of what they bring, and the ten best and worst; with --dry_run what it would take",
     )  # fmt: skip
-    group.add_argument(
-        "--dry_run", action="store_true", help="say how many texts, places, requests and tokens there are, and end",
-    )  # fmt: skip
     asked = parser.add_argument_group("a language model as annotator (docs/cold_start.md)")
     asked.add_argument(
         "--annotator_base_url", metavar="URL", help="ask a server of OpenAI's chat interface (vLLM, `transformers "
@@ -137,6 +135,19 @@ def add_annotator_options(parser: argparse.ArgumentParser) -> None:
         "--annotator_prices", nargs=2, type=float, metavar=("PROMPT", "ANSWER"), help="prices of a million tokens of "
         "prompts and of answers, for --dry_run",
     )  # fmt: skip
+
+
+def add_estimate_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dry_run` and what an estimate is for."""
+    group = parser.add_argument_group("estimate")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="say what memory and time it would take, or what a language model as annotator would be asked, and end",
+    )
+    group.add_argument("--device", choices=tuple(DEVICES), help=OPTIONS["device"])
+    for name, kind in (("devices", int), ("price_per_hour", float)):
+        group.add_argument(f"--{name}", type=kind, help=OPTIONS[name])
 
 
 def add_passk_options(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +232,7 @@ def annotate_parser() -> Parser:
     add_model_options(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
     add_trust(parser)
+    add_estimate_options(parser)
     add_settings(
         parser, "annotation", (*ANNOTATE, *PROPOSALS), (*THINKING, *PROPOSALS), {**RA3_FIELDS, **HINDSIGHT_FIELDS}
     )
