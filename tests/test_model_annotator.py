@@ -145,7 +145,7 @@ class Says:
         pass
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(hostile)
 def test_whatever_is_answered_the_program_stays_the_same(student, answer):
     """Each proposal is kept or dropped, and what is kept is comments of one line."""
@@ -161,7 +161,7 @@ def test_whatever_is_answered_the_program_stays_the_same(student, answer):
     assert all(0 < len(latent.token_ids) <= 24 for latent in examples[0].placed.values())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.text(max_size=40))
 def test_any_text_is_a_latent_or_a_reason(student, text):
     assert as_latent(student, text)
@@ -175,21 +175,6 @@ def test_reasons_of_both_sides_are_counted(student):
         list(annotation(student, [(TEXT, {}, student.segment(TEXT))], student._noise))
     dropped = {NO_LINE: 1, SEVERAL_LINES: 1, CODE: 1, NO_BOUNDARY: 1, UNWRITABLE: 1, COPIES: 1}
     assert annotation.tally.dropped == dropped and annotation.tally.kept == 1 and annotation.tally.proposed == 7
-
-
-def test_in_another_language(tiny_model, tokenizers):
-    """A backslash would carry a comment of C to the next line."""
-    from ra3_trl import Policy
-
-    tokenizer, text = tokenizers["newline_indent"], "int f(int x) {\n    int y = x + 1;\n    return y;\n}\n"
-    student = Policy.open(
-        tiny_model("llama", tokenizer), tokenizer=tokenizer, use_cpu=True, action_format="slashes", **TINY
-    )
-    annotation = Annotation(ModelAnnotator(Says("3: // y is 2\n2: // a\\\n2: int z;\n3: }")), keep_all=True)
-    with student.inference():
-        (examples,) = annotation(student, [(text, {}, student.segment(text))], student._noise)
-    assert student.text(examples[0]) == text.replace("    return", "    // y is 2\n    return")
-    assert annotation.tally.dropped == {UNWRITABLE: 1, CODE: 2}
 
 
 # ---- what is asked ----
@@ -261,7 +246,7 @@ def saved(tmp_path_factory, tiny_model, tokenizers):
         tiny_model("llama", tokenizer, seed=i).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folders.append(folder)
-    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}\n>{% endif %}"
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     (folders[1] / "chat_template.jinja").write_text(template)
     return folders
 
@@ -275,7 +260,7 @@ def test_a_batch_answers_as_one_by_one_and_as_plain_forwards(saved):
     alone = [next(model.write([prompt])) for prompt in prompts]
     assert answers == alone
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = model.tokenizer(f"[{prompt}]\n>", add_special_tokens=False).input_ids
+        ids = model.tokenizer(f"[{prompt}]>", add_special_tokens=False).input_ids
         assert model.encode(prompt) == ids and answer.prompt_tokens == len(ids) == model.count(prompt)
         drawn: list[int] = []
         while len(drawn) < 12 and (not drawn or drawn[-1] != model.model.generation_config.eos_token_id):
