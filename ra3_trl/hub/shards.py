@@ -243,8 +243,9 @@ class ShardedAnnotation:
         proposals = self.annotator.propose(list(examples.values()), readable)
         for (number, example), row in zip(examples.items(), readable, strict=True):
             proposed = next(proposals)  # what is wrong with an annotator is not the row's fault
+            said = () if proposed is None else (proposed,)
             try:
-                rows[number] = self.annotator(example, row, proposed)
+                rows[number] = self.annotator(example, row, *said)
             except FAULTS as error:
                 broken[number] = f"{type(error).__name__}: {error}"
                 self._refuse_broken(broken)
