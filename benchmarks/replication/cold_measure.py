@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ra3_trl.records import Latent
 
 from ..common import load
 from ..traces import ASSERTION
+from .assertion import is_right
 from .cold_data import ColdTask, cold_tasks
 from .store import Store
 
@@ -27,6 +27,7 @@ SAMPLES = 8
 _ANSWER_TOKENS = 24
 _AT_ONCE = 32
 _LENGTH = 448
+_PAYS = 0.5  # nats
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ColdMeasureRecipe:
     max_latent_length: int = 64
     model: str | None = None
     mbpp: str | None = None
-    version: int = 1
+    version: int = 2  # 1: without gains elsewhere
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class ColdMeasures:
             Programs that go on with a comment, and, told to think, with exactly the true trace.
         gain, gain_of_trace (`float`):
             Nats that a comment of its own, drawn at temperature 1, and the true trace bring to the assertion.
+        gain_elsewhere (`float`):
+            Nats that a comment of its own brings to another line, of two in each program.
+        best_pays (`float`):
+            Share of the assertions to which the best of its comments brings more than half a nat.
         think_there, think_elsewhere (`float`):
             Mean P(think) before the assertion and before the other lines.
         bound, elbo, ce (`float`):
@@ -73,25 +78,14 @@ class ColdMeasures:
     comment_right: float
     gain: float
     gain_of_trace: float
+    gain_elsewhere: float
+    best_pays: float
     think_there: float
     think_elsewhere: float
     bound: float
     elbo: float
     ce: float
     samples: list[dict[str, str]]
-
-
-def is_right(written: str, answer: str) -> bool:
-    """Whether the first assertion that was written states this value."""
-    for line in written.split("\n"):
-        if line.startswith(f"{ASSERTION} "):
-            said = line.removeprefix(f"{ASSERTION} ").strip()
-            try:
-                value, right = ast.literal_eval(said), ast.literal_eval(answer)
-            except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-                return False
-            return type(value) is type(right) and value == right
-    return False
 
 
 @torch.no_grad()
@@ -112,7 +106,7 @@ def write(
 def held_out(recipe: ColdMeasureRecipe) -> list[ColdTask]:
     """The first traced task of each of the test split's functions, as many as are wanted, evenly spaced."""
     firsts: dict[str, ColdTask] = {}
-    for task in cold_tasks("test", recipe.mbpp, traced=True):
+    for task in cold_tasks("test", recipe.mbpp, traced=True, checked=True):
         if task.trace:
             firsts.setdefault(task.prompt.partition("\n\nresult = ")[0], task)
     tasks = list(firsts.values())
@@ -121,9 +115,10 @@ def held_out(recipe: ColdMeasureRecipe) -> list[ColdTask]:
 
 
 def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str, float]:
-    """What own comments and true traces bring, and P(think)."""
-    own, true, there = list[float](), list[float](), list[float]()
-    elsewhere: list[float] = []
+    """What own comments and true traces bring, and P(think); own ones also before two other lines of each program."""
+    columns: dict[str, list[float]] = {
+        name: [] for name in ("gain", "gain_of_trace", "gain_elsewhere", "best_pays", "think_there", "think_elsewhere")
+    }
     data = policy.engine.table.token_bytes
     for i, task in enumerate(tasks):
         document, *more = policy.segment(task.text, i)
@@ -131,18 +126,22 @@ def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str,
         boundary = lines.get(task.text.count("\n"))
         if more or boundary is None:
             continue
-        group = policy.rollout(document, (boundary,), draws)
+        others = document.boundaries[: document.boundaries.index(boundary)]  # the assertion is the last line
+        others = tuple(others[k * len(others) // 3] for k in (1, 2)) if len(others) > 2 else others
+        group = policy.rollout(document, (*others, boundary), draws)
         gates = dict(
             zip(document.boundaries, group.gate_logps_A[list(document.boundaries)].exp().tolist(), strict=True)
         )
-        own.append(float(compute_returns(group, 1, 1.0).gain_TG.mean()))
-        there.append(gates.pop(boundary))
-        elsewhere += gates.values()
+        gain_TG = compute_returns(group, 1, 1.0).gain_TG
+        columns["gain"].append(float(gain_TG[-1].mean()))
+        columns["best_pays"].append(float(gain_TG[-1].max() > _PAYS))
+        columns["gain_elsewhere"] += gain_TG[:-1].mean(1).tolist()
+        columns["think_there"].append(gates.pop(boundary))
+        columns["think_elsewhere"] += gates.values()
         latent = as_latent(policy, task.trace.removeprefix("#"))
         if isinstance(latent, Latent):
             scored = policy.score(document, (boundary,), [[latent]])
-            true.append(float(compute_returns(scored, 1, 1.0).gain_TG))
-    columns = {"gain": own, "gain_of_trace": true, "think_there": there, "think_elsewhere": elsewhere}
+            columns["gain_of_trace"].append(float(compute_returns(scored, 1, 1.0).gain_TG))
     return {name: fmean(values) if values else 0.0 for name, values in columns.items()}
 
 
