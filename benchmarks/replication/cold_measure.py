@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,8 +94,8 @@ def write(
     found = []
     for begin in range(0, len(prompts), _AT_ONCE):
         part = list(prompts[begin : begin + _AT_ONCE])
-        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
             out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
@@ -147,36 +145,35 @@ def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str,
 
 def measure(store: Store, recipe: ColdMeasureRecipe, folder: str) -> ColdMeasures:
     """All measures of the checkpoint in `folder`."""
+    return ColdMeasures(**store.get(recipe, lambda _: asdict(observe(*load(folder), recipe))))
 
-    def work(_: Path) -> dict[str, Any]:
-        model, tokenizer = load(folder)
-        model.eval()
-        tasks = held_out(recipe)
-        prompts, both = [task.prompt for task in tasks], recipe.max_latent_length + _ANSWER_TOKENS
-        free = write(model, tokenizer, prompts, both)
-        thought = [f"#{text}" for text in write(model, tokenizer, [f"{p}#" for p in prompts], both)]
-        short = [
-            f"{ASSERTION}{text}" for text in write(model, tokenizer, [p + ASSERTION for p in prompts], _ANSWER_TOKENS)
-        ]
-        traced = write(model, tokenizer, [f"{task.prompt}{task.trace}\n" for task in tasks], _ANSWER_TOKENS)
-        policy = Policy.open(
-            model, tokenizer=tokenizer, use_cpu=True, bf16=True, max_length=_LENGTH, eval_num_latents=recipe.draws,
-            max_latent_length=recipe.max_latent_length, eval_max_boundaries=4,
-        )  # fmt: skip
-        numbers = policy.evaluate([d for i, t in enumerate(tasks[: recipe.bounds]) for d in policy.segment(t.text, i)])
 
-        def share(written: Sequence[str]) -> float:
-            return fmean(is_right(text, task.answer) for text, task in zip(written, tasks, strict=True))
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: ColdMeasureRecipe) -> ColdMeasures:
+    """All measures of a model, where it is."""
+    model.eval()
+    tasks = held_out(recipe)
+    prompts, both = [task.prompt for task in tasks], recipe.max_latent_length + _ANSWER_TOKENS
+    free = write(model, tokenizer, prompts, both)
+    thought = [f"#{text}" for text in write(model, tokenizer, [f"{p}#" for p in prompts], both)]
+    short = [
+        f"{ASSERTION}{text}" for text in write(model, tokenizer, [p + ASSERTION for p in prompts], _ANSWER_TOKENS)
+    ]
+    traced = write(model, tokenizer, [f"{task.prompt}{task.trace}\n" for task in tasks], _ANSWER_TOKENS)
+    policy = Policy.open(
+        model, tokenizer=tokenizer, use_cpu=model.device.type == "cpu", bf16=True, max_length=_LENGTH,
+        eval_num_latents=recipe.draws, max_latent_length=recipe.max_latent_length, eval_max_boundaries=4,
+    )  # fmt: skip
+    numbers = policy.evaluate([d for i, t in enumerate(tasks[: recipe.bounds]) for d in policy.segment(t.text, i)])
 
-        said = [text.split("\n")[0].strip() for text in thought]
-        found = ColdMeasures(
-            right=share(free), told_to_think=share(thought), told_not_to=share(short), told_the_trace=share(traced),
-            thinks=fmean(text.startswith("#") for text in free),
-            comment_right=fmean(text == task.trace for text, task in zip(said, tasks, strict=True)),
-            **thoughts(policy, tasks, recipe.draws),
-            bound=numbers["bound_multi"], elbo=numbers["elbo"], ce=numbers["ce"],
-            samples=[{"text": text, "trace": t.trace} for text, t in zip(said[:SAMPLES], tasks, strict=False)],
-        )  # fmt: skip
-        return asdict(found)
+    def share(written: Sequence[str]) -> float:
+        return fmean(is_right(text, task.answer) for text, task in zip(written, tasks, strict=True))
 
-    return ColdMeasures(**store.get(recipe, work))
+    said = [text.split("\n")[0].strip() for text in thought]
+    return ColdMeasures(
+        right=share(free), told_to_think=share(thought), told_not_to=share(short), told_the_trace=share(traced),
+        thinks=fmean(text.startswith("#") for text in free),
+        comment_right=fmean(text == task.trace for text, task in zip(said, tasks, strict=True)),
+        **thoughts(policy, tasks, recipe.draws),
+        bound=numbers["bound_multi"], elbo=numbers["elbo"], ce=numbers["ce"],
+        samples=[{"text": text, "trace": t.trace} for text, t in zip(said[:SAMPLES], tasks, strict=False)],
+    )  # fmt: skip

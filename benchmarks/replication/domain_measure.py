@@ -6,9 +6,10 @@ Each part is an entry of the store of its own, so that what was done is not done
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ra3_trl import Policy
 
@@ -122,18 +123,20 @@ class DomainMeasures:
 
 def bounds(store: Store, recipe: TraceBoundRecipe) -> dict[str, float]:
     """`ce`, `elbo` and `bound_multi`."""
+    return store.get(recipe, lambda _: bounds_of(*load(str(checkpoint(store, recipe.start))), recipe))
 
-    def work(_: Path) -> dict[str, Any]:
-        model, tokenizer = load(str(checkpoint(store, recipe.start)))
-        policy = Policy.open(
-            model.eval(), tokenizer=tokenizer, use_cpu=True, bf16=True, horizon=1, max_length=_LENGTH,
-            max_latent_length=recipe.max_latent_length, eval_num_latents=recipe.num_latents,
-        )  # fmt: skip
-        texts = programs(recipe.corpus, recipe.seed, recipe.programs)["text"]
-        found = policy.evaluate([chunk for i, text in enumerate(texts) for chunk in policy.segment(text, i)])
-        return {name: found[name] for name in ("ce", "elbo", "bound_multi")}
 
-    return store.get(recipe, work)
+def bounds_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TraceBoundRecipe
+) -> dict[str, float]:
+    """The same of a model, where it is."""
+    policy = Policy.open(
+        model.eval(), tokenizer=tokenizer, use_cpu=model.device.type == "cpu", bf16=True, horizon=1,
+        max_length=_LENGTH, max_latent_length=recipe.max_latent_length, eval_num_latents=recipe.num_latents,
+    )  # fmt: skip
+    texts = programs(recipe.corpus, recipe.seed, recipe.programs)["text"]
+    found = policy.evaluate([chunk for i, text in enumerate(texts) for chunk in policy.segment(text, i)])
+    return {name: found[name] for name in ("ce", "elbo", "bound_multi")}
 
 
 def measure_domain(

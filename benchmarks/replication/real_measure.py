@@ -55,8 +55,8 @@ def solve(
         part = asked[begin : begin + _AT_ONCE]
         batch = tokenizer(
             [one.prompt + opening for one in part], return_tensors="pt", padding=True, padding_side="left"
-        )
-        with torch.autocast("cpu", torch.bfloat16):
+        ).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
             out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [judged(opening + text, one) for text, one in zip(said, part, strict=True)]
@@ -71,7 +71,7 @@ def draw(
     torch.manual_seed(0)
     found = []
     for one in asked:
-        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt")
+        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt").to(model.device)
         out = model.generate(
             **batch, max_new_tokens=tokens, do_sample=True, top_k=0, temperature=1.0,
             pad_token_id=tokenizer.pad_token_id,
@@ -97,7 +97,7 @@ def variety(comments: list[list[str]], asked: list[TraceTask]) -> dict[str, Any]
 
 def gates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[TraceTask]) -> tuple[float, float]:
     """Mean P(think), of the think prefix's tokens, before the assertions and before the other lines but the first."""
-    policy = Policy.open(model, tokenizer=tokenizer, use_cpu=True, bf16=True)
+    policy = Policy.open(model, tokenizer=tokenizer, use_cpu=model.device.type == "cpu", bf16=True)
     there, elsewhere = [], []
     with policy.inference():
         for i, one in enumerate(asked):
@@ -112,24 +112,27 @@ def measure(store: Store, recipe: TraceMeasureRecipe) -> TraceMeasures:
     """All measures of a checkpoint, which is trained if it is not there."""
 
     def work(folder: Path) -> dict[str, Any]:
-        model, tokenizer = load(str(checkpoint(store, recipe.start)))
-        model.eval()
-        asked = tasks(recipe.task_seed, recipe.tasks, recipe.corpus)
-        others = tasks(recipe.drawn_seed, recipe.drawn, recipe.corpus)
-        written = {opening: solve(model, tokenizer, asked, opening, recipe.tokens) for opening in ("", "#", ASSERTION)}
-        free = written[""]
-        drawn = variety(draw(model, tokenizer, others, recipe.draws, recipe.comment_tokens), others)
-        there, elsewhere = gates(model, tokenizer, asked)
-        found = TraceMeasures(
-            right=fmean(one.right for one in free),
-            thinks=fmean(one.thinks for one in free),
-            comment_right=fmean(one.comment_right for one in free),
-            told_to_think=fmean(one.right for one in written["#"]),
-            told_not_to=fmean(one.right for one in written[ASSERTION]),
-            think_there=there,
-            think_elsewhere=elsewhere,
-            **drawn,
-        )
-        return asdict(found)
+        return asdict(observe(*load(str(checkpoint(store, recipe.start))), recipe))
 
     return TraceMeasures(**store.get(recipe, work))
+
+
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TraceMeasureRecipe) -> TraceMeasures:
+    """All measures of a model, where it is."""
+    model.eval()
+    asked = tasks(recipe.task_seed, recipe.tasks, recipe.corpus)
+    others = tasks(recipe.drawn_seed, recipe.drawn, recipe.corpus)
+    written = {opening: solve(model, tokenizer, asked, opening, recipe.tokens) for opening in ("", "#", ASSERTION)}
+    free = written[""]
+    drawn = variety(draw(model, tokenizer, others, recipe.draws, recipe.comment_tokens), others)
+    there, elsewhere = gates(model, tokenizer, asked)
+    return TraceMeasures(
+        right=fmean(one.right for one in free),
+        thinks=fmean(one.thinks for one in free),
+        comment_right=fmean(one.comment_right for one in free),
+        told_to_think=fmean(one.right for one in written["#"]),
+        told_not_to=fmean(one.right for one in written[ASSERTION]),
+        think_there=there,
+        think_elsewhere=elsewhere,
+        **drawn,
+    )
