@@ -228,10 +228,12 @@ def wanted(rows: Mapping[str, Any]) -> dict[str, Any]:
     found["think_easy"] = _held(ours["think_easy"], _ELSEWHERE, False)
     steps = rows.get("rlvr_steps_to_80", {})
     if "base" in steps:
-        pairs = zip(steps["ra3"]["values"], steps["base"]["values"], strict=True)
-        # Where the base is there at once, or one of the two never, there is no ratio.
+        pairs = list(zip(steps["ra3"]["values"], steps["base"]["values"], strict=True))
+        # There is no ratio where the base is there at once or never, nor where RA3 never is, which is no success.
         ratios = [a / b if b and a is not None else None for a, b in pairs]
         found["rlvr_steps_ratio"] = _held(asdict(Estimate.of(ratios)), _SOONER, False)
+        if any(a is None and b is not None for a, b in pairs):
+            found["rlvr_steps_ratio"]["reached"] = False
     return found
 
 

@@ -25,6 +25,7 @@ from .store import Store
 
 
 RLVR_DATA = 20_000  # as `CAREFUL_DATA`
+_ROWS = 16  # most of a pass
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ def reinforce_traces(store: Store, recipe: TraceRlvrRecipe, save_steps: int = 4)
     """As [`reinforce`], from a real checkpoint, in bfloat16; rewarded by the sandbox's verdict."""
 
     def work(folder: Path) -> dict[str, Any]:
-        start = common.load(str(checkpoint(store, recipe.start)))
-        data = trace_prompts(recipe)
-        return _learned(start, recipe, data, assertion_reward, folder, save_steps=save_steps, bf16=True)
+        start, samples = common.load(str(checkpoint(store, recipe.start))), recipe.prompts * recipe.generations
+        # All are drawn together and learned from in passes, whose logits are large.
+        rows = math.gcd(samples, _ROWS)
+        passes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": samples // rows}
+        settings = {"steps_per_generation": samples // rows, "save_steps": save_steps, "bf16": True}
+        return _learned(start, recipe, trace_prompts(recipe), assertion_reward, folder, **passes, **settings)
 
     return store.get(recipe, work)
 
@@ -100,12 +104,13 @@ def _learned(
     **settings: Any,
 ) -> dict[str, Any]:
     model, tokenizer = start
+    samples = recipe.prompts * recipe.generations
+    batch = {"per_device_train_batch_size": samples, "steps_per_generation": 1}
     args = GRPOConfig(
         output_dir=str(folder / "run"), seed=recipe.seed, max_steps=recipe.steps,
         learning_rate=recipe.learning_rate, lr_scheduler_type="constant",
-        per_device_train_batch_size=recipe.prompts * recipe.generations, steps_per_generation=1,
         num_generations=recipe.generations, max_completion_length=recipe.completion_tokens, beta=0.0,
-        temperature=1.0, logging_steps=1, **QUIET | settings,
+        temperature=1.0, logging_steps=1, **QUIET | batch | settings,
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, args, data, processing_class=tokenizer)
     seconds = resume(trainer, folder / "run")
