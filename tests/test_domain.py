@@ -222,6 +222,7 @@ def test_what_real_gate_has_is_not_done_again():
     assert recipe_hash(on_base(form.ntp, strong, 0)) == "bf6cb41ce408"
     assert recipe_hash(replace(form.measures.measure, start=strong)) == "da0e0a3b370d"
     assert recipe_hash(replace(form.measures.measure, start=on_base(form.ntp, strong, 0))) == "453ccbfd81ca"
+    assert traces_form(model="folder").bases["weak"].model == "folder" and strong.model is None
     assert len({recipe_hash(base) for base in (*form.bases.values(), *traces_form("kinds").bases.values())}) == 6
 
 
@@ -252,6 +253,8 @@ def test_only_some_arms_transfer_and_learn():
 def test_names_that_there_are_none_of_are_refused():
     with pytest.raises(ValueError, match="`--base` is 'good'; choose of weak, middling, strong"):
         chosen(traces_form(), bases=["good"])
+    with pytest.raises(ValueError, match="`--bases` are not of `--domain traces`"):
+        main(["replication", "--domain", "traces", "--plan", "--bases", "2"])
     form = chosen(traces_form(), ["strong"], ["base", "ra3"], [])
     assert list(form.bases) == ["strong"] and form.arms == ("base", "ra3") and form.rlvr is None
     assert form.measures.transfer == () and form.measures.mbpp is None
@@ -421,8 +424,9 @@ def test_all_columns_come_out(tmp_path, model, monkeypatch, capsys):
     ]  # fmt: skip
     mbpp = tmp_path / "mbpp.jsonl"
     mbpp.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(replication, "traces_form", lambda corpus, path: toy(model, path))
+    monkeypatch.setattr(replication, "traces_form", lambda corpus, mbpp, model: toy(model, mbpp))
     words = ["replication", "--domain", "traces", "--json", "--cache", str(tmp_path / "cache"), "--mbpp", str(mbpp)]
+    words += ["--model", model]
     main(words)
     found = json.loads(capsys.readouterr().out)
     assert set(found["tables"]) == {"strong", "weak"} and found["domain"] == "traces"

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traces.add_argument("--parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all), beside the measures")
     traces.add_argument("--plan", action="store_true", help="say what is to be done, how long, and what is there")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", help="of cold_start: the checkpoint (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", help="the real checkpoint (default: the demo's SmolLM2-135M-Instruct)")
     parser.add_argument("--mbpp", help="of MBPP's parts: mbpp.jsonl (default: beside the checkout, else of the Hub)")
 
 
@@ -89,8 +89,14 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
 
 
 def run_traces(store: Store, args: argparse.Namespace, form: DomainForm | None = None) -> dict[str, Any]:
-    """The domain `traces`, or what of it is to be done."""
-    form = chosen(form or traces_form(args.corpus, args.mbpp), args.base, args.arms, args.parts)
+    """The domain `traces`, or what of it is to be done.
+
+    Raises:
+        `ValueError`: for an option that is not of this domain.
+    """
+    if args.experiment or args.full or args.bases is not None:
+        raise ValueError("`--experiment`, `--full` and `--bases` are not of `--domain traces`; leave them out.")
+    form = chosen(form or traces_form(args.corpus, args.mbpp, args.model), args.base, args.arms, args.parts)
     if not args.plan:
         return run_domain(store, form, args.seeds)
     stages = plan(store, form, args.seeds)

@@ -73,9 +73,9 @@ class DomainForm:
     gate: float = GATE
 
 
-def traces_form(corpus: str = "integers", mbpp: str | None = None) -> DomainForm:
+def traces_form(corpus: str = "integers", mbpp: str | None = None, model: str | None = None) -> DomainForm:
     """The whole domain: on `real_gate`'s programs, integers, or on half of all kinds; the kinds that a training does
-    not see are for the transfer."""
+    not see are for the transfer. `model`: the checkpoint that is prepared, in place of the demo's."""
     experiment = real_gate()
     base, ntp, ra3, asked = experiment.base, experiment.arms["ntp"], experiment.arms["ra3"], experiment.measure
     assert ntp is not None and ra3 is not None
@@ -91,7 +91,7 @@ def traces_form(corpus: str = "integers", mbpp: str | None = None) -> DomainForm
         rlvr = replace(rlvr, corpus=expert, completion_tokens=80)
     transfer = tuple(TraceMeasureRecipe(base, corpus=KindCorpus(kinds=(kind,)), **UNSEEN, **LONGER) for kind in unseen)
     return DomainForm(
-        {name: replace(base, steps=steps) for name, steps in UPDATES.items()},
+        {name: replace(base, steps=steps, model=model) for name, steps in UPDATES.items()},
         ntp,
         ra3,
         DomainRecipe(asked, bound, transfer, ColdMeasureRecipe(tasks=40, draws=8, bounds=1, mbpp=mbpp)),
