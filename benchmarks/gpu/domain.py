@@ -61,7 +61,7 @@ def measure(corpus: str, tasks: str, out: str, mbpp: str, *named: str) -> None:
     for name, _, folder in (one.partition("=") for one in named):
         model, tokenizer = load(folder)
         if torch.cuda.is_available():
-            model.to("cuda")
+            model.cuda()
         if corpus == "traces":
             own = replace(asked.measure, tasks=count, drawn=count)
             found[name] = asdict(real_measure.observe(model, tokenizer, own))
@@ -79,4 +79,4 @@ def measure(corpus: str, tasks: str, out: str, mbpp: str, *named: str) -> None:
 
 
 if __name__ == "__main__":
-    {"data": write_data, "measure": measure}[sys.argv[1]](*sys.argv[2:])
+    (write_data if sys.argv[1] == "data" else measure)(*sys.argv[2:])

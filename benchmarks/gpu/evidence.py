@@ -57,7 +57,7 @@ class Evidence(Preset):
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-_TRAIN = PRESETS["h100"].train | {
+_TRAIN = dict(PRESETS["h100"].train) | {
     "max_length": 512, "per_device_train_batch_size": 32, "num_latents": 8, "max_latent_length": 48, "horizon": 1,
     "boundary_selection": "gate", "max_boundaries": 0, "e_learning_rate": 1e-5, "learning_rate": 2e-5,
     "save_steps": 10, "eval_max_boundaries": 1,
@@ -70,7 +70,7 @@ _GRPO = {
 _LARGE = Evidence(
     e_steps=8, m_steps=16, train=_TRAIN, hindsight={}, compare=_DRAWN, rlvr=_GRPO, eval_documents=16, prepare=120
 )
-_TOY_TRAIN = PRESETS["toy"].train | {"max_length": 160, "num_latents": 2, "existing_comments": "keep"}
+_TOY_TRAIN = dict(PRESETS["toy"].train) | {"max_length": 160, "num_latents": 2, "existing_comments": "keep"}
 _TOY_DRAWN = {"max_new_tokens": 8, "no_ce": True}
 _TOY = Evidence(
     e_steps=1, m_steps=1, train=_TOY_TRAIN, hindsight={}, compare=_TOY_DRAWN, rlvr=PRESETS["toy"].rlvr,
