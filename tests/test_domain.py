@@ -415,7 +415,7 @@ def test_a_toy_run_without_sandbox(tmp_path, model):
 @needs_bwrap
 @pytest.mark.slow
 def test_all_columns_come_out(tmp_path, model, monkeypatch, capsys):
-    """All arms on two bases by the command, MBPP and GRPO too."""
+    """All arms on a base by the command, MBPP and GRPO too."""
     code = "def f{i}(n):\n    a = n + {i}\n    b = a * 2\n    return b - 1"
     rows = [
         {"task_id": 11 + i, "code": code.replace("{i}", str(i)), "test_setup_code": "",
@@ -426,10 +426,10 @@ def test_all_columns_come_out(tmp_path, model, monkeypatch, capsys):
     mbpp.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(replication, "traces_form", lambda corpus, mbpp, model: toy(model, mbpp))
     words = ["replication", "--domain", "traces", "--json", "--cache", str(tmp_path / "cache"), "--mbpp", str(mbpp)]
-    words += ["--model", model]
+    words += ["--model", model, "--base", "strong"]
     main(words)
     found = json.loads(capsys.readouterr().out)
-    assert set(found["tables"]) == {"strong", "weak"} and found["domain"] == "traces"
+    assert set(found["tables"]) == {"strong"} and found["domain"] == "traces"
     for of_base in found["tables"].values():
         names = {name for name, row in of_base.items() if isinstance(row, dict) and set(row) == set(ARMS)}
         assert names >= {
