@@ -388,7 +388,7 @@ def toy(model: str, mbpp: str | None) -> DomainForm:
         DomainRecipe(
             TraceMeasureRecipe(base, corpus=corpus, **small),
             TraceBoundRecipe(base, programs=1, num_latents=2, max_latent_length=3, corpus=corpus),
-            tuple(TraceMeasureRecipe(base, corpus=KindCorpus(kinds=(kind,)), **small) for kind in KINDS[2:]),
+            (TraceMeasureRecipe(base, corpus=KindCorpus(kinds=KINDS[3:]), **small),),
             None if mbpp is None else cold,
         ),
         TraceRlvrRecipe(base, 0, steps=2, prompts=2, generations=2, completion_tokens=4, corpus=corpus),
@@ -401,7 +401,6 @@ def toy(model: str, mbpp: str | None) -> DomainForm:
 def test_a_toy_run_without_sandbox(tmp_path, model):
     """Base and RA3 on one base; the plan then says that all is done."""
     form = chosen(toy(model, None), ["strong"], ["base", "ra3"], ["transfer"])
-    form = replace(form, measures=replace(form.measures, transfer=form.measures.transfer[1:]))
     found = run_domain(Store(tmp_path), form, 1)
     rows = found["tables"]["strong"]
     assert rows["ce"]["base"] != rows["ce"]["ra3"]
@@ -414,6 +413,7 @@ def test_a_toy_run_without_sandbox(tmp_path, model):
 
 @needs_bwrap
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some two CPU minutes
 def test_all_columns_come_out(tmp_path, model, monkeypatch, capsys):
     """All arms on a base by the command, MBPP and GRPO too."""
     code = "def f{i}(n):\n    a = n + {i}\n    b = a * 2\n    return b - 1"

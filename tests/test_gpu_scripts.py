@@ -223,6 +223,7 @@ def test_the_data_of_the_evidence(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @needs_bwrap
 def test_the_evidence_at_toy_size(tmp_path, tiny_model, tokenizers, capsys):
     """Some six minutes: the first call without GRPO, the second with it, from the command's entry point."""
