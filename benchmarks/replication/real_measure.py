@@ -22,6 +22,7 @@ from .store import Store
 from .traces import ASSERTION, answer, tasks
 
 
+COMMENT_TOKENS, TOKENS = 26, 44  # of a comment about integers, and of one with the assertion
 SAMPLES = 8
 _AT_ONCE = 50
 
@@ -47,7 +48,7 @@ def solve(
     tokenizer: PreTrainedTokenizerBase,
     asked: list[TraceTask],
     opening: str = "",
-    tokens: int = 44,
+    tokens: int | None = None,
 ) -> list[Solved]:
     """What the model writes behind each program by itself, greedily; `opening` is put there first, as its own."""
     found = []
@@ -57,7 +58,9 @@ def solve(
             [one.prompt + opening for one in part], return_tensors="pt", padding=True, padding_side="left"
         ).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
-            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            out = model.generate(
+                **batch, max_new_tokens=tokens or TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [judged(opening + text, one) for text, one in zip(said, part, strict=True)]
     return found
@@ -65,7 +68,11 @@ def solve(
 
 @torch.no_grad()
 def draw(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[TraceTask], draws: int, tokens: int = 26
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[TraceTask],
+    draws: int,
+    tokens: int | None = None,
 ) -> list[list[str]]:
     """Comments behind each program, `draws` of them at temperature 1, whether the model would think there or not."""
     torch.manual_seed(0)
@@ -73,7 +80,7 @@ def draw(
     for one in asked:
         batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt").to(model.device)
         out = model.generate(
-            **batch, max_new_tokens=tokens, do_sample=True, top_k=0, temperature=1.0,
+            **batch, max_new_tokens=tokens or COMMENT_TOKENS, do_sample=True, top_k=0, temperature=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

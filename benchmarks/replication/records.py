@@ -316,7 +316,8 @@ class TraceMidRecipe:
 class TraceMeasureRecipe:
     """What is measured of a checkpoint on held-out programs, the same for all arms and seeds; `drawn` programs are
     others, with `draws` comments each: one, since four of a program that gets it right are one and the same. Of
-    `corpus` only the kinds matter; `comment_tokens`: of a drawn comment; `tokens`: of a comment and the assertion."""
+    `corpus` only the kinds matter; `comment_tokens` of a drawn comment, `tokens` of a comment and the assertion, if
+    other than those of integers."""
 
     start: PreparedRecipe | TraceMidRecipe
     tasks: int = 200
@@ -325,8 +326,8 @@ class TraceMeasureRecipe:
     task_seed: int = 99
     drawn_seed: int = 123
     corpus: TraceCorpus = field(default_factory=TraceCorpus)
-    comment_tokens: int = 26
-    tokens: int = 44
+    comment_tokens: int | None = None
+    tokens: int | None = None
     version: int = 1
 
     @property
