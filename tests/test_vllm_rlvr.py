@@ -210,6 +210,9 @@ def test_a_server_thinks_and_its_going_away_is_named(checkpoint, server, tmp_pat
             os.killpg(process.pid, signal.SIGKILL)
         return spaces(completions)
 
+    # vLLM's own answer is an error in an environment without pip, as this one is.
+    info = {"weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "processed_logprobs"}}
+    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
     settings = {"vllm_mode": "server", "vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 600}
     with pytest.raises(OSError, match="`use_vllm` is True and the trainer does not start: .*needs a CUDA device"):
         make_trainer(checkpoint, tmp_path, True, "always", **settings)
