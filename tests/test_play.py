@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_server import Hub, client_environment
-from test_show import CHROMIUM, HOSTILE, SOURCE, Browser, checkpoint, hand_made, read_page, seen_by  # noqa: F401
+from test_show import CHROMIUM, HOSTILE, SOURCE, Browser, hand_made, read_page, seen_by
 
 from ra3_trl import Policy
 from ra3_trl.cli import early
@@ -36,6 +36,15 @@ needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is
 def policy(tokenizers, tiny_model) -> Policy:
     tokenizer = tokenizers["newline_indent"]
     return Policy.open(tiny_model("llama", tokenizer, max_position_embeddings=512), tokenizer=tokenizer, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def folder(policy, tmp_path_factory) -> Path:
+    """The same as a checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder
 
 
 # ---- what is shown, by the functions that `ra3 show` has ----
@@ -180,9 +189,9 @@ def test_without_gradio_the_cure_is_said(monkeypatch, capsys):
         ("BASE --action_format cobol --push_to_space a/b", "`action_format` is 'cobol'"),
     ],
 )
-def test_what_the_user_can_mend_ends_with_2(checkpoint, tmp_path, words, says, monkeypatch, capsys):
+def test_what_the_user_can_mend_ends_with_2(folder, tmp_path, words, says, monkeypatch, capsys):
     monkeypatch.setattr(early, "find_spec", lambda name: "there")
-    words = words.replace("FOLDER", str(tmp_path)).replace("BASE", str(checkpoint)).split()
+    words = words.replace("FOLDER", str(tmp_path)).replace("BASE", str(folder)).split()
     assert guarded(play_command.main, words) == 2
     captured = capsys.readouterr()
     assert f"error: {says}" in captured.err or says in captured.err
@@ -212,8 +221,8 @@ def test_the_files_of_a_space():
     assert play_command._parser().parse_args(called[0][1:]).horizon == 3
 
 
-def test_an_adapter_of_a_folder_is_no_space(tmp_path, checkpoint):
-    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{checkpoint}"}}')
+def test_an_adapter_of_a_folder_is_no_space(tmp_path, folder):
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{folder}"}}')
     with pytest.raises(ValueError, match="which a Space does not have; merge it"):
         SpacePush("org/play").upload(str(tmp_path))
 
@@ -337,12 +346,12 @@ def test_the_page_fits(browser, width, tmp_path):
 
 @pytest.mark.slow
 @needs_gradio
-def test_the_spaces_app_runs(checkpoint, tmp_path):
+def test_the_spaces_app_runs(folder, tmp_path):
     """What `--push_to_space` pushes, pulled and started as a Space starts it."""
     with Hub() as hub:
         hub.accounts["hf_" + "A" * 34] = ("ada", "lab")
         environment = client_environment(hub, tmp_path / "home", HF_TOKEN="hf_" + "A" * 34, GRADIO_SERVER_PORT="7871")
-        push = [sys.executable, "-m", "ra3_trl.cli.main", "play", str(checkpoint), "--push_to_space", "lab/play"]
+        push = [sys.executable, "-m", "ra3_trl.cli.main", "play", str(folder), "--push_to_space", "lab/play"]
         subprocess.run([*push, "--max_length", "256", "--max_latent_length", "4"], env=environment, check=True)
         for name, file in hub.repo("lab/play", "space").files().items():
             (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
