@@ -37,9 +37,8 @@ def test_it_is_clean(path):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
             compile("".join(cell["source"]), path.name, "exec")
-        for link in re.findall(
-            r"\]\(([^)\s:]+)\)", "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""
-        ):
+            continue
+        for link in re.findall(r"\]\(([^)\s:]+)\)", "".join(cell["source"])):
             assert (path.parent / link).exists(), link
     pages = "".join(page.read_text("utf-8") for page in (FOLDER.parents[1] / "docs").glob("*.md"))
     assert f"(../examples/notebooks/{path.name})" in pages

@@ -134,6 +134,13 @@ def test_completions_with_and_without(policy):
     assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_the_pages_snippet_runs(folder, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "play.md").read_text("utf-8"), re.S)
+    place = f"open({str(folder)!r}, use_cpu=True, max_length=256, max_latent_length=4, "
+    exec(compile(block.replace('open("MODEL", ', place), "docs/play.md", "exec"), {})
+    assert re.search(r"^# ?.* [+-]\d\.\d\d \{3: ", capsys.readouterr().out, re.M)
+
+
 # ---- as HTML ----
 
 
