@@ -144,20 +144,20 @@ class Playground:
                 auto = gradio.HTML(elem_id="auto")
 
             def tie(event: Any, function: Callable[..., tuple], inputs: list, outputs: list, **more: Any) -> Any:
-                # One queue for all that asks the model; of slider and keys the last state is what counts.
-                return event(
-                    _said(function, len(outputs)), inputs, [*outputs, error], concurrency_id="model",
-                    concurrency_limit=1, api_visibility="private", **more,
-                )  # fmt: skip
+                # One queue for all that asks the model.
+                queue = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+                return event(_said(function, len(outputs)), inputs, [*outputs, error], **queue | more)
 
+            # Of slider and keys the last state is what counts; marks need no model.
             live: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+            mark = live | {"concurrency_id": "marks"}
             sees = ([text, threshold, line], [gates, line, shown])
             marks = ([shown, text, threshold, line], [gates])
             written = [text, threshold, tokens, heat, seed]
             tie(page.load, self.typed, *sees, show_progress="hidden")
             tie(text.input, self.typed, *sees, **live)
-            tie(threshold.input, self.marked, *marks, **live)
-            tie(line.change, self.marked, *marks, **live)
+            tie(threshold.input, self.marked, *marks, **mark)
+            tie(line.change, self.marked, *marks, **mark)
             tie(draw.click, self.drawn, [text, line, count, seed], [latents])
             tie(others.click, self.others, [text, line, count, seed], [latents, seed])
             first = tie(go.click, self.without, [text, tokens, heat, seed], [never])
