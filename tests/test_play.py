@@ -300,6 +300,11 @@ def test_the_page_shows_p_think_as_it_is_typed(browser, policy, server):
     browser.write(text)
     browser.until("document.querySelectorAll('#gates tr.at').length == 1")
     assert browser.numbers() == [f"{b.think_prob:.3f}" for b in play.see(policy, text).boundaries]
+    hostile = 'x = 1\ns = "{{ 7 * 7 }} ${1 + 1} <img src=x onerror=alert(1)> {{#if x}} `"\n'  # of templates and HTML
+    browser.write(hostile)
+    browser.until("document.querySelector('#gates')?.innerText.includes('onerror')")
+    rows = browser.js("[...document.querySelectorAll('#gates tbody .src')].map(e => e.textContent)")
+    assert rows == hostile.splitlines() and browser.js("document.querySelector('#gates img')") is None
     browser.write("def f(:\n")
     browser.until("document.querySelector('#error')?.innerText.includes('mend it')")
     assert len(browser.numbers()) == 1  # what was shown stays
