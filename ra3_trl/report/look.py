@@ -59,7 +59,7 @@ def look(
     for document, starts in zip(documents, _action_starts(content, documents, data), strict=True):
         places = {boundary: _locate(content, starts[boundary]) for boundary in document.boundaries}
         wanted.append({b: place for b, place in places.items() if place[0] in lines})
-        begins.append([_locate(content, start)[0] for start in starts] if places and latents else [])
+        begins.append([_line(content, start) for start in starts] if places and latents else [])
     total, shown = sum(map(len, wanted)), list[ShownBoundary]()
     progress(0, total)
     for document, places, begin in zip(documents, wanted, begins, strict=True):
@@ -155,6 +155,11 @@ def _action_starts(content: bytes, documents: Sequence[Document], data: Sequence
     return starts[::-1]
 
 
+def _line(content: bytes, start: int) -> int:
+    """Finds the number of the line in which the first character from `start` on that is not white space stands."""
+    return content.count(b"\n", 0, len(content) - len(content[start:].lstrip())) + 1
+
+
 def _locate(content: bytes, start: int) -> tuple[int, int, str | None]:
     """Finds line and column of an action's first character that is not white space, and the white space of that line
     which stands before the action; `None` where the action begins elsewhere (a sentence behind another)."""
@@ -163,4 +168,4 @@ def _locate(content: bytes, start: int) -> tuple[int, int, str | None]:
     before = content[begin:at].decode()
     column = len(before) if before.strip() else 0
     carry = None if column or start < begin else content[begin:start].decode()
-    return content.count(b"\n", 0, at) + 1, column, carry
+    return _line(content, start), column, carry
