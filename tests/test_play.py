@@ -358,6 +358,16 @@ def test_the_page_fits(browser, width, tmp_path):
 
 @pytest.mark.slow
 @needs_gradio
+def test_a_taken_port_is_said(policy, server):
+    from ra3_trl.cli.playground import Playground
+
+    port = int(server.rstrip("/").rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"`port` is {port} and `host` None, where no page can be served; name"):
+        Playground(policy, "tiny").launch(port=port, wait=False)
+
+
+@pytest.mark.slow
+@needs_gradio
 def test_the_spaces_app_runs(folder, tmp_path):
     """What `--push_to_space` pushes, pulled and started as a Space starts it."""
     with Hub() as hub:

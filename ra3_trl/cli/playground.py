@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio
 
+from ..files import one_line
 from ..policy import Policy
 from ..report import play
 from ..report.show import ShownFile, physical_lines
@@ -171,8 +172,13 @@ class Playground:
         """Serves the page, until Ctrl-C if it is to `wait`. Without `host` and `port` they are gradio's, which a Space
         sets."""
         page = self.build()
-        page.launch(
-            server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=not wait, css=style(),
-            theme=_THEME, ssr_mode=False, footer_links=[], share=False,
-        )  # fmt: skip
+        try:
+            page.launch(
+                server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=not wait, css=style(),
+                theme=_THEME, ssr_mode=False, footer_links=[], share=False,
+            )  # fmt: skip
+        except OSError as error:
+            raise ValueError(
+                f"`port` is {port} and `host` {host!r}, where no page can be served; name others. ({one_line(error)})"
+            ) from error
         return page
