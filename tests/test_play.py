@@ -262,7 +262,7 @@ class Page(Browser):
 
     def until(self, condition: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
-        while not self.js(condition):
+        while not self.js(f"!!({condition})"):  # an element by value is `{}`
             assert time.monotonic() < end, (condition, self.js("document.body.innerText"))
             time.sleep(0.05)
 
