@@ -32,11 +32,12 @@ from ra3_trl.segmentation import PYTHON, Segmenter, build_token_table, splice, s
 from .common import say
 from .launches_device import Counts, Watch, to_device
 from .launches_logits import bytes_per_logit
+from .launches_memory import peak_of_an_update
 
 
 NOISE = NoiseKey(0, 0, 0)
 _END = "<|end|>"
-PARTS = ("rollout", "update", "annotation", "evaluation", "mstep", "cpu")
+PARTS = ("rollout", "update", "annotation", "evaluation", "mstep", "memory", "cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> dict:
         "annotation": lambda: count_annotation(bench),
         "evaluation": lambda: count_evaluation(bench),
         "mstep": lambda: count_mstep(bench),
+        "memory": lambda: peak_of_an_update(bench.tokenizer, bench.documents[0]),
         "cpu": lambda: compare(bench),
     }
     for part in args.parts:

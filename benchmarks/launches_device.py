@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ra3_trl.rollout import ragged
 
 
 DEVICE = torch.device("meta")  # of all devices a CPU-only torch knows, the one that nothing here has a use for
@@ -32,6 +35,7 @@ _PICKS = {
     "scatter_add_", "searchsorted",
 }  # fmt: skip
 _SHAPE_ONLY = {"new_empty", "new_full", "new_zeros", "zeros_like", "empty_like"}
+_FLEX = ragged.flex
 _NO_KERNEL = {"detach", "lift_fresh", "_unsafe_view", "alias", "empty", "empty_like", "new_empty", "empty_strided"}
 
 
@@ -101,6 +105,34 @@ _FUSED: dict[Any, Callable] = {
 }
 
 
+class _Flex(torch.autograd.Function):
+    """Flex attention of an accelerator, by the CPU's fused attention: one launch, and in the backward pass two, of
+    which one multiplies output and gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, watch, row, scale, window, cap):
+        there = [int((row.queries[0] >= 0).sum()), row.seen, row.seen]
+        leaves = [x.held[0, :, :n].detach().requires_grad_() for x, n in zip((q, k, v), there, strict=True)]
+        on_host = watch.rows.get(row.queries.ctypes.data)
+        if on_host is None:
+            on_host = watch.rows[row.queries.ctypes.data] = ragged.Row(row.queries, row.keys, row.seen)
+            on_host.begin(*(torch.as_tensor(x) for x in row.arrays))
+        with torch.enable_grad():
+            out = ragged.attend(on_host, *leaves, scale, window, cap)
+        ctx.watch, ctx.leaves, ctx.out, ctx.shapes = watch, leaves, out, [x.shape for x in (q, k, v)]
+        watch.counts.launches += 1
+        return DeviceTensor(nn.functional.pad(out.detach(), (0, 0, 0, q.shape[2] - out.shape[1]))[None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = torch.autograd.grad(ctx.out, ctx.leaves, grad.held[0, :, : ctx.out.shape[1]])
+        wide = (
+            nn.functional.pad(x, (0, 0, 0, s[2] - x.shape[1]))[None] for x, s in zip(grads, ctx.shapes, strict=True)
+        )
+        ctx.watch.counts.launches += 2
+        return *(DeviceTensor(x) for x in wide), None, None, None, None, None
+
+
 @dataclass
 class Counts:
     """What one phase asked for. `waits` has the number of decoding steps begun before each wait."""
@@ -133,6 +165,7 @@ class Watch:
         self.mixes: Counter[str] = Counter()  # operations that a real device would refuse
         self.shapes: set[tuple[str, int]] = set()  # phase and tokens of a forward
         self.masks: dict[str, dict[int, int]] = {}  # bytes of attention masks by phase and address
+        self.rows: dict[int, ragged.Row] = {}  # on the host, by the address of their arrays
         self.step = 0
         self._phases = ["other"]
 
@@ -163,8 +196,23 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
-        with _Functions(), _Operations(self):
+        flexes = patch.object(ragged, "flexes", lambda q, *_: q.device.type == DEVICE.type)
+        with _Functions(), _Operations(self), flexes, patch.object(ragged, "flex", self._flex):
             yield self
+
+    def _flex(self, row: ragged.Row, q, k, v, scale: float | None, window: int | None, cap: float | None):
+        """Flex attention up to its kernel, which the pretended device has a stand-in for."""
+
+        def kernel(*qkv, block_mask, **kwargs):
+            lists = [x for x in tree_leaves(block_mask.as_tuple()) if isinstance(x, torch.Tensor)]
+            masks = self.masks.setdefault(self.current, {})
+            masks[id(block_mask)] = sum(
+                x.numel() * x.element_size() for x in (*lists, *row.columns[0], *row.columns[1])
+            )
+            return _Flex.apply(*qkv, self, row, scale, window, cap)
+
+        with patch.object(ragged, "compiled_flex", lambda: kernel):
+            return _FLEX(row, q, k, v, scale, window, cap)
 
     def waited(self, why: str) -> None:
         self.counts.waits.append((why, self.step))

@@ -51,6 +51,15 @@ ATTACKS = {
         "while True: time.sleep(1)",
         others=0,
     ),
+    "private_by_copies_at_once": Attack(  # by one call of the kernel's, without a fault of the program's own
+        "import ctypes as c\nmadvise = c.CDLL(None).madvise; madvise.argtypes = [c.c_void_p, c.c_size_t, c.c_int]\n"
+        "m = mmap.mmap(-1, 100 * 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m[:] = b'x' * len(m); hold(len(m))\n"
+        "for _ in range(15):\n    if os.fork() == 0: break\n"
+        "start = c.addressof(c.c_char.from_buffer(m))\n"
+        "for i in range(0, len(m), 2**20):\n    if madvise(start + i, 2**20, 23) == 0: hold(2**20)\n"
+        "while True: time.sleep(1)",
+        others=0,
+    ),
     "private_hidden": Attack(
         "import ctypes; ctypes.CDLL(None).prctl(4, 0)\nwhile True: kept.append(b'x' * 2**20); hold(2**20)"
     ),
@@ -73,6 +82,14 @@ ATTACKS = {
     ),
     "sockets_of_small_messages": Attack(
         "kept.append(socket.socketpair())\nfor s in kept[-1]:\n    s.setblocking(False)\n    fill(s.send, 2**10)"
+    ),
+    "sockets_on_their_way": Attack(  # sent by another one and closed: no process has them open
+        "road = socket.socketpair(); kept.append(road); road[0].setblocking(False)\n"
+        "while True:\n"
+        "    pair = socket.socketpair()\n"
+        "    for s in pair:\n        s.setblocking(False)\n        fill(s.send, 2**15)\n"
+        "    socket.send_fds(road[0], [b'x'], [s.fileno() for s in pair])\n"
+        "    for s in pair: s.close()"
     ),
     "larger_sockets": Attack(
         "kept.append(socket.socketpair())\n"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import chain
+
 import pytest
+import torch
 from test_rollout import CODE, KEY, assert_same_groups, engine_of
 
 from ra3_trl.rollout import attention
 from ra3_trl.rollout.attention import BranchState
+from ra3_trl.rollout.backbone import Backbone
 from ra3_trl.rollout.branch import BranchEngine
 from ra3_trl.rollout.decode import Decoding
 from ra3_trl.rollout.expand import ExpandEngine
@@ -104,3 +109,30 @@ def test_with_fixed_shapes_latents_are_the_same(model_type, tiny_model, tokenize
     assert len(shapes) == 1
     expand = engine_of(ExpandEngine, model, tokenizer, max_length=LONGEST)
     assert_same_groups(group, expand.rollout(document, document.boundaries, 3, 2, KEY))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_the_decoding_step_compiles_whole(tiny_model, tokenizers, document, fixed, monkeypatch):
+    """In one graph each: the first step, which gathers the documents' keys, and all others."""
+    tokenizer, compiled = tokenizers["newline_indent"], list[torch.fx.GraphModule]()
+    engine = engine_of(BranchEngine, tiny_model("llama", tokenizer), tokenizer, max_length=LONGEST)
+    wanted = engine.rollout(document, document.boundaries, 3, 1, KEY)
+
+    def inductor(graph, inputs):
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled.append(graph)
+        return compile_fx(graph, inputs)
+
+    step, hidden = torch.compile(engine.backbone.decoder, fullgraph=True, backend=inductor), Backbone.hidden
+
+    def compiled_steps(self, through=None, **inputs):
+        if isinstance(inputs["ra3"], Decoding):
+            return step(use_cache=False, **inputs)[0]
+        return hidden(self, through, **inputs)
+
+    monkeypatch.setattr(Backbone, "hidden", compiled_steps)
+    assert_same_groups(engine.rollout(document, document.boundaries, 3, 1, KEY), wanted)
+    assert max(map(len, (z.token_ids for z in chain(*wanted.latents)))) == LONGEST  # four steps
+    assert len(compiled) <= 2

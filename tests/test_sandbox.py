@@ -223,6 +223,15 @@ def test_a_forked_child_never_answers(judge):
 
 
 @needs_bwrap
+@pytest.mark.parametrize("child, status", [("pass", 0), ("1 / 0", 256), ("raise SystemExit(3)", 768)])
+def test_a_forked_child_ends_as_a_program(judge, child, status):
+    """Whatever it comes to: its parent goes on, and sees the status (256 times the exit code) that Python gives it."""
+    ends = f"import os\nif os.fork() == 0:\n    {child}\nelse:\n    status = os.wait()[1]\ndef f(x): return x * x\n"
+    found = [judge.submit(Problem(tests=(f"assert status == {status}",)), f"{ends}#{i}") for i in range(20)]
+    assert {future.result().verdict for future in found} == {"passed"}, found[0].result()
+
+
+@needs_bwrap
 def test_a_lost_server_is_replaced():
     with Judge(Sandbox(slots=1)) as judge:
         assert judge(SQUARE, HONEST).verdict == "passed"

@@ -3,8 +3,7 @@
 A branch sees its document's tokens before its boundary and its own. Several documents go through one forward, so that
 the layers around read their weights once for all of them. Registered with `transformers.AttentionInterface`, it is
 reached through an extra keyword argument of the model, so no model code is patched and no [tokens, tokens] mask ever
-exists. Branches are handled in blocks of one document: the queries of a block attend to [own keys of the block |
-document keys up to the block's last boundary] in one call of PyTorch's fused attention.
+exists: who sees whom is said by `ragged.py`, over the keys `[documents | branches]`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
+from . import ragged
 from .forward import BranchTokens, Plan
-from .fused import additive, attention_and_normaliser, causal, fused, merged
+from .fused import additive, attention_and_normaliser, causal, merged
+from .ragged import Row, of_documents
 
 
 NAME = "ra3_branch"
@@ -34,43 +35,19 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, 
 
 @dataclass
 class _Block:
-    """Groups branches `first` to `last` (exclusive) of one forward for one call of fused attention."""
+    """Groups branches `first` to `last` (exclusive) for one call of fused attention to their own keys."""
 
     first: int
     last: int
-    document: int  # number of their document
-    slots: int  # own keys of each branch
-    shared: int  # document keys that the last of them sees
-    row_MS: torch.Tensor  # row of each query among the branch tokens, -1 where a branch has fewer
+    row_MS: torch.Tensor  # row of each query among the branch tokens, 0 where a branch has fewer
     visible_MSL: torch.Tensor  # which own slots each query sees
-    position_MS: torch.Tensor  # of the queries
-    prefix_M: torch.Tensor  # document keys that each branch sees
-    position_ML: torch.Tensor  # of the own keys
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+    masks: list[torch.Tensor] = field(default_factory=list)
 
-    def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask `[repeat*M*S, M*L + shared]`, made once for all layers of a kind."""
-        if window not in self.masks:
-            branches, queries = self.row_MS.shape
-            device = self.row_MS.device
-            own = self.visible_MSL
-            keys = torch.arange(self.shared, device=device)
-            shared = (keys < self.prefix_M[:, None, None]).expand(-1, queries, -1)
-            if window is not None:
-                own = own & (self.position_MS[:, :, None] - self.position_ML[:, None, :] < window)
-                shared = shared & (self.position_MS[:, :, None] - keys < window)
-            same = torch.eye(branches, dtype=torch.bool, device=device)[:, None, :, None]
-            own = (own[:, :, None, :] & same).flatten(2)
-            seen = torch.cat([own, shared], -1) | (self.row_MS < 0)[:, :, None]  # a padded query must see something
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-            self.masks[window] = mask.flatten(0, 1).repeat(repeat, 1)
-        return self.masks[window]
-
-    def own_mask(self, repeat: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask `[M, 1, repeat*S, L]` of each branch's own keys."""
-        if -1 not in self.masks:  # no window
-            self.masks[-1] = additive(self.visible_MSL, dtype).repeat(1, repeat, 1)[:, None]
-        return self.masks[-1]
+    def mask(self, repeat: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask `[M, 1, repeat*S, L]` of each branch's own keys, made once for all layers."""
+        if not self.masks:
+            self.masks.append(additive(self.visible_MSL, dtype).repeat(1, repeat, 1)[:, None])
+        return self.masks[0]
 
 
 class BranchState:
@@ -102,11 +79,10 @@ class BranchState:
         self.own: dict[int, KeysValues] = {}  # by layer
         # Of each slot; think prefixes and latents follow the document, other tokens say where they stand.
         self._position = self.prefix[:, None] + np.arange(slots)
-        self._tokens: tuple[torch.Tensor, ...] = ()  # branch, slot, and of the gradient pass the row of each own key
-        self.blocks: list[_Block] = []
-        self._lengths: list[int] = []
-        self._spans: Sequence[tuple[int, int, int, int]] = ()
-        self._parts: list[KeysValues] = []  # of the present layer
+        # Of the present forward.
+        self._plan: Plan | None = None
+        self._tokens: tuple[torch.Tensor, ...] = ()  # branch and slot
+        self._blocks: list[_Block] = []
         self._query_row: torch.Tensor | None = None
         self._out_row: torch.Tensor | None = None
 
@@ -146,25 +122,33 @@ class BranchState:
             self.lengths = [first + length for first, length in zip(firsts, lengths, strict=True)]
         ids = [token for document in documents for token in document]
         positions = [first + np.arange(length) for first, length in zip(firsts, lengths, strict=True)]
+        arrays = [np.array(ids, dtype=np.int64), np.concatenate([*positions, np.zeros(0, dtype=np.int64)])]
+        queries, keys = of_documents(lengths, firsts)
         if tokens is None:
-            return Plan(lengths, None, [], 0, [np.array(ids), np.concatenate(positions)])
+            row = None if self.cached else Row.of(queries, keys)
+            return Plan(lengths, None, arrays + (row.arrays if row else []), row)
         depth = np.where(tokens.sees > tokens.slot, tokens.slot, tokens.sees + tokens.slot - tokens.run)
         position = self.prefix[tokens.branch] + depth
         self._position[tokens.branch, tokens.slot] = position
-        slots = int(tokens.slot.max()) + 1
-        blocks, rows = self._cut(tokens, slots)
+        arrays = [np.concatenate(both) for both in zip(arrays, (tokens.token, position), strict=True)]
+        document, owner = np.array(self.document_M)[tokens.branch], len(self.lengths) + tokens.branch
+        of_tokens = (document, self.prefix[tokens.branch], owner, tokens.sees, tokens.run, tokens.slot, position)
+        mine = np.stack([owner, tokens.slot, position])
+        if self.cached:
+            keys = of_documents(self.lengths, [0] * len(self.lengths))[1]
+            owners = len(self.lengths) + np.arange(len(self.prefix))
+            slot = np.broadcast_to(np.arange(self.slots), self._position.shape)
+            mine = np.stack([np.repeat(owners, self.slots), slot.ravel(), self._position.ravel()])
+        row = Row.of(np.hstack([queries, np.stack(of_tokens)]), np.hstack([keys, mine]))
+        arrays += [*row.arrays, tokens.branch, tokens.slot]
         spans = self._boundaries(tokens) if self.cached else []
-        row = np.concatenate([r.ravel() for r in rows])
+        if not spans:
+            return Plan(lengths, tokens, arrays, row)
+        blocks, rows = self._cut(tokens, int(tokens.slot.max()) + 1)
+        at = np.concatenate([r.ravel() for r in rows])
         out_row = np.empty(len(tokens), dtype=np.int64)
-        out_row[row[row >= 0]] = np.flatnonzero(row >= 0)
-        arrays = [np.concatenate([ids, tokens.token]), np.concatenate([*positions, position])]
-        arrays += [tokens.branch, tokens.slot, tokens.sees, tokens.run]
-        arrays += [position, row, out_row, self.prefix, self._position[:, :slots]]
-        if not self.cached:
-            own_row = np.zeros_like(self._position)
-            own_row[tokens.branch, tokens.slot] = np.arange(len(tokens))
-            arrays.append(own_row)
-        return Plan(lengths, tokens, blocks, slots, arrays, spans)
+        out_row[at[at >= 0]] = np.flatnonzero(at >= 0)
+        return Plan(lengths, tokens, [*arrays, at.clip(0), out_row], row, blocks, spans)
 
     def _boundaries(self, tokens: BranchTokens) -> list[tuple[int, int, int, int]]:
         """Cuts tokens where the next boundary's begin; none where these are too few for calls of their own."""
@@ -196,50 +180,65 @@ class BranchState:
 
     def begin(self, plan: Plan, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Announces a planned forward, whose arrays are on the device; gives its tokens and their positions."""
-        self._lengths, self.blocks, self._tokens, self._spans = plan.lengths, [], (), plan.spans
+        self._plan, self._blocks, self._tokens = plan, [], ()
         ids, positions, *others = arrays
-        if plan.tokens is None:
-            return ids, positions
-        branch, slot, sees, run, position, row, self._out_row, prefix, own_position, *own_row = others
-        self._tokens, self._query_row = (branch, slot, *own_row), row.clamp(min=0)
-        j = torch.arange(plan.slots, device=slot.device)
-        rows = row.split([(last - first) * queries for first, last, queries in plan.blocks])
-        for (first, last, queries), flat in zip(plan.blocks, rows, strict=True):
-            row_MS = flat.view(last - first, queries)
-            at = row_MS.clamp(min=0)
-            sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
-            visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
-            document, shared = self.document_M[first], int(self.prefix[first:last].max())
-            where = (position[at], prefix[first:last], own_position[first:last])
-            self.blocks.append(_Block(first, last, document, plan.slots, shared, row_MS, visible, *where))
+        if plan.row is not None:
+            queries, keys, lists, *others = others
+            plan.row.begin(queries, keys, lists)
+        if plan.tokens is not None:
+            self._tokens, others = (others[0], others[1]), others[2:]
+        if plan.row is not None and plan.spans:
+            self._query_row, self._out_row = others
+            _, _, _, sees, run, slot, _ = plan.row.columns[0]
+            j = torch.arange(int(plan.row.queries[5].max()) + 1, device=slot.device)
+            of_blocks = self._query_row.split([(last - first) * queries for first, last, queries in plan.blocks])
+            for (first, last, width), flat in zip(plan.blocks, of_blocks, strict=True):
+                at = flat.view(last - first, width)
+                sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
+                visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
+                self._blocks.append(_Block(first, last, at, visible))
         return ids, positions
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
     ) -> torch.Tensor:
         """Attention output `[1, tokens, heads, D]` of one layer; arguments as the model hands them over."""
-        # Split and not sliced: the backward of a slice fills a tensor of the whole's size, for every document.
-        total = sum(self._lengths)
-        rest = qkv[0].shape[2] - total
-        *documents, (q, k, v) = zip(*(x[0].split([*self._lengths, rest], 1) for x in qkv), strict=True)
-        if self.begun:
-            documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
-        outputs = [causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents]
-        if documents:
-            if self.begun:
-                self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
-                                         torch.cat([v for _, _, v in documents], 1))  # fmt: skip
-            elif self.cached:
-                self.documents[layer] = (qkv[1][0, :, :total], qkv[2][0, :, :total])
-            self._parts = [(k, v) for _, k, v in documents]
-        if self._tokens:
+        assert self._plan is not None
+        plan, (q, k, v) = self._plan, (x[0] for x in qkv)
+        if not self.cached:
+            assert plan.row is not None
+            out = ragged.attend(plan.row, q, k, v, scale, window, cap)
+        elif plan.row is None:
+            out = self._attend_documents(layer, (q, k, v), plan.lengths, scale, window, cap)
+        else:
             self._keep_own(layer, k, v)
             # An accelerator is asked for few calls, a CPU for few pairs of tokens. Normalisers have no gradients.
-            if self._spans and q.device.type == "cpu" and window is None and cap is None:
-                outputs.append(self._attend_apart(layer, q, scale))
+            if plan.spans and q.device.type == "cpu" and window is None and cap is None:
+                out = self._attend_apart(layer, q, scale)
             else:
-                outputs.append(self._attend_blocks(layer, q, scale, window, cap))
-        return torch.cat(outputs, 1).transpose(0, 1)[None]
+                # In mixed precision what was kept is as wide as the values.
+                own = (x.flatten(1, 2) for x in self.own[layer])
+                k, v = (torch.cat([d.to(x.dtype), x], 1) for d, x in zip(self.documents[layer], own, strict=True))
+                out = ragged.attend(plan.row, q, k, v, scale, window, cap)
+        return out.transpose(0, 1)[None]
+
+    def _attend_documents(
+        self,
+        layer: int,
+        qkv: tuple[torch.Tensor, ...],
+        lengths: list[int],
+        scale: float | None,
+        window: int | None,
+        cap: float | None,
+    ) -> torch.Tensor:
+        """Causal attention of each document, whose keys and values are kept."""
+        documents = list(zip(*(x.split(lengths, 1) for x in qkv), strict=True))
+        self.documents[layer] = qkv[1:]
+        if self.begun:
+            documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
+            self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
+                                     torch.cat([v for _, _, v in documents], 1))  # fmt: skip
+        return torch.cat([causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents], 1)
 
     def _behind(
         self, layer: int, state: BranchState | None, number: int, tokens: int, *own: torch.Tensor
@@ -252,10 +251,7 @@ class BranchState:
         return q, *(torch.cat([x[:, :tokens], y], 1) for x, y in zip(past, new, strict=True))
 
     def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        branch, slot, *own_row = self._tokens
-        if own_row:
-            self.own[layer] = (k[:, own_row[0]], v[:, own_row[0]])
-            return
+        branch, slot = self._tokens
         if layer not in self.own:
             shape = (len(k), len(self.prefix), self.slots, k.shape[-1])
             self.own[layer] = (k.new_zeros(shape), v.new_zeros((*shape[:3], v.shape[-1])))
@@ -263,8 +259,6 @@ class BranchState:
             kept[:, branch, slot] = new.to(kept.dtype)
 
     def _document(self, layer: int, number: int) -> KeysValues:
-        if not self.cached:
-            return self._parts[number]
         begin = sum(self.lengths[:number])
         k, v = self.documents[layer]
         return k[:, begin : begin + self.lengths[number]], v[:, begin : begin + self.lengths[number]]
@@ -272,50 +266,29 @@ class BranchState:
     def _attend_apart(self, layer: int, q: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention to the document, a boundary at a time and without a mask, and to each branch's own keys, a block
         at a time, merged by the log of their normalisers."""
+        assert self._plan is not None
         own = self.own[layer]
         q = q.to(own[1].dtype)  # in mixed precision queries and keys may be wider than values
         kv_heads, repeat = len(own[0]), len(q) // len(own[0])
         queries = q.view(kv_heads, repeat, *q.shape[1:])
         of_documents, of_own = [], []
-        for first, last, document, seen in self._spans:
+        for first, last, document, seen in self._plan.spans:
             k, v = (x[None, :, :seen].to(q.dtype) for x in self._document(layer, document))
             query = queries[:, :, first:last]
             out, lse = attention_and_normaliser(query.flatten(1, 2)[None], k, v, None, scale, None)
             of_documents.append((out.view(*query.shape[:3], -1), lse.view(query.shape[:3])))
-        by_block = queries[:, :, self._query_row].split([b.row_MS.numel() for b in self.blocks], 2)
-        for block, query in zip(self.blocks, by_block, strict=True):
-            branches, width = block.row_MS.shape
+        by_block = queries[:, :, self._query_row].split([b.row_MS.numel() for b in self._blocks], 2)
+        for block, query in zip(self._blocks, by_block, strict=True):
+            branches, width, slots = block.visible_MSL.shape
             query = query.unflatten(2, (branches, width)).permute(2, 0, 1, 3, 4)  # [M, kv_heads, repeat, S, D]
-            k, v = (x[:, block.first : block.last, : block.slots].transpose(0, 1).to(q.dtype) for x in own)
-            mask = block.own_mask(repeat, q.dtype)
+            k, v = (x[:, block.first : block.last, :slots].transpose(0, 1).to(q.dtype) for x in own)
+            mask = block.mask(repeat, q.dtype)
             out, lse = attention_and_normaliser(query.flatten(2, 3), k, v, mask, scale, None)
             out = out.view(branches, kv_heads, repeat, width, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
             of_own.append((out, lse.view(branches, kv_heads, repeat, width).permute(1, 2, 0, 3).flatten(2, 3)))
         shared, shared_lse = (torch.cat(column, 2) for column in zip(*of_documents, strict=True))
         mine, mine_lse = (torch.cat(column, 2)[:, :, self._out_row] for column in zip(*of_own, strict=True))
         return merged(mine, mine_lse, shared, shared_lse).flatten(0, 1)
-
-    def _attend_blocks(
-        self, layer: int, q: torch.Tensor, scale: float | None, window: int | None, cap: float | None
-    ) -> torch.Tensor:
-        # Gathered once and split: the backward of a slice fills a tensor of the whole's size, for every block.
-        queries = q[:, self._query_row].split([b.row_MS.numel() for b in self.blocks], 1)
-        own_k, own_v = self.own[layer]
-        if self.cached:
-            owns = [(own_k[:, b.first : b.last], own_v[:, b.first : b.last]) for b in self.blocks]
-        else:
-            counts = [b.last - b.first for b in self.blocks]
-            owns = list(zip(own_k.split(counts, 1), own_v.split(counts, 1), strict=True))
-        outputs = []
-        for block, query, own in zip(self.blocks, queries, owns, strict=True):
-            mine = [x[:, :, : block.slots].flatten(1, 2) for x in own]
-            documents = self._document(layer, block.document)
-            k, v = (torch.cat([x, d[:, : block.shared]], 1) for x, d in zip(mine, documents, strict=True))
-            repeat = len(q) // len(k)
-            mask = block.mask(window, repeat, q.dtype)
-            grouped = query.reshape(len(k), repeat * query.shape[1], -1)
-            outputs.append(fused(grouped, k, v, mask, scale, cap).reshape(len(q), query.shape[1], -1))
-        return torch.cat(outputs, 1)[:, self._out_row]
 
 
 def _branch_attention(

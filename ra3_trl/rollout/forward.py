@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .ragged import Row
+
 
 @dataclass
 class BranchTokens:
@@ -40,14 +42,15 @@ def chained(
 
 @dataclass
 class Plan:
-    """What a forward needs from the host: the lengths of its documents, its branch tokens, its blocks, and `arrays`
-    that go to the device, in one copy with others'."""
+    """What a forward needs from the host: the lengths of its documents, its branch tokens, `arrays` that go to the
+    device, in one copy with others', and who sees whom, if not just documents run."""
 
     lengths: list[int]
     tokens: BranchTokens | None
-    blocks: list[tuple[int, int, int]]  # first and last branch, queries of each
-    slots: int
     arrays: list[np.ndarray]
+    row: Row | None = None
+    # Where boundaries may be attended to one by one: their tokens, and blocks of branches.
+    blocks: Sequence[tuple[int, int, int]] = ()  # first and last branch, queries of each
     spans: Sequence[tuple[int, int, int, int]] = ()  # first and last token of a boundary, its document, tokens seen
 
 

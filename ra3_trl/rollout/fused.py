@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 def fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None, cap: float | None
 ) -> torch.Tensor:
-    """Attention with an additive mask; soft-capped by `cap`."""
+    """Attention `[B, heads, Q, D]` with an additive mask `[Q, keys]`; soft-capped by `cap`."""
     if cap is None:
-        return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], scale=scale)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (torch.tanh(scores / cap) * cap + mask).softmax(-1).to(v.dtype) @ v
 
@@ -28,7 +28,8 @@ def causal(
     i = torch.arange(length, device=q.device)
     query = i[length - rest :, None]
     seen = (query >= i) & (query - i < (window or length))
-    return fused(q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), scale, cap)
+    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
+    return fused(q[None], k[None], v[None], mask, scale, cap)[0]
 
 
 def attention_and_normaliser(
@@ -66,4 +67,4 @@ def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def merged(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
     """Attention to the keys of two calls, of their outputs and the logs of their normalisers."""
     weight = torch.sigmoid(other_lse - lse)[..., None]
-    return torch.lerp(out.float(), other.float(), weight).to(out.dtype)
+    return torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 UID = 1000
 DESCRIPTORS = 64  # open files of a process
 _NOSUID_NODEV, _NOEXEC = 2 | 4, 8
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_THP_DISABLE = 4, 22, 38, 41
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # System calls that hold memory past the limits (memory files, System V and POSIX queues, inotify's, io_uring, pages
 # given to pipes), reach other processes, or open doors of the kernel that no program here needs.
@@ -44,6 +44,7 @@ _REFUSED_IF = (
     ("mmap", 3, _SHARED_ANONYMOUS, _SHARED_ANONYMOUS),  # it stays when no process has it in its tables
     ("mmap", 3, _HUGE_PAGES, _HUGE_PAGES),
     ("prctl", 0, 0xFFFFFFFF, _PR_SET_DUMPABLE),  # it would hide what a process holds
+    ("prctl", 0, 0xFFFFFFFF, _PR_SET_THP_DISABLE),
     ("fcntl", 1, 0xFFFFFFFF, fcntl.F_SETPIPE_SZ),
     *(("setsockopt", 2, 0xFFFFFFFF, option) for option in _SOCKET_BUFFERS),
 )
@@ -103,6 +104,7 @@ def limit(limits: dict[str, Any], isolated: bool) -> None:
         _, hard = resource.getrlimit(name)
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
         resource.setrlimit(name, (bound, bound))
+    _check(_libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0), "no large pages")  # a fault is a page: memory.py counts so
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
     if isolated and platform.machine() in _ARCHITECTURES:
         _refuse_calls(platform.machine())

@@ -3,11 +3,11 @@
     private      each process's own pages and page tables; pages that forked ones share count once
     files        what lies in /tmp and /dev/shm
     pipes        their full size, whatever is in them
-    sockets      as much as a pair may hold, whatever is in it
+    sockets      as much as each may hold, whatever is in it; sent and not yet received ones too
 
 Shared memory is counted with /dev/shm, since `confine.py` refuses all that lies in no file, as it refuses larger
-buffers. So a job holds `memory_mb` at most, and what it printed, and what grows between two looks: these come the
-faster the less is left. Imports nothing of this package, since it runs inside the sandbox.
+buffers and large pages. So a job holds `memory_mb` at most, and what it printed, and what grows between two looks:
+these come the faster the less is left. Imports nothing of this package, since it runs inside the sandbox.
 """
 
 from __future__ import annotations
@@ -15,22 +15,43 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 
-_PIPE = 16 * os.sysconf("SC_PAGE_SIZE")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PIPE = 16 * _PAGE
 _LOOK = 0.02, 0.0005  # seconds between looks, at most and at least
 _GROWTH = 8 * 2**30  # bytes a second that a processor fills at most
 _OTHERS = {name for name in os.listdir("/proc") if name.isdecimal()}  # the server, which imports this, and bubblewrap
-_OWN = re.compile(rb"^(?:RssAnon|VmSwap|VmPTE):\s*(\d+)", re.M)
+_OWN = re.compile(rb"^(?:RssAnon|VmSwap):\s*(\d+)", re.M)
 _SHARE = re.compile(rb"^(?:Pss_Anon|SwapPss):\s*(\d+)", re.M)
 _TABLES = re.compile(rb"^VmPTE:\s*(\d+)", re.M)
+_SOCKETS = re.compile(rb"^sockets: used (\d+)", re.M)
 
 
 def processes() -> list[str]:
     """The job's processes: all that /proc shows, but those that were there before it."""
     return [name for name in os.listdir("/proc") if name.isdecimal() and name not in _OTHERS]
+
+
+@dataclass
+class Count:
+    """The pages of some processes, each counted once, when none of them ran.
+
+    Args:
+        names (`set[str]`):
+            The processes.
+        pages (`int`):
+            Bytes.
+        faults (`int`):
+            Page faults that they had had: every page that is new since then, a copy of a shared one too, is one more.
+    """
+
+    names: set[str]
+    pages: int
+    faults: int
 
 
 class Memory:
@@ -50,67 +71,103 @@ class Memory:
     def __init__(self, player: int, limit: int, socket: int, descriptors: int):
         self.player, self.limit, self.socket, self.descriptors = player, limit, socket, descriptors
         self.processors = len(os.sched_getaffinity(0))
-        self.surplus: dict[str, int] = {}  # by process: what a quick count has too much
-        self.counted = 0.0  # when that was found out
+        self.count = Count(set(), 0, 0)
 
     def wait(self) -> float:
         """Seconds until it must be looked at again; 0 if there is more than the limit.
 
-        The quick count is too high where processes share pages or have files open. If it is above the limit, a slow
-        one reads through the tables of pages, and tells by how much for the looks to come: growth shows in both. Not
-        for long, since what is shared may be given up, and taken anew, without a change of the quick count.
+        The quick count is too high where processes share pages or files. If it is above the limit, they are stopped
+        for a slow one, through their tables of pages: else they would fill more while it is made. From then on, and
+        as long as no process comes or goes, there can be no more than the slow count and a page for each fault.
         """
-        quick = {name: self._quickly(name) for name in processes()}
-        if not self.surplus.keys() <= quick.keys() or time.monotonic() - self.counted > _LOOK[0]:
-            self.surplus = {}
-        held = self._files() + sum(quick.values()) - sum(self.surplus.values())
+        names = processes()
+        pages, faults = _pages(names), _faults(names)
+        if self.count.names == set(names):
+            pages = min(pages, self.count.pages + max(0, faults - self.count.faults) * _PAGE)
+        held = pages + self._others(names, sum(self._files(name) for name in names))
         if held > self.limit:
-            exact = self._exactly([*quick])
-            self.surplus = {name: quick[name] - exact[name] for name in quick}
-            self.counted = time.monotonic()
-            held = self._files() + sum(exact.values())
+            with _stopped(names):
+                self.count = Count(set(names), sum(_share(name) for name in names), _faults(names))
+                held = self.count.pages + self._others(
+                    names, len({pipe for name in names for pipe in self._pipes(name)})
+                )
         left = self.limit - held
         most, least = _LOOK
         return 0.0 if left < 0 else min(most, max(least, left / _GROWTH / self.processors))
 
-    def _files(self) -> int:
-        held = 0
+    def _others(self, names: list[str], pipes: int) -> int:
+        """Bytes of what is no page of a process."""
+        held = pipes * _PIPE + sum(size for name in names for size in _kib(_TABLES, name, "status"))
         for folder in ("tmp", "dev/shm"):
             with contextlib.suppress(OSError):  # it has just ended
                 there = os.statvfs(f"/proc/{self.player}/root/{folder}")
                 held += (there.f_blocks - there.f_bfree) * there.f_frsize
-        return held
+        with open("/proc/self/net/sockstat", "rb", 0) as lines:  # the job is alone in the server's network
+            return held + sum(int(used) for used in _SOCKETS.findall(lines.read())) * self.socket
 
-    def _quickly(self, name: str) -> int:
-        own = sum(_kib(_OWN, name, "status"))
-        with contextlib.suppress(OSError):
-            return own + len(os.listdir(f"/proc/{name}/fd")) * max(self.socket, _PIPE)
-        return own and own + self.descriptors * self.socket  # a process that hides its files; a dead one has no memory
+    def _files(self, name: str) -> int:
+        """How many files a process has open, as many as it may have if it hides them."""
+        try:
+            return len(os.listdir(f"/proc/{name}/fd"))
+        except OSError:
+            return self.descriptors if _pages([name]) else 0  # one that has ended has neither
 
-    def _exactly(self, names: list[str]) -> dict[str, int]:
-        exact, seen = {}, set()
-        for name in names:
-            share = [*_kib(_SHARE, name, "smaps_rollup"), *_kib(_TABLES, name, "status")]
-            # A process that hides its pages counts in full.
-            pages = sum(share) if len(share) > 1 else sum(_kib(_OWN, name, "status"))
-            new = set(self._open(name)) - seen
-            seen |= new
-            exact[name] = pages + sum(_PIPE if file.startswith("pipe:") else self.socket for file in new)
-        return exact
-
-    def _open(self, name: str) -> Iterator[str]:
-        """The pipes and sockets that a process has open, as `pipe:[7]`, the same in all that share them."""
+    def _pipes(self, name: str) -> Iterator[str]:
+        """The pipes that a process has open, as `pipe:[7]`, the same in all that share them."""
         try:
             numbers = os.listdir(f"/proc/{name}/fd")
         except OSError:
-            if sum(_kib(_OWN, name, "status")):
-                yield from (f"hidden:{name}:{i}" for i in range(self.descriptors))
+            yield from (f"hidden:{name}:{i}" for i in range(self._files(name)))
             return
         for number in numbers:
             with contextlib.suppress(OSError):
                 file = os.readlink(f"/proc/{name}/fd/{number}")
-                if file.startswith(("pipe:", "socket:")):
+                if file.startswith("pipe:"):
                     yield file
+
+
+@contextlib.contextmanager
+def _stopped(names: list[str]) -> Iterator[None]:
+    """Keeps processes from running, and what they start until they have stopped, which it adds to `names`."""
+    stopped: set[str] = set()
+    going: list[str] = []  # others were stopped by the program itself
+    try:
+        while new := [name for name in processes() if name not in stopped]:
+            stopped |= {*new}
+            going += [name for name in new if not _stat(name).startswith((b"T", b"t"))]
+            for name in new:
+                _send(name, signal.SIGSTOP)
+        names[:] = [*stopped]
+        yield
+    finally:
+        for name in going:
+            _send(name, signal.SIGCONT)
+
+
+def _send(name: str, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(name), number)
+
+
+def _pages(names: list[str]) -> int:
+    """Bytes of their own pages, where each process has what it shares."""
+    return sum(sum(_kib(_OWN, name, "status")) for name in names)
+
+
+def _share(name: str) -> int:
+    """Bytes of a process's own pages, where what it shares is divided; all of them if it hides them."""
+    return sum(_kib(_SHARE, name, "smaps_rollup")) or _pages([name])
+
+
+def _faults(names: list[str]) -> int:
+    return sum(int(fields[7]) for name in names if (fields := _stat(name).split()))
+
+
+def _stat(name: str) -> bytes:
+    """What follows the name of a process in its `stat`: first how it is; nothing of one that has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb", 0) as line:
+        return line.read().rpartition(b") ")[2]
+    return b""
 
 
 def _kib(pattern: re.Pattern[bytes], name: str, file: str) -> Iterator[int]:

@@ -13,7 +13,6 @@ import copy
 import linecache
 import os
 import random
-import signal
 import socket
 import sys
 import traceback
@@ -84,7 +83,7 @@ class Program:
 
     def __init__(self, source: str, connection: socket.socket):
         self.source, self.connection = source, connection
-        self.own_pid, self.pid = os.getpid, os.getpid()  # programs may replace `os.getpid`
+        self.own_pid, self.pid, self.end = os.getpid, os.getpid(), os._exit  # programs may replace those of `os`
         self.objects: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
         self.last = 0
@@ -100,19 +99,21 @@ class Program:
                 request = wire.receive(self.connection)
             except EOFError:
                 return
-            number = request["number"]
             try:
-                value = self._answer(request)
-                answer = self._message(value) | self._printed(request)
-                if self.own_pid() != self.pid:  # forked by the program: its parent answers, or nobody
-                    os.kill(self.own_pid(), signal.SIGKILL)
-                wire.send(self.connection, {"number": number, **answer})
+                self._send(request, self._message(self._answer(request)) | self._printed(request))
             except BaseException as error:
                 answer = {"raised": describe(error), **self._raised(error)}
                 with contextlib.suppress(OSError):  # the file that it prints to may be full
                     answer |= self._printed(request)
                     traceback.print_exc(limit=-3)
-                wire.send(self.connection, {"number": number, **answer})
+                self._send(request, answer, error)
+
+    def _send(self, request: dict[str, Any], answer: dict[str, Any], error: BaseException | None = None) -> None:
+        """Sends an answer; a process that the program forked ends instead, since its parent answers, or nobody."""
+        if self.own_pid() != self.pid:
+            code = error.code if isinstance(error, SystemExit) else error
+            self.end(code if isinstance(code, int) else code is not None)
+        wire.send(self.connection, {"number": request["number"], **answer})
 
     def _message(self, value: Any) -> dict[str, Any]:
         """An answer, with the names that the program has bound anew since the last."""
