@@ -276,7 +276,7 @@ class Page(Browser):
 
     def write(self, text: str) -> None:
         """Puts a text into the box, in the place of what is there."""
-        self.js("document.querySelector('#text textarea').select()")
+        self.js("(e => (e.focus(), e.select()))(document.querySelector('#text textarea'))")
         self.call("Input.insertText", text=text)
 
     def focus_by_tab(self, selector: str, most: int = 60) -> None:
