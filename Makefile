@@ -40,8 +40,13 @@ bubblewrap:
 test: install chromium bubblewrap
 	$(PYTEST)
 
-test-slow: install chromium bubblewrap
+# The page of `ra3 play` and the notebooks are tested here alone, with what they need.
+test-slow: $(VENV)/.slow chromium bubblewrap
 	$(PYTEST) -m slow
+
+$(VENV)/.slow: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[play,notebooks]'
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -22,6 +24,13 @@ def linked(docs: Path) -> dict[str, str]:
     return {path: f"source/{path}" if path.endswith(".md") else f"source/{path}.md" for path in sorted(paths)}
 
 
+def as_markdown(notebook: dict[str, Any]) -> str:
+    """The cells of a notebook as a page."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    text = "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells)
+    return re.sub(r"\[([^\]]*)\]\([./][^)]*\)", r"\1", text)  # its links lead to places that the site has not
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the linked files: markdown as it is, others as a page that shows them; folders as a list of their files."""
     for path, name in linked(Path(config.docs_dir)).items():
@@ -34,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             # Its own links lead to places that the site has not.
             text = _WITHIN.sub(r"](#)", there.read_text("utf-8")).replace("](#)", "]()")
             text = re.sub(r"\[([^\]]*)\]\(\)", r"\1", text)
+        elif path.endswith(".ipynb"):
+            text = as_markdown(json.loads(there.read_text("utf-8")))
         else:
             kind = {".py": "python", ".yaml": "yaml", ".jinja": "jinja"}.get(there.suffix, "text")
             text = f"# {path}\n\n````{kind}\n{there.read_text('utf-8')}\n````\n"

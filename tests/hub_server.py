@@ -173,8 +173,8 @@ class Hub(ThreadingHTTPServer):
 
 
 _ROUTES: list[tuple[str, str, bool, Callable]] = []
-_API = r"/api/(?P<type>models|datasets)/(?P<id>[^/]+/[^/]+)"
-_GIT = r"/(?:(?P<type>datasets)/)?(?P<id>[^/]+/[^/]+)"
+_API = r"/api/(?P<type>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)"
+_GIT = r"/(?:(?P<type>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)"
 _REV = r"(?P<rev>[^/]+)"
 
 
@@ -271,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def address(self, repo: Repo) -> str:
-        return f"{self.server.url}/{'datasets/' if repo.type == 'dataset' else ''}{repo.id}"
+        return f"{self.server.url}/{'' if repo.type == 'model' else repo.type + 's/'}{repo.id}"
 
     # ---- accounts and repositories ----
 
@@ -302,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         owner, type = asked.get("organization") or self.user[0], asked.get("type", "model")
         if not self.member(owner):
             raise Refusal(403, f'You don\'t have the rights to create a {type} under the namespace "{owner}"')
+        if type == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "A Space needs one of the sdks gradio, docker and static")
         repo = Repo(
             f"{owner}/{asked['name']}", type, asked.get("visibility") == "private" or asked.get("private") is True
         )

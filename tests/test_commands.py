@@ -48,6 +48,8 @@ MISTAKES = [
     ("annotate m --num_latents many --output_dir out", "invalid int value: 'many'"),
     ("show m nothing.py", "`file` is 'nothing.py', which is not there"),
     ("show m", "the following arguments are required: FILE"),
+    ("play m --port 0", "`port` is 0; use a number from 1 to 65,535"),
+    ("play m --private", "`private` is True without a Space; set `--push_to_space ORG/NAME`"),
     ("evaluate m --think perhaps", "invalid choice: 'perhaps'"),
     ("compare a b --max_documents few", "invalid int value: 'few'"),
     ("diagnose m --boundary 3", "unrecognized arguments: --boundary 3"),

@@ -520,6 +520,25 @@ def test_commands(online, hub, base, place):
     assert files_with(CLEO, output) == []
 
 
+def test_a_space(online, hub, base, pushed, place):
+    """`ra3 play --push_to_space` of a Hub id and of a folder: one commit, an app that names the checkpoint."""
+    assert online.ra3(["play", "lab/one", "--push_to_space", "lab/play", "--private", "--horizon", "3"]) == 0
+    repo = hub.repo("lab/play", "space")
+    assert f"Pushed to {hub.url}/spaces/lab/play." in online.log.read_text()
+    files = {name: file.data.decode() for name, file in repo.files().items()}
+    assert repo.private and set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert 'main(["play", "lab/one", "--horizon", "3"])' in files["app.py"]
+    assert repo.titles == ["initial commit", "The page of ra3 play"]
+    assert online.ra3(["play", base, "--push_to_space", "lab/of-a-folder"]) == 0
+    files = hub.repo("lab/of-a-folder", "space").files()
+    assert {name.removeprefix("checkpoint/") for name in files if "/" in name} == PLAIN
+    assert b'main(["play", "checkpoint"])' in files["app.py"].data and place.name.encode() not in files["app.py"].data
+    said = len(online.log.read_text())
+    assert online.ra3(["play", "lab/one", "--push_to_space", "other/play"]) == 2  # ada is no member of other
+    assert "error: " in online.log.read_text()[said:] and "Traceback" not in online.log.read_text()[said:]
+    assert ("space", "other/play") not in hub.repos
+
+
 def test_no_token_is_left_anywhere(workers, hub, place):
     """The last test: nothing that any other one wrote, uploaded, logged or asked for has a token in it."""
     for token in (ADA, BEA, CLEO, EVE):

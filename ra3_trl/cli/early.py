@@ -3,6 +3,8 @@ what is missing or not there. Whatever is in doubt is left to the command."""
 
 from __future__ import annotations
 
+from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..refusals import SETTINGS, find, near
@@ -40,12 +42,31 @@ def refuse_early(command: str, argv: list[str]) -> None:
         options = PARSERS[command]().parse_args(argv)
         if getattr(options, "file", None) is not None and not Path(options.file).is_file():
             raise ValueError(f"`file` is {options.file!r}, which is not there; give a text file.")
+        if command == "play":
+            check_page(options)
         if not getattr(options, "dataset_name", None):  # that both are set is worse
             _check_folder(getattr(options, "code_dir", None))
         if command == "annotate":
             choose_device(options.device, options.devices, options.price_per_hour, options.dry_run)
     elif command in _TRAINERS and "--accelerate_config" not in argv:
         _refuse_of_trainer(command, argv)
+
+
+def check_page(options: Namespace) -> None:
+    """Refuses, by a `ValueError`, what needs no checkpoint to be seen wrong."""
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise ValueError(f"`port` is {options.port}; use a number from 1 to 65,535, or leave it out.")
+    if options.push_to_space is None:
+        for name in ("private", "requirement"):
+            if vars(options)[name]:
+                raise ValueError(
+                    f"`{name}` is {vars(options)[name]!r} without a Space; set `--push_to_space ORG/NAME`."
+                )
+        if find_spec("gradio") is None:
+            raise ValueError(
+                "`ra3 play` needs gradio, which is not installed; `pip install 'ra3-trl[play]'`, or look at a file by "
+                "`ra3 show`."
+            )
 
 
 def trainer_fields(command: str) -> dict[str, SourceField] | None:

@@ -70,6 +70,16 @@ HELPS = {
          ("--lines A:B", "these lines only"), ("--num_latents N", "comments drawn at each place")),
         ("qwen-ra3 src/area.py", "qwen-ra3 src/area.py --html page.html", "qwen-ra3 src/area.py --lines 10:40"),
     ),
+    "play": Help(
+        "CHECKPOINT [OPTION ...]",
+        "Opens a local page: type or paste code and see P(think) at every boundary, draw thoughts and what each\n"
+        "brings the lines that follow, move the threshold and see what is written with and without thinking.",
+        (_CHECKPOINT, ("--port N", "of the page's address (default: the first free one from 7860 on)"),
+         ("--open", "open it in the browser"),
+         ("--push_to_space ORG/NAME", "make a Hugging Face Space of it and open nothing here"),
+         ("--private", "a private Space, if it is new")),
+        ("qwen-ra3", "qwen-ra3 --port 8000 --open", "org/qwen-ra3 --push_to_space org/qwen-ra3-play"),
+    ),
     "evaluate": Help(
         "CHECKPOINT [--task NAME] [OPTION ...]",
         "pass@k of a checkpoint; programs run in a sandbox.",

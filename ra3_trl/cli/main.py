@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "mid-train a causal language model on expert text (--dry_run says what it would take)",
     "annotate": "splice latents of a checkpoint into a corpus and save it as a dataset",
     "show": "a file as a checkpoint sees it: P(think), latents and their gains, in the terminal or as a page",
+    "play": "a local page to type code in: P(think), latents and their gains, completions with and without thinking",
     "evaluate": "pass@k of a checkpoint on HumanEval, MBPP or problems of your own, run in a sandbox",
     "rlvr": "RL post-training on programs and their tests, with TRL's GRPOTrainer",
     "compare": "checkpoints side by side: pass@k, cross-entropy, latents and tokens, as a table and a picture",

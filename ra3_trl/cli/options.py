@@ -28,6 +28,7 @@ SHOW = (
     "num_latents", "seed", "action_format", "horizon", "discount", "line_reduction", "max_latent_length",
     "temperature", "top_k", "top_p", "max_length", "engine", "max_branch_tokens",
 )  # fmt: skip
+PLAY = tuple(name for name in SHOW if name not in ("num_latents", "seed"))  # these two are set on the page
 MEASURES = tuple(DIAGNOSIS_FIELDS)
 DIAGNOSE = (
     "num_latents", "seed", "action_format", "existing_comments", "max_length", "max_latent_length", "horizon",
@@ -256,6 +257,37 @@ def show_parser() -> Parser:
     return parser
 
 
+def play_parser() -> Parser:
+    """The parser of `ra3 play`."""
+    parser = Parser(
+        prog="ra3 play",
+        description="A page to type or paste code in: P(think) at every boundary as it is typed, thoughts before a "
+        "line with what each brings the lines that follow, and what is written with and without thinking as the "
+        "threshold moves. It is served on this machine and loads nothing from elsewhere. Needs gradio: `pip install "
+        "'ra3-trl[play]'`.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a causal language model")
+    page = parser.add_argument_group("page")
+    page.add_argument("--host", help="address to listen at (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
+    page.add_argument("--port", type=int, help="(default: the first free one from 7860 on, or GRADIO_SERVER_PORT)")
+    page.add_argument("--open", action="store_true", help="open the page in the browser")
+    page.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
+    space = parser.add_argument_group("Hugging Face Space")
+    space.add_argument(
+        "--push_to_space", metavar="ORG/NAME", help="make a Space that runs this very page, and open nothing here; a "
+        "folder's checkpoint is uploaded into it",
+    )  # fmt: skip
+    space.add_argument("--private", action="store_true", help="make that Space private if it is new")
+    space.add_argument(
+        "--requirement", metavar="SPEC", help="where the Space gets this package from, as pip takes it, such as "
+        "'ra3-trl[play] @ git+https://...' (default: ra3-trl[play] of this version)",
+    )  # fmt: skip
+    add_model_options(parser)
+    add_trust(parser)
+    add_settings(parser, "settings", PLAY)
+    return parser
+
+
 def evaluate_parser() -> Parser:
     """The parser of `ra3 evaluate`."""
     parser = Parser(
@@ -378,6 +410,7 @@ def env_parser() -> Parser:
 PARSERS: dict[str, Callable[[], Parser]] = {
     "annotate": annotate_parser,
     "show": show_parser,
+    "play": play_parser,
     "evaluate": evaluate_parser,
     "compare": compare_parser,
     "diagnose": diagnose_parser,

@@ -2,7 +2,7 @@
 
 from .processor import ThinkLogitsProcessor
 from .sampling import Completion, CompletionSettings, cut_at_stop, draw_completions
-from .strip import strip_latents
+from .strip import readable_end, strip_latents
 from .vllm_engine import VLLMEngine
 from .wrapper import AutoModelForCausalLMWithAbstractionHead, CausalLMOutputWithAbstraction
 
@@ -16,5 +16,6 @@ __all__ = [
     "VLLMEngine",
     "cut_at_stop",
     "draw_completions",
+    "readable_end",
     "strip_latents",
 ]

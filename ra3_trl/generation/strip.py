@@ -39,8 +39,16 @@ def strip_latents(text: str, action_format: str = "python") -> str:
     format_ = find_format(action_format)
     if format_.tags:
         return re.sub(rf"{re.escape(format_.think)}[^\n]*?(?:{re.escape(format_.end)}|\Z)", "", text)
+    end = readable_end(text, action_format)
+    return format_.strip(text[:end], 0) + text[end:]
+
+
+def readable_end(text: str, action_format: str = "python") -> int:
+    """Finds where the longest run of whole rows from the start that can be read ends: the text's length, if all can,
+    0 if none."""
+    format_ = find_format(action_format)
     # By the rows from the end, a text that can't be read would be read as often as it has rows.
     end = statements_end(text) if action_format == "python" else len(text)
     while end and format_.segment(text[:end]) is None:
         end = text.rfind("\n", 0, end - 1) + 1
-    return format_.strip(text[:end], 0) + text[end:]
+    return end

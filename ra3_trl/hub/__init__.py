@@ -17,6 +17,7 @@ from .publish import DatasetPush
 from .push import PushMixin
 from .secrets import Secret, find_secrets, scan_rows
 from .shards import Corpus, ShardedAnnotation, Share, cut_into_shards, refuse_without_boundaries, rows_of_a_shard
+from .space import SpacePush
 
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ShardEntry",
     "ShardedAnnotation",
     "Share",
+    "SpacePush",
     "all_evaluations",
     "annotate_dataset",
     "card_facts",

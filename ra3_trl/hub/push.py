@@ -22,7 +22,7 @@ from .secrets import check_card
 
 logger = logging.get_logger(__name__)
 # Files of a checkpoint that are for resuming alone, or whose place the card takes.
-_NOT_PUSHED = (
+NOT_PUSHED = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "*.bin", "trainer_state.json", "README.md",
     "ra3_state.json", "ra3_frozen.safetensors", "ra3_head_state.safetensors",
 )  # fmt: skip
@@ -106,7 +106,7 @@ class PushMixin(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         with written_aside(output_dir) as folder:  # copied, since rotation may remove the checkpoint during the upload
             for path in Path(checkpoint_folder).iterdir():
-                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in _NOT_PUSHED):
+                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in NOT_PUSHED):
                     shutil.copy(path, folder)
         message = f"Training in progress, update {self.state.global_step}"
         jobs = [self._upload(output_dir, message, ignore_patterns=_STAYS)]

@@ -253,6 +253,11 @@ class Policy:
         """The group with the gate in use: the head's where `args.gate` says so, else the tokens'."""
         return group if self.head is None else self.head.decide(group)
 
+    def trunk(self, document: Document) -> RolloutGroup:
+        """Scores a document as it stands: log-probs of its lines and gates, and no latents."""
+        with self.inference(whole=False):
+            return self.decide(self.engine.trunk(document))
+
     def rollout(
         self,
         document: Document,

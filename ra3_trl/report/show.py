@@ -41,7 +41,7 @@ class ShownLatent:
 
     `text` is what would stand in the file, marker included and indentation not: `"# empty list"`. `stopped` is whether
     it ended by itself. `logp` (nats) is of its symbols, the stop included, once thinking has begun; `gain` (nats) is
-    what it adds to the log-likelihood of the next lines.
+    what it adds to the log-likelihood of the next lines, and `by_line` what of it each of them has.
     """
 
     text: str
@@ -49,6 +49,7 @@ class ShownLatent:
     stopped: bool
     logp: float
     gain: float
+    by_line: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class ShownBoundary:
     `line` counts from 1; `column` is 0 where nothing but white space stands before. `think_prob` is the P(think) that
     decides, `other_prob` that of the other of tokens and abstraction head, if there is a head; `predicted_gain` (nats)
     is the head's. `latents`: the one drawn most often first, of these the likeliest. `over_elsewhere` (nats) is what
-    they bring more, on average, than as many that were drawn at another boundary of the file.
+    they bring more, on average, than as many that were drawn at another boundary of the file; `ahead` are the numbers
+    of the lines that gains are of.
     """
 
     line: int
@@ -69,6 +71,7 @@ class ShownBoundary:
     other_prob: float | None = None
     predicted_gain: float | None = None
     over_elsewhere: float | None = None
+    ahead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,10 @@ class ShownFile:
             here, begin = None, 0
             for boundary in at.get(number, []):
                 if boundary.column:
-                    yield Row(shown, _cut(runs, begin, boundary.column), here)
+                    yield Row(shown, cut_runs(runs, begin, boundary.column), here)
                     begin, shown = boundary.column, None
                 here = boundary
-            yield Row(shown, _cut(runs, begin, None), here)
+            yield Row(shown, cut_runs(runs, begin, None), here)
 
 
 def physical_lines(text: str) -> list[str]:
@@ -180,7 +183,7 @@ def highlight(name: str, text: str) -> list[Runs]:
     return rows
 
 
-def _cut(runs: Runs, begin: int, end: int | None) -> Runs:
+def cut_runs(runs: Runs, begin: int, end: int | None = None) -> Runs:
     """Takes the characters `begin` to `end` of some runs."""
     out, at = [], 0
     for kind, text in runs:
