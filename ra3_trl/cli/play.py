@@ -8,6 +8,7 @@ from typing import Any
 
 from ..hub import SpacePush
 from ..policy import open_settings
+from ..segmentation import find_format
 from .checkpoint import flag_settings, open_policy, saved_settings, shown_name
 from .early import check_page
 from .options import PLAY
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     check_page(options)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    open_settings(saved_settings(options), _settings(options), options.checkpoint)  # before the weights are loaded
+    settings = open_settings(saved_settings(options), _settings(options), options.checkpoint)
+    find_format(settings.action_format)  # before the weights are loaded, or a Space is made
     if options.push_to_space is not None:
         push = SpacePush(options.push_to_space, options.private or None, options.requirement)
         print(f"Pushed to {push.upload(options.checkpoint, _words(options))}.")

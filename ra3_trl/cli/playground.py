@@ -141,8 +141,10 @@ class Playground:
                 heat = gradio.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest token)", elem_id="heat")
             go = gradio.Button("Generate", variant="primary", elem_id="go")
             with gradio.Row():
-                never = gradio.HTML(elem_id="never")
-                auto = gradio.HTML(elem_id="auto")
+                with gradio.Column(min_width=300):
+                    never = gradio.HTML(elem_id="never")
+                with gradio.Column(min_width=300):
+                    auto = gradio.HTML(elem_id="auto")
 
             def tie(event: Any, function: Callable[..., tuple], inputs: list, outputs: list, **more: Any) -> Any:
                 # One queue for all that asks the model.
@@ -156,14 +158,14 @@ class Playground:
             marks = ([shown, text, threshold, line], [gates])
             written = [text, threshold, tokens, heat, seed]
             tie(page.load, self.typed, *sees, show_progress="hidden")
-            tie(text.input, self.typed, *sees, **live)
+            tie(text.change, self.typed, *sees, **live)  # gradio 6.31's `input` of a textbox never comes
             tie(threshold.input, self.marked, *marks, **mark)
             tie(line.change, self.marked, *marks, **mark)
             tie(draw.click, self.drawn, [text, line, count, seed], [latents])
             tie(others.click, self.others, [text, line, count, seed], [latents, seed])
             first = tie(go.click, self.without, [text, tokens, heat, seed], [never])
             tie(first.then, self.thinking, written, [auto])
-            tie(threshold.release, self.thinking, written, [auto])
+            tie(threshold.release, self.thinking, written, [auto], trigger_mode="always_last")
         return page
 
     def launch(
