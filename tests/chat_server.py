@@ -48,7 +48,10 @@ class ChatServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        if not body:  # the client was killed before it had sent it
+            return
+        request = json.loads(body)
         with self._lock:
             number = len(self.requests)
             self.requests.append(request)

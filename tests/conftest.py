@@ -14,9 +14,8 @@ import subprocess
 from pathlib import Path
 
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before it is read: what is looked for in vain is not asked for five times
+# Before it is read: what is looked for in vain is not asked for five times.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

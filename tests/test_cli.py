@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import re
 import runpy
@@ -522,7 +523,13 @@ def run_example(monkeypatch, capsys):
         file = str(ROOT / "examples" / name)
         monkeypatch.setattr(sys, "argv", [file, *words])
         capsys.readouterr()
-        runpy.run_path(file, run_name="__main__")
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(file, run_name="__main__")
+        finally:  # what a script sets is gone with its process
+            logging.disable(logging.NOTSET)
+            datasets.enable_progress_bars()
+            torch.set_num_threads(threads)
         return capsys.readouterr().out
 
     return run
