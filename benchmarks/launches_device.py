@@ -211,7 +211,7 @@ class Watch:
             )
             return _Flex.apply(*qkv, self, row, scale, window, cap)
 
-        with patch.object(ragged, "compile_friendly_flex_attention", kernel):
+        with patch.object(ragged, "compiled_flex", lambda: kernel):
             return _FLEX(row, q, k, v, scale, window, cap)
 
     def waited(self, why: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -37,15 +39,17 @@ def begun(row: Row) -> Row:
     return row
 
 
-def seen_by(tokens: list, window: int | None) -> torch.Tensor:
+@cache
+def seen_by(window: int | None) -> torch.Tensor:
     """`[n, n]`, pair by pair: a document's token sees those before it; a branch's also its document's before it."""
-    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for i, (me, document, sees, at) in enumerate(tokens):
-        for j, (other, _, _, position) in enumerate(tokens):
-            own = me == other and position <= at
-            shared = me != other and other == f"d{document}" and position < sees
-            seen[i, j] = (own or shared) and (window is None or at - position < window)
-    return seen
+    _, tokens = packed_row()
+    pairs = [
+        (me == other and position <= at or other == f"d{document}" != me and position < sees)
+        and (window is None or at - position < window)
+        for me, document, sees, at in tokens
+        for other, _, _, position in tokens
+    ]
+    return torch.tensor(pairs).view(len(tokens), len(tokens))
 
 
 def dense(q, k, v, seen, cap):
@@ -63,7 +67,7 @@ def test_a_packed_row_and_its_gradients(window, cap, values):
     torch.manual_seed(0)
     q, k = torch.randn(HEADS, len(tokens), SIZE).double(), torch.randn(KV_HEADS, len(tokens), SIZE).double()
     v, slope = (torch.randn(heads, len(tokens), values).double() for heads in (KV_HEADS, HEADS))
-    seen, found = seen_by(tokens, window), []
+    seen, found = seen_by(window), []
     for way in (lambda *qkv: attend(row, *qkv, None, window, cap), lambda *qkv: dense(*qkv, seen, cap)):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = way(*leaves)
@@ -78,7 +82,7 @@ def test_pairs_of_blocks_hold_what_they_say():
     row, tokens = packed_row()
     for window in (None, 30, 140, 10**6):
         seen = torch.zeros(row.queries.shape[1], row.keys.shape[1], dtype=torch.bool)
-        seen[: len(tokens), : len(tokens)] = seen_by(tokens, window)
+        seen[: len(tokens), : len(tokens)] = seen_by(window)
         blocks = seen.view(len(seen) // BLOCK, BLOCK, -1, BLOCK)
         some, whole = (torch.from_numpy(x) for x in row.pairs(window))
         assert not (blocks.any(3).any(1) & ~some).any() and not (whole & ~some).any()
@@ -122,21 +126,17 @@ def test_masks_grow_with_blocks():
     row = begun(state.plan(chained([range(8)] * 800), [range(4096)]).row)
     numbers = sum(work.mask.numel() for work in row.work(None, torch.float32))
     blocks = (4096 + 6400) // BLOCK
-    assert numbers <= 4 * blocks * BLOCK**2 < 0.25 * 800 * 8 * 4096
+    assert numbers <= 2 * blocks * BLOCK**2 < 0.11 * 800 * 8 * 4096
 
 
 # ---- flex attention ----
 
 
-def plain_flex(*qkv, **kwargs):
-    """`flex_attention` as PyTorch computes it without a compiler."""
-    return flex_attention(*qkv, **kwargs)
-
-
 @pytest.mark.parametrize("window", [None, 30])
 def test_flex_attention_sees_the_same(window, monkeypatch):
+    """As PyTorch computes it without a compiler."""
     row, tokens = packed_row()
-    monkeypatch.setattr(ragged, "compile_friendly_flex_attention", plain_flex)
+    monkeypatch.setattr(ragged, "compiled_flex", lambda: flex_attention)
     torch.manual_seed(0)
     q, k, v = (torch.randn(heads, len(tokens), 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     for cap in (None, 2.0):
@@ -145,6 +145,7 @@ def test_flex_attention_sees_the_same(window, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_flex_attention_sees_the_same():
     row, tokens = packed_row()
     torch.manual_seed(0)

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
-from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from .fused import additive, attention_and_normaliser, fused, merged
 from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line
@@ -250,6 +249,12 @@ def works(
 
 
 @lru_cache
+def compiled_flex() -> Any:
+    """`flex_attention` of any length: PyTorch keeps few compiled forms of a function, and each window has its own."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@lru_cache
 def _capped(cap: float) -> Any:
     def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return torch.tanh(score / cap) * cap
@@ -266,10 +271,8 @@ def flex(
     queries, keys = row.queries.shape[1], row.keys.shape[1]
     wide = (pad(x, (0, 0, 0, length - x.shape[1]))[None] for x, length in ((q, queries), (k, keys), (v, keys)))
     score_mod = None if cap is None else _capped(cap)
-    out = compile_friendly_flex_attention(
-        *wide, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=len(q) != len(k)
-    )
-    assert isinstance(out, torch.Tensor)
+    gqa = len(q) != len(k)
+    out = compiled_flex()(*wide, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=gqa)
     return out[0, :, : q.shape[1]]
 
 
