@@ -43,6 +43,7 @@ class Scored:
         own = document.actions[actions : actions + self.lines]
         return (
             document.input_ids[self.start : end + 1] == (*self.tokens, self.target)
+            and len(own) == self.lines
             and own[-1].end == end + 1
             and all(
                 action.decides == bool(gate > -torch.inf) for action, gate in zip(own, self.gate_logps_H, strict=False)
