@@ -9,7 +9,8 @@ python examples/cold_start.py --dataset_name programs.jsonl --output_dir out
 ```
 
 Without a file it is MBPP: code with its assertions behind it, of the training split. Each stage is a command of its
-own and is left out where it is finished. What is not named in `--help` goes to `ra3 train`.
+own, which is left out where it is finished and goes on where it was killed. What is not named in `--help` goes to
+`ra3 train`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
     args.dataset_name = args.dataset_name or mbpp_programs(output)
     for folder, words in stages(args):
         if not (folder / "done").exists():
-            run(*words)
+            run(*words, *(["--resume_from_checkpoint", "true"] if [*folder.glob("checkpoint-*")] else []))
             (folder / "done").touch()
     run("diagnose", str(output / "ra3"), str(output / "annotated"), "--documents", "16", "--boundaries", "8")
 

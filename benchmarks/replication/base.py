@@ -12,16 +12,9 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from transformers import (
-    DataCollatorForLanguageModeling,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Trainer
 
-from ra3_trl.testbed import fresh_model, make_tokenizer, programs, tokenized
+from ra3_trl.testbed import fresh_model, make_tokenizer, pretraining, programs
 from ra3_trl.versions import CHECKPOINTING
 
 from .records import BaseRecipe
@@ -70,13 +63,11 @@ def pretrain(store: Store, recipe: BaseRecipe, save_steps: int = 250) -> dict[st
         rest = (recipe.steps - recipe.careful_steps) * recipe.batch_size
         careful = programs(recipe.careful, CAREFUL_DATA + recipe.seed, recipe.careful_steps * recipe.batch_size)
         data = concatenate_datasets([careful, programs(recipe.corpus, recipe.seed, rest)])
-        args = TrainingArguments(
-            output_dir=str(folder / "run"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.warmup_steps,
-            seed=recipe.seed, train_sampling_strategy="sequential", save_steps=save_steps, logging_steps=50, **QUIET,
+        trainer = pretraining(
+            first_model(store, recipe, tokenizer), tokenizer, data, folder / "run",
+            max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps, seed=recipe.seed, save_steps=save_steps, logging_steps=50, **QUIET,
         )  # fmt: skip
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        trainer = Trainer(first_model(store, recipe, tokenizer), args, collator, tokenized(data, tokenizer))
         seconds = resume(trainer, folder / "run")
         trainer.save_model(folder / "model")
         tokenizer.save_pretrained(folder / "model")

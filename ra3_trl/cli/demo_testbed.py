@@ -17,14 +17,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets, disable_progress_bars
 from rich.table import Table
-from transformers import (
-    DataCollatorForLanguageModeling,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 
 from .. import RA3Config, RA3MidTrainer
 from ..analysis import Estimate
@@ -33,7 +26,7 @@ from ..report.charts import Chart, draw, side_by_side, stem, training_charts
 from ..report.look import look
 from ..report.page import write_page
 from ..report.runs import MIDTRAINING, TrainingRun
-from ..testbed import Behaviour, Corpus, fresh_model, make_tokenizer, observe, programs, tokenized
+from ..testbed import Behaviour, Corpus, fresh_model, make_tokenizer, observe, pretraining, programs
 from ..testbed.behaviour import MAX_LATENT
 from ..testbed.corpus import code_lines, is_right
 from ..versions import CHECKPOINTING
@@ -113,13 +106,11 @@ def pretrain(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int, folder: 
         (replace(stanzas, stanzas=6, hard_rate=0.4, easy_rate=0.1, right=0.75), steps - careful),
     )
     data = [programs(corpus, seed + i, batch * count) for i, (corpus, count) in enumerate(corpora) if count]
-    args = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3, warmup_steps=steps // 12,
-        lr_scheduler_type="cosine", train_sampling_strategy="sequential", logging_strategy="no", seed=seed, **_MACHINE,
+    trainer = pretraining(
+        fresh_model(tokenizer, seed, size.layers, size.width), tokenizer, concatenate_datasets(data), folder,
+        max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3, warmup_steps=steps // 12,
+        logging_strategy="no", seed=seed, **_MACHINE,
     )  # fmt: skip
-    model = fresh_model(tokenizer, seed, size.layers, size.width)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    trainer = Trainer(model, args, collator, tokenized(concatenate_datasets(data), tokenizer))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     return trainer.model, trainer.train().metrics["train_runtime"] / steps

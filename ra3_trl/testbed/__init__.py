@@ -5,7 +5,7 @@
 
 from .behaviour import Behaviour, complete, gates, observe, think_probs
 from .corpus import Corpus, Example, examples, make_tokenizer, programs
-from .model import fresh_model, tokenized
+from .model import fresh_model, pretraining
 
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "gates",
     "make_tokenizer",
     "observe",
+    "pretraining",
     "programs",
     "think_probs",
-    "tokenized",
 ]

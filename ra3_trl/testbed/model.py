@@ -1,10 +1,21 @@
-"""The testbed's model: a tiny Llama with random weights, and what pre-training reads."""
+"""The testbed's model: a tiny Llama with random weights, and its pre-training."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 
 HEADS = 4
@@ -36,10 +47,17 @@ def fresh_model(
     )  # fmt: skip
 
 
-def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Turns programs into rows of token ids, each with the end of the text."""
+def pretraining(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Dataset, folder: Path, **settings: Any
+) -> Trainer:
+    """Makes the trainer of a fresh model: next tokens of programs and of their ends, in their order, by AdamW with a
+    cosine schedule. `settings` are those of `TrainingArguments`."""
 
-    def encode(rows):
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]}
 
-    return data.map(encode, batched=True, remove_columns=data.column_names)
+    args = TrainingArguments(
+        str(folder), lr_scheduler_type="cosine", train_sampling_strategy="sequential", **settings
+    )  # fmt: skip
+    rows = data.map(encode, batched=True, remove_columns=data.column_names)
+    return Trainer(model, args, DataCollatorForLanguageModeling(tokenizer, mlm=False), rows)
