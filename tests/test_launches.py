@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import main
-from benchmarks.launches import NOISE, Bench, add_arguments, count_rollout
+from benchmarks.launches import NOISE, Bench, add_arguments, count_rollout, count_update
 from benchmarks.launches_device import DEVICE, DeviceTensor, Watch, to_device
 
 
@@ -109,7 +109,8 @@ def test_every_figure_is_there(found):
     assert found["mixes"] == 0
     for name in ("syncs_per_rollout", "syncs_per_decode_step", "launches_per_decode_forward", "launches_per_piece",
                  "launches_per_decode_token", "decode_forwards_per_update", "alike", "cpu_ratio", "mask_mb",
-                 "annotation_trunk_ratio", "annotation_speedup", "decode_shapes", "graph_breaks"):  # fmt: skip
+                 "annotation_trunk_ratio", "annotation_speedup", "decode_shapes", "graph_breaks",
+                 "update_peak_mb"):  # fmt: skip
         assert found[name] >= 0, name
     assert set(found["bytes_per_logit"]) == {"draw", "no_grad", "grad"}
     phases = ("trunk", "open", "decode", "draw", "score", "reference", "update", "annotation", "evaluation", "M-step")
@@ -145,14 +146,22 @@ def test_a_rollout_does_not_wait(truncation):
         torch.testing.assert_close(one.latent_line_logps_TGH, other.latent_line_logps_TGH, atol=1e-3, rtol=0)
 
 
-def test_a_decoding_step_has_as_many_launches_for_many_branches_as_for_few():
-    """At most 1,200 for 24 layers: 50 a layer, by the difference of three layers to two."""
-    alone, together, deeper = (
-        count_rollout(bench(*words), [])["launches_per_decode_forward"]
-        for words in (["--documents", "1"], ["--documents", "2", "--num_latents", "5"], ["--layers", "3"])
+def test_launches_are_as_many_for_many_branches_as_for_few(found):
+    """At most 1,200 of a decoding step for 24 layers: 50 a layer, by the difference of three layers to two; of a packed
+    forward and backward pass at most 3,500, and so at most 130 a layer, with room for what comes behind the layers."""
+    alone, many = bench("--documents", "1"), bench("--documents", "2", "--num_latents", "5")
+    deeper, groups = bench("--layers", "3"), []
+    alone, together, three = (
+        count_rollout(one, kept)["launches_per_decode_forward"]
+        for one, kept in ((alone, []), (many, []), (deeper, groups))
     )
     assert alone == together
-    assert 30 < deeper - alone <= 50
+    assert 30 < three - alone <= 50
+    packed = count_update(deeper, groups)
+    assert 90 < packed["launches_per_piece"] - found["launches_per_piece"] <= 130
+    # The row of documents and branches, who stands where in it (10 numbers of 8 bytes a token, in a bucket), and less
+    # than a number of 4 bytes for each pair of blocks: no mask of tokens by tokens.
+    assert packed["mask_mb"] <= 0.1
 
 
 def test_together_as_one_by_one(found):
