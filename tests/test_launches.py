@@ -147,8 +147,8 @@ def test_a_rollout_does_not_wait(truncation):
 
 
 def test_launches_are_as_many_for_many_branches_as_for_few(found):
-    """By the difference of three layers to two: of a decoding step at most 1,200 for 24 layers, 50 a layer; of a packed
-    forward and backward pass at most 3,500, so 130 a layer, with room for what comes behind the layers."""
+    """By the difference of three layers to two: of a decoding step at most 1,200 for 24 layers, 50 a layer; of a
+    packed forward and backward pass at most 3,500, so 130 a layer, with room for what comes behind the layers."""
     alone, many = bench("--documents", "1"), bench("--documents", "2", "--num_latents", "5")
     deeper, groups = bench("--layers", "3"), []
     alone, together, three = (

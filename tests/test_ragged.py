@@ -92,6 +92,17 @@ def test_pairs_of_blocks_hold_what_they_say():
         assert whole.sum() == (window in (None, 10**6)) and some.sum() <= 24
 
 
+@pytest.mark.parametrize(
+    "sees, window, whole", [(127, None, False), (128, None, True), (128, 383, False), (128, 384, True)]
+)
+def test_a_block_without_a_mask_is_seen_to_its_last_key(sees, window, whole):
+    """A document of 128 tokens is one block of keys; of a branch of 300 behind it the third block of queries holds the
+    tokens to number 255, which stands 255 + 128 tokens behind the first key."""
+    state = BranchState(np.array([sees]), [0], 300, cached=False)
+    row = state.plan(chained([range(300)]), [range(128)]).row
+    assert row.pairs(window)[1][2, 0] == whole
+
+
 def test_side_runs_and_kept_keys():
     """On a cache: two branches of one document with keys of before; a side run sees the slots below 2 and itself."""
     trunk = BranchState(np.zeros(0), (), 1, cached=True)
