@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bi
 from .trunk import Begun, Scored, SideRuns, summed, wanted_logps
 
 
+_REMEMBERED = 4  # so many forwards of scoring are kept at most, for what may be placed
 _CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
 
 
@@ -275,11 +277,13 @@ class _Flight(Flight):
         arrays = to_device(device, *(part.arrays for part in parts))
         logps, sampled = [], None if self.kept is None else self.kept.opened
         ran: list[tuple[BranchState, torch.Tensor]] = []
+        room = 0 if engine._memory is None else _REMEMBERED * engine.max_branch_tokens
         for part, (held, row, target, first, *planned) in zip(parts, arrays, strict=True):
             state = part.state.holding(sampled, held)
             hidden = engine._forward(state, part.plan, planned)
             logps.append(engine.backbone.token_logps(hidden[row], target))
-            if engine._memory is not None:
+            room -= len(part.branches) * state.slots
+            if room >= 0:
                 ran.append((state, hidden[first].float()))
         line, is_gate = (np.concatenate([vars(part)[name] for part in parts]) for name in ("line", "is_gate"))
         found = collect_scores(self.plans, torch.cat(logps).cpu(), line, is_gate, self.num_latents, horizon)
@@ -291,18 +295,24 @@ class _Flight(Flight):
     def _remember(
         self, branches: np.ndarray, state: BranchState, states: torch.Tensor, lines: torch.Tensor, gates: torch.Tensor
     ) -> None:
-        """Keeps what scored branches have run, for texts in which one of their latents is placed."""
+        """Keeps what scored branches have run, for texts in which one of their latents is placed; each document's
+        apart, since some are done before others."""
         assert self.engine._memory is not None
-        counts = [self.plans[m].lines for m in branches]
-        for i, (m, of_one) in enumerate(zip(branches.tolist(), states.split(counts), strict=True)):
-            plan = self.plans[m]
-            begun = self.engine._memory.get((plan.document.doc_id, plan.document.chunk))
-            if begun is None or begun.group is None or begun.group.document is not plan.document:
+        plans = [self.plans[m] for m in branches]
+        of_one = states.split([plan.lines for plan in plans])
+        _, begins = np.unique([self.documents[m // self.num_latents] for m in branches], return_index=True)
+        for a, b in pairwise([*begins.tolist(), len(plans)]):
+            document = plans[a].document
+            begun = self.engine._memory.get((document.doc_id, document.chunk))
+            if begun is None or begun.group is None or begun.group.document is not document:
                 continue  # what latents are drawn from need not be the text
-            last = np.flatnonzero(~plan.is_gate)[-1]  # of what is wanted of lines, the last token's
-            chain = plan.tokens[: plan.predictor[last] + 1].tolist()  # without side runs, which stand behind
-            tokens, scores = (*plan.think, *self.tokens[m], *chain), (lines[m], gates[m], of_one)
-            begun.branches.append(Scored(state, i, plan.start, tokens, int(plan.target[last]), plan.lines, *scores))
+            own = {layer: (k[:, a:b].clone(), v[:, a:b].clone()) for layer, (k, v) in state.own.items()}
+            for i, m in enumerate(branches[a:b].tolist()):
+                plan = self.plans[m]
+                last = np.flatnonzero(~plan.is_gate)[-1]  # of what is wanted of lines, the last token's
+                chain = plan.tokens[: plan.predictor[last] + 1].tolist()  # without side runs, which stand behind
+                tokens, scores = (*plan.think, *self.tokens[m], *chain), (lines[m], gates[m], of_one[a + i])
+                begun.branches.append(Scored(own, i, plan.start, tokens, int(plan.target[last]), plan.lines, *scores))
 
     def _scored_together(self, branches: np.ndarray) -> list[np.ndarray]:
         """Cuts branches into parts whose forwards fit, those with most to run first, so that equals are together."""

@@ -24,10 +24,10 @@ def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], t
 
 @dataclass(frozen=True)
 class Scored:
-    """Keeps what was run and found out behind a boundary: branch `number` of `state` has run `tokens` and scored
-    `lines`."""
+    """Keeps what was run and found out behind a boundary: branch `number` of those whose keys and values these are has
+    run `tokens` and scored `lines`."""
 
-    state: BranchState
+    own: dict[int, KeysValues]  # by layer
     number: int
     start: int  # tokens of the document that the branch sees
     tokens: tuple[int, ...]  # think prefix, latent, closure and lines, but for the last token
@@ -60,7 +60,7 @@ class Joined:
     def keys_values(self, layer: int, number: int) -> KeysValues:
         """As [`BranchState.keys_values`], of its one document."""
         at = self.scored
-        own = (x[:, at.number, : len(at.tokens)] for x in at.state.own[layer])
+        own = (x[:, at.number, : len(at.tokens)] for x in at.own[layer])
         past = self.trunk.keys_values(layer, self.document)
         k, v = (torch.cat([x[:, : at.start], y.to(x.dtype)], 1) for x, y in zip(past, own, strict=True))
         return k, v
