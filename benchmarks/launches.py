@@ -184,7 +184,7 @@ def phases_of_the_engine(watch: Watch) -> Iterator[None]:
     def counted(self: Backbone, through: Any = None, **inputs: Any) -> torch.Tensor:
         if watch.current == "decode":
             watch.step += 1
-        with watch.forward(inputs["input_ids"].numel()):
+        with watch.forward(inputs["input_ids"].numel(), getattr(inputs.get("ra3"), "_wide", 0)):
             return hidden(self, through, **inputs)
 
     flight = branch_module._Flight
@@ -232,7 +232,7 @@ def count_rollout(bench: Bench, groups: list[RolloutGroup]) -> dict[str, Any]:
         "launches_per_decode_token": round((decode.launches + draw.launches) / sum(decode.forwards), 3),
         "decode_forwards_per_update": steps,
         "decode_tokens_per_forward": round(sum(decode.forwards) / steps),
-        "decode_shapes": len({tokens for phase, tokens in watch.shapes if phase == "decode"}),
+        "decode_shapes": sum(phase == "decode" for phase, _, _ in watch.shapes),
         "graph_breaks": count_graph_breaks(bench),
         "mixes": watch.mixes.total(),
     }
