@@ -1,9 +1,9 @@
 """Attention of ragged rows `[documents | branches]`: one function says who sees whom, whatever computes it.
 
-A row is cut into blocks of 128 queries and of 128 keys. From what stands in them it follows, on the host, in which
-pairs of blocks nobody sees anybody (nothing is computed), all see all (no mask), or some see some, where [`visible`]
-decides token by token. On accelerators with Triton that is one call of `flex_attention`; on a CPU it is two calls of
-fused attention for each block of queries, merged by their normalisers.
+A row is cut into blocks of queries and of keys. From what stands in them it follows, on the host, in which pairs of
+blocks nobody sees anybody (nothing is computed), all see all (no mask), or some see some, where [`visible`] decides
+token by token. On accelerators with Triton that is one call of `flex_attention`; on a CPU it is two calls of fused
+attention for each block of queries, merged by their normalisers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line
 
 
 logger = logging.getLogger(__name__)
-BLOCK = 128
+BLOCK = 128  # of flex attention's kernels
+_SMALL = 32  # of the CPU, which loses less by many calls than by pairs that are not seen
 _LEAST_HEAD = 16  # of the matrix products of Triton's kernels
 _NOBODY = -1  # a document or a branch that there is not
 Columns = Sequence[torch.Tensor]
@@ -100,11 +101,11 @@ class Row:
         """Takes the arrays, which are on the device."""
         self.columns, self.lists = (queries.unbind(), keys.unbind()), lists
 
-    def pairs(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def pairs(self, window: int | None, size: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
         """Which blocks of keys `[queries, keys]` a block of queries may see something of, and which all of it sees."""
 
         def ends(x: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            x, there = x.reshape(-1, BLOCK), there.reshape(-1, BLOCK)
+            x, there = x.reshape(-1, size), there.reshape(-1, size)
             most = np.iinfo(np.int64).max
             return np.where(there, x, most).min(1), np.where(there, x, -1).max(1)
 
@@ -118,7 +119,7 @@ class Row:
         (first, last), (low, high), (begin, end) = (ends(x, token) for x in (owner, slot, at))
         some = (first <= last_doc) & (last >= doc) & (low < most) | (first <= last_mine) & (last >= mine)
         whole = (doc == last_doc) & (first == doc) & (last == doc) & (high < least)
-        whole &= token.reshape(-1, BLOCK).all(1)
+        whole &= token.reshape(-1, size).all(1)
         if window is not None:
             some = some & (place - end < window)
             whole &= last_place - begin < window
@@ -127,17 +128,12 @@ class Row:
     def work(self, window: int | None, dtype: torch.dtype) -> list[_Work]:
         """What each block of queries has to do, with masks that all layers share."""
         if window not in self._work:
-            some, whole = self.pairs(window)
-            self._work[window] = [
-                _Work(
-                    rows,
-                    _runs(whole[i], self.seen),
-                    partly,
-                    self.mask(rows, partly, window, dtype) if partly else None,
-                )
-                for i in np.flatnonzero(some.any(1)).tolist()
-                for rows, partly in [(slice(i * BLOCK, (i + 1) * BLOCK), _runs(some[i] & ~whole[i], self.seen))]
-            ]
+            some, whole = self.pairs(window, _SMALL)
+            found = self._work[window] = []
+            for i in np.flatnonzero(some.any(1)).tolist():
+                rows = slice(i * _SMALL, (i + 1) * _SMALL)
+                all_see, some_see = (_runs(x, self.seen, _SMALL) for x in (whole[i], some[i] & ~whole[i]))
+                found.append(_Work(rows, all_see, some_see, self.mask(rows, some_see, window, dtype)))
         return self._work[window]
 
     def mask(self, rows: slice, runs: Sequence[slice], window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -185,13 +181,13 @@ def _ordered(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pairs.sum(1), np.argsort(~pairs, axis=1, kind="stable")
 
 
-def _runs(blocks: np.ndarray, length: int) -> list[slice]:
+def _runs(blocks: np.ndarray, length: int, size: int = BLOCK) -> list[slice]:
     """Tokens of neighbouring blocks together, of as many tokens as there are.
 
     >>> _runs(np.array([True, True, False, True]), 400)
     [slice(0, 256, None), slice(384, 400, None)]
     """
-    edges = np.flatnonzero(np.diff(blocks, prepend=False, append=False)) * BLOCK
+    edges = np.flatnonzero(np.diff(blocks, prepend=False, append=False)) * size
     return [slice(a, min(b, length)) for a, b in edges.reshape(-1, 2).tolist() if a < length]
 
 
