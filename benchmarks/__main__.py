@@ -9,6 +9,7 @@ import sys
 from . import (
     annotate,
     architectures,
+    cost,
     head,
     launches,
     phases,
@@ -24,6 +25,7 @@ from . import (
 BENCHMARKS = {
     "annotate": annotate,
     "architectures": architectures,
+    "cost": cost,
     "rollout": rollout,
     "phases": phases,
     "launches": launches,

@@ -8,9 +8,10 @@ horizon, `K` latent tokens, `L` tokens, `N` document tokens, `D` hidden size, `V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ class Document:
     # "actions", or why the text gets plain next-token training: "plain" is not of this format, "untokenized" parses
     # and does not tokenize, "lossy" is not given back by the tokenizer.
     status: str = "actions"
+    # The columns of the data set's row that it was cut from, where they are asked for: reward functions get them.
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_trained(self) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from .config import RA3Config
 from .losses import Returns
 from .policy import token_text
-from .records import Document, RolloutGroup
+from .records import RolloutGroup
 from .rollout import horizon_lines
 
 
@@ -44,7 +44,7 @@ class RewardPlugIns:
     - `completions` (`str`), `completion_ids` (`list[int]`): the latent;
     - `expert_lines` (`str`): the lines that the latent is credited with;
     - `log_likelihood`, `log_likelihood_no_think` (`float`): return of these lines with and without the latent, nats;
-    - each other column of the training data, the document's cell for each latent (of a stream none);
+    - each other column of the training data, the document's cell for each latent;
 
     and with what TRL's `GRPOTrainer` gives besides:
 
@@ -105,7 +105,6 @@ class RewardPlugIns:
         self.horizon = horizon
         self.state: TrainerState | None = None
         self.log_metric: Callable[[str, float], Any] = lambda name, value: None
-        self.columns_of: Callable[[Document], dict[str, Any]] = lambda document: {}
 
     @classmethod
     def of(
@@ -141,7 +140,7 @@ class RewardPlugIns:
             columns["completion_ids"] += [list(z.token_ids) for z in row]
         columns["log_likelihood"] = returns.latent_TG.flatten().tolist()
         columns["log_likelihood_no_think"] = returns.act_T.repeat_interleave(returns.latent_TG.shape[1]).tolist()
-        of_row = {k: v for k, v in self.columns_of(group.document).items() if k not in ("prompt", "completion")}
+        of_row = {k: v for k, v in group.document.row.items() if k not in ("prompt", "completion")}
         of_row = {name: [value] * returns.latent_TG.numel() for name, value in of_row.items()}
         return of_row | columns
 
@@ -155,8 +154,16 @@ class RewardPlugIns:
                 )
             extra[column] = list(values)
 
-        told = {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": log_extra}
-        returned = {name: func(**columns | told) for name, func in self.funcs.items()}
+        given = columns | {"trainer_state": self.state, "log_metric": self.log_metric, "log_extra": log_extra}
+        for name, func in self.funcs.items():
+            try:
+                inspect.signature(func).bind(**given)
+            except TypeError as error:
+                raise ValueError(
+                    f"`reward_funcs`: {name} can't be called ({error}); it may ask for {sorted(given)}, columns of "
+                    "the training data among them."
+                ) from None
+        returned = {name: func(**given) for name, func in self.funcs.items()}
         pending = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
         if pending:
             returned |= zip(pending, _wait_for(list(pending.values())), strict=True)

@@ -170,11 +170,9 @@ class RA3MidTrainer(SavingMixin, Trainer):
         learner = make_learner(args, head, state_width(self.policy.backbone.causal_lm))
         self.policy.head = learner
         plug_ins = RewardPlugIns.of(args, tokenizer, reward_funcs)
-        self.cut = Cutter(self.policy, formatting_func)
+        self.cut = Cutter(self.policy, formatting_func, keep_rows=plug_ins is not None and bool(plug_ins.funcs))
         self.source_dataset = train_dataset  # as it was given: its licences, and what is annotated for the Hub
         train_dataset, eval_dataset = self.cut(train_dataset, "train"), self.cut(eval_dataset, "eval")
-        if plug_ins is not None:
-            plug_ins.columns_of = self.cut.columns_of
         self.schedule = plan_phases(args, train_dataset)
         self.asked_max_steps = args.max_steps  # what `ra3_config.json` holds: the length may follow from the data
         args.max_steps = self.schedule.total

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
+
+
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before it is read: what is looked for in vain is not asked for five times
 
 import pytest
 import torch
@@ -134,6 +140,22 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         extra = {"bos_token": BOS} if name == "sentencepiece" else {}
         out[name] = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token=EOS, pad_token=PAD, **extra)
     return out
+
+
+MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+@pytest.fixture
+def chat(tokenizers):
+    """`chat(template)`: a tokenizer with the tokens and the template of a chat."""
+
+    def make(template: str, kind: str = "newline_indent") -> PreTrainedTokenizerFast:
+        tokenizer = copy.deepcopy(tokenizers[kind])
+        tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS], special_tokens=True)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
 
 
 @pytest.fixture(autouse=True)

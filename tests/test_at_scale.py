@@ -231,6 +231,40 @@ def test_what_slurm_is_asked_for(corpus, tmp_path):
     assert "launch_pickled_pipeline" in text and (tmp_path / "out" / "logs" / "executor.pik").is_file()
 
 
+SBATCH = """#!/bin/bash
+# A stand-in for Slurm: runs the script's array here, task by task, as a node would.
+for script; do :; done
+echo "$@" >> "$(dirname "$0")/asked"
+for task in $(seq 0 $(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")); do
+  export RUN_OFFSET=0 SLURM_JOB_ID=7 SLURM_NODELIST=here SLURM_ARRAY_TASK_ID=$task
+  bash "$script" >> "$(dirname "$0")/said" 2>&1 || echo "task $task: exit code $?" >> "$(dirname "$0")/failed"
+done
+echo "Submitted batch job 7"
+"""
+SLURM = {"sbatch": SBATCH, "scontrol": "#!/bin/sh\necho here\n", "srun": '#!/bin/sh\nshift 3\nexec "$@"\n'}
+
+
+@needs_datatrove
+@pytest.mark.slow
+def test_the_tasks_of_slurm(corpus, tmp_path):
+    """The pickle that is submitted does the work in the tasks; submitted again, there is nothing left to do."""
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    words = ["--partition", "gpu", "--env_command", f"export PATH={Path(sys.executable).parent}:$PATH"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script("slurm.py", corpus, tmp_path / "out", *words, PATH=path)
+    failed = tmp_path / "failed"
+    assert not failed.exists(), failed.read_text() + (tmp_path / "said").read_text()[-4000:]
+    assert_same_documents(tmp_path / "out", by_command(corpus, tmp_path))
+    stats = json.loads((tmp_path / "out" / "logs" / "stats.json").read_text())
+    (ours,) = [step["stats"] for step in stats if "RA3" in step["name"]]
+    assert ours["doc_len"]["n"] == 3  # what the job that sums up has made of both tasks
+    submitted = (tmp_path / "asked").read_text()
+    script("slurm.py", corpus, tmp_path / "out", *words, PATH=path)
+    assert (tmp_path / "asked").read_text() == submitted
+
+
 @needs_datatrove
 @needs_ray
 @pytest.mark.slow

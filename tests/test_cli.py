@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -513,13 +514,25 @@ def test_env_names_versions_and_no_secrets(capsys, monkeypatch):
 # ---- examples ----
 
 
-def test_one_file_example():
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """`run_example(name, *words)`: runs a script of examples/ as Python does; what it printed."""
+
+    def run(name: str, *words: str) -> str:
+        file = str(ROOT / "examples" / name)
+        monkeypatch.setattr(sys, "argv", [file, *words])
+        capsys.readouterr()
+        runpy.run_path(file, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_one_file_example(run_example):
     """Its claims: the gate stands still while it is held, though latents get better; P(think) ends high where a latent
     can help and low where not, and expert lines get likelier with each phase."""
-    file = ROOT / "examples" / "one_file_ra3.py"
-    assert file.read_text("utf-8").count("\n") <= 170
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60, check=True)
-    base, ntp, *updates, e_phase, trained, claim = done.stdout.strip().split("\n")
+    assert (ROOT / "examples" / "one_file_ra3.py").read_text("utf-8").count("\n") <= 170
+    base, ntp, *updates, e_phase, trained, claim = run_example("one_file_ra3.py").strip().split("\n")
 
     def numbers(line: str) -> list[float]:
         return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", line)]
@@ -535,21 +548,15 @@ def test_one_file_example():
     assert numbers(claim)[0] == pytest.approx(nats[-1] - nats[0], abs=2e-3) and numbers(claim)[0] > 0.9
 
 
-def test_other_formats_example():
+def test_other_formats_example(run_example):
     """Every format places latents that look as the page says."""
-    file = ROOT / "examples" / "other_formats.py"
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120, check=True)
-    said = dict(re.findall(r"--- (\w+): .*?\n(.*?)(?=\n--- |\Z)", done.stdout, re.DOTALL))
+    said = dict(re.findall(r"--- (\w+): .*?\n(.*?)(?=\n--- |\Z)", run_example("other_formats.py"), re.DOTALL))
     assert re.search(r"^ *// ", said["slashes"], re.MULTILINE) and "[" in said["prose"] and "<think>" in said["tags"]
 
 
-def test_midtrain_example(model, code, tmp_path):
-    argv = ["--model_name_or_path", model, "--code_dir", code, "--output_dir", str(tmp_path / "out"), *SMALL]
-    command = [sys.executable, str(ROOT / "examples" / "midtrain.py"), *argv]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_midtrain_example(model, code, tmp_path, run_example):
+    words = ["--model_name_or_path", model, "--code_dir", code, "--output_dir", str(tmp_path / "out"), *SMALL]
+    run_example("midtrain.py", *words)
     assert (tmp_path / "out" / "README.md").is_file()
 
 

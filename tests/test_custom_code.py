@@ -75,7 +75,10 @@ def test_commands_that_draw_samples(folder, tmp_path, monkeypatch):
     assert "ce" in json.loads(Path("results/compare-toy/compare.json").read_text())["models"]["base"]["cross_entropy"]
 
 
-def test_training(folder):
+def test_training(folder, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("def f(x):\n    y = x + 1\n    y -= 2\n    return y\n")
     words = ["--model_name_or_path", folder, "--use_cpu", "--trust_remote_code", "--report_to", "none"]
+    words += ["--code_dir", str(tmp_path / "code"), "--eval_documents", "0"]
     trainer = train.build_trainer(*read_arguments(train.make_parser(), words)[0])
     assert type(trainer.model).__name__ == "MineForCausalLM"

@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 import trl
-from conftest import furthest, weights
+from conftest import MARKS, furthest, weights
 from datasets import Dataset, DatasetDict
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from ra3_trl import RA3Config, RA3MidTrainer
 from ra3_trl.hub import annotate_dataset
+from ra3_trl.policy import Policy
 from ra3_trl.records import Document, Latent
 from ra3_trl.segmentation import PYTHON, RowForms, Segmenter, row_to_document, segment_dataset, splice
 from ra3_trl.versions import CHECKPOINTING
@@ -29,21 +28,7 @@ PLAIN = (  # neither: turns are told by rendering
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CODE = [f"def f{i}(x):\n    y = x + {i}\n    if y > {i * 7}:\n        return y\n    return x\n" for i in range(8)]
-
-
-@pytest.fixture
-def chat(tokenizers):
-    """`chat(template)`: a tokenizer with the tokens and the template of a chat."""
-
-    def make(template: str, kind: str = "newline_indent") -> PreTrainedTokenizerFast:
-        tokenizer = copy.deepcopy(tokenizers[kind])
-        tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS], special_tokens=True)
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return make
 
 
 def turns(i: int, more: bool = True) -> list[dict]:
@@ -86,17 +71,21 @@ CASES = {
 }  # fmt: skip
 
 
-OTHERS = [("messages", "qwen3_moe"), ("prompt and completion", "gemma2")]
+LONG = [("messages", "llama"), ("messages", "qwen3_moe"), ("prompt and completion", "gemma2")]
 
 
-@pytest.mark.parametrize(("name", "architecture"), [*((name, "llama") for name in CASES), *OTHERS])
-def test_what_is_trained_is_what_sft_trains_on(name, architecture, chat, tiny_model, make_sft, make_ours):
-    """Losses and weights after 20 updates, float32, at most 1e-5 apart."""
+@pytest.mark.parametrize(
+    ("name", "architecture", "updates"),
+    [*((*case, 20) for case in LONG), *((name, "llama", 2) for name in CASES if name != "messages")],
+)
+def test_what_is_trained_is_what_sft_trains_on(name, architecture, updates, chat, tiny_model, make_sft, make_ours):
+    """The same tokens; losses and weights after 20 updates, of some forms after 2, at most 1e-5 apart in float32."""
     template, rows, of_sft, of_ours = CASES[name]
     tokenizer = chat(template)
     data = Dataset.from_list(given(CODE, tokenizer) if rows is None else rows)
-    sft = make_sft(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_sft)
-    ours = make_ours(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_ours)
+    steps = {"max_steps": updates}
+    sft = make_sft(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_sft | steps)
+    ours = make_ours(tiny_model(architecture, tokenizer), copy.deepcopy(tokenizer), data, **of_ours | steps)
     wanted = [
         [(i, label != -100) for i, label in zip(r["input_ids"], r["labels"], strict=True)] for r in sft.train_dataset
     ]
@@ -106,7 +95,7 @@ def test_what_is_trained_is_what_sft_trains_on(name, architecture, chat, tiny_mo
     before = weights(ours.model)
     sft.train(), ours.train()
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (sft, ours)]
-    assert len(losses[0]) == len(losses[1]) == 20
+    assert len(losses[0]) == len(losses[1]) == updates
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
     assert furthest(weights(sft.model), weights(ours.model)) < 1e-5 < 1e-3 < furthest(before, weights(ours.model))
 
@@ -202,16 +191,17 @@ def test_tokens_are_the_text_they_are_of(chat, kind):
 
 @pytest.mark.parametrize("template", [QWEN, LLAMA, PLAIN], ids=["patched", "marked", "rendered"])
 @pytest.mark.parametrize("kind", ["newline_indent", "sentencepiece"])
-def test_conversations_are_annotated(chat, tiny_model, make_ours, template, kind):
+def test_conversations_are_annotated(chat, tiny_model, tmp_path, template, kind):
     """The text of a row is the conversation as the template writes it, with latents in the assistant's turns; so of
     texts that hold special tokens, and of tokens."""
     tokenizer = chat(template, kind)
-    texts = [f"{code}<|im_end|>\nz = 1\nz += 2\n{tokenizer.eos_token}" for code in CODE]
+    texts = [f"{code}<|im_end|>\nz = 1\nz += 2\n{tokenizer.eos_token}" for code in CODE[:3]]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    for rows in (MESSAGES, HALVES, [{"text": text} for text in texts], [{"input_ids": row} for row in ids]):
-        settings = {"e_steps": 1, "m_steps": 1, "max_steps": -1, "prior_alpha": 0.5, "max_length": 256}
-        ours = make_ours(tiny_model("llama", tokenizer), tokenizer, Dataset.from_list(rows), **settings)
-        annotated = annotate_dataset(ours.policy, Dataset.from_list(rows))
+    settings = {"num_latents": 2, "max_latent_length": 3, "prior_alpha": 0.5, "max_length": 256, "use_cpu": True}
+    args = RA3Config(str(tmp_path), seed=3, report_to="none", **settings)
+    policy = Policy.of_model(tiny_model("llama", tokenizer), tokenizer, args, room_for_latents=True)
+    for rows in (MESSAGES[:3], HALVES[:3], [{"text": text} for text in texts], [{"input_ids": row} for row in ids]):
+        annotated = annotate_dataset(policy, Dataset.from_list(rows))
         latents = [latent for row in annotated for latent in row["latents"]]
         assert latents and all(row["num_boundaries"] for row in annotated)
         for i, row in enumerate(annotated):
@@ -229,19 +219,18 @@ def test_conversations_are_annotated(chat, tiny_model, make_ours, template, kind
 # ---- containers ----
 
 
-@pytest.mark.parametrize("kind", [None, "torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_formats_change_nothing(chat, tiny_model, make_ours, kind, stream):
+def test_formats_change_nothing(chat, tiny_model, make_ours, stream):
     tokenizer = chat(PLAIN)
     data = Dataset.from_dict({"text": CODE, "n": list(range(8))})
-    plain, formatted = (d.to_iterable_dataset() if stream else d for d in (data, data))
-    formatted = formatted.with_format(kind)
+    data = data.to_iterable_dataset() if stream else data
     runs = []
-    for rows in (plain, formatted):
+    for kind in (None, "torch", "numpy", "pandas", "arrow"):
+        rows = data.with_format(kind)
         ours = make_ours(tiny_model("llama", tokenizer), tokenizer, rows, rows, max_steps=2)
         ours.train()
         runs.append((weights(ours.model), ours.evaluate()["eval_ce"]))
-    assert furthest(runs[0][0], runs[1][0]) == 0 and runs[0][1] == runs[1][1]
+        assert furthest(runs[0][0], runs[-1][0]) == 0 and runs[0][1] == runs[-1][1], kind
 
 
 REFUSED = {

@@ -173,7 +173,7 @@ def test_annotation_of_documents_together_is_that_of_each(setting, tmp_path, way
 def test_resampling_left_to_right_is_that_of_one_boundary_at_a_time(setting, tmp_path, window, monkeypatch):
     """Slow path: the whole text annotated so far is run anew for each boundary. How wide windows are, and what is
     remembered from one to the next, changes nothing."""
-    monkeypatch.setattr(annotation, "_WINDOW", window)
+    monkeypatch.setattr(annotation, "WINDOW", window)
     _, engine, document = setting
     settings = {"prior_alpha": 1e-3, "penalty": 0.0, "max_latent_length": 5, "num_latents": 3}
     policy = Policy(engine, RA3Config(output_dir=str(tmp_path), horizon=2, **settings))
@@ -192,7 +192,7 @@ def test_resampling_left_to_right_is_that_of_one_boundary_at_a_time(setting, tmp
 
 def test_annotation_runs_its_text_once_and_documents_together(setting, tmp_path, monkeypatch):
     """No latent is placed: a text goes through the model once, in as many forwards for three documents as for one."""
-    monkeypatch.setattr(annotation, "_WINDOW", 3)
+    monkeypatch.setattr(annotation, "WINDOW", 3)
     _, engine, document = setting
     args = RA3Config(output_dir=str(tmp_path), horizon=2, penalty=1e6, max_latent_length=5, num_latents=2)
     policy, tokens = Policy(engine, args), list[list[int]]()

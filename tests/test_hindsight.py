@@ -360,6 +360,7 @@ def test_annotation_draws_by_the_whole_weight(world, fim_tokenizer):
     assert min(found.sizes.values()) >= 1 and max(found.sizes.values()) <= 5
 
 
+@pytest.mark.parametrize("fim_tokenizer", ["newline_indent"], indirect=True)  # weights know no tokenizer
 def test_annotation_draws_each_candidate_as_often_as_it_weighs(world, fim_tokenizer):
     """<act> and four latents, 40 draws at each boundary; counts within four standard deviations of sums of weights."""
     engine, document = world()

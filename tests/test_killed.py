@@ -89,7 +89,7 @@ CASES = [((), 1, None), ((1,), 2, 1), ((1, 2), 2, None), ((1, 2, 4), 3, 2)]
 
 @pytest.mark.parametrize(
     "adapter, before, now, limit, stride",
-    [(False, *CASES[2], 3), (False, *CASES[3], 3),
+    [(False, *CASES[2], 5), (False, *CASES[3], 5),
      *(pytest.param(adapter, *case, 1, marks=pytest.mark.slow) for adapter in (False, True) for case in CASES)],
 )  # fmt: skip
 def test_a_checkpoint_is_whole_or_not_there(saver, tmp_path, adapter, before, now, limit, stride):

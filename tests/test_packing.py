@@ -247,6 +247,7 @@ def test_flash_attention_gets_the_lengths(tiny_model, tokenizers):
     assert seen[0][1] == max(LENGTHS) and len(seen) == 2  # layers
 
 
+@torch.compiler.set_stance("force_eager")  # transformers compiles what makes the mask, which takes ten seconds
 def test_flex_attention_gets_a_block_mask(tiny_model, tokenizers, monkeypatch):
     """transformers makes it of the position ids, with the window. A stand-in for the kernel, which must be compiled,
     reads the mask function off it, and nothing else."""

@@ -1,7 +1,7 @@
 """Two processes: the weights of one with twice the batch, no waiting for ever, streams, resuming, FSDP2.
 
-One launch runs all scenarios of worker.py, another those of worker_fsdp.py: starting two Pythons with PyTorch takes
-longer than the scenarios. Both launches assert their world size.
+One launch runs all scenarios of worker.py and worker_fsdp.py: starting two Pythons with PyTorch takes longer than the
+scenarios. Both assert their world size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker
 import yaml
 from conftest import furthest
 from safetensors.torch import load_file
@@ -59,11 +60,11 @@ def folder(tmp_path_factory, tokenizers, tiny_model) -> Path:
     path = tmp_path_factory.mktemp("processes")
     tiny_model("llama", tokenizers["newline_indent"]).save_pretrained(path / "model")
     tokenizers["newline_indent"].save_pretrained(path / "model")
-    one = start(str(HERE / "worker.py"), str(path))
-    finish(start(*LAUNCH, str(HERE / "worker.py"), str(path)))
-    if SHARDS:
-        finish(start(*TORCHRUN, str(HERE / "worker_fsdp.py"), str(path)))
-    finish(one)
+    two = start(*LAUNCH, str(HERE / ("worker_fsdp.py" if SHARDS else "worker.py")), str(path))
+    try:
+        worker.main(path)  # of one process: this one
+    finally:
+        finish(two)
     return path
 
 
@@ -216,11 +217,9 @@ def test_deepspeed_gives_the_weights_of_one_process(folder, stage):
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, tokenizers):
     """Exactness asks for the same number of processes; nothing is overwritten."""
-    from worker import TEXTS, make
-
     checkpoint = folder / "left-2" / "checkpoint-3"
     before = {p: p.stat().st_mtime_ns for p in checkpoint.iterdir()}
-    trainer = make(folder, TEXTS, "left", batch=2, optim="adamw_torch", e_learning_rate=1e-3, m_steps=3)
+    trainer = worker.make(folder, worker.TEXTS, "left", batch=2, optim="adamw_torch", e_learning_rate=1e-3, m_steps=3)
     assert isinstance(trainer.args, RA3Config)
     with pytest.raises(ValueError, match="was written by 2 processes and this run has 1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 from conftest import furthest, weights
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from ra3_trl import RA3MidTrainer
@@ -127,6 +127,28 @@ def test_functions_get_what_trl_gives_them(make, tmp_path):
     assert {(row["doc_id"], row["difficulty"]) for row in table} == {(0, 1.5), (1, 2.5)}
 
 
+ROWS = [{"text": text, "status": i, "of": {"tests": [i]}} for i, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [Dataset.from_list(ROWS).to_iterable_dataset, lambda: IterableDataset.from_generator(lambda: iter(ROWS))],
+    ids=["columns with types", "columns without"],
+)
+def test_columns_of_a_stream(make, stream):
+    """As a data set's, one of a name that chunks use too; `chunk` says that both chunks of a text have its row."""
+    seen = []
+
+    def spy(completions, text, status, of, **given):
+        assert len(text) == len(status) == len(of) == len(completions) and not {"row", "chunk"} & set(given)
+        seen.append((TEXTS.index(text[0]), status[0], of[0]))
+        return [float(n) for n in status]
+
+    make(spy, texts=stream(), e_steps=3, max_length=32).train()  # of the first documents' chunks, two an update
+    assert len(seen) == 6 > len({text for text, *_ in seen}) > 1
+    assert all((text, {"tests": [text]}) == (status, of) for text, status, of in seen)
+
+
 @pytest.mark.parametrize(
     ("funcs", "settings", "says"),
     [
@@ -149,6 +171,15 @@ def test_bad_answers_are_named(make, found):
 
     with pytest.raises(ValueError, match=r"`reward_funcs`: broken returned"):
         make(broken).train()
+
+
+def test_a_column_that_is_not_there_is_named(make):
+    with pytest.raises(ValueError, match=r"wants_tests can't be called .*'tests'.*may ask for .*'prompts', 'text'"):
+
+        def wants_tests(tests, **kwargs):
+            return [0.0]
+
+        make(wants_tests).train()
 
 
 def test_mean_of_terms_is_over_latents(make):

@@ -178,6 +178,17 @@ def test_broken_rows_are_left_out(annotator, alone, tmp_path):
     assert (first["rows_in"], first["rows_out"], first["left_out"]) == (2, 1, [1])
 
 
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_a_shard_of_broken_rows_alone_is_empty(annotator, tmp_path, form):
+    """The first of three shards has no row that can be read, and is finished all the same."""
+    corpus, folder = Dataset.from_dict({"text": [None, None, *TEXTS[2:]], "stars": list(range(5))}), tmp_path / "out"
+    manifest = Manifest(folder, origin(corpus, form=form))
+    ShardedAnnotation(annotator, corpus, manifest, skip_broken_rows=True).run()
+    assert [(e["rows_out"], e["left_out"]) for e in entries(folder)][0] == (0, [0, 1]) and len(entries(folder)) == 3
+    column, values = {"text": ("stars", [2, 3, 4]), "tokens": ("row", [2, 3, 4])}[form]
+    assert [row[column] for row in rows(folder)] == values == load_dataset(str(folder), split="train")[column][:]
+
+
 def test_a_process_that_fails_waits_for_its_job(annotator, tmp_path, monkeypatch):
     """Else a launcher would end the others; another job's shards are no matter."""
     folder, waited = tmp_path / "out", []

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -173,24 +172,28 @@ trainer.save_model(out + "/final")
 
 
 def test_a_run_killed_by_sigkill_goes_on(tmp_path, tokenizer, tiny_model, monkeypatch):
-    """Killed in the E-phase (update 3) and in the M-phase (update 5), each one update after a checkpoint, in processes
-    of their own; this one does the rest."""
+    """Killed in the E-phase (update 3) and in the M-phase (update 5), each one update after a checkpoint, in
+    children of this process; itself it does the rest."""
     folder = tmp_path / "model"
     tiny_model("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-    def start(out: str, at: int) -> subprocess.Popen:
-        command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(at)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
     def run(out: str, at: int) -> None:
         monkeypatch.setattr(sys, "argv", ["killed.py", str(folder), str(tmp_path / out), str(at)])
         exec(KILLED, {})
 
+    def start(out: str, at: int) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(out, at)
+            finally:
+                os._exit(1)
+        return child
+
     first = [start("in_e", 3), start("in_m", 5)]
     run("alone", 98)
-    assert [process.wait() for process in first] == [-signal.SIGKILL, -signal.SIGKILL]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in first] == [-signal.SIGKILL] * 2
     assert sorted(p.name for p in (tmp_path / "in_e").glob("checkpoint-*")) == ["checkpoint-2"]
     assert sorted(p.name for p in (tmp_path / "in_m").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     for out in ("in_e", "in_m"):

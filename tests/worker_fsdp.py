@@ -1,7 +1,7 @@
 """What tests/test_processes.py runs in two processes with a model that FSDP2 shards (native `fully_shard`, gloo).
 
-Transformers shards at load time (`DistributedConfig`), since accelerate refuses FSDP2 on CPU. `torchrun
---nproc_per_node 2 tests/worker_fsdp.py FOLDER`.
+Transformers shards at load time (`DistributedConfig`), since accelerate refuses FSDP2 on CPU. Launched as worker.py,
+whose scenarios are run first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import worker
 from accelerate import PartialState
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -51,4 +52,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    worker.main(Path(sys.argv[1]))
     main(Path(sys.argv[1]))

@@ -37,6 +37,8 @@ from ..policy import Policy
 from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
+from .devices import choose_device
+from .estimate_annotation import annotation_cost, estimate_annotation
 from .options import ANNOTATE, PROPOSALS
 from .options import annotate_parser as _parser
 
@@ -47,6 +49,13 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
+    if choose_device(options.device, options.devices, options.price_per_hour, options.dry_run) or options.dry_run:
+        if options.annotator != "policy":
+            raise ValueError(
+                f"`annotator` is {options.annotator!r}, and `dry_run` estimates the policy's own latents; leave one "
+                "out."
+            )
+        return None
     if not options.output_dir and not options.push_to_hub:
         raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
     for name in ("max_documents", "shard_rows"):
@@ -149,6 +158,17 @@ def _annotate(
         print(f"Pushed to {url}.")
 
 
+def _dry_run(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> None:
+    """Prints what the annotation would take; nothing is written."""
+    refuse_without_boundaries(RowAnnotator(policy), corpus)
+    print("Timing the annotation of a few rows ...", file=sys.stderr)
+    estimated = estimate_annotation(policy, corpus, _share(options.shard).count)
+    print(estimated.render())
+    asked = choose_device(options.device, options.devices, options.price_per_hour, True)
+    if asked is not None:
+        print(annotation_cost(policy, estimated, *asked).render())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs `ra3 annotate`; see `ra3 annotate --help`. Returns the exit code."""
     options = _parser().parse_args(argv)
@@ -160,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = len(corpus) if isinstance(corpus, Dataset) else None
         _check_rows(push, corpus, _share(options.shard), options.shard_rows or rows_of_a_shard(rows))
     policy = _open(options, saved)
-    if options.output_dir:
+    if options.dry_run:
+        _dry_run(options, policy, corpus)
+    elif options.output_dir:
         _annotate(options, corpus, policy, Path(options.output_dir), push)
     else:
         with TemporaryDirectory() as folder:

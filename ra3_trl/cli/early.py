@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..refusals import SETTINGS, find, near
+from .devices import choose_device
 from .options import PARSERS
 from .sources import PACKAGE, SourceField, path_of, read_fields
 
@@ -41,6 +42,8 @@ def refuse_early(command: str, argv: list[str]) -> None:
             raise ValueError(f"`file` is {options.file!r}, which is not there; give a text file.")
         if not getattr(options, "dataset_name", None):  # that both are set is worse
             _check_folder(getattr(options, "code_dir", None))
+        if command == "annotate":
+            choose_device(options.device, options.devices, options.price_per_hour, options.dry_run)
     elif command in _TRAINERS and "--accelerate_config" not in argv:
         _refuse_of_trainer(command, argv)
 
@@ -75,6 +78,8 @@ def _refuse_of_trainer(command: str, argv: list[str]) -> None:
         kind = _KINDS.get(fields[name].hint) if name in fields else None
         if kind is not None and words[name] is not None:
             _check_number(command, name, str(words[name]), kind)
+    if command == "train":
+        _check_device(words)
     if "config" in words:  # which may say the rest
         return
     if "model_name_or_path" not in words:
@@ -83,8 +88,21 @@ def _refuse_of_trainer(command: str, argv: list[str]) -> None:
         _check_folder(words.get("code_dir"))
 
 
+def _check_device(words: dict[str, str | None]) -> None:
+    """Checks what an estimate is asked for; `--config` may name the device, or say `dry_run`."""
+    name, devices, price = (_unless_none(words.get(n)) for n in ("device", "devices", "price_per_hour"))
+    dry = str(words.get("dry_run", "false")).lower() not in ("false", "no", "0")
+    if "config" in words:
+        name, dry = name or "h100", True
+    choose_device(name, int(devices) if devices else None, float(price) if price else None, dry)
+
+
+def _unless_none(word: str | None) -> str | None:
+    return None if word is None or word.lower() in ("none", "null") else word
+
+
 def _check_number(command: str, name: str, word: str, kind: type) -> None:
-    if word.lower() in ("none", "null"):
+    if _unless_none(word) is None:
         return
     try:
         kind(word)

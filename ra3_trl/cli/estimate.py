@@ -7,6 +7,7 @@ states, which are arithmetic: no optimizer step is taken.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -30,10 +31,12 @@ from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
 from ..versions import enable_checkpointing
+from .cost import Cost, Phases, Shape, count_passes, this_machine
+from .devices import Device
 from .run import peak_memory
 
 
-_LOOKED_AT = 256  # chunks of a stream
+LOOKED_AT = 256  # chunks of a stream
 _TIMED = 4  # documents in the timing
 _PROBE = 8  # documents of the probe, which an E-phase looks at ten times
 _ELEMENTS = 2**24  # most elements of the tensor on which the optimizer is timed
@@ -52,7 +55,7 @@ def estimate(trainer: RA3MidTrainer, processes: int = 1) -> Estimate:
     args, schedule, data = trainer.args, trainer.schedule, trainer.train_dataset
     start = time.time() - psutil.Process().create_time()  # imports, weights and data: a run begins with the same
     streams, anchored = isinstance(data, IterableDataset), bool(args.kl_coef) or trainer.loop.holds_gate
-    rows = list(islice(data, _LOOKED_AT)) if streams else data.select_columns(["think", "input_ids", "context"])
+    rows = list(islice(data, LOOKED_AT)) if streams else data.select_columns(["think", "input_ids", "context"])
     if not rows:
         raise ValueError("`train_dataset` is a stream that gives no row; give it some code.")
     sizes = np.array([(sum(map(bool, r["think"])), len(r["input_ids"]) - max(r["context"], 1)) for r in rows])
@@ -78,6 +81,27 @@ def estimate(trainer: RA3MidTrainer, processes: int = 1) -> Estimate:
     )
 
 
+def estimate_cost(trainer: RA3MidTrainer, estimated: Estimate, device: Device, devices: int) -> Cost:
+    """Calculates what the run would take on devices, and the same for this machine, which was timed."""
+    args, counts, causal_lm = trainer.args, estimated.counts, trainer.policy.backbone.causal_lm
+    chunk_tokens, line = (counts["tokens"] / max(counts[name], 1) for name in ("chunks", "boundaries"))
+    together = args.train_batch_size * args.gradient_accumulation_steps
+
+    def phases(processes: int) -> Phases:
+        return count_passes(estimated.workload.of_each(args, processes), args, chunk_tokens, line, together)
+
+    return Cost(
+        device=device,
+        devices=devices,
+        shape=Shape.of(causal_lm),
+        phases=phases(devices),
+        memory=sum(estimated.memory.values()),
+        here=this_machine(args.device, torch.bfloat16 if args.bf16 else torch.float32),
+        local=phases(estimated.processes),
+        timed={name: 3600 * hours for name, hours in estimated.hours.items()},
+    )
+
+
 class Timing:
     """
     Times what a run does on a few documents, from short to long.
@@ -93,7 +117,7 @@ class Timing:
 
     def __init__(self, trainer: RA3MidTrainer, rows: Dataset | list[dict], sizes: np.ndarray, anchored: bool):
         self.trainer, self.args, self.policy, self.anchored = trainer, trainer.args, trainer.policy, anchored
-        chosen = _spread(sizes, self.args.uses_latents)
+        chosen = spread(sizes, self.args.uses_latents)
         self.documents = [row_to_document(rows[int(i)]) for i in chosen]
         # How much more than a document of these one of the run has, in boundaries and tokens.
         self.more_boundaries, self.more_tokens = sizes.mean(0) / np.maximum(sizes[chosen].mean(0), 1e-9)
@@ -105,27 +129,25 @@ class Timing:
         args, learner = self.args, self.trainer.loop.learner
         if args.activation_checkpointing:
             enable_checkpointing(self.policy.model, args.activation_checkpointing_kwargs)
-        # Of epochs a process does its part of the updates; of so many updates it does all, on documents of its own.
-        shared_out = args.m_steps == -1 and args.max_steps <= 0
-        e_chunks = work.e_chunks / args.world_size
-        m_chunks = work.m_chunks / (processes if shared_out else args.world_size)
-        e_updates, m_updates = (self.trainer.schedule.iterations * n for n in _steps(self.trainer))
-        updates = e_updates + m_updates * (args.world_size / processes if shared_out else 1)
+        each_does, schedule = work.of_each(args, processes), self.trainer.schedule
+        e_chunks, m_chunks = each_does.e_chunks, each_does.m_chunks
+        per_update = args.train_batch_size * args.gradient_accumulation_steps
+        updates = schedule.iterations * schedule.e_steps + math.ceil(m_chunks / per_update)
         each = {}
         # The longest first: what happens once only stays out of the timing, and the peak of memory is theirs.
         self._learn([splice(document, {}) for document in self.longest])
         examples = [splice(document, {}) for document in self.documents]
         if args.e_steps:
             self._e_update(self.longest[:1])
-            each["E-phase"], rollouts = _timed(self._e_update, self.documents, device=args.device)
+            each["E-phase"], rollouts = timed(self._e_update, self.documents, device=args.device)
             each["E-phase"] *= e_chunks * self.more_boundaries / len(self.documents)
             each["E-phase"] += self._watching()
             if learner is not None:
                 each["E-phase"] += updates * self._head(rollouts)  # which it does in M-phases, too
         if args.uses_latents:
-            each["annotation"], examples = _timed(self._annotate, self.documents, device=args.device)
+            each["annotation"], examples = timed(self._annotate, self.documents, device=args.device)
             each["annotation"] *= m_chunks * self.more_boundaries / len(self.documents)
-        seconds, _ = _timed(self._learn, examples, device=args.device)
+        seconds, _ = timed(self._learn, examples, device=args.device)
         each["M-phase"] = seconds * m_chunks * self.more_tokens / len(self.documents)
         each["optimizer"] = updates * time_optimizer(self.policy.model, args)
         self.policy.model.zero_grad(set_to_none=True)
@@ -158,7 +180,7 @@ class Timing:
         schedule = self.trainer.schedule
         looks = 1 + (schedule.e_steps - 1) // max(1, schedule.e_steps // 10)
         with self.policy.inference():
-            once, _ = _timed(lambda: [self.policy.engine.trunk(d) for d in self.documents], device=self.args.device)
+            once, _ = timed(lambda: [self.policy.engine.trunk(d) for d in self.documents], device=self.args.device)
         return once * schedule.iterations * looks * _PROBE / len(self.documents)
 
     def _head(self, rollouts: Sequence[Rollout]) -> float:
@@ -167,7 +189,7 @@ class Timing:
         seen = [observe(r.group, r.returns, r.weight_T, self.args) for r in rollouts if r.group.boundaries]
         if learner is None or not seen:
             return 0.0
-        return _timed(learner.learn, seen, NoiseKey(self.args.seed, 0, 0), device=self.args.device)[0]
+        return timed(learner.learn, seen, NoiseKey(self.args.seed, 0, 0), device=self.args.device)[0]
 
     def _annotate(self, documents: Sequence[Document]) -> list[AnnotatedExample]:
         with self.policy.inference():
@@ -191,9 +213,9 @@ class Timing:
                 continue
             rows = data.select_columns(["think", "input_ids", "context"])
             sizes = np.array([(sum(map(bool, r["think"])), len(r["input_ids"]) - max(r["context"], 1)) for r in rows])
-            chosen = _spread(sizes, args.uses_latents)
+            chosen = spread(sizes, args.uses_latents)
             documents = [row_to_document(data[int(i)]) for i in chosen]
-            once, _ = _timed(self._evaluate, documents, device=args.device)
+            once, _ = timed(self._evaluate, documents, device=args.device)
             seconds += once * sizes[:, 1].sum() / max(sizes[chosen, 1].sum(), 1)
         chunks = len(trainer.train_dataset) if not isinstance(trainer.train_dataset, IterableDataset) else 0
         return seconds * count_evaluations(args, trainer.schedule, trainer.eval_dataset is not None, chunks)
@@ -205,11 +227,7 @@ class Timing:
             self.trainer.loop.next_token(self.policy.model, self.trainer.loop.next_token.inputs_of(documents))
 
 
-def _steps(trainer: RA3MidTrainer) -> tuple[int, int]:
-    return trainer.schedule.e_steps, trainer.schedule.m_steps
-
-
-def _spread(sizes: np.ndarray, with_boundaries: bool) -> np.ndarray:
+def spread(sizes: np.ndarray, with_boundaries: bool) -> np.ndarray:
     """Chooses up to `_TIMED` rows from short to long, with boundaries if asked to and there are such."""
     wanted = np.flatnonzero(sizes[:, 0] > 0) if with_boundaries else np.arange(len(sizes))
     wanted = wanted if len(wanted) else np.arange(len(sizes))
@@ -218,7 +236,7 @@ def _spread(sizes: np.ndarray, with_boundaries: bool) -> np.ndarray:
     return by_length[np.unique(places.astype(int))]
 
 
-def _timed(work: Any, *arguments: Any, device: torch.device) -> tuple[float, Any]:
+def timed(work: Any, *arguments: Any, device: torch.device) -> tuple[float, Any]:
     """Seconds of `work(*arguments)`, and what it returns."""
     begin = time.perf_counter()
     result = work(*arguments)
@@ -239,4 +257,4 @@ def time_optimizer(model: torch.nn.Module, args: Any) -> float:
         optimizer.step()
 
     step()  # makes the states
-    return _timed(step, device=args.device)[0] * total / part.numel()
+    return timed(step, device=args.device)[0] * total / part.numel()

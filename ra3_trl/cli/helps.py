@@ -42,6 +42,7 @@ HELPS = {
             ("--eval_on_start false", "do not evaluate the base before the first update"),
             ("--resume_from_checkpoint true", "go on from the last checkpoint in output_dir"),
             ("--dry_run", "say what memory and time it would take, and end"),
+            ("--device NAME --devices N", "with dry_run: what it would take on a100, l40s, h100, h200 or b200"),
         ),
         (
             "--model_name_or_path Qwen/Qwen2.5-Coder-0.5B --code_dir src --e_steps 20 --m_steps 200 --dry_run",
@@ -53,7 +54,8 @@ HELPS = {
         "CHECKPOINT [--code_dir FOLDER | --dataset_name NAME] --output_dir DIR [OPTION ...]",
         "Writes a corpus with a checkpoint's comments spliced in, and what each of them brings.",
         (_CHECKPOINT, _CODE_DIR, _DATASET, _MAX, ("--output_dir DIR", "folder of its Parquet files"),
-         ("--push_to_hub ORG/NAME", "push it, with a card")),
+         ("--push_to_hub ORG/NAME", "push it, with a card"), ("--dry_run", "say what it would take, and end"),
+         ("--device NAME --devices N", "with dry_run: what it would take on a100, l40s, h100, h200 or b200")),
         (
             "qwen-ra3 --code_dir src --output_dir annotated",
             "qwen-ra3 --dataset_name code.jsonl --max_documents 100 --output_dir annotated",

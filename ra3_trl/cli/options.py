@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .devices import DEVICES, OPTIONS
 from .sources import PACKAGE, SourceField, read_constant, read_fields
 
 
@@ -117,6 +118,15 @@ def add_annotator_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_estimate_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dry_run` and what an estimate is for."""
+    group = parser.add_argument_group("estimate")
+    group.add_argument("--dry_run", action="store_true", help="say what memory and time it would take, and end")
+    group.add_argument("--device", choices=tuple(DEVICES), help=OPTIONS["device"])
+    for name, kind in (("devices", int), ("price_per_hour", float)):
+        group.add_argument(f"--{name}", type=kind, help=OPTIONS[name])
+
+
 def add_passk_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `ra3 evaluate` and `ra3 compare` have."""
     tasks = parser.add_argument_group("tasks")
@@ -199,6 +209,7 @@ def annotate_parser() -> Parser:
     add_model_options(parser)
     parser.add_argument("--use_cpu", action="store_true", help="stay off an accelerator")
     add_trust(parser)
+    add_estimate_options(parser)
     add_settings(
         parser, "annotation", (*ANNOTATE, *PROPOSALS), (*THINKING, *PROPOSALS), {**RA3_FIELDS, **HINDSIGHT_FIELDS}
     )

@@ -22,7 +22,8 @@ from ..report.runs import MIDTRAINING, PEAK_MEMORY
 from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
-from .estimate import estimate
+from .devices import DEVICES, OPTIONS, choose_device
+from .estimate import estimate, estimate_cost
 from .launch import asked_processes, read_arguments
 from .parser import TrainParser, normalise, read_config, without_theirs
 from .rewards import load_reward_funcs
@@ -66,8 +67,12 @@ class RA3ScriptArguments(ScriptArguments):
         "Import paths of reward functions, such as my_module.my_func; weigh them with reward_weights."
     )
     dry_run: bool = _option("Print documents, boundaries, branches, tokens, memory and hours, and end.", False)
+    device: str | None = _option(f"{OPTIONS['device']}. One of {', '.join(DEVICES)}.")
+    devices: int | None = _option(OPTIONS["devices"])
+    price_per_hour: float | None = _option(OPTIONS["price_per_hour"])
 
     def __post_init__(self):
+        choose_device(self.device, self.devices, self.price_per_hour, self.dry_run)
         if self.eval_documents is not None and self.eval_fraction is not None:
             raise ValueError("`eval_documents` and `eval_fraction` are both set; pass one of the two.")
         if self.max_documents is not None and self.max_documents < 1:
@@ -190,7 +195,11 @@ def _dry_run(parts: list[Any], processes: int) -> int:
         args.output_dir = aside
         trainer = build_trainer(script, args, model_args, mixture)
         print("Timing an update of each phase and an evaluation on a few documents ...", file=sys.stderr)
-        print(render(estimate(trainer, processes)))
+        estimated = estimate(trainer, processes)
+        print(render(estimated))
+        asked = choose_device(script.device, script.devices, script.price_per_hour, True)
+        if asked is not None:
+            print(estimate_cost(trainer, estimated, *asked).render())
     return 0
 
 

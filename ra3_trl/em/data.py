@@ -13,6 +13,7 @@ from ..policy import Policy, chunk_length
 from ..records import Document
 from ..segmentation import (
     FEATURES,
+    ROW,
     RowForms,
     Segmenter,
     as_dataset,
@@ -40,19 +41,19 @@ class Cutter:
             Its segmenter and settings.
         formatting_func (`Callable`, *optional*):
             Makes the text of an example.
+        keep_rows (`bool`, *optional*, defaults to `False`):
+            Whether documents of the training data have the columns of their rows, for reward functions.
 
     Attributes:
         counts (`dict[str, dict[str, int]]`):
             Of each data set that has a length, see [`~ra3_trl.segmentation.count_documents`].
-        rows (`dict[str, Dataset]`):
-            These data sets themselves, as they were cut: a document's `doc_id` is the number of its row.
     """
 
-    def __init__(self, policy: Policy, formatting_func: Callable[[dict], str] | None = None):
+    def __init__(self, policy: Policy, formatting_func: Callable[[dict], str] | None = None, keep_rows: bool = False):
         self.policy = policy
         self.formatting_func = formatting_func
+        self.keep_rows = keep_rows
         self.counts: dict[str, dict[str, int]] = {}
-        self.rows: dict[str, Dataset] = {}
 
     def __call__(self, dataset: Any, split: str) -> Any:
         """Cuts a data set, or each of a dict of them, into rows of chunks; `None` and what is cut already stay.
@@ -77,19 +78,16 @@ class Cutter:
         if isinstance(dataset, IterableDataset):
             dataset = own_share(dataset, args.process_index, args.world_size)
         forms, processes = RowForms.of(args, self.formatting_func), args.dataset_num_proc
-        # TRL's callbacks that write completions read prompts off the trainer's evaluation set.
-        kept = () if split == "train" or "prompt" not in (dataset.features or ()) else ("prompt",)
+        if split == "train":
+            kept = (ROW,) if self.keep_rows else ()
+        else:  # TRL's callbacks that write completions read prompts off the trainer's evaluation set
+            kept = ("prompt",) if "prompt" in (dataset.features or ()) else ()
         segmented = segment_dataset(
             dataset, self._segmenter(split), num_proc=processes, forms=forms, name=name, kept=kept
         )
         if isinstance(segmented, Dataset):
             self._count(dataset, segmented, split)
-            self.rows[split] = dataset
         return segmented
-
-    def columns_of(self, document: Document) -> dict[str, Any]:
-        """The row of the training data that a document was cut from; empty of a stream, whose rows are not kept."""
-        return self.rows["train"][document.doc_id] if "train" in self.rows else {}
 
     def _segmenter(self, split: str) -> Segmenter:
         segmenter, args = self.policy.segmenter, self.policy.args

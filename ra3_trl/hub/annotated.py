@@ -94,12 +94,12 @@ class RowAnnotator:
 
     def has_boundary(self, example: Text | Tokens) -> bool:
         """Whether there is a place for a latent."""
-        return any(document.boundaries for document in self._cut(example))
+        return any(document.boundaries for document in self.cut(example))
 
     def __call__(self, example: Text | Tokens, row: Mapping[str, Any] | None = None) -> AnnotatedRow:
         """Annotates what was [`~RowAnnotator.read`], inside `policy.inference()`; what can't be annotated stays as it
         is. An annotator may want the other columns of its `row`."""
-        policy, documents = self.policy, self._cut(example)
+        policy, documents = self.policy, self.cut(example)
         text, noise = _text_of(policy.segmenter, example), NoiseKey(policy.args.seed, 1, 0)
         if self.annotation is None:
             examples = [annotate(policy, document, noise) for document in documents]
@@ -110,7 +110,8 @@ class RowAnnotator:
         boundaries = sum(len(document.boundaries) for document in documents)
         return AnnotatedRow(*join_chunks(text, examples, self._bytes, self._special), boundaries, examples)
 
-    def _cut(self, example: Text | Tokens) -> list[Document]:
+    def cut(self, example: Text | Tokens) -> list[Document]:
+        """Cuts what was [`~RowAnnotator.read`] into chunks."""
         return cut_example(self.policy.segmenter, content_id(example), example)
 
 

@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
@@ -125,6 +127,14 @@ def cut_into_shards(
 
 def _rows(block: list[dict[str, Any]], features: Features) -> Dataset:
     return Dataset.from_dict({name: [row.get(name) for row in block] for name in features}, features=features)
+
+
+def _save(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file; of no rows one without a row group, since `load_dataset` reads none that is empty."""
+    if table.num_rows:
+        pq.write_table(table, path)
+    else:
+        pq.ParquetWriter(path, table.schema).close()
 
 
 def refuse_without_boundaries(annotator: RowAnnotator, corpus: Corpus) -> None:
@@ -241,13 +251,15 @@ class ShardedAnnotation:
         kept = shard.rows.select([number - shard.first_row for number in rows])
         if self.push:
             kept = self.push.check(kept, list(rows))
-        added = Dataset.from_list([row.columns() for row in rows.values()], features=ANNOTATION)
+        added = _rows([row.columns() for row in rows.values()], ANNOTATION)
         if self.push:
             self.push.check_secrets(added, list(rows))
         written = concatenate_datasets([kept, added], axis=1)
+        if not rows:  # of data sets without rows it gives the first
+            written = _rows([], Features({**kept.features, **ANNOTATION}))
         if self.manifest.origin.form == "tokens":
             chunks = [chunk for number, row in rows.items() for chunk in row.token_rows(number)]
-            written = Dataset.from_list(chunks, features=TOKENS)
+            written = _rows(chunks, TOKENS)
         self._write(shard, written)
         self.manifest.add(self._entry(shard, written, rows, broken, time.perf_counter() - begun))
 
@@ -269,7 +281,7 @@ class ShardedAnnotation:
     def _write(self, shard: Shard, rows: Dataset) -> None:
         table = rows.with_format("arrow")[:].cast(rows.features.arrow_schema)
         try:
-            self.manifest.write(shard_file(shard.number), lambda path: pq.write_table(table, path))
+            self.manifest.write(shard_file(shard.number), partial(_save, table))
         except OSError as error:
             raise OSError(
                 f"{shard_file(shard.number)} can't be written to {str(self.manifest.folder)!r} ({error}); "

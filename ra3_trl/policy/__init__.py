@@ -1,6 +1,6 @@
 """A checkpoint that is ready to think: latents, annotation, held-out numbers, without a trainer."""
 
-from .annotate import MARKUP, annotate, annotate_all, annotate_proposed
+from .annotate import MARKUP, WINDOW, annotate, annotate_all, annotate_proposed
 from .annotators import Annotation, Annotator, Comment, Proposed, Source
 from .blandness import first_latent, gains_over_other, most_thinking
 from .bounds import EVAL_NOISE, HELD_OUT, HELD_OUT_HINDSIGHT, evaluate_documents, finish_metrics
@@ -16,6 +16,7 @@ __all__ = [
     "HELD_OUT",
     "HELD_OUT_HINDSIGHT",
     "MARKUP",
+    "WINDOW",
     "OWN_LATENTS",
     "THINKING",
     "Annotation",

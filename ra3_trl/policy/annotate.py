@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 MARKUP = 8  # tokens that stand around a latent, at most
-_WINDOW = 8  # most boundaries proposed together where a latent placed changes what follows
+WINDOW = 8  # most boundaries proposed together where a latent placed changes what follows
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _left_to_right(
     done = [_Choice() for _ in documents]
     left = [list(row) for row in boundaries]
     at_once = args.horizon == 1
-    width = [len(row) if at_once else _WINDOW for row in left]
+    width = [len(row) if at_once else WINDOW for row in left]
     with policy.engine.remembering():
         while any(left):
             asked: list[tuple[int, Document, list[int]]] = []
@@ -145,7 +145,7 @@ def _left_to_right(
                 last = window[-1]
                 if not at_once:  # a latent changes what its successors are worth: they are chosen anew
                     last = next(iter(choice.placed), last)
-                    width[i] = window.index(last) + 1 if choice.placed else min(2 * len(window), _WINDOW)
+                    width[i] = window.index(last) + 1 if choice.placed else min(2 * len(window), WINDOW)
                 done[i] |= choice.up_to(last)
                 left[i] = [boundary for boundary in left[i] if boundary > last]
     return [

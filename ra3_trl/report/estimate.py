@@ -36,6 +36,24 @@ class Workload:
     annotation_branches: int
     m_tokens: int
 
+    def of_each(self, args: RA3Config, processes: int) -> Workload:
+        """What each of so many processes does, of a workload that was counted for `args.world_size` of them: of epochs
+        its part; of so many updates all, on documents of its own."""
+        in_epochs = args.m_steps == -1 and args.max_steps <= 0
+        return self.shared_by(processes if in_epochs else args.world_size, args.world_size)
+
+    def shared_by(self, m: int, e: int = 1) -> Workload:
+        """What each of `m` processes does that share the M-phase, and of `e` that share the E-phase."""
+        return Workload(
+            e_chunks=round(self.e_chunks / e),
+            e_branches=round(self.e_branches / e),
+            e_tokens=round(self.e_tokens / e),
+            m_chunks=round(self.m_chunks / m),
+            annotated_boundaries=round(self.annotated_boundaries / m),
+            annotation_branches=round(self.annotation_branches / m),
+            m_tokens=round(self.m_tokens / m),
+        )
+
 
 @dataclass(frozen=True)
 class Estimate:

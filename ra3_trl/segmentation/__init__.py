@@ -3,6 +3,7 @@
 from .corpus import load_code_directory, standard_library
 from .datasets import (
     FEATURES,
+    ROW,
     as_dataset,
     content_id,
     count_documents,
@@ -46,6 +47,7 @@ __all__ = [
     "FragmentEncoder",
     "Line",
     "OwnLineComment",
+    "ROW",
     "RowForms",
     "RowReader",
     "Segmenter",

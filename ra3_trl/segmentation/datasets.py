@@ -14,6 +14,7 @@ from .documents import Segmenter, Tokens
 from .examples import RowForms, RowReader, Text
 
 
+ROW = "row"  # among the columns that are kept: the whole row, under this name
 _IDS = Sequence(Value("int32"))
 FEATURES = Features(
     {"doc_id": Value("int64"), "chunk": Value("int32"), "status": Value("string"), "context": Value("int32")}
@@ -56,7 +57,7 @@ def row_to_document(row: dict[str, Any]) -> Document:
         for index, start, end, comment, trained, think, close in columns
     )
     ids = tuple(row["input_ids"])
-    return Document(row["doc_id"], row["chunk"], ids, actions, row["context"], row["status"])
+    return Document(row["doc_id"], row["chunk"], ids, actions, row["context"], row["status"], row.get(ROW) or {})
 
 
 def as_dataset(data: Any, name: str) -> Dataset | IterableDataset:
@@ -127,7 +128,7 @@ def segment_dataset(
         name (`str`, *optional*, defaults to `"train_dataset"`):
             What errors call it.
         kept (`tuple[str]`, *optional*):
-            Columns that each chunk has of its row.
+            Columns that each chunk has of its row; `ROW` is all of them, as one.
 
     Raises:
         `ValueError`: for an empty data set, another container, or a row that can't be read, by its number.
@@ -147,17 +148,20 @@ def segment_dataset(
     def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {column: [] for column in (*FEATURES, *kept)}
         for position, index in enumerate(indices):
-            example = read({column: values[position] for column, values in batch.items()}, index)
+            whole = {column: values[position] for column, values in batch.items()}
+            example = read(whole, index)
             doc_id = index if isinstance(dataset, Dataset) else content_id(example)
             for document in cut_example(segmenter, doc_id, example):
-                of_row = {column: batch[column][position] for column in kept}
+                of_row = {column: whole if column == ROW else whole[column] for column in kept}
                 for column, value in (document_to_row(document) | of_row).items():
                     out[column].append(value)
         return out
 
     read(first, 0)
-    features = Features(FEATURES | {column: dataset.features[column] for column in kept})
-    columns: dict[str, Any] = {"features": features, "remove_columns": list(first)}
+    columns: dict[str, Any] = {"remove_columns": list(first)}
+    if dataset.features or not kept:  # a stream may not say of what types its columns are
+        types = dataset.features or {}
+        columns["features"] = Features(FEATURES | {c: types if c == ROW else types[c] for c in kept})
     if not isinstance(dataset, Dataset):
         return dataset.map(cut, with_indices=True, batched=True, batch_size=8, **columns)  # little is read ahead
     options = {"num_proc": num_proc, "load_from_cache_file": False, "desc": "Cutting text into actions"}
