@@ -1,4 +1,4 @@
-"""Draws tables of `python -m benchmarks replication --json`, with --experiment or without, as a page and pictures.
+"""Draws tables of `python -m benchmarks replication --json`, with --experiment or --domain or without, as a page.
 
 A page may also hold what `ra3 report` reads: training runs and annotated corpora.
 """
@@ -60,6 +60,13 @@ _ROWS = {
     "accuracy": "hard lines right",
     "accuracy_forced": "the same, comment forced",
     "accuracy_never": "the same, comment banned",
+    "transfer_accuracy": "assertions right, kinds not seen",
+    "transfer_thinks": "goes on with a comment there",
+    "transfer_comment_right": "comments right there",
+    "mbpp_right": "MBPP's assertions right",
+    "mbpp_gain": "nats of a comment before MBPP's assertions",
+    "mbpp_gain_elsewhere": "nats of a comment before its other lines",
+    "mbpp_best_pays": "MBPP's assertions with a comment that pays",
     "rlvr_steps_to_50": "GRPO updates to 50 %",
     "rlvr_steps_to_80": "GRPO updates to 80 %",
     "rlvr_steps_to_90": "GRPO updates to 90 %",
@@ -95,9 +102,22 @@ def read_table(name: str, label: str) -> ResultTable | Run:
     if path.is_file():
         with suppress(json.JSONDecodeError, UnicodeDecodeError):  # rows of a corpus, or `read_run` says what is wrong
             content = json.loads(path.read_text("utf-8"))
-            if isinstance(content, dict) and set(content) >= _KEYS:
+            if isinstance(content, dict) and (set(content) >= _KEYS or "tables" in content):
                 return ResultTable(label, content)
     return read_run(name, label)
+
+
+def of_bases(tables: Sequence[ResultTable | Run]) -> list[ResultTable | Run]:
+    """The tables one by one, where a file holds one for each base, as that of `--domain traces` does. A base that did
+    not count has none."""
+    found: list[ResultTable | Run] = []
+    for table in tables:
+        if isinstance(table, ResultTable) and "tables" in table.content:
+            bases = table.content["tables"].items()
+            found += [ResultTable(f"{table.label} {name}", one) for name, one in bases if set(one) >= _KEYS]
+        else:
+            found.append(table)
+    return found
 
 
 def table_charts(table: ResultTable) -> list[Chart]:
@@ -118,21 +138,25 @@ def table_charts(table: ResultTable) -> list[Chart]:
                 charts.append(chart(title, unit, side_by_side(rows, 0.3), arms))
         return charts
     for key, title, unit in _CURVES:
-        logs = ([entry for entry in run["ra3"]["log"] if key in entry] for run in content["runs"])
+        logs = ([entry for entry in run["ra3"]["log"] if key in entry] for run in content["runs"] if "ra3" in run)
         points = [{step: entry[key] for step, entry in enumerate(log, 1)} for log in logs]
-        if all(points):
+        if points and all(points):
             charts.append(chart(title, unit, [curve_over("ra3", points)]))
     for title, unit, names in _MEASURES_OF_ARMS:
         rows = {arm: [table.estimate(key, arm) for key in names] for arm in arms}
         charts.append(chart(title, unit, side_by_side(rows, 0.6), tuple(names.values())))
-    curves = [curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]], True) for arm in arms]
-    return [*charts, chart("RLVR: tasks solved", "share", curves)]
+    learned = [arm for arm in arms if all(run[arm]["curve"] for run in content["runs"])]
+    curves = [
+        curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]], True) for arm in learned
+    ]
+    return [*charts, *([chart("RLVR: tasks solved", "share", curves)] if curves else [])]
 
 
 def table_section(table: ResultTable) -> Section:
     """A table with its charts, as a part of a page."""
     content, arms = table.content, list(table.content["accuracy"])
     title = f"Experiment {content['experiment']}" if "experiment" in content else "Replication"
+    title = f"Domain {content['domain']}" if "domain" in content else title
     bases = ", ".join(f"{base['comment_right']:.2f}" for base in content["bases"] if base["passed"])
     about = (
         f"Seeds: {content['seeds']}. Bases tried: {len(content['bases'])}; those in use have this share of their "
@@ -163,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page and its pictures; returns where they are."""
-    tables = read_runs(args.tables, read_table)
+    tables = of_bases(read_runs(args.tables, read_table))
     sections = [table_section(table) for table in tables if isinstance(table, ResultTable)]
     sections += make_sections([table for table in tables if not isinstance(table, ResultTable)])
     written = write_report(sections, Path(args.output_dir), args.title)

@@ -13,7 +13,9 @@ from conftest import needs_bwrap
 
 from benchmarks.gpu import drive as module
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.domain import PREPARED, PROMPTS, TRAIN, write_data
 from benchmarks.gpu.drive import State, collect, drive, stages
+from benchmarks.gpu.evidence import BENCHMARKS, SUITES
 from benchmarks.gpu.plan import ARMS, EVALUATED, OURS, PRESETS, Stage, fitted
 from ra3_trl.cli import compare, rlvr, train
 
@@ -168,6 +170,94 @@ def test_what_is_put_together(tmp_path):
     assert found["elbo_by_document"]["hindsight less ra3"]["mean"] == 0
     assert found["rlvr-ra3"] == [0.25, 0.5] and "rlvr-base" not in found
     assert collect(tmp_path / "new", preset)["seconds"] == {}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("corpus", ["traces", "mbpp"])
+def test_every_command_of_the_evidence_is_understood(suite, corpus, tmp_path):
+    """By the parser of its command; next-token prediction gets RA3's compute: twice its seconds, twice the updates."""
+    files = {name: f"{name}.jsonl" for name in BENCHMARKS}
+    preset = replace(SUITES[suite][corpus], model="some/model", grpo=True, files=files)
+    state = State(tmp_path)
+    state.seconds = {"ntp-0": 3.0, "ra3-0": 5.0}
+    for arm in ("ntp", "ra3"):
+        trained(tmp_path, arm, 1.0)
+    found = {stage.name: stage for stage in stages(tmp_path, preset, state)}
+    without = [stage.name for stage in stages(tmp_path, replace(preset, grpo=False), state)]
+    assert list(found)[: len(without)] == without  # the second call goes on where the first ended
+    assert {name for name in found if name.startswith("rlvr")} == {"rlvr-ntp_compute", "rlvr-ra3"}
+    assert len({stage.done for stage in found.values()}) == len(found)
+    base = str(tmp_path / "prepared") if corpus == "traces" else "some/model"
+    for name, stage in found.items():
+        if stage.words[1] == "benchmarks.gpu.domain":
+            continue
+        command, *words = stage.words[2:]
+        if "--bf16" in words:  # refused where there is no GPU
+            words[words.index("--bf16") + 1] = "false"
+        if command == "train":
+            _, args, model, _ = train.make_parser().parse_args_and_config(words)
+            assert model.model_name_or_path == ("some/model" if name == "prepared" else base)
+            updates = preset.prepare if name == "prepared" else preset.updates * (2 if "compute" in name else 1)
+            assert args.e_steps + args.m_steps == updates and bool(args.e_steps) == name.startswith("ra3")
+            assert args.existing_comments == "keep" or name != "prepared"  # they are what it learns
+        elif command == "rlvr":
+            script, _, model = rlvr.make_parser().parse_args_and_config(words)
+            assert model.model_name_or_path.endswith(name.removeprefix("rlvr-"))
+            assert script.task_file == ("mbpp.jsonl" if corpus == "mbpp" else None)
+        else:
+            options = compare._parser().parse_args(words)
+            assert options.task_file == f"{options.task}.jsonl" and options.max_tasks is None
+            assert (options.num_samples, options.k) == ((1, "1") if "greedy" in name else (5, "1,5"))
+    compared = {name for name in found if name.startswith("compare")}
+    assert len(compared) == (8 if corpus == "mbpp" else 0)  # two benchmarks, two ways, before and after GRPO
+
+
+def test_the_data_of_the_evidence(tmp_path):
+    """Programs with traces to prepare with, without to train on, and prompts that end before an assertion."""
+    write_data("traces", "0", "30", str(tmp_path))
+    rows = {name: [json.loads(row) for row in (tmp_path / name).open()] for name in (PREPARED, TRAIN, PROMPTS)}
+    assert [len(rows[name]) for name in rows] == [30, 30, 30]
+    assert sum("\n# " in row["text"] for row in rows[PREPARED]) > 10
+    assert not any("#" in row["text"] for row in rows[TRAIN])
+    assert all(set(row) == {"prompt", "program", "opening"} and "assert" not in row["prompt"] for row in rows[PROMPTS])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_bwrap
+def test_the_evidence_at_toy_size(tmp_path, tiny_model, tokenizers, capsys):
+    """Some six minutes: the first call without GRPO, the second with it, from the command's entry point."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code = "def f{i}(n):\n    a = n + {i}\n    b = a * 2\n    return b - 1"
+    mbpp, humaneval = tmp_path / "mbpp.jsonl", tmp_path / "humaneval.jsonl"
+    rows = [
+        {"task_id": task_id, "text": "Add.", "code": code.replace("{i}", str(i)), "test_setup_code": "",
+         "test_list": [f"assert f{i}({n}) == {2 * (n + i) - 1}" for n in (1, 2)], "challenge_test_list": []}
+        for i, task_id in enumerate((11, 12, *range(601, 609)))
+    ]  # fmt: skip
+    mbpp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test = "def check(c):\n    assert c(1) == 2\n"
+    task = {"task_id": "t/0", "prompt": "def f(x):\n", "entry_point": "f", "test": test}
+    humaneval.write_text(json.dumps(task) + "\n")
+    words = [str(tmp_path / "run"), "--preset", "evidence_toy", "--model", str(tmp_path / "model"), "--json"]
+    words += ["--mbpp", str(mbpp), "--humaneval", str(humaneval), "--seconds", "900"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"traces", "mbpp"} and not any("rlvr" in name for one in found.values() for name in one)
+    for corpus in found.values():
+        assert set(corpus["measures"]) == {"base", "ntp", "ntp_compute", "ra3"}
+        assert corpus["updates"]["ntp_compute-0"] >= 2
+    assert {"think_there", "bound_multi", "right"} <= set(found["traces"]["measures"]["ra3"])
+    for name in BENCHMARKS:
+        assert set(found["mbpp"][f"compare-{name}-sampled"]["models"]) == {"base", "ntp_compute", "ra3"}
+    assert main([*words, "--grpo"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for corpus in found.values():
+        assert all(len(corpus[f"rlvr-{arm}"]) == 2 for arm in ("ntp_compute", "ra3"))
+        assert set(corpus["measures-grpo"]) == {"ntp_compute-grpo", "ra3-grpo"}
+    assert "compare-mbpp-greedy-grpo" in found["mbpp"]
 
 
 @pytest.mark.slow

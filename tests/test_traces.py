@@ -327,9 +327,8 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch, capsys, base):
     small = (("num_latents", 2),)
     ntp = TraceMidRecipe(base, 0, m_steps=2, batch_size=2, programs=8, max_latent_length=3)
     arms = {"base": None, "ntp": ntp, "ra3": replace(ntp, e_steps=1, m_steps=1, settings=small)}
-    experiment = RealExperiment(base, arms, TraceMeasureRecipe(base, tasks=3, drawn=2, draws=2))
+    experiment = RealExperiment(base, arms, TraceMeasureRecipe(base, tasks=3, drawn=2, draws=2, tokens=8))
     monkeypatch.setitem(REAL_EXPERIMENTS, "toy", lambda: experiment)
-    monkeypatch.setattr(real_measure, "TOKENS", 8)
     drawn = set()
 
     def recorded(corpus, seed, count):

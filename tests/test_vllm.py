@@ -1,17 +1,16 @@
-"""vLLM itself: completions of `generate`, token for token, and RLVR with TRL's engine in the trainer's process.
+"""vLLM itself: completions of `generate`, token for token. RLVR with it is in test_vllm_rlvr.py.
 
 `make test-vllm` runs it, in an environment of its own: vLLM on a CPU, SmolLM2-135M, HumanEval's prompts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from test_vllm_hostile import latents
 
 
 pytest.importorskip("vllm", reason="vLLM is tested by `make test-vllm`")
@@ -116,50 +115,88 @@ def test_samples_have_seeds(engine, prompts):
     assert all(len({completion.token_ids for completion in of_prompt}) > 1 for of_prompt in first)
 
 
-# ---- RLVR ----
+HOT = {
+    "always": {"think": "always"},
+    "never": {"think": "never"},
+    "threshold": {"think": "auto", "threshold": 0.0},
+    "nothing": None,
+}
 
 
-def spaces(completions, **kwargs) -> list[float]:
-    """The share of a completion's characters that are spaces: a reward that a few updates can raise."""
-    return [text.count(" ") / max(1, len(text)) for text in completions]
-
-
-def rewards(checkpoint: Path, output: Path, use_vllm: bool, think: str, seed: int, updates: int) -> list[float]:
-    from datasets import Dataset
-    from trl import GRPOConfig
-
-    from ra3_trl.rlvr import RLVRData, build_grpo_trainer
-
-    data = Dataset.from_list([{"prompt": f"def f{i}(x, y):\n"} for i in range(8)])
-    args = GRPOConfig(
-        str(output), use_cpu=False, bf16=False, max_steps=updates, num_generations=8, per_device_train_batch_size=8,
-        max_completion_length=12, learning_rate=1e-5, logging_steps=1, report_to="none", save_strategy="no", seed=seed,
-        use_vllm=use_vllm, vllm_mode="colocate", vllm_max_model_length=128, model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
-    trainer = build_grpo_trainer(
-        str(checkpoint), args, RLVRData(data, stop=("\n\n\n",)), [spaces], think=think, think_cost=0.0
-    )
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward" in row]
-    if use_vllm:  # the importance weight is near 1: both have the same weights and the same distribution
-        ratios = [row["sampling/importance_sampling_ratio/mean"] for row in rows]
-        print("importance weights", ratios)
-        differences = [row["sampling/sampling_logp_difference/max"] for row in rows]
-        print("differences", differences)
-        assert think != "auto" or max(differences) < 1e-2
-    return [row["reward"] for row in rows]
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="TRL can't bring the weights of vLLM's CPU build up to date: it packs them when they are loaded",
-)
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("think", ["auto", "always"])
-def test_rewards_of_ten_updates_are_those_of_the_present_path(checkpoint, tmp_path, think):
-    """The mean difference over the updates is within three standard errors, from the spread of the rewards."""
-    by_vllm = np.array(rewards(checkpoint, tmp_path / "vllm", True, think, 0, 10))
-    plain = np.array(rewards(checkpoint, tmp_path / "plain", False, think, 0, 10))
-    error = np.sqrt((by_vllm.var(ddof=1) + plain.var(ddof=1)) / 10)
-    print(json.dumps({"think": think, "vllm": by_vllm.round(4).tolist(), "plain": plain.round(4).tolist()}))
-    assert abs(by_vllm.mean() - plain.mean()) < 3 * error
+@pytest.mark.parametrize("knob", HOT)
+def test_no_bias_makes_a_latent_hold_what_is_forbidden(engine, knob):
+    """32 samples of 48 tokens at temperature 2, with `logit_bias` towards markers, what spells an order to Python,
+    newlines and special tokens. Without the knob all of that is drawn; it can be with `never` too, but for markers."""
+    from vllm import SamplingParams
+
+    from ra3_trl.generation import CompletionSettings
+    from ra3_trl.generation.requests import RequestThinking
+    from ra3_trl.generation.vllm_engine import RowReader, request_words
+    from ra3_trl.segmentation import PYTHON, token_bytes
+
+    tokenizer, prompt = engine.tokenizer, engine.tokenizer("x = 1\n").input_ids
+    data = token_bytes(tokenizer)
+    ends = [i for i, b in enumerate(data) if b is None or b.strip(b" ") == b"\n"]
+    pieces = [i for i, b in enumerate(data) if b in (b"coding", b"type", b":", b"=", b"#")]
+    assert len(pieces) == 5 and len(ends) > 15
+    thinking = HOT[knob] and RequestThinking(**HOT[knob], max_latent_length=12, eos_token_ids=engine.ends)
+    words = request_words(CompletionSettings(), thinking, engine.ends)
+    params = SamplingParams(
+        **words, n=32, temperature=2.0, max_tokens=48, seed=0,
+        logit_bias=dict.fromkeys(ends, 42.0) | dict.fromkeys(pieces, 48.0),
+    )  # fmt: skip
+    (output,) = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    rows = [list(row.token_ids) for row in output.outputs]
+    texts = [tokenizer.decode(row) for row in rows]
+    orders = [any(order in text for order in PYTHON.forbidden_texts) for text in texts]
+    begun = sum(text.lstrip(" ").startswith("#") for text in texts)
+    if thinking is None:
+        print(f"{knob}: {sum(orders)} of 32 samples hold an order, {begun} begin with a comment")
+        assert sum(orders) > 5 and begun > 5
+        return
+    reader = RowReader(tokenizer, thinking, engine.ends, ())
+    drawn = [latent for row in rows for latent in latents(data, row, list(reader(prompt, row).forced))]
+    assert not any(data[i] is None for latent in drawn for i in latent)
+    inside = [b"".join(data[i] for i in latent).decode("utf-8", "ignore") for latent in drawn]
+    hold = sum(any(order in text for order in PYTHON.forbidden_texts) for text in inside)
+    of_texts = f"{sum(orders)} of 32 samples hold an order, {begun} begin with a comment"
+    print(f"{knob}: {of_texts}, {hold} of {len(inside)} latents")
+    assert hold == 0
+    assert (begun, len(inside)) == (0, 0) if knob == "never" else min(begun, len(inside)) > 10
+
+
+@pytest.mark.timeout(3000)
+def test_what_vllm_or_the_knob_cant_do_is_refused_and_the_engine_goes_on(engine, prompts):
+    """Where the knob decides, no token might be left, or one that a grammar did not choose. vLLM's own refusals, of a
+    temperature above 2, are `ValueError`s as elsewhere here."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from ra3_trl.generation import CompletionSettings
+    from ra3_trl.generation.requests import RequestThinking
+
+    words = {"max_tokens": 4, "extra_args": RequestThinking("always").extra_args()}
+    others = {"allowed_token_ids": [5], "structured_outputs": StructuredOutputsParams(regex="a+")}
+    for name, value in others.items():
+        with pytest.raises((ValueError, VLLMValidationError), match=f"`{name}` is .* `ra3_think`"):
+            engine.llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(**words, **{name: value}))
+    with pytest.raises(ValueError, match="vLLM refuses the request: temperature must be in"):
+        engine.draw(prompts[:1], CompletionSettings(temperature=5.0, max_new_tokens=4))
+    assert engine.llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(**words), use_tqdm=False)
+
+
+@pytest.mark.timeout(3000)
+def test_an_engine_that_dies_is_named(engine, prompts):
+    """The last test: its processes are killed."""
+    import psutil
+
+    from ra3_trl.generation import CompletionSettings
+
+    workers = [process for process in psutil.Process().children(recursive=True) if "VLLM::" in str(process.cmdline())]
+    for process in workers:
+        process.kill()
+    assert workers
+    with pytest.raises(OSError, match="vLLM's engine has stopped; .*the same command goes on"):
+        engine.draw(prompts[:1], CompletionSettings(max_new_tokens=4))

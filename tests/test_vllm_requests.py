@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import requests
 import torch
 from conftest import TOKENIZERS, furthest
+from datasets import Dataset
 from safetensors.torch import load_file
 from trl import GRPOConfig
 
@@ -24,7 +26,9 @@ from ra3_trl.generation import CompletionSettings, VLLMEngine, draw_completions
 from ra3_trl.generation.requests import BatchThinking, RequestThinking
 from ra3_trl.generation.vllm_engine import RowReader, request_words, require_vllm, thinking_engines
 from ra3_trl.models import AbstractionConfig, AbstractionHead
-from ra3_trl.rlvr import CompletionRollout
+from ra3_trl.rlvr import CompletionRollout, RLVRData, build_grpo_trainer
+from ra3_trl.rlvr import trainer as rlvr_trainer
+from ra3_trl.rlvr.vllm_rollout import watch_server
 
 
 PROMPTS = ("def f(x):\n", "import os\n\n\ndef area(radius, unit):\n    y = 1\n", "x", "def f(x):\n    if x:\n")
@@ -186,6 +190,17 @@ def test_a_request_says_all_of_it_in_texts_and_numbers():
         ({"ra3_threshold": 2}, "`threshold` is 2.0"),
         ({"ra3_thinks": "auto"}, "`ra3_thinks` is nothing that a request can say; use some of ra3_think,"),
         ({"ra3_think": "auto", "ra3_action_format": "cobol"}, "cobol"),
+        ({"ra3_think": ["always"]}, r"`ra3_think` is \['always'\]; use a text"),
+        ({"ra3_action_format": ["python"]}, r"`ra3_action_format` is \['python'\]; use a text"),
+        ({"ra3_threshold": "high"}, "`ra3_threshold` is 'high'; use a number"),
+        ({"ra3_threshold": float("nan")}, "`threshold` is nan"),
+        ({"ra3_max_latent_length": float("inf")}, "`ra3_max_latent_length` is inf; use a whole number"),
+        ({"ra3_max_latent_length": 0}, "`max_latent_length` is 0"),
+        ({"ra3_prompt_is_code": "no"}, "`ra3_prompt_is_code` is 'no'; use 0 or 1"),
+        ({"ra3_gated": 2}, "`ra3_gated` is 2; use 0 or 1"),
+        ({"ra3_eos_token_ids": 5}, "`ra3_eos_token_ids` is 5; use a list of token ids"),
+        ({"ra3_eos_token_ids": [2, -1]}, "`ra3_eos_token_ids` is .*; use a list of token ids"),
+        ({"ra3_eos_token_ids": ["2"]}, "`ra3_eos_token_ids` is .*; use a list of token ids"),
     ],
 )
 def test_what_a_request_cant_say_is_refused_before_it_runs(words, message):
@@ -203,10 +218,14 @@ def test_stops_and_thinking_go_to_an_engine_and_to_a_server():
 # ---- vLLM that is missing, too old, or made by TRL ----
 
 
-def pretend(monkeypatch, version: str) -> ModuleType:
+def pretend(monkeypatch, version: str, cpu: bool = False) -> ModuleType:
     vllm = ModuleType("vllm")
     vllm.__version__, vllm.LLM = version, type("LLM", (), {"__init__": lambda self, **words: vars(self).update(words)})
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    vllm.platforms, vllm.utils = ModuleType("vllm.platforms"), ModuleType("vllm.model_executor.layers.utils")
+    vllm.platforms.current_platform = SimpleNamespace(is_cpu=lambda: cpu)
+    vllm.utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "packed", remove_weight)
+    for module in (vllm, vllm.platforms, vllm.utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     return vllm
 
@@ -219,6 +238,12 @@ def test_a_vllm_that_is_missing_or_too_old_is_named(monkeypatch, tmp_path):
         pretend(monkeypatch, version)
         with pytest.raises(ValueError, match=f"vLLM {version} is installed, which is too old; .*vllm>=0.22"):
             require_vllm("`use_vllm` is True")
+    monkeypatch.delattr(pretend(monkeypatch, "0.31.0"), "LLM")  # whose libraries do not load
+    with pytest.raises(ValueError, match="vLLM can't be imported .*LLM.*; `pip install 'vllm>=0.22'"):
+        require_vllm("`use_vllm` is True")
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))  # a folder of that name
+    with pytest.raises(ValueError, match="vLLM can't be imported .*__version__.*; `pip install 'vllm>=0.22'"):
+        require_vllm("`use_vllm` is True")
     for version in ("0.22.0", "1.0.0", "dev"):
         vllm = pretend(monkeypatch, version)
         assert require_vllm("`use_vllm` is True") is vllm
@@ -242,6 +267,22 @@ def test_engines_that_trl_makes_have_the_processor_and_no_head_among_the_weights
     assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
     loaded = AutoModelForCausalLMWithAbstractionHead.from_pretrained(other.model)  # by transformers as before
     assert furthest(dict(loaded.state_dict()), dict(model.state_dict())) == 0
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_an_engine_that_trl_makes_on_a_cpu_keeps_weights_that_can_be_loaded_again(monkeypatch, cpu):
+    """A matrix stays as it is and is multiplied with by torch; what is none (of a convolution) is vLLM's matter."""
+    vllm = pretend(monkeypatch, "0.32.0", cpu)
+    pack = vllm.utils.dispatch_cpu_unquantized_gemm
+    linear, other = torch.nn.Linear(3, 2), torch.nn.Conv1d(3, 2, 4)
+    with thinking_engines():
+        for layer in (linear, other):
+            vllm.utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert vllm.utils.dispatch_cpu_unquantized_gemm is pack
+    assert other.packed is True and hasattr(linear, "packed") is not cpu
+    if cpu:
+        linear.weight.data.fill_(2.0)  # as a weight sync does, in place
+        assert linear.cpu_linear(torch.ones(3), linear.weight, None).tolist() == [6.0, 6.0]
 
 
 # ---- GRPO's rollouts ----
@@ -309,10 +350,34 @@ def test_a_server_that_goes_away_or_does_not_think_is_named(wrapped, monkeypatch
     trainer = grpo(monkeypatch, tmp_path, model, gone, vllm_mode="server")
     with pytest.raises(ConnectionError, match="server at node7:8000 does not answer .*resume_from_checkpoint"):
         CompletionRollout()(PROMPTS[:1], trainer)
+    gone.sync_weights = partial(gone.generate, (), None, 1)  # TRL calls it before each rollout
+    watch_server(trainer)
+    with pytest.raises(ConnectionError, match="server at node7:8000 does not answer .*resume_from_checkpoint"):
+        gone.sync_weights()
     trainer.vllm_generation = Engine(model, steered=False)
     with pytest.raises(ValueError, match="vLLM wrote what that bans.*--logits-processors ra3_trl.generation"):
         CompletionRollout(think="always")(PROMPTS[:1], trainer)
     assert CompletionRollout()(PROMPTS[:1], trainer)["env_mask"][0][:3] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_an_engine_that_does_not_start_is_named(wrapped, monkeypatch, tmp_path, mode):
+    """What TRL and vLLM raise then are `RuntimeError`s, of which a user would see a traceback."""
+    pretend(monkeypatch, "0.32.0")
+    wrapped().save_pretrained(tmp_path / "model")
+    wrapped().tokenizer.save_pretrained(tmp_path / "model")
+
+    def fails(*args, **kwargs):
+        raise NotImplementedError("Weight synchronization runs on NCCL, which needs a CUDA device")
+
+    monkeypatch.setattr(rlvr_trainer, "_CarefulGRPOTrainer", fails)
+    data = RLVRData(Dataset.from_list([{"prompt": PROMPTS[0], "test_list": ["assert f(1)"]}]))
+    args = GRPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, use_vllm=True, vllm_mode=mode)
+    with pytest.raises(OSError, match="`use_vllm` is True and the trainer does not start: Weight synchronization"):
+        build_grpo_trainer(str(tmp_path / "model"), args, data)
+    with pytest.raises(NotImplementedError):
+        args.use_vllm = False
+        build_grpo_trainer(str(tmp_path / "model"), args, data)
 
 
 def test_sharded_weights_roll_out_in_vllm(wrapped, monkeypatch, tmp_path):

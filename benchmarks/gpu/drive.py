@@ -18,6 +18,7 @@ from ra3_trl.analysis import Estimate
 
 from ..common import say
 from ..replication.base import last_checkpoint
+from .evidence import Evidence, evidence_stages
 from .plan import ARMS, EVALUATED, MATCHED, MEASURES, OURS, Preset, Stage, later_stages, measure_stage, train_stage
 
 
@@ -61,6 +62,9 @@ class State:
 
 def stages(folder: Path, preset: Preset, state: State) -> Iterator[Stage]:
     """All stages in order; each is asked for when those before it are done."""
+    if isinstance(preset, Evidence):
+        yield from evidence_stages(folder, preset, state)
+        return
     for seed in preset.seeds:
         for arm in ("ntp", "ra3", "hindsight"):
             yield train_stage(folder, preset, arm, seed, preset.updates)
@@ -164,6 +168,8 @@ def collect(folder: Path, preset: Preset) -> dict[str, Any]:
             less = [a - b for a, b in zip(values[ours], values[theirs], strict=True)]
             found[name][f"{ours} less {theirs}"] = asdict(Estimate.of(less))
     found |= by_document(list(held_out.values()))
+    for path in sorted(folder.glob("measures*.json")):
+        found[path.stem] = json.loads(path.read_text("utf-8"))
     for path in sorted(folder.glob("compare-*/compare.json")):
         found[path.parent.name] = json.loads(path.read_text("utf-8"))
     for path in sorted(folder.glob("rlvr-*/trainer_state.json")):

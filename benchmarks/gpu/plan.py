@@ -20,7 +20,7 @@ MATCHED = {"ntp_compute": ("ntp", "ra3"), "ra3_compute": ("ra3", "hindsight")}  
 MEASURES = "measures.json"
 # Settings of the training that matter where it is measured.
 _HELD_OUT = ("max_length", "max_latent_length", "horizon", "existing_comments", "max_boundaries", "bf16", "use_cpu")
-_TRAINED = "trainer_state.json"  # the last thing that `ra3 train` and `ra3 rlvr` write beside their weights
+TRAINED = "trainer_state.json"  # the last thing that `ra3 train` and `ra3 rlvr` write beside their weights
 EVALUATED = "eval_results.json"  # of `ra3 train` at its end, with its seconds
 
 
@@ -47,6 +47,8 @@ class Preset:
             Folder or Hub id; `None` is the demo's SmolLM2-135M.
         code_dir (`str` or `None`):
             The corpus; `None` is the standard library.
+        dataset (`str` or `None`):
+            A file of rows in its place.
         eval_documents (`int`):
             Documents held out.
     """
@@ -61,6 +63,7 @@ class Preset:
     rlvr: Mapping[str, Any] | None = None
     model: str | None = None
     code_dir: str | None = None
+    dataset: str | None = None
     eval_documents: int = 64
 
     @property
@@ -164,7 +167,7 @@ def arm_folder(folder: Path, preset: Preset, arm: str, seed: int) -> str:
     return str(preset.model) if arm == "base" else str(folder / f"seed-{seed}" / arm)
 
 
-def _ra3(command: str, *words: str) -> tuple[str, ...]:
+def ra3_words(command: str, *words: str) -> tuple[str, ...]:
     return ("-m", "ra3_trl.cli.main", command, *words)
 
 
@@ -175,12 +178,13 @@ def train_stage(folder: Path, preset: Preset, arm: str, seed: int, updates: int)
     e_steps = round(updates * preset.e_steps / preset.updates) if arm in OURS else 0
     proposals = preset.hindsight if arm == "hindsight" else {}
     data = {"code_dir": preset.code_dir} if preset.code_dir else {}
+    data = {"dataset_name": preset.dataset} if preset.dataset else data
     settings = {
         "model_name_or_path": preset.model, **data, "output_dir": output, "seed": seed, "e_steps": e_steps,
         "m_steps": updates - e_steps, "eval_documents": preset.eval_documents, **preset.train, **proposals,
     }  # fmt: skip
-    words = _ra3("train", *options(settings))
-    return Stage(f"{arm}-{seed}", words, output / _TRAINED, output, signal.SIGTERM)  # on which it saves
+    words = ra3_words("train", *options(settings))
+    return Stage(f"{arm}-{seed}", words, output / TRAINED, output, signal.SIGTERM)  # on which it saves
 
 
 def measure_stage(folder: Path, preset: Preset, arm: str, seed: int) -> Stage:
@@ -204,7 +208,7 @@ def later_stages(folder: Path, preset: Preset) -> list[Stage]:
         output = folder / f"rlvr-{arm}"
         learned[f"{arm}-grpo"] = str(output)
         settings = {"model_name_or_path": places[arm], "output_dir": output, "seed": seed, **preset.rlvr}
-        stages.append(Stage(f"rlvr-{arm}", _ra3("rlvr", *options(settings)), output / _TRAINED, output))
+        stages.append(Stage(f"rlvr-{arm}", ra3_words("rlvr", *options(settings)), output / TRAINED, output))
     return stages + [
         _compare(folder / f"compare-{Path(task).stem}-grpo", task, learned, preset.compare) for task in preset.tasks
     ]
@@ -214,7 +218,7 @@ def _compare(output: Path, task: str, places: Mapping[str, str], settings: Mappi
     known = {"output_dir": output, **settings}
     if task != "mbpp":
         known.pop("task_file", None)
-    words = _ra3("compare", *places.values(), "--names", *places, "--task", task, *options(known))
+    words = ra3_words("compare", *places.values(), "--names", *places, "--task", task, *options(known))
     return Stage(output.name, words, output / "compare.json")
 
 

@@ -5,7 +5,8 @@ programs without comments: by next-token prediction, or by RA3. What each thinks
 measured over seeds. All of it goes through `RA3MidTrainer`, `GRPOTrainer` and `generate`.
 
 The experiments `real_*` ask the same of a real checkpoint, SmolLM2-135M, prepared on programs that it gets right only
-behind a comment; `cold_start` asks whether the same checkpoint, shown traces of MBPP's functions, thinks on others.
+behind a comment; `--domain traces` asks all of it of that checkpoint, over bases of three qualities. `cold_start`
+asks whether the same checkpoint, shown traces of MBPP's functions, thinks on others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datasets import disable_progress_bars
 from ..common import no_warnings
 from .bases import find_bases
 from .cold_start import COLD_EXPERIMENTS, ColdRecipe, run_cold
+from .domain import ARMS, CORPORA, DOMAINS, PARTS, UPDATES, DomainForm, chosen, plan, run_domain, traces_form
 from .experiments import EXPERIMENTS, run_experiment
 from .real_gate import REAL_EXPERIMENTS, run_real
 from .store import Store
@@ -43,9 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted({*EXPERIMENTS, *REAL_EXPERIMENTS, *COLD_EXPERIMENTS}),
         help="one of the experiments beside the table, in its place",
     )
+    parser.add_argument("--domain", choices=DOMAINS, default=DOMAINS[0], help="where it is measured")
+    traces = parser.add_argument_group("of --domain traces")
+    traces.add_argument("--corpus", choices=CORPORA, default=CORPORA[0], help="programs of preparation and training")
+    traces.add_argument("--base", nargs="+", help=f"of {', '.join(UPDATES)} (default: all)")
+    traces.add_argument("--arms", nargs="+", help=f"of {', '.join(ARMS)} (default), or of real_gate's ablations")
+    traces.add_argument("--parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all), beside the measures")
+    traces.add_argument("--plan", action="store_true", help="say what is to be done, how long, and what is there")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", help="of cold_start: the checkpoint (default: the demo's SmolLM2-135M-Instruct)")
-    parser.add_argument("--mbpp", help="of cold_start: mbpp.jsonl (default: beside the checkout, else of the Hub)")
+    parser.add_argument("--model", help="the real checkpoint (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--mbpp", help="of MBPP's parts: mbpp.jsonl (default: beside the checkout, else of the Hub)")
 
 
 @no_warnings()
@@ -53,7 +62,10 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     """Bases, seeds and rows; whatever the cache has is not done again."""
     disable_progress_bars()
     torch.set_num_threads(args.threads)
-    store, form = Store(args.cache), form or Form(full=args.full)
+    store = Store(args.cache)
+    if vars(args).get("domain") == "traces":  # callers of before have no such field
+        return run_traces(store, args)
+    form = form or Form(full=args.full)
     if args.experiment in COLD_EXPERIMENTS:
         cold = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp))
         return {"experiment": args.experiment, **run_cold(store, cold, args.seeds)}
@@ -74,3 +86,19 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
         **rows(results, form),
         "runs": seeds,
     }
+
+
+def run_traces(store: Store, args: argparse.Namespace, form: DomainForm | None = None) -> dict[str, Any]:
+    """The domain `traces`, or what of it is to be done.
+
+    Raises:
+        `ValueError`: for an option that is not of this domain.
+    """
+    if args.experiment or args.full or args.bases is not None:
+        raise ValueError("`--experiment`, `--full` and `--bases` are not of `--domain traces`; leave them out.")
+    form = chosen(form or traces_form(args.corpus, args.mbpp, args.model), args.base, args.arms, args.parts)
+    if not args.plan:
+        return run_domain(store, form, args.seeds)
+    stages = plan(store, form, args.seeds)
+    left = sum(stage.minutes for stage in stages if not stage.done)
+    return {"domain": "traces", "minutes_left": round(left, 1), "stages": [asdict(stage) for stage in stages]}

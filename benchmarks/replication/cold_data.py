@@ -15,6 +15,7 @@ from typing import Any
 
 from ra3_trl.policy import Source
 from ra3_trl.policy.traces import TraceAnnotator
+from ra3_trl.sandbox import Judge, Problem
 
 from ..traces import ASSERTION, mbpp_rows, stated
 
@@ -38,8 +39,9 @@ class ColdTask:
         return f"{self.prompt}{ASSERTION} {self.answer}\n"
 
 
-def cold_tasks(split: str, path: str | None = None, traced: bool = False) -> list[ColdTask]:
-    """One task for each assertion of a split's functions, in their order; with their traces if asked for."""
+def cold_tasks(split: str, path: str | None = None, traced: bool = False, checked: bool = False) -> list[ColdTask]:
+    """One task for each assertion of a split's functions, in their order; with their traces if asked for. With
+    `checked` only those whose value is what running the function gives."""
     tasks = [
         ColdTask(f"{code}\n\nresult = {said[0]}\n", said[1])
         for row in mbpp_rows(path)
@@ -48,7 +50,15 @@ def cold_tasks(split: str, path: str | None = None, traced: bool = False) -> lis
         for said in map(stated, row["test_list"])
         if said is not None and len(code) + len(said[0]) + len(said[1]) < LONGEST
     ]
+    tasks = [task for task, holds in zip(tasks, hold(tasks), strict=True) if holds] if checked else tasks
     return with_traces(tasks) if traced else tasks
+
+
+def hold(tasks: Sequence[ColdTask]) -> list[bool]:
+    """Whether each task's assertion holds, by the sandbox's verdict."""
+    with Judge() as judge:
+        found = [judge.submit(Problem(tests=(f"{ASSERTION} {task.answer}",)), task.prompt) for task in tasks]
+        return [result.result().verdict == "passed" for result in found]
 
 
 def _code(row: dict[str, Any]) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +16,7 @@ from ra3_trl.records import Latent
 
 from ..common import load
 from ..traces import ASSERTION
+from .assertion import is_right
 from .cold_data import ColdTask, cold_tasks
 from .store import Store
 
@@ -27,6 +25,7 @@ SAMPLES = 8
 _ANSWER_TOKENS = 24
 _AT_ONCE = 32
 _LENGTH = 448
+_PAYS = 0.5  # nats
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ColdMeasureRecipe:
     max_latent_length: int = 64
     model: str | None = None
     mbpp: str | None = None
-    version: int = 1
+    version: int = 2  # 1: without gains elsewhere
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class ColdMeasures:
             Programs that go on with a comment, and, told to think, with exactly the true trace.
         gain, gain_of_trace (`float`):
             Nats that a comment of its own, drawn at temperature 1, and the true trace bring to the assertion.
+        gain_elsewhere (`float`):
+            Nats that a comment of its own brings to another line, of two in each program.
+        best_pays (`float`):
+            Share of the assertions to which the best of its comments brings more than half a nat.
         think_there, think_elsewhere (`float`):
             Mean P(think) before the assertion and before the other lines.
         bound, elbo, ce (`float`):
@@ -73,25 +76,14 @@ class ColdMeasures:
     comment_right: float
     gain: float
     gain_of_trace: float
+    gain_elsewhere: float
+    best_pays: float
     think_there: float
     think_elsewhere: float
     bound: float
     elbo: float
     ce: float
     samples: list[dict[str, str]]
-
-
-def is_right(written: str, answer: str) -> bool:
-    """Whether the first assertion that was written states this value."""
-    for line in written.split("\n"):
-        if line.startswith(f"{ASSERTION} "):
-            said = line.removeprefix(f"{ASSERTION} ").strip()
-            try:
-                value, right = ast.literal_eval(said), ast.literal_eval(answer)
-            except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-                return False
-            return type(value) is type(right) and value == right
-    return False
 
 
 @torch.no_grad()
@@ -102,8 +94,8 @@ def write(
     found = []
     for begin in range(0, len(prompts), _AT_ONCE):
         part = list(prompts[begin : begin + _AT_ONCE])
-        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
             out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
@@ -112,7 +104,7 @@ def write(
 def held_out(recipe: ColdMeasureRecipe) -> list[ColdTask]:
     """The first traced task of each of the test split's functions, as many as are wanted, evenly spaced."""
     firsts: dict[str, ColdTask] = {}
-    for task in cold_tasks("test", recipe.mbpp, traced=True):
+    for task in cold_tasks("test", recipe.mbpp, traced=True, checked=True):
         if task.trace:
             firsts.setdefault(task.prompt.partition("\n\nresult = ")[0], task)
     tasks = list(firsts.values())
@@ -121,9 +113,10 @@ def held_out(recipe: ColdMeasureRecipe) -> list[ColdTask]:
 
 
 def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str, float]:
-    """What own comments and true traces bring, and P(think)."""
-    own, true, there = list[float](), list[float](), list[float]()
-    elsewhere: list[float] = []
+    """What own comments and true traces bring, and P(think); own ones also before two other lines of each program."""
+    columns: dict[str, list[float]] = {
+        name: [] for name in ("gain", "gain_of_trace", "gain_elsewhere", "best_pays", "think_there", "think_elsewhere")
+    }
     data = policy.engine.table.token_bytes
     for i, task in enumerate(tasks):
         document, *more = policy.segment(task.text, i)
@@ -131,53 +124,56 @@ def thoughts(policy: Policy, tasks: Sequence[ColdTask], draws: int) -> dict[str,
         boundary = lines.get(task.text.count("\n"))
         if more or boundary is None:
             continue
-        group = policy.rollout(document, (boundary,), draws)
+        others = document.boundaries[: document.boundaries.index(boundary)]  # the assertion is the last line
+        others = tuple(others[k * len(others) // 3] for k in (1, 2)) if len(others) > 2 else others
+        group = policy.rollout(document, (*others, boundary), draws)
         gates = dict(
             zip(document.boundaries, group.gate_logps_A[list(document.boundaries)].exp().tolist(), strict=True)
         )
-        own.append(float(compute_returns(group, 1, 1.0).gain_TG.mean()))
-        there.append(gates.pop(boundary))
-        elsewhere += gates.values()
+        gain_TG = compute_returns(group, 1, 1.0).gain_TG
+        columns["gain"].append(float(gain_TG[-1].mean()))
+        columns["best_pays"].append(float(gain_TG[-1].max() > _PAYS))
+        columns["gain_elsewhere"] += gain_TG[:-1].mean(1).tolist()
+        columns["think_there"].append(gates.pop(boundary))
+        columns["think_elsewhere"] += gates.values()
         latent = as_latent(policy, task.trace.removeprefix("#"))
         if isinstance(latent, Latent):
             scored = policy.score(document, (boundary,), [[latent]])
-            true.append(float(compute_returns(scored, 1, 1.0).gain_TG))
-    columns = {"gain": own, "gain_of_trace": true, "think_there": there, "think_elsewhere": elsewhere}
+            columns["gain_of_trace"].append(float(compute_returns(scored, 1, 1.0).gain_TG))
     return {name: fmean(values) if values else 0.0 for name, values in columns.items()}
 
 
 def measure(store: Store, recipe: ColdMeasureRecipe, folder: str) -> ColdMeasures:
     """All measures of the checkpoint in `folder`."""
+    return ColdMeasures(**store.get(recipe, lambda _: asdict(observe(*load(folder), recipe))))
 
-    def work(_: Path) -> dict[str, Any]:
-        model, tokenizer = load(folder)
-        model.eval()
-        tasks = held_out(recipe)
-        prompts, both = [task.prompt for task in tasks], recipe.max_latent_length + _ANSWER_TOKENS
-        free = write(model, tokenizer, prompts, both)
-        thought = [f"#{text}" for text in write(model, tokenizer, [f"{p}#" for p in prompts], both)]
-        short = [
-            f"{ASSERTION}{text}" for text in write(model, tokenizer, [p + ASSERTION for p in prompts], _ANSWER_TOKENS)
-        ]
-        traced = write(model, tokenizer, [f"{task.prompt}{task.trace}\n" for task in tasks], _ANSWER_TOKENS)
-        policy = Policy.open(
-            model, tokenizer=tokenizer, use_cpu=True, bf16=True, max_length=_LENGTH, eval_num_latents=recipe.draws,
-            max_latent_length=recipe.max_latent_length, eval_max_boundaries=4,
-        )  # fmt: skip
-        numbers = policy.evaluate([d for i, t in enumerate(tasks[: recipe.bounds]) for d in policy.segment(t.text, i)])
 
-        def share(written: Sequence[str]) -> float:
-            return fmean(is_right(text, task.answer) for text, task in zip(written, tasks, strict=True))
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: ColdMeasureRecipe) -> ColdMeasures:
+    """All measures of a model, where it is."""
+    model.eval()
+    tasks = held_out(recipe)
+    prompts, both = [task.prompt for task in tasks], recipe.max_latent_length + _ANSWER_TOKENS
+    free = write(model, tokenizer, prompts, both)
+    thought = [f"#{text}" for text in write(model, tokenizer, [f"{p}#" for p in prompts], both)]
+    short = [
+        f"{ASSERTION}{text}" for text in write(model, tokenizer, [p + ASSERTION for p in prompts], _ANSWER_TOKENS)
+    ]
+    traced = write(model, tokenizer, [f"{task.prompt}{task.trace}\n" for task in tasks], _ANSWER_TOKENS)
+    policy = Policy.open(
+        model, tokenizer=tokenizer, use_cpu=model.device.type == "cpu", bf16=True, max_length=_LENGTH,
+        eval_num_latents=recipe.draws, max_latent_length=recipe.max_latent_length, eval_max_boundaries=4,
+    )  # fmt: skip
+    numbers = policy.evaluate([d for i, t in enumerate(tasks[: recipe.bounds]) for d in policy.segment(t.text, i)])
 
-        said = [text.split("\n")[0].strip() for text in thought]
-        found = ColdMeasures(
-            right=share(free), told_to_think=share(thought), told_not_to=share(short), told_the_trace=share(traced),
-            thinks=fmean(text.startswith("#") for text in free),
-            comment_right=fmean(text == task.trace for text, task in zip(said, tasks, strict=True)),
-            **thoughts(policy, tasks, recipe.draws),
-            bound=numbers["bound_multi"], elbo=numbers["elbo"], ce=numbers["ce"],
-            samples=[{"text": text, "trace": t.trace} for text, t in zip(said[:SAMPLES], tasks, strict=False)],
-        )  # fmt: skip
-        return asdict(found)
+    def share(written: Sequence[str]) -> float:
+        return fmean(is_right(text, task.answer) for text, task in zip(written, tasks, strict=True))
 
-    return ColdMeasures(**store.get(recipe, work))
+    said = [text.split("\n")[0].strip() for text in thought]
+    return ColdMeasures(
+        right=share(free), told_to_think=share(thought), told_not_to=share(short), told_the_trace=share(traced),
+        thinks=fmean(text.startswith("#") for text in free),
+        comment_right=fmean(text == task.trace for text, task in zip(said, tasks, strict=True)),
+        **thoughts(policy, tasks, recipe.draws),
+        bound=numbers["bound_multi"], elbo=numbers["elbo"], ce=numbers["ce"],
+        samples=[{"text": text, "trace": t.trace} for text, t in zip(said[:SAMPLES], tasks, strict=False)],
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from ..common import default_model, load
 from .base import QUIET, last_checkpoint, resume
 from .records import PreparedRecipe, TraceMidRecipe, TrainingRecipe
 from .store import Store
-from .traces import EXPERT, programs
+from .traces import programs
 
 
 MID_DATA = 2  # added to the seed of mid-training; 1 are the preparation's programs
@@ -82,7 +82,7 @@ def midtrain(store: Store, recipe: TraceMidRecipe, save_steps: int = SAVE_STEPS)
         args = config(
             recipe, folder / "run", save_steps=save_steps, max_latent_length=recipe.max_latent_length, **settings
         )
-        data = programs(EXPERT, MID_DATA + recipe.seed, recipe.programs)
+        data = programs(recipe.corpus, MID_DATA + recipe.seed, recipe.programs)
         return trained(load(str(checkpoint(store, recipe.base))), args, data, folder)
 
     return store.get(recipe, work)

@@ -27,6 +27,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "latents_4": {"settings": (("num_latents", 4),)},
     "everywhere": {"settings": (("boundary_selection", "random"),)},
     "no_exploration": {"settings": (("exploration", 0.0),)},
+    "gate_head": {"settings": (("gate", "head"),)},
+    "horizon_1": {"settings": (("horizon", 1),)},
+    "shorter_latents": {"max_latent_length": 12},
+    "no_penalty": {"settings": (("penalty", 0.0),)},
+    "penalty_1": {"settings": (("penalty", 1.0),)},
     "slower": {"settings": (("e_learning_rate", 1e-5),)},
     "no_e_phase": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS, "settings": (("annotation", "resample"),)},
 }

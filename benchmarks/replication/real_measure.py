@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +15,16 @@ from ra3_trl import Policy
 from ra3_trl.analysis import shares
 
 from ..common import load
+from .assertion import is_right
 from .real import checkpoint
 from .records import TraceMeasureRecipe, TraceMeasures, TraceTask
 from .store import Store
 from .traces import ASSERTION, answer, tasks
 
 
-COMMENT_TOKENS, TOKENS = 26, 44  # of a comment, of a comment and the assertion
+COMMENT_TOKENS, TOKENS = 26, 44  # of a comment about integers, and of one with the assertion
 SAMPLES = 8
 _AT_ONCE = 50
-_STATED = re.compile(rf"{ASSERTION} (-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,17 @@ class Solved:
 
 def judged(text: str, asked: TraceTask) -> Solved:
     """Judges what was written: by the first assertion in it, and by its first line."""
-    said, first = _STATED.search(text), text.split("\n")[0]
-    return Solved(
-        said is not None and int(said.group(1)) == asked.value, first.startswith("#"), first.strip() == asked.trace
-    )
+    first = text.split("\n")[0]
+    return Solved(is_right(text, repr(asked.value)), first.startswith("#"), first.strip() == asked.trace)
 
 
 @torch.no_grad()
 def solve(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[TraceTask], opening: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[TraceTask],
+    opening: str = "",
+    tokens: int | None = None,
 ) -> list[Solved]:
     """What the model writes behind each program by itself, greedily; `opening` is put there first, as its own."""
     found = []
@@ -55,9 +56,11 @@ def solve(
         part = asked[begin : begin + _AT_ONCE]
         batch = tokenizer(
             [one.prompt + opening for one in part], return_tensors="pt", padding=True, padding_side="left"
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        ).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            out = model.generate(
+                **batch, max_new_tokens=tokens or TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         found += [judged(opening + text, one) for text, one in zip(said, part, strict=True)]
     return found
@@ -65,15 +68,19 @@ def solve(
 
 @torch.no_grad()
 def draw(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[TraceTask], draws: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[TraceTask],
+    draws: int,
+    tokens: int | None = None,
 ) -> list[list[str]]:
     """Comments behind each program, `draws` of them at temperature 1, whether the model would think there or not."""
     torch.manual_seed(0)
     found = []
     for one in asked:
-        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt")
+        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt").to(model.device)
         out = model.generate(
-            **batch, max_new_tokens=COMMENT_TOKENS, do_sample=True, top_k=0, temperature=1.0,
+            **batch, max_new_tokens=tokens or COMMENT_TOKENS, do_sample=True, top_k=0, temperature=1.0,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -97,7 +104,7 @@ def variety(comments: list[list[str]], asked: list[TraceTask]) -> dict[str, Any]
 
 def gates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[TraceTask]) -> tuple[float, float]:
     """Mean P(think), of the think prefix's tokens, before the assertions and before the other lines but the first."""
-    policy = Policy.open(model, tokenizer=tokenizer, use_cpu=True, bf16=True)
+    policy = Policy.open(model, tokenizer=tokenizer, use_cpu=model.device.type == "cpu", bf16=True)
     there, elsewhere = [], []
     with policy.inference():
         for i, one in enumerate(asked):
@@ -112,23 +119,27 @@ def measure(store: Store, recipe: TraceMeasureRecipe) -> TraceMeasures:
     """All measures of a checkpoint, which is trained if it is not there."""
 
     def work(folder: Path) -> dict[str, Any]:
-        model, tokenizer = load(str(checkpoint(store, recipe.start)))
-        model.eval()
-        asked, others = tasks(recipe.task_seed, recipe.tasks), tasks(recipe.drawn_seed, recipe.drawn)
-        free = solve(model, tokenizer, asked)
-        told = {opening: solve(model, tokenizer, asked, opening) for opening in ("#", ASSERTION)}
-        drawn = variety(draw(model, tokenizer, others, recipe.draws), others)
-        there, elsewhere = gates(model, tokenizer, asked)
-        found = TraceMeasures(
-            right=fmean(one.right for one in free),
-            thinks=fmean(one.thinks for one in free),
-            comment_right=fmean(one.comment_right for one in free),
-            told_to_think=fmean(one.right for one in told["#"]),
-            told_not_to=fmean(one.right for one in told[ASSERTION]),
-            think_there=there,
-            think_elsewhere=elsewhere,
-            **drawn,
-        )
-        return asdict(found)
+        return asdict(observe(*load(str(checkpoint(store, recipe.start))), recipe))
 
     return TraceMeasures(**store.get(recipe, work))
+
+
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TraceMeasureRecipe) -> TraceMeasures:
+    """All measures of a model, where it is."""
+    model.eval()
+    asked = tasks(recipe.task_seed, recipe.tasks, recipe.corpus)
+    others = tasks(recipe.drawn_seed, recipe.drawn, recipe.corpus)
+    written = {opening: solve(model, tokenizer, asked, opening, recipe.tokens) for opening in ("", "#", ASSERTION)}
+    free = written[""]
+    drawn = variety(draw(model, tokenizer, others, recipe.draws, recipe.comment_tokens), others)
+    there, elsewhere = gates(model, tokenizer, asked)
+    return TraceMeasures(
+        right=fmean(one.right for one in free),
+        thinks=fmean(one.thinks for one in free),
+        comment_right=fmean(one.comment_right for one in free),
+        told_to_think=fmean(one.right for one in written["#"]),
+        told_not_to=fmean(one.right for one in written[ASSERTION]),
+        think_there=there,
+        think_elsewhere=elsewhere,
+        **drawn,
+    )

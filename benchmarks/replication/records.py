@@ -138,6 +138,9 @@ class UseRecipe:
 SHARES = frozenset({
     "think_hard", "think_easy", "comment_right", "accuracy", "accuracy_forced", "accuracy_never", "think_first",
     "think_second", "think_third", "rlvr_last",
+    "comment_greedy", "thinks", "distinct", "transfer_accuracy", "transfer_forced", "transfer_never",
+    "transfer_comment_right", "transfer_thinks", "mbpp_right", "mbpp_told_to_think", "mbpp_told_not_to",
+    "mbpp_thinks", "mbpp_best_pays", "mbpp_think_there", "mbpp_think_elsewhere", "rlvr_best",
 })  # fmt: skip
 
 
@@ -248,13 +251,23 @@ class TraceCorpus:
     version: int = 1
 
 
+KINDS = ("integers", "strings", "conditionals", "lists")
+
+
+@dataclass(frozen=True)
+class KindCorpus(TraceCorpus):
+    """The same with programs of several kinds, each as often. The other half of `KINDS` is kept for the transfer."""
+
+    kinds: tuple[str, ...] = KINDS[:2]
+
+
 @dataclass(frozen=True)
 class TraceTask:
     """A program up to its last line `assert result == 6`; the right comment, `# x = 3, y = 7, x = 6`; the value."""
 
     prompt: str
     trace: str
-    value: int
+    value: int | str | list[int]
 
 
 @dataclass(frozen=True)
@@ -295,13 +308,16 @@ class TraceMidRecipe:
     max_latent_length: int = 24
     settings: tuple[tuple[str, Any], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    corpus: TraceCorpus = field(default_factory=TraceCorpus)
     version: int = 1
 
 
 @dataclass(frozen=True)
 class TraceMeasureRecipe:
     """What is measured of a checkpoint on held-out programs, the same for all arms and seeds; `drawn` programs are
-    others, with `draws` comments each: one, since four of a program that gets it right are one and the same."""
+    others, with `draws` comments each: one, since four of a program that gets it right are one and the same. Of
+    `corpus` only the kinds matter; `comment_tokens` of a drawn comment, `tokens` of a comment and the assertion, if
+    other than those of integers."""
 
     start: PreparedRecipe | TraceMidRecipe
     tasks: int = 200
@@ -309,7 +325,15 @@ class TraceMeasureRecipe:
     draws: int = 1
     task_seed: int = 99
     drawn_seed: int = 123
+    corpus: TraceCorpus = field(default_factory=TraceCorpus)
+    comment_tokens: int | None = None
+    tokens: int | None = None
     version: int = 1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of its programs."""
+        return self.corpus.kinds if isinstance(self.corpus, KindCorpus) else KINDS[:1]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from ra3_trl.testbed.corpus import boundaries
 from ..common import say
 from .base import GATE
 from .measure import measure
-from .records import SHARES, BaseRecipe, Curve, MeasureRecipe, Measures, MidRecipe, RlvrRecipe
+from .records import SHARES, BaseRecipe, Curve, MeasureRecipe, MidRecipe, RlvrRecipe
 from .rlvr import curve
 from .store import Store
 
@@ -52,14 +53,14 @@ class Form:
 class ArmResult:
     """One arm on one seed; `log` is that of mid-training, empty for a base."""
 
-    measures: Measures
-    curve: Curve
+    measures: Any  # a record of numbers
+    curve: Curve | None  # `None` where GRPO was left out
     log: list[dict[str, float]]
     seconds: float = field(compare=False)
 
     def about(self) -> dict[str, Any]:
         """What the table does not say."""
-        return {"seconds": self.seconds, "curve": list(self.curve.accuracy), "log": self.log}
+        return {"seconds": self.seconds, "curve": list(self.curve.accuracy) if self.curve else [], "log": self.log}
 
 
 def starts(form: Form, base: BaseRecipe, seed: int) -> dict[str, BaseRecipe | MidRecipe]:
@@ -99,24 +100,48 @@ def rows(results: list[dict[str, ArmResult]], form: Form) -> dict[str, dict[str,
     and, of RA3, the latents that its own phases drew before."""
     drawn = samples(form)
     before = {"ra3": drawn["ra3_e_phase"] + drawn["ra3_m_phase"], "resample": drawn["resample_m_phase"]}
-
-    def samples_to(arm: ArmResult, name: str, level: float) -> int | None:
-        steps = arm.curve.steps_to(level)
-        return None if steps is None else steps * drawn["rlvr_update"] + before.get(name, 0)
-
-    def row(read, share: bool = False) -> dict[str, Any]:
-        values = {arm: tuple(read(arm, result[arm]) for result in results) for arm in results[0]}
-        return {arm: asdict(Estimate.of(of_arm, share)) for arm, of_arm in values.items()}
-
-    table = {
-        f.name: row(lambda _, arm, name=f.name: getattr(arm.measures, name), f.name in SHARES)
-        for f in fields(Measures)
-    }
+    table = measure_rows(results)
     for level in LEVELS:
-        percent = f"{level:.0%}".rstrip("%")
-        table[f"rlvr_steps_to_{percent}"] = row(lambda _, arm, level=level: arm.curve.steps_to(level))
-        table[f"rlvr_samples_to_{percent}"] = row(lambda name, arm, level=level: samples_to(arm, name, level))
-    return table | {"rlvr_last": row(lambda _, arm: arm.curve.last, share=True)}
+        table |= level_rows(results, level, [level] * len(results), [before] * len(results))
+    return table | last_row(results)
+
+
+def _row(results: list[dict[str, ArmResult]], read: Callable[[str, int], Any], share: bool = False) -> dict[str, Any]:
+    """Estimates over seeds for each arm; `read` gets the arm's name and the number of the result."""
+    seeds = range(len(results))
+    return {arm: asdict(Estimate.of(tuple(read(arm, i) for i in seeds), share)) for arm in results[0]}
+
+
+def measure_rows(results: list[dict[str, ArmResult]]) -> dict[str, dict[str, Any]]:
+    """A row for each measure."""
+    names = [entry.name for entry in fields(next(iter(results[0].values())).measures)]
+    return {
+        name: _row(results, lambda arm, i, name=name: getattr(results[i][arm].measures, name), name in SHARES)
+        for name in names
+    }
+
+
+def level_rows(
+    results: list[dict[str, ArmResult]], level: float, levels: list[float], before: list[dict[str, int]]
+) -> dict[str, dict[str, Any]]:
+    """Updates and samples of GRPO to a level, of each result one of its own; `level` names it. `before`: samples that
+    mid-training drew."""
+
+    def updates(arm: str, i: int) -> int | None:
+        found = results[i][arm].curve
+        return None if found is None else found.steps_to(levels[i])
+
+    def drawn(arm: str, i: int) -> int | None:
+        steps, found = updates(arm, i), results[i][arm].curve
+        return None if steps is None or found is None else steps * found.samples + before[i].get(arm, 0)
+
+    percent = f"{level:.0%}".rstrip("%")
+    return {f"rlvr_steps_to_{percent}": _row(results, updates), f"rlvr_samples_to_{percent}": _row(results, drawn)}
+
+
+def last_row(results: list[dict[str, ArmResult]]) -> dict[str, dict[str, Any]]:
+    """The last level of GRPO."""
+    return {"rlvr_last": _row(results, lambda arm, i: (found := results[i][arm].curve) and found.last, share=True)}
 
 
 def samples(form: Form) -> dict[str, int]:

@@ -15,7 +15,8 @@ behind the trace and hardly ever without it. The corpus of the preparation has i
 and useless comments at the first assignment of some programs; the expert's programs have no comments. A wrong trace
 has random values, and the line behind it is true all the same.
 
-All is drawn from `random.Random(seed)`; hashes of the texts are frozen in `tests/test_traces.py`.
+Programs of other kinds are in `kinds.py`. All is drawn from `random.Random(seed)`; hashes of the texts are frozen in
+`tests/test_traces.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import random
 
 from datasets import Dataset
 
-from .records import PreparedRecipe, TraceCorpus, TraceTask
+from .kinds import FUNCTIONS, kind_task, stated
+from .records import KindCorpus, PreparedRecipe, TraceCorpus, TraceTask
 
 
 PREPARATION = PreparedRecipe().corpus
@@ -33,7 +35,6 @@ EXPERT = TraceCorpus()
 USELESS = ("update the values", "do the work", "simple step", "compute the result")
 ASSERTION = "assert result =="
 _VARIABLES = ("a", "b", "n", "x", "y", "total", "count", "step", "size", "k")
-_FUNCTIONS = ("compute", "update", "score", "mix", "shift", "combine", "f", "run", "apply_rule", "next_value")
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "%": operator.mod}
 _BY_VARIABLE, _BY_CONSTANT = ("+", "-"), ("*", "+", "-", "%")
 _MOST = 99  # of the values, which are none of them negative
@@ -60,15 +61,10 @@ def assignments(rng: random.Random, names: tuple[str, str]) -> tuple[dict[str, i
             return arguments, lines, trace
 
 
-def stated(trace: list[tuple[str, int]]) -> str:
-    """The comment that tells a trace: `# x = 3, y = 7, x = 6`."""
-    return "# " + ", ".join(f"{name} = {value}" for name, value in trace)
-
-
 def task(rng: random.Random, right: bool = True) -> TraceTask:
     """A program up to its assertion; the trace has random values where it is not to be `right`."""
     names = first, second = tuple(rng.sample(_VARIABLES, 2))
-    function = rng.choice(_FUNCTIONS)
+    function = rng.choice(FUNCTIONS)
     arguments, lines, trace = assignments(rng, names)
     values = arguments | dict(trace)
     both = rng.random() < 0.5 or values[second] == 0
@@ -85,10 +81,16 @@ def task(rng: random.Random, right: bool = True) -> TraceTask:
     return TraceTask("\n".join(prompt) + "\n", stated(trace), value)
 
 
+def any_task(rng: random.Random, corpus: TraceCorpus, right: bool = True) -> TraceTask:
+    """A program of one of the corpus' kinds up to its assertion."""
+    kind = rng.choice(corpus.kinds) if isinstance(corpus, KindCorpus) else "integers"
+    return task(rng, right) if kind == "integers" else kind_task(rng, kind, right)
+
+
 def program(rng: random.Random, corpus: TraceCorpus) -> str:
     """A whole program of the corpus."""
     traced = rng.random() < corpus.traced
-    found = task(rng, right=not traced or rng.random() < corpus.right)
+    found = any_task(rng, corpus, right=not traced or rng.random() < corpus.right)
     head, *rest = found.prompt.splitlines()
     if corpus.useless and rng.random() < corpus.useless:
         rest.insert(0, f"    # {rng.choice(USELESS)}")
@@ -97,7 +99,7 @@ def program(rng: random.Random, corpus: TraceCorpus) -> str:
 
 def answer(asked: TraceTask) -> str:
     """The only right line: `assert result == 6`."""
-    return f"{ASSERTION} {asked.value}"
+    return f"{ASSERTION} {asked.value!r}"
 
 
 def programs(corpus: TraceCorpus, seed: int, count: int) -> Dataset:
@@ -106,7 +108,7 @@ def programs(corpus: TraceCorpus, seed: int, count: int) -> Dataset:
     return Dataset.from_dict({"text": [program(rng, corpus) for _ in range(count)]})
 
 
-def tasks(seed: int, count: int) -> list[TraceTask]:
-    """Programs of the expert, cut before their assertion."""
+def tasks(seed: int, count: int, corpus: TraceCorpus = EXPERT) -> list[TraceTask]:
+    """Programs of the expert, of the corpus' kinds, cut before their assertion."""
     rng = random.Random(seed)
-    return [task(rng) for _ in range(count)]
+    return [any_task(rng, corpus) for _ in range(count)]

@@ -218,7 +218,7 @@ class Cost:
             "Hours": f"{sum(self.seconds.values()) / 3600:.3g} on all of them: {by_phase}",
             "Money": f"{self.dollars:,.2f} dollars, at {self.device.price:g} for each and hour",
             "Checked": self._check(),
-            " ": f"this machine: {_describe(self.here)} (peak, memory and launch measured)",
+            " ": f"{_describe(self.here)} (peak, memory and launch measured)",
         }
         return "\n".join(f"{name:11} {text}" for name, text in lines.items())
 

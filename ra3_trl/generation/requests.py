@@ -64,14 +64,38 @@ class RequestThinking:
                 f"`{PREFIX}{min(unknown)}` is nothing that a request can say; "
                 f"use some of {', '.join(PREFIX + name for name in cls.__dataclass_fields__)}."
             )
-        numbers = {"threshold": float, "max_latent_length": int, "prompt_is_code": bool, "gated": bool}
-        said |= {name: kind(said[name]) for name, kind in numbers.items() if name in said}
-        return cls(**said | {"eos_token_ids": tuple(map(int, said.get("eos_token_ids", ())))})
+        return cls(**{name: _read(name, value) for name, value in said.items()})
 
     def steering(self, tokenizer: PreTrainedTokenizerBase) -> ThinkSteering:
         """The state machine of requests that think so."""
         vocabulary = read_vocabulary(tokenizer, find_format(self.action_format), self.eos_token_ids)
         return ThinkSteering(vocabulary, self.think, self.threshold, self.max_latent_length, gated=self.gated)
+
+
+_KINDS = {
+    "threshold": "a number", "max_latent_length": "a whole number", "prompt_is_code": "0 or 1", "gated": "0 or 1",
+    "eos_token_ids": "a list of token ids",
+}  # fmt: skip
+
+
+def _read(name: str, value: Any) -> Any:
+    """A word of a request as [`RequestThinking`] takes it. It may come from anywhere, and what went wrong behind this
+    point would end the engine for all."""
+    whole = int(value) if isinstance(value, int) or (isinstance(value, float) and value.is_integer()) else None
+    read: Any = value if isinstance(value, str) else None
+    match name:
+        case "threshold":
+            read = float(value) if isinstance(value, int | float) else None
+        case "max_latent_length":
+            read = whole
+        case "prompt_is_code" | "gated":
+            read = bool(whole) if whole in (0, 1) else None
+        case "eos_token_ids":
+            ids = value if isinstance(value, list | tuple) else [None]
+            read = tuple(ids) if all(isinstance(i, int) and i >= 0 for i in ids) else None
+    if read is None:
+        raise ValueError(f"`{PREFIX}{name}` is {value!r}; use {_KINDS.get(name, 'a text')}.")
+    return read
 
 
 @dataclass

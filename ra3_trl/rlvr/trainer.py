@@ -25,6 +25,7 @@ from ..segmentation import prompt_ids
 from .data import RLVRData, check_rows
 from .rewards import EXECUTED, code_execution_reward, get_think_cost_reward
 from .rollout import CompletionRollout, check_heeded, until_stop
+from .vllm_rollout import watch_server
 
 
 def build_grpo_trainer(
@@ -65,6 +66,7 @@ def build_grpo_trainer(
     Raises:
         `ValueError`: for settings that the rollouts do not heed, weights that do not fit, rows that can't be trained
         on or leave no room for a completion, and checkpoints whose latents are no comments of Python.
+        `OSError`: where vLLM does not start, or its server can't be used.
 
     Example:
 
@@ -106,10 +108,17 @@ def build_grpo_trainer(
     with warnings.catch_warnings(), thinking_engines() if makes_engine else nullcontext():
         # It says that trl may change this; which versions of trl work is for this package to say and to test.
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        trainer = _CarefulGRPOTrainer(
-            policy, rewards, args, train, evaluation, tokenizer, peft_config=peft_config, rollout_func=rollout,
-            callbacks=[] if settings is None else [_CarrySettings(settings)],
-        )  # fmt: skip
+        try:
+            trainer = _CarefulGRPOTrainer(
+                policy, rewards, args, train, evaluation, tokenizer, peft_config=peft_config, rollout_func=rollout,
+                callbacks=[] if settings is None else [_CarrySettings(settings)],
+            )  # fmt: skip
+        except RuntimeError as error:  # an engine that does not start, a server that TRL can't send weights to
+            if not args.use_vllm:
+                raise
+            raise OSError(f"`use_vllm` is True and the trainer does not start: {error}") from error
+    if args.use_vllm and not makes_engine:
+        watch_server(trainer)
     _check_lengths(trainer)
     return trainer
 

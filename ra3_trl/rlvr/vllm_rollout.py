@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ..generation.requests import RequestThinking
 from ..generation.sampling import Completion, CompletionSettings
@@ -38,18 +39,35 @@ def draw_by_vllm(
     server = args.vllm_mode == "server"
     generation.generation_kwargs = request_words(settings, thinking, ends, server)
     count = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    try:
+    with server_answers(generation) if server else nullcontext():
         _, rows, logps, _ = generation.generate(prompts=prompt_ids, images=None, num_generations=count)
+    reader = RowReader(trainer.processing_class, thinking, ends, settings.stop)
+    drawn = [reader(prompt, list(row)) for prompt, row in zip(prompt_ids, rows, strict=True)]
+    return drawn, [_chosen(of_row, len(completion.token_ids)) for completion, of_row in zip(drawn, logps, strict=True)]
+
+
+@contextmanager
+def server_answers(generation: Any) -> Iterator[None]:
+    """Inside, a server that has gone away is a `ConnectionError` that says what to do; TRL has tried for a minute."""
+    try:
+        yield
     except OSError as error:
-        if not server:
-            raise
         raise ConnectionError(
             f"the vLLM server at {generation.server_base_url or f'{generation.server_host}:{generation.server_port}'} "
             f"does not answer ({type(error).__name__}). Start it again and go on with `resume_from_checkpoint`."
         ) from error
-    reader = RowReader(trainer.processing_class, thinking, ends, settings.stop)
-    drawn = [reader(prompt, list(row)) for prompt, row in zip(prompt_ids, rows, strict=True)]
-    return drawn, [_chosen(of_row, len(completion.token_ids)) for completion, of_row in zip(drawn, logps, strict=True)]
+
+
+def watch_server(trainer: GRPOTrainer) -> None:
+    """Has a server named that goes away between two rollouts: TRL brings its weights up to date before each."""
+    generation: Any = trainer.vllm_generation
+    sync = generation.sync_weights
+
+    def sync_weights() -> None:
+        with server_answers(generation):
+            sync()
+
+    generation.sync_weights = sync_weights
 
 
 def _chosen(logps: Sequence[Sequence[float | None]], count: int) -> list[float | None]:
