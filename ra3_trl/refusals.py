@@ -36,6 +36,8 @@ class Refusal:
 
 
 _GRAPHS = "forwards change their length at each update and carry branches, so graphs would be built anew"
+_LIGER = "liger replaces layers when training begins, after the engines were checked on the model"
+_KERNELS = 'set `model_init_kwargs={"use_kernels": True}`, whose kernels are there when the model is loaded'
 _NO_CLIP = "there is one update per rollout, so the ratio is 1 and nothing is clipped"
 _LATENTS = "latents branch off a document's cache and are not drawn by `generate`"
 _OUTSIDE = "an engine outside would have to score the expert's lines under each latent too"
@@ -122,6 +124,8 @@ SETTINGS = {
     "torch_compile": Refusal(_GRAPHS),
     "torch_compile_backend": Refusal(_GRAPHS),
     "torch_compile_mode": Refusal(_GRAPHS),
+    "use_liger_kernel": Refusal(_LIGER, _KERNELS),
+    "liger_kernel_config": Refusal(_LIGER, _KERNELS),
     "label_smoothing_factor": Refusal(
         "rewards and bounds are likelihoods of the text as it is", taken=(None, False, 0, 0.0)
     ),

@@ -216,6 +216,24 @@ def test_conversations_are_annotated(chat, tiny_model, tmp_path, template, kind)
             assert text.strip() == wanted.strip()
 
 
+CONTENT = "{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("row", "forms", "words"),
+    [
+        ({"messages": [*turns(0, False), {"role": "assistant", "content": None}]}, {}, "the chat template does not"),
+        ({"text": "x"}, {"formatting_func": lambda row: row["no"]}, r"raised KeyError \('no'\); .*\['text'\]"),
+        ({"text": "x"}, {"formatting_func": lambda row: row.text}, "raised AttributeError .*no attribute 'text'"),
+        ({"text": "x"}, {"formatting_func": lambda: "x"}, "raised TypeError .*it is given one row"),
+    ],
+)
+def test_programs_of_the_user_that_fail_name_the_row(chat, row, forms, words):
+    """A template, of which `None` is no content; a function that formats."""
+    with pytest.raises(ValueError, match=f"`train_dataset`, row 0: .*{words}"):
+        documents(chat(CONTENT), [row], **forms)
+
+
 # ---- containers ----
 
 

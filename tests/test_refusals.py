@@ -29,6 +29,7 @@ REFUSED = {
     "beta": (0.0, "0.0", "set `kl_coef`"),
     "num_generations": (8, "8", "set `num_latents`"),
     "vllm_mode": ("server", "server", "leave it out"),
+    "use_liger_kernel": (True, "true", "use_kernels"),
     "max_seq_length": (512, "512", "set `max_length`"),
     "latent_weight": ("gate", "gate", "set `exploration`"),
 }  # fmt: skip

@@ -107,19 +107,22 @@ class ChatReader:
     def _render(
         self, messages: Sequence[Message], tools: Any, options: dict[str, Any], template: str | None, **more: Any
     ) -> Any:
-        settings = {"tools": tools, "chat_template": template} | options | more
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}, **settings
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template does not take the conversation ({error}).") from error
+        more |= {"return_dict": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+        return self._apply(messages, tools, options, template, more)
 
     def _text(
         self, messages: Sequence[Message], tools: Any, options: dict[str, Any], template: str | None, **more: Any
     ) -> str:
+        return cast(str, self._apply(messages, tools, options, template, more | {"tokenize": False}))
+
+    def _apply(
+        self, messages: Sequence[Message], tools: Any, options: dict[str, Any], template: str | None, more: Any
+    ) -> Any:
         settings = {"tools": tools, "chat_template": template} | options | more
-        return cast(str, self.tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **settings)
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:  # a template is a program of its own
+            raise ValueError(f"the chat template does not take the conversation ({error}).") from error
 
     def _turns(
         self, messages: Sequence[Message], tools: Any, options: dict[str, Any], text: str, strict: bool
@@ -136,7 +139,7 @@ class ChatReader:
             try:
                 before = self._text(messages[:i], tools, options, None, add_generation_prompt=True) if i else ""
                 until = self._text(messages[: i + 1], tools, options, None)
-            except TemplateError:
+            except ValueError:
                 before = until = "\0"
             if i and len(before) <= len(until) and text.startswith(until) and until.startswith(before):
                 spans.append((len(before), len(until)))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 
+from ..kinds import shown
 from ..records import Action, Boundary, Document
 from .documents import Segmenter, Tokens
 from .examples import RowForms, RowReader, Text
 
 
 ROW = "row"  # among the columns that are kept: the whole row, under this name
+_NO_ROW = object()
 _IDS = Sequence(Value("int32"))
 FEATURES = Features(
     {"doc_id": Value("int64"), "chunk": Value("int32"), "status": Value("string"), "context": Value("int32")}
@@ -135,9 +137,11 @@ def segment_dataset(
     """
     dataset = as_dataset(dataset, name)
     reader = RowReader(segmenter, forms or RowForms(formatting_func, text_field))
-    first = next(iter(dataset), None)
-    if first is None:
+    first = next(iter(dataset), _NO_ROW)
+    if first is _NO_ROW:
         raise ValueError(f"`{name}` is empty; give it at least one row.")
+    if not isinstance(first, Mapping):
+        raise ValueError(f"`{name}` gives {shown(first)} for a row; it must give dicts, such as {{'text': ...}}.")
 
     def read(row: dict[str, Any], index: int) -> Text | Tokens:
         try:

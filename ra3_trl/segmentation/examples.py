@@ -115,7 +115,7 @@ class RowReader:
                 "tokenize the rows, or leave it out."
             )
         if forms.formatting_func is not None:
-            return Text(_string("`formatting_func`", forms.formatting_func(dict(row)), "returns", "return"))
+            return Text(_string("`formatting_func`", self._formatted(row), "returns", "return"))
         row = _with_messages(row)
         if "prompt" in row and "completion" in row and forms.dataset_text_field not in row:
             return self._completion(row)
@@ -130,6 +130,16 @@ class RowReader:
             f"`dataset_text_field` is {forms.dataset_text_field!r}, and the data has the columns {sorted(row)}; what "
             f"can be read is {_SUPPORTED}."
         )
+
+    def _formatted(self, row: Mapping[str, Any]) -> Any:
+        assert self.forms.formatting_func is not None
+        try:
+            return self.forms.formatting_func(dict(row))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`formatting_func` raised {type(error).__name__} ({error}); it is given one row, with the columns "
+                f"{sorted(row)}."
+            ) from error
 
     def _completion(self, row: Mapping[str, Any]) -> Text | Tokens:
         prompt, completion = row["prompt"], row["completion"]
