@@ -203,6 +203,17 @@ def test_a_process_that_fails_waits_for_its_job(annotator, tmp_path, monkeypatch
     assert waited == [[]] and set(files(folder)) == {"train-000000.parquet", "train-000004.parquet"}
 
 
+def test_a_disk_with_room_for_the_file_and_not_for_the_manifest(annotator, tmp_path, monkeypatch):
+    def full(manifest, entry):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "add", full)
+    with pytest.raises(
+        OSError, match=r"train-000000.parquet can't be written to .*No space left.*0 shards .* make room"
+    ):
+        annotate(annotator, tmp_path / "out")
+
+
 def test_a_full_disk(annotator, alone, tmp_path, monkeypatch):
     write = ra3_trl.hub.shards.pq.write_table
 

@@ -49,6 +49,7 @@ def solve(
     asked: list[TraceTask],
     opening: str = "",
     tokens: int | None = None,
+    device: str = "cpu",
 ) -> list[Solved]:
     """What the model writes behind each program by itself, greedily; `opening` is put there first, as its own."""
     found = []
@@ -56,8 +57,8 @@ def solve(
         part = asked[begin : begin + _AT_ONCE]
         batch = tokenizer(
             [one.prompt + opening for one in part], return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        ).to(device)
+        with torch.autocast(device, torch.bfloat16):
             out = model.generate(
                 **batch, max_new_tokens=tokens or TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
@@ -73,12 +74,13 @@ def draw(
     asked: list[TraceTask],
     draws: int,
     tokens: int | None = None,
+    device: str = "cpu",
 ) -> list[list[str]]:
     """Comments behind each program, `draws` of them at temperature 1, whether the model would think there or not."""
     torch.manual_seed(0)
     found = []
     for one in asked:
-        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt").to(model.device)
+        batch = tokenizer([f"{one.prompt}#"] * draws, return_tensors="pt").to(device)
         out = model.generate(
             **batch, max_new_tokens=tokens or COMMENT_TOKENS, do_sample=True, top_k=0, temperature=1.0,
             pad_token_id=tokenizer.pad_token_id,
@@ -129,9 +131,12 @@ def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: 
     model.eval()
     asked = tasks(recipe.task_seed, recipe.tasks, recipe.corpus)
     others = tasks(recipe.drawn_seed, recipe.drawn, recipe.corpus)
-    written = {opening: solve(model, tokenizer, asked, opening, recipe.tokens) for opening in ("", "#", ASSERTION)}
+    device = model.device.type
+    written = {
+        opening: solve(model, tokenizer, asked, opening, recipe.tokens, device) for opening in ("", "#", ASSERTION)
+    }
     free = written[""]
-    drawn = variety(draw(model, tokenizer, others, recipe.draws, recipe.comment_tokens), others)
+    drawn = variety(draw(model, tokenizer, others, recipe.draws, recipe.comment_tokens, device), others)
     there, elsewhere = gates(model, tokenizer, asked)
     return TraceMeasures(
         right=fmean(one.right for one in free),

@@ -260,8 +260,14 @@ class ShardedAnnotation:
         if self.manifest.origin.form == "tokens":
             chunks = [chunk for number, row in rows.items() for chunk in row.token_rows(number)]
             written = _rows(chunks, TOKENS)
-        self._write(shard, written)
-        self.manifest.add(self._entry(shard, written, rows, broken, time.perf_counter() - begun))
+        try:  # a disk may have room for the file and none for its entry
+            self._write(shard, written)
+            self.manifest.add(self._entry(shard, written, rows, broken, time.perf_counter() - begun))
+        except OSError as error:
+            raise OSError(
+                f"{shard_file(shard.number)} can't be written to {str(self.manifest.folder)!r} ({error}); "
+                f"{len(self.manifest.finished())} shards are finished and kept: make room, and run the command again."
+            ) from error
 
     def _read(self, shard: Shard, broken: dict[int, str]) -> dict[int, Text | Tokens]:
         """Reads all rows before the work on any; notes what is wrong with `broken` ones."""
@@ -280,13 +286,7 @@ class ShardedAnnotation:
 
     def _write(self, shard: Shard, rows: Dataset) -> None:
         table = rows.with_format("arrow")[:].cast(rows.features.arrow_schema)
-        try:
-            self.manifest.write(shard_file(shard.number), partial(_save, table))
-        except OSError as error:
-            raise OSError(
-                f"{shard_file(shard.number)} can't be written to {str(self.manifest.folder)!r} ({error}); "
-                f"{len(self.manifest.finished())} shards are finished and kept: make room, and run the command again."
-            ) from error
+        self.manifest.write(shard_file(shard.number), partial(_save, table))
 
     def _entry(
         self, shard: Shard, written: Dataset, rows: dict[int, AnnotatedRow], broken: dict[int, str], seconds: float

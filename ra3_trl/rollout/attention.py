@@ -239,7 +239,7 @@ class BranchState:
     ) -> torch.Tensor:
         """Causal attention of each document, whose keys and values are kept."""
         documents = list(zip(*(x.split(lengths, 1) for x in qkv), strict=True))
-        self.documents[layer] = qkv[1:]
+        self.documents[layer] = qkv[1], qkv[2]
         if self.begun:
             documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
             self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),

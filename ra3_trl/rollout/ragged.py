@@ -9,7 +9,7 @@ attention for each block of queries, merged by their normalisers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -164,8 +164,9 @@ class Row:
                 flat = torch.from_numpy(np.concatenate([x.ravel() for x in lists])).to(query[0].device)
             parts = flat.int().split([x.size for x in lists])
             tensors = [part.view(1, 1, *x.shape) for part, x in zip(parts, lists, strict=True)]
+            options: dict[str, Any] = {"BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": mask_mod}
             lengths = (self.queries.shape[1], self.keys.shape[1])
-            self._masks[window] = BlockMask(lengths, *tensors, (BLOCK, BLOCK), mask_mod)
+            self._masks[window] = BlockMask(lengths, *tensors, **options)
         return self._masks[window]
 
     def _lists(self, window: int | None) -> list[np.ndarray]:
@@ -227,7 +228,8 @@ def works(
         shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
         qkv = [torch.randn(count, 240, size, generator=generator).to(device, dtype) for count, size in shapes]
         found = []
-        for way in (flex, _with_masks):
+        ways: tuple[Callable[..., torch.Tensor], ...] = (flex, _with_masks)
+        for way in ways:
             leaves = [x.clone().requires_grad_() for x in qkv]
             try:
                 out = way(row, *leaves, None, None, cap)

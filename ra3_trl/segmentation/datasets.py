@@ -143,7 +143,7 @@ def segment_dataset(
     if not isinstance(first, Mapping):
         raise ValueError(f"`{name}` gives {shown(first)} for a row; it must give dicts, such as {{'text': ...}}.")
 
-    def read(row: dict[str, Any], index: int) -> Text | Tokens:
+    def read(row: Mapping[str, Any], index: int) -> Text | Tokens:
         try:
             return reader(row)
         except ValueError as error:
