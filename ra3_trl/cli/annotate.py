@@ -19,6 +19,7 @@ from ..config_file import read_experimental
 from ..experimental.hindsight import attach
 from ..files import public_name
 from ..hub import (
+    MANIFEST,
     Corpus,
     CorpusFacts,
     DatasetPush,
@@ -28,13 +29,16 @@ from ..hub import (
     ShardedAnnotation,
     Share,
     checkpoint_hash,
+    cut_into_shards,
     refuse_annotated,
     refuse_without_boundaries,
     render_dataset_card,
     rows_of_a_shard,
 )
-from ..policy import Policy
-from .annotators import SETTINGS, check_annotator, check_format, opened_annotation, origin_of
+from ..policy import Annotation, Policy
+from ..policy.prompted import AnnotatorError, ModelAnnotator
+from .annotate_cost import estimate, tell_cost
+from .annotators import ANNOTATORS, SETTINGS, check_annotator, check_format, opened_annotation, origin_of, telling
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 from .devices import choose_device
@@ -49,14 +53,15 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 def _check(options: argparse.Namespace) -> DatasetPush | None:
     """Refuses what can't work, and says where to push to."""
-    if choose_device(options.device, options.devices, options.price_per_hour, options.dry_run) or options.dry_run:
+    estimated = choose_device(options.device, options.devices, options.price_per_hour, options.dry_run)
+    if estimated or (options.dry_run and options.annotator in ANNOTATORS):
         if options.annotator != "policy":
             raise ValueError(
                 f"`annotator` is {options.annotator!r}, and `dry_run` estimates the policy's own latents; leave one "
                 "out."
             )
         return None
-    if not options.output_dir and not options.push_to_hub:
+    if not (options.output_dir or options.push_to_hub or options.dry_run):
         raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
     for name in ("max_documents", "shard_rows"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
@@ -65,9 +70,9 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")
     share = _share(options.shard)
-    if not options.output_dir and share.count > 1:
+    if not options.output_dir and share.count > 1 and not options.dry_run:
         raise ValueError("`output_dir` is not set; several processes or jobs need a folder that they share.")
-    if not options.push_to_hub:
+    if not options.push_to_hub or options.dry_run:
         return None
     names = ("license_column", "dataset_license", "allow_missing_licenses", "allow_secrets")
     how = {name: vars(options)[name] for name in names}
@@ -104,16 +109,21 @@ def _check_rows(push: DatasetPush, corpus: Corpus, share: Share, shard_rows: int
         push.check(corpus.select(numbers), numbers)
 
 
-def _origin(options: argparse.Namespace, policy: Policy, rows: int | None, shard_rows: int) -> Origin:
-    """What the manifest compares."""
+def _manifest(
+    options: argparse.Namespace, policy: Policy, annotation: Annotation | None, corpus: Corpus, folder: Path
+) -> Manifest:
+    """Opens the manifest of a folder, new or of the same corpus, checkpoint and settings."""
+    rows = len(corpus) if isinstance(corpus, Dataset) else None
     settings = {n: getattr(policy.args, n) for n in ANNOTATE if n not in _MACHINE} | policy.proposer.settings
-    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")} | origin_of(options)
+    settings |= {n: vars(options)[n] for n in ("dtype", "dataset_config", "dataset_split")}
+    settings |= origin_of(options, policy, annotation)
     if options.push_to_hub:  # a column is added
         settings |= {n: vars(options)[n] for n in ("license_column", "dataset_license")}
     source = public_name(options.dataset_name or options.code_dir or STANDARD_LIBRARY)
     form = "tokens" if options.tokens else "text"
     name = public_name(options.checkpoint)
-    return Origin(settings, name, checkpoint_hash(policy), source, rows, shard_rows, form)
+    shard_rows = options.shard_rows or rows_of_a_shard(rows)
+    return Manifest(folder, Origin(settings, name, checkpoint_hash(policy), source, rows, shard_rows, form))
 
 
 def _open(options: argparse.Namespace, saved: dict[str, Any]) -> Policy:
@@ -132,21 +142,25 @@ def _annotate(
     options: argparse.Namespace, corpus: Corpus, policy: Policy, folder: Path, push: DatasetPush | None
 ) -> None:
     """Annotates this process's share into `folder`, pushes it and says how far the whole has come."""
-    rows = len(corpus) if isinstance(corpus, Dataset) else None
-    shard_rows = options.shard_rows or rows_of_a_shard(rows)
     refuse_without_boundaries(RowAnnotator(policy), corpus)
-    manifest = Manifest(folder, _origin(options, policy, rows, shard_rows))
     share, source = _share(options.shard), options.dataset_name or options.code_dir or STANDARD_LIBRARY
 
     def card(facts: CorpusFacts, full_name: str) -> DatasetCard:
         licence = push and push.dataset_license
         return render_dataset_card(policy, facts, full_name, options.checkpoint, source, licence)
 
-    with opened_annotation(options) as annotation:
+    with opened_annotation(options, policy) as annotation:
+        manifest = _manifest(options, policy, annotation, corpus, folder)
         annotator = RowAnnotator(policy, annotation=annotation)
-        url = ShardedAnnotation(
+        work = ShardedAnnotation(
             annotator, corpus, manifest, share, push, card, skip_broken_rows=options.skip_broken_rows
-        ).run()
+        )
+        with telling(annotation, options.report):
+            try:
+                url = work.run()
+            except AnnotatorError as error:
+                kept = f"{len(manifest.finished())} files are finished and kept; run the same command again."
+                raise AnnotatorError(f"{error} {kept}") from error
     entries = manifest.finished().values()
     latents, boundaries = sum(e.latents for e in entries), sum(e.boundaries for e in entries)
     documents = sum(e.rows_out for e in entries)
@@ -159,7 +173,10 @@ def _annotate(
 
 
 def _dry_run(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> None:
-    """Prints what the annotation would take; nothing is written."""
+    """Prints what the annotation would take; nothing is asked or written."""
+    if options.annotator != "policy":
+        _tell_requests(options, policy, corpus)
+        return
     refuse_without_boundaries(RowAnnotator(policy), corpus)
     print("Timing the annotation of a few rows ...", file=sys.stderr)
     estimated = estimate_annotation(policy, corpus, _share(options.shard).count)
@@ -167,6 +184,18 @@ def _dry_run(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> Non
     asked = choose_device(options.device, options.devices, options.price_per_hour, True)
     if asked is not None:
         print(annotation_cost(policy, estimated, *asked).render())
+
+
+def _tell_requests(options: argparse.Namespace, policy: Policy, corpus: Corpus) -> None:
+    """Prints what a language model would be asked; of a folder that was begun what is left."""
+    folder, rows = Path(options.output_dir or ""), len(corpus) if isinstance(corpus, Dataset) else None
+    with opened_annotation(options, policy) as annotation:
+        begun = bool(options.output_dir) and (folder / MANIFEST).is_file()
+        done = _manifest(options, policy, annotation, corpus, folder).finished() if begun else {}
+        shards = cut_into_shards(corpus, options.shard_rows or rows_of_a_shard(rows), _share(options.shard).has)
+        left = (shard.rows for number, shard in shards if shard is not None and number not in done)
+        assert annotation is not None and isinstance(annotation.annotator, ModelAnnotator)
+        tell_cost(estimate(RowAnnotator(policy), annotation.annotator, left), annotation.annotator, options)
 
 
 def main(argv: list[str] | None = None) -> int:

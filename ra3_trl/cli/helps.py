@@ -54,6 +54,7 @@ HELPS = {
         "CHECKPOINT [--code_dir FOLDER | --dataset_name NAME] --output_dir DIR [OPTION ...]",
         "Writes a corpus with a checkpoint's comments spliced in, and what each of them brings.",
         (_CHECKPOINT, _CODE_DIR, _DATASET, _MAX, ("--output_dir DIR", "folder of its Parquet files"),
+         ("--annotator NAME", "trace, or another model: writes comments that the checkpoint is helped by"),
          ("--push_to_hub ORG/NAME", "push it, with a card"), ("--dry_run", "say what it would take, and end"),
          ("--device NAME --devices N", "with dry_run: what it would take on a100, l40s, h100, h200 or b200")),
         (

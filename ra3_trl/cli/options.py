@@ -15,6 +15,7 @@ RA3_FIELDS = read_fields(PACKAGE / "config.py", "RA3Config")
 HINDSIGHT_FIELDS = read_fields(PACKAGE / "experimental/hindsight/config.py", "HindsightConfig")
 DIAGNOSIS_FIELDS = read_fields(PACKAGE / "evaluation/diagnose.py", "DiagnosisSettings")
 SAMPLING_FIELDS = read_fields(PACKAGE / "evaluation/draw.py", "EvaluationSettings", ("default", "text"))
+ASKING_FIELDS = read_fields(PACKAGE / "policy/prompted/settings.py", "AskingSettings", ("default", "text"))
 
 PROPOSALS = ("proposal", "proposal_lines", "proposal_template", "proposal_kl_coef")
 ANNOTATE = (
@@ -100,13 +101,14 @@ def _reader(hint: str) -> Callable[[str], Any]:
 
 
 def add_annotator_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--annotator`, `--keep` and `--report`."""
+    """Adds `--annotator`, `--keep`, `--report`, and how a language model is asked."""
     group = parser.add_argument_group("annotator")
     group.add_argument(
-        "--annotator", default="policy", help="who proposes latents: policy (the checkpoint, or `--proposal`), or "
+        "--annotator", default="policy", help="who proposes latents: policy (the checkpoint, or `--proposal`); "
         "trace: runs each Python text with its assertions, doctests and the tests of its row (columns `tests`, "
-        "`test_list`) in the sandbox, and says before them which values its variables took; the checkpoint is the "
-        "student (default: %(default)s)",
+        "`test_list`) in the sandbox, and says before them which values its variables took; or a language model, "
+        "which sees the whole text and answers with lines and comments: folder or Hub id, with --annotator_base_url "
+        "what a server calls it. But for policy the checkpoint is the student (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--keep", default="resample", help="of an annotator's proposals: resample (drawn by what they bring the "
@@ -114,14 +116,35 @@ def add_annotator_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--report", metavar="FILE", help="write there, as JSON, how many proposals there were in this run, which were "
-        "kept, why not, a histogram of what they bring, and the ten best and worst",
+        "kept, why not, a histogram of what they bring, and the ten best and worst; with --dry_run what it would take",
+    )  # fmt: skip
+    asked = parser.add_argument_group("a language model as annotator (docs/cold_start.md)")
+    asked.add_argument(
+        "--annotator_base_url", metavar="URL", help="ask a server of OpenAI's chat interface (vLLM, `transformers "
+        "serve`, ...), such as http://localhost:8000/v1; needs the extra ra3-trl[openai], and the key in "
+        "OPENAI_API_KEY where it wants one",
+    )  # fmt: skip
+    asked.add_argument(
+        "--annotator_prompt", metavar="FILE", help="what is asked: a text with {text} where the numbered lines are to "
+        "stand (default: policy/prompted/prompt.txt of this package)",
+    )  # fmt: skip
+    for name, field in ASKING_FIELDS.items():
+        text = f"{field.text} (default: {field.default})"
+        asked.add_argument(f"--annotator_{name}", type=_reader(field.hint), help=text.replace("%", "%%"))
+    asked.add_argument(
+        "--annotator_prices", nargs=2, type=float, metavar=("PROMPT", "ANSWER"), help="prices of a million tokens of "
+        "prompts and of answers, for --dry_run",
     )  # fmt: skip
 
 
 def add_estimate_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--dry_run` and what an estimate is for."""
     group = parser.add_argument_group("estimate")
-    group.add_argument("--dry_run", action="store_true", help="say what memory and time it would take, and end")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="say what memory and time it would take, or what a language model as annotator would be asked, and end",
+    )
     group.add_argument("--device", choices=tuple(DEVICES), help=OPTIONS["device"])
     for name, kind in (("devices", int), ("price_per_hour", float)):
         group.add_argument(f"--{name}", type=kind, help=OPTIONS[name])

@@ -11,12 +11,12 @@ from .annotated import (
 )
 from .card import ModelCardFacts, all_evaluations, card_facts, render_model_card
 from .dataset_card import CorpusFacts, render_dataset_card
-from .manifest import MANIFEST, Manifest, Origin, ShardEntry, checkpoint_hash, shard_file
+from .manifest import MANIFEST, Manifest, Origin, ShardEntry, checkpoint_hash, shard_file, weights_hash
 from .mixin import HubMixin
 from .publish import DatasetPush
 from .push import PushMixin
 from .secrets import Secret, find_secrets, scan_rows
-from .shards import Corpus, ShardedAnnotation, Share, refuse_without_boundaries, rows_of_a_shard
+from .shards import Corpus, ShardedAnnotation, Share, cut_into_shards, refuse_without_boundaries, rows_of_a_shard
 
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "annotate_dataset",
     "card_facts",
     "checkpoint_hash",
+    "cut_into_shards",
     "find_secrets",
     "join_chunks",
     "refuse_annotated",
@@ -50,4 +51,5 @@ __all__ = [
     "rows_of_a_shard",
     "scan_rows",
     "shard_file",
+    "weights_hash",
 ]

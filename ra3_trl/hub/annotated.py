@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..policy import Annotation, Policy, annotate
+from ..policy import Annotation, Policy, Proposed, Source, annotate, source_of
 from ..records import AnnotatedExample, Document
 from ..rollout import NoiseKey
 from ..segmentation import RowForms, RowReader, Segmenter, Text, Tokens, content_id, cut_example, readable_bytes
@@ -27,6 +27,8 @@ ANNOTATION = Features(
 )
 
 
+# What a row, a model or a device may bring about; a full disk or a lost network is not the row's.
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 TOKENS = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("int8")), "row": Value("int64")})
 
 
@@ -96,15 +98,36 @@ class RowAnnotator:
         """Whether there is a place for a latent."""
         return any(document.boundaries for document in self.cut(example))
 
-    def __call__(self, example: Text | Tokens, row: Mapping[str, Any] | None = None) -> AnnotatedRow:
+    def source(self, example: Text | Tokens, row: Mapping[str, Any]) -> Source:
+        """What an annotator sees of a row. One that can't be cut is empty here, and fails when it is annotated."""
+        try:
+            text = (_text_of(self.policy.segmenter, example), row, self.cut(example))
+        except FAULTS:
+            return Source("")
+        return source_of(self.policy, text)
+
+    def propose(
+        self, examples: Sequence[Text | Tokens], rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[Proposed | None]:
+        """Has the annotator propose for rows, ahead of where they are annotated; `None` of each where the policy
+        proposes itself."""
+        if self.annotation is None:
+            return repeat(None, len(examples))
+        return self.annotation.propose([self.source(e, row) for e, row in zip(examples, rows, strict=True)])
+
+    def __call__(
+        self, example: Text | Tokens, row: Mapping[str, Any] | None = None, proposed: Proposed | None = None
+    ) -> AnnotatedRow:
         """Annotates what was [`~RowAnnotator.read`], inside `policy.inference()`; what can't be annotated stays as it
-        is. An annotator may want the other columns of its `row`."""
+        is. An annotator may want the other columns of its `row`; it is asked unless it has `proposed`."""
         policy, documents = self.policy, self.cut(example)
         text, noise = _text_of(policy.segmenter, example), NoiseKey(policy.args.seed, 1, 0)
         if self.annotation is None:
             examples = [annotate(policy, document, noise) for document in documents]
-        else:
+        elif proposed is None:
             (examples,) = self.annotation(policy, [(text, row or {}, documents)], noise)
+        else:
+            examples = self.annotation.place(policy, (text, row or {}, documents), proposed, noise)
         if not documents or documents[0].status != "actions":
             return AnnotatedRow(text, [], 0, examples)
         boundaries = sum(len(document.boundaries) for document in documents)
@@ -151,7 +174,8 @@ def annotate_dataset(
     examples = {number: _read(annotator, dataset[number], number) for number in mine}  # before the work
     quiet = args.disable_tqdm or args.process_index > 0
     with policy.inference(), tqdm(examples.items(), desc="Annotating", unit="row", disable=quiet) as progress:
-        own = {number: annotator(example, dataset[number]).columns() for number, example in progress}
+        proposals = annotator.propose(list(examples.values()), [dataset[number] for number in examples])
+        own = {number: annotator(e, dataset[number], next(proposals)).columns() for number, e in progress}
     rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)

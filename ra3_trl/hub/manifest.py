@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import torch
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from ..files import read_versioned
 from ..policy import Policy
@@ -107,13 +108,18 @@ def shard_file(shard: int) -> str:
 
 def checkpoint_hash(policy: Policy) -> str:
     """Tells weights, head and tokenizer from others by what they hold: a copy elsewhere is the same checkpoint."""
+    return weights_hash((policy.model, *(() if policy.head is None else (policy.head.head,))), policy.tokenizer)
+
+
+def weights_hash(modules: Sequence[torch.nn.Module], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tells the weights of modules, and a tokenizer, from others by what they hold."""
     digest = hashlib.blake2b(digest_size=8)
-    for module in (policy.model, None if policy.head is None else policy.head.head):
-        for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
             if isinstance(tensor, torch.Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(policy.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
 

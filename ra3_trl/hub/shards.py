@@ -20,7 +20,7 @@ from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..segmentation import Text, Tokens
-from .annotated import ANNOTATION, TOKENS, AnnotatedRow, RowAnnotator, no_boundaries
+from .annotated import ANNOTATION, FAULTS, TOKENS, AnnotatedRow, RowAnnotator, no_boundaries
 from .card import count_licenses
 from .dataset_card import CorpusFacts, preview_rows
 from .manifest import Manifest, ShardEntry, shard_file
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 SHARD_ROWS, _FEWEST_SHARDS = 1000, 16
 _PUSH_SECONDS = 60  # between commits, since the Hub takes 128 an hour
 _WAIT_SECONDS = 1.0
-# What a row, a model or a device may bring about; a full disk or a lost network is not the row's.
-_FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 _LISTED = 8
 Corpus = Dataset | IterableDataset
 
@@ -212,7 +210,7 @@ class ShardedAnnotation:
                     continue
                 try:
                     self._do(shard, progress)
-                except _FAULTS as error:
+                except FAULTS as error:
                     message = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
                     logger.warning("Shard %d failed and is left out: %s", shard.number, message)
                     self.manifest.fail(shard.number, message)
@@ -241,10 +239,14 @@ class ShardedAnnotation:
         broken: dict[int, str] = {}
         examples = self._read(shard, broken)
         rows = {}
-        for number, example in examples.items():
+        readable = shard.rows.select([number - shard.first_row for number in examples])
+        proposals = self.annotator.propose(list(examples.values()), readable)
+        for (number, example), row in zip(examples.items(), readable, strict=True):
+            proposed = next(proposals)  # what is wrong with an annotator is not the row's fault
+            said = () if proposed is None else (proposed,)
             try:
-                rows[number] = self.annotator(example, shard.rows[number - shard.first_row])
-            except _FAULTS as error:
+                rows[number] = self.annotator(example, row, *said)
+            except FAULTS as error:
                 broken[number] = f"{type(error).__name__}: {error}"
                 self._refuse_broken(broken)
             progress.update()

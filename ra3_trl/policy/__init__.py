@@ -1,7 +1,7 @@
 """A checkpoint that is ready to think: latents, annotation, held-out numbers, without a trainer."""
 
 from .annotate import MARKUP, WINDOW, annotate, annotate_all, annotate_proposed
-from .annotators import Annotation, Annotator, Comment, Proposed, Source
+from .annotators import Annotation, Annotator, Comment, Proposed, Source, source_of
 from .blandness import first_latent, gains_over_other, most_thinking
 from .bounds import EVAL_NOISE, HELD_OUT, HELD_OUT_HINDSIGHT, evaluate_documents, finish_metrics
 from .decisions import HeadDecisions, choose_boundaries, choose_by_promise, choose_to_try
@@ -43,5 +43,6 @@ __all__ = [
     "gains_over_other",
     "most_thinking",
     "open_settings",
+    "source_of",
     "token_text",
 ]

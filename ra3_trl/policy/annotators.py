@@ -7,7 +7,7 @@ counted as dropped with the reason; which of them are placed the policy decides 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,11 +54,12 @@ class Comment:
 
 @dataclass(frozen=True)
 class Proposed:
-    """What an annotator says of a text: `comments`, several of a line if it likes, and how often it had `none`, by the
-    reason."""
+    """What an annotator says of a text: `comments`, several of a line if it likes; how often it had `none`, by the
+    reason; and what it said that is no comment, `dropped` by the reason."""
 
     comments: tuple[Comment, ...] = ()
     none: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 class Annotator(Protocol):
@@ -66,8 +67,8 @@ class Annotator(Protocol):
 
     name: str
 
-    def propose(self, sources: Sequence[Source]) -> Sequence[Proposed]:
-        """Proposes for each text, in their order."""
+    def propose(self, sources: Sequence[Source]) -> Iterable[Proposed]:
+        """Proposes for each text, in their order; one by one where it works on later ones meanwhile."""
 
 
 def boundary_lines(text: str, documents: Sequence[Document], data: Sequence[bytes | None]) -> list[dict[int, int]]:
@@ -97,10 +98,21 @@ def boundary_lines(text: str, documents: Sequence[Document], data: Sequence[byte
     return lines
 
 
+def source_of(policy: Policy, text: Text) -> Source:
+    """What an annotator sees of a text."""
+    whole, row, documents = text
+    places = boundary_lines(whole, documents, policy.engine.table.token_bytes)
+    return Source(whole, tuple(sorted(line for at in places for line in at)), row)
+
+
 def as_latent(policy: Policy, text: str) -> Latent | str:
     """Makes the latent that says `text`, or gives the reason why there is none. A leading space goes where the
     tokenizer has it as a token by itself, which may not begin a latent."""
     marker, reason = policy.segmenter.format.think, UNWRITABLE
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character, which tokenizers do not take
+        return UNWRITABLE
     for said in (text, text.lstrip()):
         ids = encode_behind(policy.tokenizer, marker, said) if said.strip() else None
         if ids and _is_writable(ids, said, policy.engine.table):
@@ -146,24 +158,39 @@ class Annotation:
         Raises:
             `ValueError`: if the annotator gives more or fewer proposals than it was asked for.
         """
-        data = policy.engine.table.token_bytes
-        places = [boundary_lines(text, documents, data) for text, _, documents in texts]
-        lines = [tuple(sorted(line for at in chunks for line in at)) for chunks in places]
-        sources = [Source(text, at, row) for (text, row, _), at in zip(texts, lines, strict=True)]
-        proposals = list(self.annotator.propose(sources))
-        if len(proposals) != len(sources):
+        proposals = self.propose([source_of(policy, text) for text in texts])
+        for text, proposed in zip(texts, proposals, strict=True):
+            yield self.place(policy, text, proposed, noise)
+
+    def propose(self, sources: Sequence[Source]) -> Iterator[Proposed]:
+        """Asks the annotator, which may be ahead of what is taken.
+
+        Raises:
+            `ValueError`: if it gives more or fewer proposals than it was asked for.
+        """
+        given = 0
+        for given, proposed in enumerate(self.annotator.propose(sources), 1):
+            if given > len(sources):
+                break
+            yield proposed
+        if given != len(sources):
+            gave = f"more than {len(sources)}" if given > len(sources) else given
             raise ValueError(
-                f"the annotator {self.annotator.name!r} gave {len(proposals)} answers to {len(sources)} texts; give "
-                "one for each."
+                f"the annotator {self.annotator.name!r} gave {gave} answers to {len(sources)} texts; give one for "
+                "each."
             )
-        for (text, _, documents), where, proposed in zip(texts, places, proposals, strict=True):
-            rows = text.split("\n")
-            next_line = [{boundary: rows[line - 1] for line, boundary in at.items()} for at in where]
-            latents = self._latents(policy, rows, documents, where, proposed)
-            examples = annotate_proposed(policy, documents, latents, noise, self.keep_all)
-            for example, at, lines_at in zip(examples, latents, next_line, strict=True):
-                self._count(example, at, lines_at, data)
-            yield examples
+
+    def place(self, policy: Policy, text: Text, proposed: Proposed, noise: NoiseKey) -> list[AnnotatedExample]:
+        """Splices what was proposed for a text into its chunks, where the student is helped by it, and counts."""
+        whole, _, documents = text
+        data = policy.engine.table.token_bytes
+        where, rows = boundary_lines(whole, documents, data), whole.split("\n")
+        latents = self._latents(policy, rows, documents, where, proposed)
+        examples = annotate_proposed(policy, documents, latents, noise, self.keep_all)
+        for example, chunk, at in zip(examples, latents, where, strict=True):
+            next_line = {boundary: rows[line - 1] for line, boundary in at.items()}
+            self._count(example, chunk, next_line, data)
+        return examples
 
     def _latents(
         self,
@@ -179,6 +206,9 @@ class Annotation:
         self.tally.texts += 1
         self.tally.proposed += len(proposed.comments)
         self.tally.none.update(proposed.none)
+        for reason, count in proposed.dropped.items():
+            self.tally.proposed += count
+            self.tally.drop(reason, count)
         for comment in proposed.comments:
             latent: Latent | str = NO_BOUNDARY
             if comment.line in chunk_of:
