@@ -37,6 +37,7 @@ from .launches_memory import peak_of_an_update
 
 NOISE = NoiseKey(0, 0, 0)
 _END = "<|end|>"
+_FREQUENT = 0.2  # spread of random weights under which latents differ so much that many are placed
 PARTS = ("rollout", "update", "annotation", "evaluation", "mstep", "memory", "cpu")
 
 
@@ -183,7 +184,7 @@ def phases_of_the_engine(watch: Watch) -> Iterator[None]:
     def counted(self: Backbone, through: Any = None, **inputs: Any) -> torch.Tensor:
         if watch.current == "decode":
             watch.step += 1
-        with watch.forward(inputs["input_ids"].numel()):
+        with watch.forward(inputs["input_ids"].numel(), getattr(inputs.get("ra3"), "_wide", 0)):
             return hidden(self, through, **inputs)
 
     flight = branch_module._Flight
@@ -231,7 +232,7 @@ def count_rollout(bench: Bench, groups: list[RolloutGroup]) -> dict[str, Any]:
         "launches_per_decode_token": round((decode.launches + draw.launches) / sum(decode.forwards), 3),
         "decode_forwards_per_update": steps,
         "decode_tokens_per_forward": round(sum(decode.forwards) / steps),
-        "decode_shapes": len({tokens for phase, tokens in watch.shapes if phase == "decode"}),
+        "decode_shapes": sum(phase == "decode" for phase, _, _ in watch.shapes),
         "graph_breaks": count_graph_breaks(bench),
         "mixes": watch.mixes.total(),
     }
@@ -274,13 +275,22 @@ def count_update(bench: Bench, groups: list[RolloutGroup]) -> dict[str, Any]:
 
 
 def count_annotation(bench: Bench) -> dict[str, Any]:
+    """By the model of [`compare`] that places many latents, each of which changes the text behind it."""
     documents = bench.documents[: bench.args.annotated]
-    policy = bench.policy(bench.device)
+    model = make_model(bench.args, len(bench.tokenizer), spread=_FREQUENT)
+    to_device(model)
+    policy = bench.policy(model)
     with bench.watching("other") as watch, policy.inference():
-        annotate_all(policy, documents, NOISE)
+        examples = annotate_all(policy, documents, NOISE)
     bench.keep(watch, "annotation")
-    trunk = sum(watch.by_phase["trunk"].forwards)
-    return {"annotation_trunk_ratio": round(trunk / sum(len(d.input_ids) for d in documents), 2)}
+    trunk, clean = sum(watch.by_phase["trunk"].forwards), sum(len(d.input_ids) for d in documents)
+    return {
+        "annotation_trunk_ratio": round(trunk / clean, 2),
+        "annotation_placed_rate": round(
+            sum(len(e.placed) for e in examples) / sum(len(d.boundaries) for d in documents), 2
+        ),
+        "annotation_length_ratio": round(sum(len(e.input_ids) for e in examples) / clean, 2),
+    }
 
 
 def count_evaluation(bench: Bench) -> dict[str, Any]:
@@ -315,7 +325,7 @@ def compare(bench: Bench) -> dict[str, Any]:
     pairs, rollout = in_turn(args.documents, rollouts, rollouts)
     latents = [(z.token_ids, y.token_ids) for a, b in pairs for r, s in zip(a.latents, b.latents, strict=True)
                for z, y in zip(r, s, strict=True)]  # fmt: skip
-    policy = bench.policy(make_model(args, len(bench.tokenizer), spread=0.2))
+    policy = bench.policy(make_model(args, len(bench.tokenizer), spread=_FREQUENT))
     documents = bench.documents[: args.annotated]
     with policy.inference():
         examples, annotation = in_turn(

@@ -163,7 +163,7 @@ class Watch:
         self.vocab_size = vocab_size
         self.by_phase: dict[str, Counts] = {}
         self.mixes: Counter[str] = Counter()  # operations that a real device would refuse
-        self.shapes: set[tuple[str, int]] = set()  # phase and tokens of a forward
+        self.shapes: set[tuple[str, int, int]] = set()  # phase, tokens and, in decoding, own slots attended to
         self.masks: dict[str, dict[int, int]] = {}  # bytes of attention masks by phase and address
         self.rows: dict[int, ragged.Row] = {}  # on the host, by the address of their arrays
         self.step = 0
@@ -186,11 +186,11 @@ class Watch:
             self._phases.pop()
 
     @contextmanager
-    def forward(self, tokens: int) -> Iterator[None]:
+    def forward(self, tokens: int, slots: int = 0) -> Iterator[None]:
         """Counts a forward of the model."""
         counts, before = self.counts, self.counts.launches
         counts.forwards.append(tokens)
-        self.shapes.add((self._phases[-1], tokens))
+        self.shapes.add((self._phases[-1], tokens, slots))
         yield
         counts.launches_in_forwards += counts.launches - before
 

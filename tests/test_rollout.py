@@ -518,6 +518,37 @@ def test_what_is_remembered_of_a_text_changes_nothing(model_type, tiny_model, to
     assert firsts[4] <= lengths[4] and engine._memory is None
 
 
+@pytest.mark.parametrize("model_type, max_branch_tokens", [("llama", 8192), ("mistral", 8192), ("llama", 60)])
+def test_what_was_scored_under_a_placed_latent_is_not_run_again(
+    model_type, max_branch_tokens, tiny_model, tokenizers, segmenter
+):
+    """Two lines were scored under each latent, so a text with one of them placed runs from the last token of the
+    second on; with a latent that was not scored it runs more, and where little may be kept."""
+    tokenizer = tokenizers["newline_alone"]  # side runs at dedents
+    document, run = segmenter(tokenizer)(5, CODE)[0], list[int]()
+    model = tiny_model(model_type, tokenizer)
+    engine = engine_of(BranchEngine, model, tokenizer)
+    engine.max_branch_tokens = max_branch_tokens
+    handle = engine.backbone.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: run.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    for b in document.boundaries[1::4]:
+        with engine.remembering():
+            latents = engine.rollout(document, document.boundaries, 3, 2, KEY).latents[document.boundaries.index(b)]
+            strange = replace(latents[0], token_ids=(*latents[0].token_ids, 9))
+            for latent, scored in ((latents[2], True), (strange, False)):
+                text = splice(document, {b: latent}).document
+                wanted = engine_of(BranchEngine, model, tokenizer).rollout(text, text.boundaries[::2], 2, 2, KEY)
+                engine.rollout(document, document.boundaries, 3, 2, KEY)
+                run.clear()
+                found = engine.rollout(text, text.boundaries[::2], 2, 2, KEY)
+                assert_same_groups(found, wanted)
+                torch.testing.assert_close(found.states_SD, wanted.states_SD, atol=1e-4, rtol=1e-4)
+                least = len(text.input_ids) - text.actions[b + horizon_lines(document, b, 2) - 1].end + 1
+                assert run[0] == least if scored and max_branch_tokens > 60 else run[0] >= least + (not scored)
+    handle.remove()
+
+
 @pytest.mark.parametrize("kind", [BranchEngine, ExpandEngine])
 def test_a_latent_does_not_depend_on_its_company(kind, llama, tokenizers, document):
     """Fewer boundaries, fewer latents, one more phase: only the key decides."""

@@ -33,6 +33,12 @@ _OF_A_BOUNDARY = 16  # tokens that a boundary must have, on average, for calls o
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, or `[kv_heads, M, slots, D]`
 
 
+class Trunk(Protocol):
+    """Keeps keys and values of documents."""
+
+    def keys_values(self, layer: int, number: int) -> KeysValues: ...
+
+
 @dataclass
 class _Block:
     """Groups branches `first` to `last` (exclusive) for one call of fused attention to their own keys."""
@@ -75,7 +81,7 @@ class BranchState:
         self.lengths: list[int] = trunk.lengths if trunk else []  # tokens of each document
         # Of each document of a forward: which has been run, in which state, and how many of its tokens stand for this
         # one's first.
-        self.begun: list[tuple[BranchState | None, int, int]] = []
+        self.begun: list[tuple[Trunk | None, int, int]] = []
         self.own: dict[int, KeysValues] = {}  # by layer
         # Of each slot; think prefixes and latents follow the document, other tokens say where they stand.
         self._position = self.prefix[:, None] + np.arange(slots)
@@ -241,13 +247,13 @@ class BranchState:
         return torch.cat([causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents], 1)
 
     def _behind(
-        self, layer: int, state: BranchState | None, number: int, tokens: int, *own: torch.Tensor
+        self, layer: int, state: Trunk | None, number: int, tokens: int, *own: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of a document's last tokens, the keys and values behind those of its first."""
         if state is None or not tokens:
             return own
         q, *new = own
-        past = state._document(layer, number)
+        past = state.keys_values(layer, number)
         return q, *(torch.cat([x[:, :tokens], y], 1) for x, y in zip(past, new, strict=True))
 
     def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -258,7 +264,8 @@ class BranchState:
         for kept, new in zip(self.own[layer], (k, v), strict=True):
             kept[:, branch, slot] = new.to(kept.dtype)
 
-    def _document(self, layer: int, number: int) -> KeysValues:
+    def keys_values(self, layer: int, number: int) -> KeysValues:
+        """Of a document, `[kv_heads, tokens, D]` each."""
         begin = sum(self.lengths[:number])
         k, v = self.documents[layer]
         return k[:, begin : begin + self.lengths[number]], v[:, begin : begin + self.lengths[number]]
@@ -273,7 +280,7 @@ class BranchState:
         queries = q.view(kv_heads, repeat, *q.shape[1:])
         of_documents, of_own = [], []
         for first, last, document, seen in self._plan.spans:
-            k, v = (x[None, :, :seen].to(q.dtype) for x in self._document(layer, document))
+            k, v = (x[None, :, :seen].to(q.dtype) for x in self.keys_values(layer, document))
             query = queries[:, :, first:last]
             out, lse = attention_and_normaliser(query.flatten(1, 2)[None], k, v, None, scale, None)
             of_documents.append((out.view(*query.shape[:3], -1), lse.view(query.shape[:3])))

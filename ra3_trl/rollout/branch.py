@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from .forward import BranchTokens, Plan, chained, to_device
 from .noise import NoiseKey
 from .plan import BranchPlan, collect_scores
 from .sampler import Draw, check_finite, draw_from_hidden, fed_tokens, ids_of_bits
-from .trunk import Begun, SideRuns, summed, wanted_logps
+from .trunk import Begun, Scored, SideRuns, summed, wanted_logps
 
 
+_REMEMBERED = 4  # so many forwards of scoring are kept at most, for what may be placed
 _CACHED = 16  # so many tokens that are only kept, by their keys and values, count as one that runs: they take less
 
 
@@ -274,13 +276,43 @@ class _Flight(Flight):
         parts = [self._scoring(part, horizon) for part in self._scored_together(different)]
         arrays = to_device(device, *(part.arrays for part in parts))
         logps, sampled = [], None if self.kept is None else self.kept.opened
-        for part, (held, row, target, *planned) in zip(parts, arrays, strict=True):
+        ran: list[tuple[BranchState, torch.Tensor]] = []
+        room = 0 if engine._memory is None else _REMEMBERED * engine.max_branch_tokens
+        for part, (held, row, target, first, *planned) in zip(parts, arrays, strict=True):
             state = part.state.holding(sampled, held)
-            logps.append(engine.backbone.token_logps(engine._forward(state, part.plan, planned)[row], target))
+            hidden = engine._forward(state, part.plan, planned)
+            logps.append(engine.backbone.token_logps(hidden[row], target))
+            room -= len(part.branches) * state.slots
+            if room >= 0:
+                ran.append((state, hidden[first].float()))
         line, is_gate = (np.concatenate([vars(part)[name] for part in parts]) for name in ("line", "is_gate"))
         found = collect_scores(self.plans, torch.cat(logps).cpu(), line, is_gate, self.num_latents, horizon)
         lines, gates = (x.flatten(0, 1)[torch.from_numpy(same)].view(x.shape) for x in found)
+        for part, (state, states) in zip(parts, ran, strict=False):
+            self._remember(part.branches, state, states.cpu(), lines.flatten(0, 1), gates.flatten(0, 1))
         return lines, gates
+
+    def _remember(
+        self, branches: np.ndarray, state: BranchState, states: torch.Tensor, lines: torch.Tensor, gates: torch.Tensor
+    ) -> None:
+        """Keeps what scored branches have run, for texts in which one of their latents is placed; each document's
+        apart, since some are done before others."""
+        assert self.engine._memory is not None
+        plans = [self.plans[m] for m in branches]
+        of_one = states.split([plan.lines for plan in plans])
+        _, begins = np.unique([self.documents[m // self.num_latents] for m in branches], return_index=True)
+        for a, b in pairwise([*begins.tolist(), len(plans)]):
+            document = plans[a].document
+            begun = self.engine._memory.get((document.doc_id, document.chunk))
+            if begun is None or begun.group is None or begun.group.document is not document:
+                continue  # what latents are drawn from need not be the text
+            own = {layer: (k[:, a:b].clone(), v[:, a:b].clone()) for layer, (k, v) in state.own.items()}
+            for i, m in enumerate(branches[a:b].tolist()):
+                plan = self.plans[m]
+                last = np.flatnonzero(~plan.is_gate)[-1]  # of what is wanted of lines, the last token's
+                chain = plan.tokens[: plan.predictor[last] + 1].tolist()  # without side runs, which stand behind
+                tokens, scores = (*plan.think, *self.tokens[m], *chain), (lines[m], gates[m], of_one[a + i])
+                begun.branches.append(Scored(own, i, plan.start, tokens, int(plan.target[last]), plan.lines, *scores))
 
     def _scored_together(self, branches: np.ndarray) -> list[np.ndarray]:
         """Cuts branches into parts whose forwards fit, those with most to run first, so that equals are together."""
@@ -308,21 +340,24 @@ class _Flight(Flight):
                 np.concatenate([slot + 1, base + plan.sees]),
                 np.concatenate([slot, base + plan.run]),
             )
-            wanted = (at + len(left) + plan.predictor, plan.target, m * horizon + plan.line, plan.is_gate)
-            columns.append((*run, *wanted))
+            predictor = at + len(left) + plan.predictor
+            of_lines = np.flatnonzero(~plan.is_gate)
+            first = predictor[of_lines[np.unique(plan.line[of_lines], return_index=True)[1]]]
+            columns.append((*run, predictor, plan.target, first, m * horizon + plan.line, plan.is_gate))
             at += len(left) + len(plan.tokens)
             slots = max(slots, base + len(plan.tokens))
-        *tokens, row, target, line, is_gate = (np.concatenate(column) for column in zip(*columns, strict=True))
+        *tokens, row, target, first, line, is_gate = (np.concatenate(column) for column in zip(*columns, strict=True))
         document = [self.documents[m // self.num_latents] for m in branches]
         state = BranchState(np.array([self.plans[m].start for m in branches]), document, slots, True, self.trunk)
         held = np.arange(len(branches)) if self.kept is None else self.kept.row[branches]
         plan = state.plan(BranchTokens(*tokens))
-        return _Scoring(branches, state, plan, [held, row, target, *plan.arrays], line, is_gate)
+        return _Scoring(branches, state, plan, [held, row, target, first, *plan.arrays], line, is_gate)
 
 
 @dataclass
 class _Scoring:
-    """Plans one scoring forward; `arrays`: where its branches' cache is, the rows and targets wanted, its plan's."""
+    """Plans one scoring forward; `arrays`: where its branches' cache is, the rows and targets wanted, the rows that
+    predict lines' first tokens, its plan's."""
 
     branches: np.ndarray
     state: BranchState

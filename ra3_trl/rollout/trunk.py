@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from ..records import Document, RolloutGroup
-from .attention import BranchState
+from .attention import BranchState, KeysValues
 from .forward import Plan, chained
 from .plan import gate_targets
 
@@ -23,15 +23,60 @@ def _led_to(document: Document, boundary: int) -> tuple[list[tuple[int, int]], t
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Keeps what was run and found out behind a boundary: branch `number` of those whose keys and values these are has
+    run `tokens` and scored `lines`."""
+
+    own: dict[int, KeysValues]  # by layer
+    number: int
+    start: int  # tokens of the document that the branch sees
+    tokens: tuple[int, ...]  # think prefix, latent, closure and lines, but for the last token
+    target: int  # which that is
+    lines: int
+    line_logps_H: torch.Tensor
+    gate_logps_H: torch.Tensor
+    states_HD: torch.Tensor  # hidden states that predict the lines' first tokens
+
+    def follows(self, document: Document, actions: int) -> bool:
+        """Whether the document goes on as the branch does, whose first line is the one behind its first `actions`."""
+        end = self.start + len(self.tokens)
+        own = document.actions[actions : actions + self.lines]
+        return (
+            document.input_ids[self.start : end + 1] == (*self.tokens, self.target)
+            and len(own) == self.lines
+            and own[-1].end == end + 1
+            and all(
+                action.decides == bool(gate > -torch.inf) for action, gate in zip(own, self.gate_logps_H, strict=False)
+            )
+        )
+
+
+class Joined:
+    """Stands for a trunk whose document is another's up to a boundary and goes on as a branch there."""
+
+    def __init__(self, trunk: BranchState, document: int, scored: Scored):
+        self.trunk, self.document, self.scored = trunk, document, scored
+
+    def keys_values(self, layer: int, number: int) -> KeysValues:
+        """As [`BranchState.keys_values`], of its one document."""
+        at = self.scored
+        own = (x[:, at.number, : len(at.tokens)] for x in at.own[layer])
+        past = self.trunk.keys_values(layer, self.document)
+        k, v = (torch.cat([x[:, : at.start], y.to(x.dtype)], 1) for x, y in zip(past, own, strict=True))
+        return k, v
+
+
+@dataclass(frozen=True)
 class Begun:
     """Says how a document begins as one that has been run: its first `actions` have their scores, its first `tokens`
-    their keys and values."""
+    their keys and values. What was run behind its boundaries is kept: one of the latents may be placed."""
 
     group: RolloutGroup | None = None
-    trunk: BranchState | None = None
+    trunk: BranchState | Joined | None = None
     number: int = 0  # of the document in the trunk
     actions: int = 0
     tokens: int = 0
+    branches: list[Scored] = field(default_factory=list)
 
     def of(self, document: Document) -> Begun:
         """What `document` has in common with that one. The token before what is scored anew is run once more, since
@@ -45,8 +90,30 @@ class Begun:
             if one != other or one.end > common:
                 break
             actions += 1
+        for scored in self.branches:
+            placed = next((i for i, action in enumerate(before.actions) if action.start == scored.start), len(ids))
+            if placed <= actions and scored.start <= common and scored.follows(document, placed):
+                return self._behind(document, placed, scored)
         start = document.actions[actions].start if actions < len(document.actions) else len(ids)
-        return replace(self, actions=actions, tokens=max(min(common, start) - 1, 0))
+        return replace(self, actions=actions, tokens=max(min(common, start) - 1, 0), branches=[])
+
+    def _behind(self, document: Document, placed: int, scored: Scored) -> Begun:
+        """The beginning of a document in which the latent of a scored branch is placed before action `placed`: the
+        lines that were scored under it have been run too."""
+        assert self.group is not None and self.group.states_SD is not None and isinstance(self.trunk, BranchState)
+        actions, group = placed + scored.lines, self.group
+        lines = document.actions[placed:actions]
+        count = sum(action.boundary is not None for action in document.actions[:placed])
+        states = scored.states_HD[[k for k, action in enumerate(lines) if action.boundary is not None]]
+        known = replace(
+            group,
+            line_logps_A=torch.cat([group.line_logps_A[:placed], scored.line_logps_H[: scored.lines]]),
+            gate_logps_A=torch.cat([group.gate_logps_A[:placed], scored.gate_logps_H[: scored.lines]]),
+            states_SD=torch.cat([group.states_SD[:count], states]),
+        )
+        start = document.actions[actions].start if actions < len(document.actions) else len(document.input_ids)
+        tokens = min(scored.start + len(scored.tokens), start - 1)
+        return Begun(known, Joined(self.trunk, self.number, scored), 0, actions, tokens)
 
     def completed(self, group: RolloutGroup) -> RolloutGroup:
         """The group with the scores that were at hand."""
