@@ -21,7 +21,7 @@ from ..policy.prompted.prompt import DEFAULT
 from ..policy.prompted.server import check_url, require_openai
 from ..policy.traces import TraceAnnotator
 from ..sandbox import SandboxError
-from .options import ASKING_FIELDS
+from .option_groups import ASKING_FIELDS
 
 
 ANNOTATORS = ("policy", "trace")  # and language models, by their names

@@ -101,6 +101,7 @@ class Begun:
         """The beginning of a document in which the latent of a scored branch is placed before action `placed`: the
         lines that were scored under it have been run too."""
         assert self.group is not None and self.group.states_SD is not None and isinstance(self.trunk, BranchState)
+        assert scored.states_HD is not None
         actions, group = placed + scored.lines, self.group
         lines = document.actions[placed:actions]
         count = sum(action.boundary is not None for action in document.actions[:placed])
