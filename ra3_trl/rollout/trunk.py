@@ -100,9 +100,9 @@ class Begun:
     def _behind(self, document: Document, placed: int, scored: Scored) -> Begun:
         """The beginning of a document in which the latent of a scored branch is placed before action `placed`: the
         lines that were scored under it have been run too."""
-        assert self.group is not None and self.group.states_SD is not None and isinstance(self.trunk, BranchState)
-        assert scored.states_HD is not None
         actions, group = placed + scored.lines, self.group
+        assert group is not None and group.states_SD is not None and scored.states_HD is not None
+        assert isinstance(self.trunk, BranchState)
         lines = document.actions[placed:actions]
         count = sum(action.boundary is not None for action in document.actions[:placed])
         states = scored.states_HD[[k for k, action in enumerate(lines) if action.boundary is not None]]
