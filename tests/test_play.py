@@ -293,9 +293,7 @@ class Page(Browser):
 @pytest.mark.slow
 @needs_gradio
 def test_the_page_shows_p_think_as_it_is_typed(browser, policy, server):
-    from ra3_trl.cli.playground import EXAMPLE
-
-    assert browser.numbers() == [f"{b.think_prob:.3f}" for b in play.see(policy, EXAMPLE).boundaries]
+    assert browser.numbers() == [f"{b.think_prob:.3f}" for b in play.see(policy, play.EXAMPLE).boundaries]
     text = "x = 1\ny = x\n"
     browser.write(text)
     browser.until("document.querySelectorAll('#gates tr.at').length == 1")
@@ -319,8 +317,6 @@ def test_the_page_shows_p_think_as_it_is_typed(browser, policy, server):
 @needs_gradio
 def test_thoughts_are_drawn_and_the_threshold_moves_by_keys_alone(browser, policy):
     """Tab to the box and on: choose the second line, draw, move the slider to 0, generate."""
-    from ra3_trl.cli.playground import EXAMPLE
-
     browser.focus_by_tab("#threshold input[type=range]")
     browser.key("Home", 36)
     browser.until("document.querySelectorAll('#gates tr.thinks').length == 5")
@@ -330,7 +326,7 @@ def test_thoughts_are_drawn_and_the_threshold_moves_by_keys_alone(browser, polic
     browser.focus_by_tab("#draw")
     browser.key("Enter", 13, "\r")
     browser.until("document.querySelector('#latents tbody tr')")
-    expected = [z.text for z in play.draw(policy, EXAMPLE, 3).boundaries[0].latents]
+    expected = [z.text for z in play.draw(policy, play.EXAMPLE, 3).boundaries[0].latents]
     found = browser.js("[...document.querySelectorAll('#latents tbody th')].map(e => e.textContent)")
     assert [text.removesuffix(" …") for text in found] == expected
     browser.focus_by_tab("#go")

@@ -9,7 +9,6 @@ CORPUS is `traces` or `mbpp`; MBPP is its file, or nothing.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ra3_trl.files import write_whole
 
 from ..common import load, say
 from ..replication import cold_measure, real_measure
@@ -33,7 +34,6 @@ PREPARED, TRAIN, PROMPTS = "prepare.jsonl", "train.jsonl", "prompts.jsonl"
 def write_data(corpus: str, seed: str, rows: str, folder: str, mbpp: str = "") -> None:
     """The corpus as files; of MBPP the training split, whose tasks `ra3 rlvr` reads itself."""
     place, count, form = Path(folder), int(rows), traces_form("kinds")
-    place.mkdir(parents=True, exist_ok=True)
     if corpus == "traces":
         base, ntp = form.bases["strong"], form.ntp
         assert form.rlvr is not None
@@ -49,9 +49,7 @@ def write_data(corpus: str, seed: str, rows: str, folder: str, mbpp: str = "") -
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), "utf-8")
-    os.replace(aside, path)
+    write_whole(path, "".join(json.dumps(dict(row)) + "\n" for row in rows).encode())
 
 
 def measure(corpus: str, tasks: str, out: str, mbpp: str, *named: str) -> None:
@@ -71,11 +69,7 @@ def measure(corpus: str, tasks: str, out: str, mbpp: str, *named: str) -> None:
             own_mbpp = replace(asked.mbpp, tasks=count, bounds=count, mbpp=mbpp or None)
             found[name] = asdict(cold_measure.observe(model, tokenizer, own_mbpp))
         say(f"{name}: {found[name]['right']:.3f} right, {found[name]['told_to_think']:.3f} told to think")
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    os.replace(aside, path)
+    write_whole(out, f"{json.dumps(found, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ that `ra3 train` holds out with this seed; noise and documents are the same for 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from itertools import groupby
-from pathlib import Path
 
 from ra3_trl import Policy
 from ra3_trl.cli.data import hold_out, load_splits
+from ra3_trl.files import write_whole
 from ra3_trl.policy import evaluate_documents, finish_metrics
 from ra3_trl.segmentation import row_to_document, segment_dataset
 
@@ -36,11 +35,7 @@ def main(model: str, out: str, seed: str, documents: str, code_dir: str, setting
     for row in sums:
         total.update(row)
     found = {f"eval_{name}": value for name, value in finish_metrics(total).items()} | {"sums": sums}
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    os.replace(aside, path)
+    write_whole(out, f"{json.dumps(found, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ..policy import Policy
 from ..report.charts import Chart, draw, side_by_side, stem, training_charts
 from ..report.look import look
 from ..report.page import write_page
+from ..report.play import EXAMPLE
 from ..report.runs import MIDTRAINING, TrainingRun
 from ..testbed import Behaviour, Corpus, fresh_model, make_tokenizer, observe, pretraining, programs
 from ..testbed.behaviour import MAX_LATENT
@@ -47,14 +48,6 @@ _WHERE: dict[str, Callable[[Behaviour], float]] = {
     "comments right": lambda it: it.comments,
 }
 HELD_OUT = 1_000_000  # seed
-_OPENING = """\
-def median(values):
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
-"""
 _MACHINE = {
     "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "dataloader_pin_memory": False,
     CHECKPOINTING: False,
@@ -240,7 +233,7 @@ def write_pages(policy: Policy, size: Size, output: Path, real: bool) -> list[Pa
             return pages
         with console.status("Drawing SmolLM2-135M's thoughts ..."):
             real_policy = Policy.open(str(folder), num_latents=4, max_latent_length=12, horizon=1)
-            write_page(look(real_policy, _OPENING, "median.py", folder.name), output / "smollm2.html")
+            write_page(look(real_policy, EXAMPLE, "median.py", folder.name), output / "smollm2.html")
         pages.append(output / "smollm2.html")
     return pages
 

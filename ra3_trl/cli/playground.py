@@ -15,14 +15,6 @@ from ..report import play
 from ..report.show import ShownFile, physical_lines
 
 
-EXAMPLE = """\
-def median(values):
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
-"""
 THRESHOLD = 0.5
 # Fonts of the machine: nothing is fetched when the page is opened.
 _THEME = gradio.themes.Base(
@@ -118,7 +110,7 @@ class Playground:
             error = gradio.Markdown(visible=False, elem_id="error", elem_classes="ra3")
             with gradio.Row():
                 with gradio.Column(min_width=300):
-                    text = gradio.Textbox(EXAMPLE, label="Code", lines=12, max_lines=24, elem_id="text")
+                    text = gradio.Textbox(play.EXAMPLE, label="Code", lines=12, max_lines=24, elem_id="text")
                 with gradio.Column(min_width=300):
                     gates = gradio.HTML(elem_id="gates")
             threshold = gradio.Slider(

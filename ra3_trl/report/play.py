@@ -19,6 +19,14 @@ from .page import GAIN_SCALE, render
 from .show import Row, ShownBoundary, ShownFile, cut_runs, highlight, physical_lines, visible
 
 
+EXAMPLE = """\
+def median(values):
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+"""
 MOST_CHARACTERS = 20_000  # of a text: what a page can show, and look at while somebody types
 MOST_LATENTS = 64
 MOST_TOKENS = 1024
