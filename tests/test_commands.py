@@ -14,7 +14,7 @@ import pytest
 
 import ra3_trl
 from ra3_trl import RA3Config
-from ra3_trl.cli import options, rlvr, train
+from ra3_trl.cli import option_groups, options, rlvr, train
 from ra3_trl.cli.early import refuse_early, trainer_fields
 from ra3_trl.cli.helps import HELPS
 from ra3_trl.cli.main import COMMANDS, main
@@ -101,11 +101,11 @@ def test_what_may_be_meant_is_left_to_the_command(tmp_path):
 
 @pytest.mark.parametrize(
     ("fields", "config"),
-    [(options.RA3_FIELDS, RA3Config), (options.HINDSIGHT_FIELDS, HindsightConfig),
-     (options.DIAGNOSIS_FIELDS, DiagnosisSettings), (options.SAMPLING_FIELDS, EvaluationSettings)],
+    [(option_groups.RA3_FIELDS, RA3Config), (options.HINDSIGHT_FIELDS, HindsightConfig),
+     (options.DIAGNOSIS_FIELDS, DiagnosisSettings), (option_groups.SAMPLING_FIELDS, EvaluationSettings)],
 )  # fmt: skip
 def test_flags_have_the_meaning_and_default_of_the_field(fields, config):
-    assert options.THINKING == THINKING
+    assert option_groups.THINKING == THINKING
     real = {field.name: field for field in dataclasses.fields(config)}
     for name in {*options.ANNOTATE, *options.SHOW, *options.DIAGNOSE, *options.CROSS_ENTROPY, *fields} & set(fields):
         if name not in real or "help" not in real[name].metadata:
