@@ -171,11 +171,12 @@ def annotate_dataset(
     args, dataset = policy.args, dataset.with_format(None)  # texts are wanted, whatever the rows were made into
     annotator = RowAnnotator(policy, formatting_func, annotation)
     mine = range(args.process_index, len(dataset), args.world_size)
-    examples = {number: _read(annotator, dataset[number], number) for number in mine}  # before the work
+    given = {number: dataset[number] for number in mine}
+    examples = {number: _read(annotator, row, number) for number, row in given.items()}  # before the work
     quiet = args.disable_tqdm or args.process_index > 0
     with policy.inference(), tqdm(examples.items(), desc="Annotating", unit="row", disable=quiet) as progress:
-        proposals = annotator.propose(list(examples.values()), [dataset[number] for number in examples])
-        own = {number: annotator(e, dataset[number], next(proposals)).columns() for number, e in progress}
+        proposals = annotator.propose([*examples.values()], [*given.values()])
+        own = {number: annotator(e, given[number], next(proposals)).columns() for number, e in progress}
     rows = {number: row for share in gather_object([own]) for number, row in share.items()}
     added = Dataset.from_list([rows[number] for number in range(len(dataset))], features=ANNOTATION)
     return concatenate_datasets([dataset, added], axis=1)

@@ -84,6 +84,7 @@ class Row:
     columns: tuple[Columns, Columns] = ((), ())  # the same on the device
     lists: torch.Tensor | None = None  # there too: of [`Row.pairs`] without a window
     _work: dict[int | None, list[_Work]] = field(default_factory=dict)  # by window
+    _listed: dict[int | None, list[np.ndarray]] = field(default_factory=dict)
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -172,9 +173,11 @@ class Row:
     def _lists(self, window: int | None) -> list[np.ndarray]:
         """Of each block of queries and then of each block of keys, how many blocks it must look at and which: those of
         which some pairs see, then those of which all do."""
-        some, whole = self.pairs(window)
-        kinds = (some & ~whole, whole)
-        return [x for kind in (*kinds, *(kind.T for kind in kinds)) for x in _ordered(kind)]
+        if window not in self._listed:
+            some, whole = self.pairs(window)
+            kinds = (some & ~whole, whole)
+            self._listed[window] = [x for kind in (*kinds, *(kind.T for kind in kinds)) for x in _ordered(kind)]
+        return self._listed[window]
 
 
 def _ordered(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
