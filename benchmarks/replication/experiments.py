@@ -190,8 +190,7 @@ def objective() -> Experiment:
 
 def signal() -> Experiment:
     """An E-phase and no M-phase, which would even out what E-phases differ in: the defaults, and one thing changed at
-    a time. A program has three hard lines, so an update of `ra3` has 192 samples where there is something to learn,
-    `quarter` 48 and `sixteenth` 12."""
+    a time. `quarter` and `sixteenth` draw as little of the latents; groups of 4 and 16 draw as many as those of 8."""
     base = BaseRecipe(0)
     changed: dict[str, dict[str, Any]] = {
         "ra3": {},
