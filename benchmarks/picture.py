@@ -222,6 +222,11 @@ def _cell(estimate: Estimate, digits: int | None) -> tuple[str, str]:
     return value, " ".join(filter(None, (interval, f"({missed} never)" if missed else "")))
 
 
+def named(section: Section, label: str) -> Section:
+    """The section with its table's label before each chart's title."""
+    return replace(section, charts=[replace(chart, title=f"{label}: {chart.title}") for chart in section.charts])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", metavar="TABLE", help="JSON file, or LABEL=FILE")
     parser.add_argument("--output_dir", default="report", help="folder of page and pictures (default: %(default)s)")
@@ -232,6 +237,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page and its pictures; returns where they are."""
     tables = of_bases(read_runs(args.tables, read_table))
     sections = [table_section(table) for table in tables if isinstance(table, ResultTable)]
+    if len(sections) > 1:  # they stand together in the picture of all
+        labels = (table.label for table in tables if isinstance(table, ResultTable))
+        sections = [named(section, label) for section, label in zip(sections, labels, strict=True)]
     sections += make_sections([table for table in tables if not isinstance(table, ResultTable)])
     written = write_report(sections, Path(args.output_dir), args.title)
     return {"page": str(written[0]), "pictures": sum(path.suffix == ".png" for path in written)}

@@ -148,3 +148,14 @@ def test_an_experiment_on_a_real_checkpoint(tmp_path):
     assert [chart.title for chart in table_charts(table)] == ["Assertions right", "Thinks where it pays"]
     (series,) = table_charts(table)[0].series
     assert (series.label, list(series.y)) == ("left to itself", pytest.approx([0.77, 0.115, 0.77]))
+
+
+def test_two_tables_say_in_the_picture_of_all_which_is_which(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.picture.write_report", lambda sections, *_: seen.extend(sections) or [tmp_path])
+    tables = {"real": checkpoints(), "toy": replication()}
+    main(["picture", *(f"{name}={write(tmp_path / name, table)}" for name, table in tables.items()), "--json"])
+    assert [section.charts[0].title for section in seen] == [
+        "real: Assertions right",
+        "toy: E-phase: gain where it thinks",
+    ]
