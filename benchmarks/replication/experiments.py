@@ -154,6 +154,7 @@ def variants() -> Experiment:
         "frozen": {"settings": (("reward_model", "frozen"),)},
         "kl": {"kl_coef": 0.05},
         "horizon_4": {"horizon": 4},
+        "hotter": {"settings": (("temperature", 1.3),)},
         "no_e_phase": {"e_steps": 0, "m_steps": 35},
     }
     return Experiment(
