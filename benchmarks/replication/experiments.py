@@ -201,6 +201,7 @@ def signal() -> Experiment:
         "latents_16": {"num_latents": 16, "batch_size": 4},
         "cooler": {"settings": (("temperature", 0.7),)},
         "hotter": {"settings": (("temperature", 1.3),)},
+        "hottest": {"settings": (("temperature", 1.6),)},
         "top_p": {"settings": (("top_p", 0.9),)},
         "slower": {"e_learning_rate": 2.5e-4},
         "faster": {"e_learning_rate": 1e-3},
