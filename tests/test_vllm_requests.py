@@ -207,6 +207,20 @@ def test_rows_that_were_not_steered_are_noticed(wrapped):
         RowReader(model.tokenizer, RequestThinking("never"), (), ())(ids, comment)
 
 
+@pytest.mark.parametrize("knob", KNOBS)
+def test_ids_that_the_tokenizer_has_not_may_be_drawn(wrapped, knob):
+    """Models often have more rows than their tokenizer has ids; at the end of a line, where latents begin, too."""
+    model, ends = wrapped(), ()
+    tokenizer = model.tokenizer
+    reader, unknown = RowReader(tokenizer, RequestThinking(**knob), ends, ()), [len(tokenizer) + 3] * 2
+    if knob["think"] == "always":
+        with pytest.raises(ValueError, match="vLLM wrote what that bans"):
+            reader(tokenizer(PROMPTS[0]).input_ids, unknown)
+    else:
+        completion = reader(tokenizer(PROMPTS[0]).input_ids, unknown)
+        assert (completion.text, completion.forced) == ("", (False, False))
+
+
 # ---- what a request says ----
 
 
