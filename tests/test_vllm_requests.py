@@ -367,7 +367,7 @@ class _Refuses(Exception):
 def engine(wrapped, monkeypatch, tmp_path):
     """`engine(model)`: a `VLLMEngine` of a checkpoint, whose vLLM decodes greedily by [`Batch`] and heeds no stop."""
     vllm = pretend(monkeypatch, "0.31.0")
-    vllm.SamplingParams = lambda **words: SimpleNamespace(**words)
+    vllm.SamplingParams = lambda **words: SimpleNamespace(**{"extra_args": None} | words)
     for name, error in (("v1.engine.exceptions", "EngineDeadError"), ("exceptions", "VLLMValidationError")):
         module = ModuleType(f"vllm.{name}")
         vars(module)[error] = _Refuses if name == "exceptions" else type(error, (Exception,), {})
