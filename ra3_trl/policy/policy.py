@@ -326,12 +326,12 @@ class Policy:
 
     def _generating_head(self) -> AbstractionHead:
         """The head, or a fresh one, that says of the format and the latents' length what the settings do."""
-        args = self.args
-        of_latents = {"action_format": args.action_format, "max_latent_length": args.max_latent_length}
         if self.head is None:
-            return AbstractionHead(AbstractionConfig(state_width(self.model), **of_latents))
-        head = copy(self.head.head)
-        head.config = replace(head.config, **of_latents)
+            head = AbstractionHead(AbstractionConfig(state_width(self.model)))
+        else:
+            head = copy(self.head.head)
+        args = self.args
+        head.config = replace(head.config, action_format=args.action_format, max_latent_length=args.max_latent_length)
         return head
 
     def text(self, source: Document | AnnotatedExample) -> str:
