@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..records import Latent, TokenTable
 from .backbone import Backbone
-from .inversion import block_size, invert, invert_by_blocks
+from .inversion import block_size, cumulative, invert, invert_by_blocks
 from .logps import Part, Targets
 
 
@@ -131,7 +131,7 @@ class LatentDistribution:
         if self.params.top_p < 1.0:
             masked = scaled_nV.masked_fill(~keep, float("-inf"))
             probs, order = masked.softmax(-1).sort(descending=True)
-            nucleus = probs.cumsum(-1) - probs < self.params.top_p
+            nucleus = cumulative(probs) - probs < self.params.top_p
             keep &= torch.zeros_like(keep).scatter(-1, order, nucleus)
         return keep
 
