@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import pad
 
 from ra3_trl.records import TokenTable
 from ra3_trl.rollout import Backbone, SamplingParams, logps
 from ra3_trl.rollout.inversion import block_size
-from ra3_trl.rollout.sampler import LatentDistribution, Symbols, draw_from_hidden, symbol_logps
+from ra3_trl.rollout.sampler import (
+    LatentDistribution,
+    Symbols,
+    draw_from_hidden,
+    symbol_logps,
+    token_and_symbol_logps,
+)
 
 
 STOPS, MOST = [5, 7, 40], 6  # tokens of the stop symbol, longest latent
@@ -115,6 +122,14 @@ def test_symbols_and_their_gradients(kind, more, matrix, temperature, backbone, 
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients(found), gradients(wanted), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    # Both in one pass: seven tokens, of which the first three stand before the symbols of a chunk of three.
+    both = token_and_symbol_logps(head, distribution, (hidden[:7], hidden), token_n[:7], symbols)
+    apart = wanted[:7], plain_logps(head.logits(hidden), symbols, temperature).float()
+    for one, other in zip(both, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    sums = (gradients(2 * of_symbols + pad(tokens, (0, 33))) for tokens, of_symbols in (both, apart))
+    for one, other in zip(*sums, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_a_frozen_head_gives_gradients_to_the_states_alone(backbone, small_chunks):
@@ -123,7 +138,7 @@ def test_a_frozen_head_gives_gradients_to_the_states_alone(backbone, small_chunk
     weight = head.causal_lm.get_output_embeddings().weight
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     symbols = some_symbols(head.vocab_size)
-    distribution = LatentDistribution(table_of(head.vocab_size), SamplingParams(MOST))
+    distribution = LatentDistribution(table_of(head.vocab_size), SamplingParams(MOST, 0.6))
     (wanted,) = torch.autograd.grad(symbol_logps(head, distribution, hidden, symbols).square().sum(), hidden)
     weight.requires_grad_(False)
     found = symbol_logps(head, distribution, hidden, symbols).square().sum()
