@@ -119,8 +119,9 @@ def test_every_figure_is_there(found):
     assert set(moved) == {"draw", "no_grad", "grad"}
     # Written and read once by a product, a normaliser and what picks, in four bytes; with gradients made twice.
     assert moved["draw"] <= 16 and moved["no_grad"] <= 12 and moved["grad"] <= 40
-    # By autograd gates and symbols have a gradient of the head each, 49,152 x 576 x 4 bytes = 113 MB, and their sum.
-    assert found["update_peak_mb"] < 0.75 * found["update_peak_by_autograd_mb"]
+    # Embeddings that are the head: at the end there are both gradients and (the counter keeps PyTorch from adding in
+    # place) their sum, 49,152 x 576 x 4 bytes = 113 MB each, with few layers whatever the log-probs are made by.
+    assert 3 * 113 < found["update_peak_mb"] < found["update_peak_by_autograd_mb"]
     phases = ("trunk", "open", "decode", "draw", "score", "reference", "update", "annotation", "evaluation", "M-step")
     assert all(found["phases"][phase]["launches"] > 0 for phase in phases)
 

@@ -202,15 +202,20 @@ class BranchState:
             self._tokens, others = (others[0], others[1]), others[2:]
         if plan.row is not None and plan.spans:
             self._query_row, self._out_row = others
-            _, _, _, sees, run, slot, _ = plan.row.columns[0]
-            j = torch.arange(int(plan.row.queries[5].max()) + 1, device=slot.device)
-            of_blocks = self._query_row.split([(last - first) * queries for first, last, queries in plan.blocks])
-            for (first, last, width), flat in zip(plan.blocks, of_blocks, strict=True):
-                at = flat.view(last - first, width)
-                sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
-                visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
-                self._blocks.append(_Block(first, last, at, visible))
         return ids, positions
+
+    def _make_blocks(self, plan: Plan) -> list[_Block]:
+        """Blocks of a forward that attends to boundaries one by one, for all layers."""
+        assert plan.row is not None and self._query_row is not None
+        _, _, _, sees, run, slot, _ = plan.row.columns[0]
+        j, blocks = torch.arange(int(plan.row.queries[5].max()) + 1, device=slot.device), []
+        of_blocks = self._query_row.split([(last - first) * queries for first, last, queries in plan.blocks])
+        for (first, last, width), flat in zip(plan.blocks, of_blocks, strict=True):
+            at = flat.view(last - first, width)
+            sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
+            visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
+            blocks.append(_Block(first, last, at, visible))
+        return blocks
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
@@ -276,6 +281,7 @@ class BranchState:
         """Attention to the document, a boundary at a time and without a mask, and to each branch's own keys, a block
         at a time, merged by the log of their normalisers."""
         assert self._plan is not None
+        self._blocks = self._blocks or self._make_blocks(self._plan)
         own = self.own[layer]
         q = q.to(own[1].dtype)  # in mixed precision queries and keys may be wider than values
         kv_heads, repeat = len(own[0]), len(q) // len(own[0])
