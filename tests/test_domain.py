@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import needs_bwrap
-from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks import replication
 from benchmarks.__main__ import main
@@ -56,6 +54,7 @@ from benchmarks.replication.traces import programs, tasks
 from ra3_trl.testbed.corpus import content_hash
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 ALL = KindCorpus(kinds=KINDS)
 NUMBERS = (
     0.5,
@@ -71,15 +70,6 @@ NUMBERS = (
     0.7,
     0.1,
 )  # those of `DomainMeasures` that are always there
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
-    torch.set_num_threads(threads)
 
 
 # ---- programs of several kinds ----

@@ -132,6 +132,7 @@ def test_calls_beside_the_text():
     [
         (HOLDS, {5: " a = 2, b = 4"}),
         (HOLDS.replace("\n", "\r\n"), {5: " a = 2, b = 4"}),
+        (f"\ufeff{HOLDS}", {5: " a = 2, b = 4"}),  # as some editors begin a file
         (f"{TOTAL}y = total((4,\n  5))\nassert (\n    y == 9)\n", {8: " t = 0, x = 4, t = 4, x = 5, t = 9"}),
         # each assertion has its own; arguments are not told, the text says them
         (f"{HOLDS}assert f(2) == 5\n", {5: " a = 2, b = 4", 6: " a = 3, b = 6"}),

@@ -178,7 +178,11 @@ class Draw:
 
 
 def check_finite(logps: torch.Tensor) -> None:
-    """Refuses a model whose numbers are not finite, before anything is made of them."""
+    """Refuses a model whose log-probs (nats, of any shape) are not finite, before anything is made of them.
+
+    Raises:
+        `ValueError`: if one is not.
+    """
     if not bool(torch.isfinite(logps).all()):
         raise ValueError(
             "the model's log-probs are not finite: its weights have diverged. Go on from an earlier checkpoint with a "
