@@ -6,12 +6,14 @@ import argparse
 import importlib
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from types import FrameType
 
 from .early import refuse_early
@@ -28,12 +30,17 @@ COMMANDS = {
     "compare": "checkpoints side by side: pass@k, cross-entropy, latents and tokens, as a table and a picture",
     "diagnose": "the theory's measures of a checkpoint: how long latents last, how many there are, what they rule out",
     "report": "what runs did, as one page and pictures: phases, RLVR, annotated programs",
-    "demo": "the main job on a small model and the standard library, in a few minutes",
+    "demo": "what RA3 is for, in minutes: a tiny model by next-token prediction and by RA3, side by side",
     "env": "versions and devices, for bug reports",
 }
 
 
 _MOST = 2000  # characters of an error
+
+
+def called() -> str:
+    """What the user types for `ra3`: its path where it is not on PATH, as in the checkout of `make demo`."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "ra3" and shutil.which("ra3") is None else "ra3"
 
 
 def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
