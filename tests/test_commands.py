@@ -203,6 +203,15 @@ def test_the_short_help(command, capsys):
             options.PARSERS[command]().parse_args(shlex.split(example))
 
 
+def test_the_help_of_all_has_three_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    examples = re.findall(r"^  ra3 (\w+)", said[said.index("examples:") :], re.M)
+    assert len(examples) == 3 and set(examples) <= set(COMMANDS) and all(f"    {name}" in said for name in COMMANDS)
+
+
 @pytest.mark.parametrize("command", sorted(options.PARSERS))
 def test_the_whole_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

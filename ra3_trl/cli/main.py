@@ -33,8 +33,12 @@ COMMANDS = {
     "demo": "what RA3 is for, in minutes: a tiny model by next-token prediction and by RA3, side by side",
     "env": "versions and devices, for bug reports",
 }
+_EXAMPLES = """examples:
+  ra3 demo
+  ra3 train --model_name_or_path Qwen/Qwen2.5-Coder-0.5B --code_dir src --output_dir qwen-ra3
+  ra3 show qwen-ra3 src/area.py --html page.html
 
-
+`ra3 COMMAND --help` has its options. With RA3_TRACEBACK=1 errors come with their traceback."""
 _MOST = 2000  # characters of an error
 
 
@@ -87,8 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:  # for help, version and errors only: each command parses its own options
         parser = argparse.ArgumentParser(
             prog="ra3",
-            description="RA3 (Reasoning as Action Abstractions): mid-training as an EM loop, in the manner of TRL.",
-            epilog="`ra3 COMMAND --help` has its options. With RA3_TRACEBACK=1 errors come with their traceback.",
+            description="RA3 mid-training, in TRL's manner: teaches a language model to think where that pays.",
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--version", action="version", version=f"ra3-trl {metadata.version('ra3-trl')}")
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
