@@ -39,6 +39,11 @@ def rows_at_once(device: torch.device, vocab_size: int) -> int:
     return max(1, logits // vocab_size)
 
 
+def logits_bytes(device: torch.device, vocab_size: int) -> int:
+    """Bounds the bytes of logits, and of what is made of them, that there are at a time."""
+    return rows_at_once(device, vocab_size) * vocab_size * _BYTES
+
+
 def exact(logits: torch.Tensor) -> torch.dtype:
     """The type that gradients and what a loss is made of are computed in: float32, of float64 that."""
     return torch.promote_types(logits.dtype, torch.float32)
