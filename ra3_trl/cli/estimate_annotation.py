@@ -25,7 +25,7 @@ from .estimate import LOOKED_AT, spread, timed
 
 
 _OF_A_STREAM = 1000  # rows, where nobody knows how many there are
-_PARTS = ("parameters", "document cache", "branch cache", "activations")
+_PARTS = ("parameters", "document cache", "branch cache", "activations", "logits")
 
 
 @dataclass(frozen=True)
