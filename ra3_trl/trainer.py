@@ -213,6 +213,7 @@ class RA3MidTrainer(SavingMixin, Trainer):
         self.table.following = (
             f"trainer.save_model(), then `ra3 show {args.output_dir} FILE.py --html page.html`: its thoughts as a page"
         )
+        self.table.stopped = lambda: self.preemption.asked
         self.latent_log.trackers = self.callback_handler
 
     # ---- set-up ----

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import types
 
@@ -94,6 +96,15 @@ def test_a_run_in_python_ends_in_words(make_trainer, capsys):
     trainer.train()
     said = capsys.readouterr().out
     assert "Nothing was held out" in said and said.count("Took") == 1
+
+    class Terminated(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(TEXTS, callbacks=[Terminated()])
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert "Took" not in capsys.readouterr().out  # it goes on
 
 
 def test_a_callback_of_the_user_stays(make_trainer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
@@ -42,12 +42,15 @@ class UpdateTable:
     Attributes:
         following (`str`, *optional*):
             What to do next, with which a run ends in words; `None`: it ends without them.
+        stopped (`Callable`):
+            Whether a run was stopped from outside: of that something else is said.
     """
 
     def __init__(self, schedule: Schedule, held_out: bool = False):
         self.schedule = schedule
         self.held_out = held_out
         self.following: str | None = None
+        self.stopped: Callable[[], bool] = lambda: False
         # The last of a kind of phase, or of "held out".
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._begin = 0.0
@@ -131,7 +134,7 @@ class _WithTable:
     def _end_in_words(self, args: TrainingArguments, state: TrainerState) -> None:
         """Says once, behind a run and the evaluation that follows it, what it changed and what to do next."""
         following, step = self.table.following, measured_after(state, args.load_best_model_at_end)
-        if following is None or self._seconds is None or not state.is_world_process_zero:
+        if following is None or self._seconds is None or self.table.stopped() or not state.is_world_process_zero:
             return
         if self.table.held_out and not evaluation_after(state, step):
             return  # `trainer.evaluate()` may follow
