@@ -339,6 +339,19 @@ def test_points_that_are_shares_stand_between_0_and_1():
         plt.close(figure)
 
 
+def test_curves_of_shares_do_not_leave_0_and_1():
+    """By itself matplotlib leaves a twentieth on each side: of 0 to 0.4 it is -0.02 to 0.42, whose 3 % are 0.0132."""
+    import matplotlib.pyplot as plt
+
+    for values, limits in (([0.0, 0.4], (-0.0132, 0.42)), ([0.0, 0.0], (-0.03, 1.03)), ([0.2, 0.3], (0.195, 0.305))):
+        log = [{"step": i, "mstep/annotated_rate": value} for i, value in enumerate(values)]
+        (chart,) = training_charts([TrainingRun("x", "mid-training", log)])
+        figure, axis = plt.subplots()
+        charts._draw_chart(axis, chart, choose_styles([chart]))
+        assert axis.get_ylim() == pytest.approx(limits)
+        plt.close(figure)
+
+
 def test_ticks_are_whole_updates_and_axes_say_what_is_better():
     import matplotlib.pyplot as plt
 

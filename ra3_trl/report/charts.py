@@ -93,7 +93,7 @@ class Chart:
         values (`bool`):
             Whether each point has its number beside it.
         share (`bool`):
-            Whether points are shares, whose axis goes from 0 to 1.
+            Whether they are shares: the axis of points goes from 0 to 1, that of curves not beyond.
     """
 
     name: str
@@ -164,7 +164,8 @@ def training_charts(runs: Sequence[TrainingRun], keys: Collection[str] | None = 
             note = " ".join(
                 filter(None, (seeds_note(max(map(len, points.values()))), _missing_note(measure, missing)))
             )
-            charts.append(Chart(stem(measure.title), measure.title, "update", measure.y_label, curves, note=note))
+            name, title = stem(measure.title), measure.title
+            charts.append(Chart(name, title, "update", measure.y_label, curves, note=note, share=measure.share))
     return charts
 
 
@@ -271,6 +272,9 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
             axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     else:
         axis.locator_params(axis="x", integer=True, nbins=6)  # there is no update 1.2
+        axis.ticklabel_format(axis="y", useOffset=False)  # nor do ticks want a sum to be read
+        if chart.share:
+            _within_0_and_1(axis, chart)
         if any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
             axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)
@@ -279,6 +283,14 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
     axis.tick_params(labelsize=8.5, length=2.5, color=_FAINT, labelcolor=_MUTED)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["bottom", "left"]].set_color(_FAINT)
+
+
+def _within_0_and_1(axis: Any, chart: Chart) -> None:
+    """Cuts what matplotlib leaves around curves of shares; where they do not move, it shows all of a share's range."""
+    values = {y for series in chart.series for y in series.y if y is not None}
+    low, high = axis.get_ylim()
+    room = 0.03 * (high - low)  # for a line at an end
+    axis.set_ylim(*((max(low, -room), min(high, 1 + room)) if len(values) > 1 else (-0.03, 1.03)))
 
 
 def _draw_points(axis: Any, series: Series, color: str, marker: str, chart: Chart) -> None:
