@@ -66,7 +66,7 @@ MISTAKES = [
     ("train --model_name_or_path m --existing_comments drop", "use one of 'keep', 'strip'"),
     ("train --model_name_or_path m --use_peft maybe", "argument --use_peft: invalid bool value: 'maybe'"),
     ("train --model_name_or_path ./m", "`model_name_or_path` is './m', a folder that is not there"),
-    ("train --model_name_or_path m --dataset_name code.jsonl", "`dataset_name` is 'code.jsonl', a file that is not"),
+    ("train --model_name_or_path m --dataset_name code.jsonl", "`dataset_name` is 'code.jsonl', but there is no such"),
     ("train --config run.yaml", "`config` is 'run.yaml', which is not there"),
     ("rlvr --model_name_or_path m", "`task` is None and `dataset_name` None"),
     ("rlvr --model_name_or_path m --task mbpp --think maybe", "argument --think: invalid choice: 'maybe'"),

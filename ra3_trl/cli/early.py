@@ -177,6 +177,18 @@ def check_page(options: Namespace) -> None:
             )
 
 
+def check_config(command: str, argv: list[str]) -> None:
+    """Refuses a file of options that is not there.
+
+    Raises:
+        `ValueError`: with its name.
+    """
+    names = [following for word, following in zip(argv, argv[1:], strict=False) if word == "--config"]
+    names += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    if command in _TRAINERS and names and not Path(names[-1]).is_file():
+        raise ValueError(f"`config` is {names[-1]!r}, which is not there; give a YAML file of options.")
+
+
 def trainer_fields(command: str) -> dict[str, SourceField] | None:
     """Fields of a trainer's options by name, `None` where the installed libraries keep them elsewhere."""
     fields: dict[str, SourceField] = {}
@@ -210,8 +222,6 @@ def _refuse_of_trainer(command: str, argv: list[str]) -> None:
     if command == "train":
         _check_device(words)
     if "config" in words:  # which may say the rest
-        if words["config"] is not None and not Path(words["config"]).is_file():
-            raise ValueError(f"`config` is {words['config']!r}, which is not there; give a YAML file of options.")
         return
     if "model_name_or_path" not in words:
         raise ValueError("`model_name_or_path` is missing; name a folder or a model on the Hub.")
@@ -244,7 +254,7 @@ def _check_corpus(dataset_name: str | None, code_dir: str | None) -> None:
     """Refuses a file or folder that is not there; that both are set is worse, and left to the command."""
     if dataset_name is not None:
         if code_dir is None and dataset_name.endswith(_FILES) and not Path(dataset_name).expanduser().exists():
-            raise ValueError(f"`dataset_name` is {dataset_name!r}, a file that is not there; give one, or a Hub id.")
+            raise ValueError(f"`dataset_name` is {dataset_name!r}, but there is no such file.")
     elif code_dir is not None and not Path(code_dir).is_dir():
         raise ValueError(f"`code_dir` is {code_dir!r}, which is not a folder; pass a folder of .py files.")
 

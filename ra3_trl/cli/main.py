@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from .early import refuse_early
+from .early import check_config, refuse_early
 from .helps import HELPS
 
 
@@ -111,6 +111,7 @@ def _run(command: str, words: list[str]) -> int:
         raise SystemExit(0)
     words = ["--help" if word in ("--help-all", "--help_all") else word for word in words]
     if "--help" not in words:
+        check_config(command, words)
         refuse_early(command, words)
     return int(importlib.import_module(f".{command}", __package__).main(words))
 
