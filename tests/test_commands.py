@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import resource
 import shlex
@@ -129,7 +130,7 @@ def test_what_may_be_meant_is_left_to_the_command(tmp_path):
     for command, words in {
         "show": f"org/m {tmp_path / 'a.py'} --lines 3: --max_length none", "report": f"a={tmp_path} {tmp_path}",
         "evaluate": "m --temperature 0 --task org/tasks", "annotate": "m --dry_run --prior_alpha none --seed 0",
-        "compare": "a b --top_k 0 --k 1,5",
+        "compare": "a b --k 1,5 --eval_max_boundaries 0",
     }.items():  # fmt: skip
         refuse_early(command, words.split())
 
@@ -186,6 +187,17 @@ def test_commands_of_a_page_are_taken(page):
 
 
 # ---- helps ----
+
+
+@pytest.mark.parametrize("words", ["env", "train --help"])
+def test_nothing_is_said_of_a_reader_that_has_gone(words):
+    """As behind `| head -1`: 141 is what the shell has of other tools."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "ra3_trl.cli.main", *words.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

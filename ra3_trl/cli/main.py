@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -51,8 +52,13 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     """Exit code of `command(argv)`: what the user can mend is printed without a traceback (2), Ctrl-C is 130."""
     try:
         with _interrupts():
-            return command(argv)
+            try:
+                return command(argv)
+            finally:
+                sys.stdout.flush()  # where an error of it is still caught
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if os.environ.get("RA3_TRACEBACK"):
             raise
         text = re.sub(r"\s*\n\s*", " ", str(error).strip())  # what was read may stand in it, however long
@@ -61,6 +67,16 @@ def guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed goes to a pipe that was closed, as by `| head`; the rest of it goes nowhere then."""
+    asked = select.poll()
+    asked.register(1, 0)  # of errors there is always word
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 @contextmanager
