@@ -161,7 +161,7 @@ def test_a_preempted_request_goes_on_from_its_tokens(wrapped):
     assert Batch(model, 1).run([again], 20) == [whole]
 
 
-def added(model, place: int, prompt: str, thinking: RequestThinking) -> SimpleNamespace:
+def added(model, place: int, prompt: str, thinking: RequestThinking | None) -> SimpleNamespace:
     """The update by which a request comes to a place."""
     row = request(model, prompt, thinking)
     return SimpleNamespace(removed=[], added=[(place, row["params"], row["prompt"], row["written"])], moved=[])
@@ -178,6 +178,30 @@ def test_a_request_that_ends_leaves_the_batch(wrapped):
     assert not torch.equal(processor.apply(free[:1].clone()), free[:1])
     processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[]))
     assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_a_request_that_comes_to_the_place_of_another_is_its_own(wrapped):
+    """vLLM lists a request as removed only where no other takes its place: this one says nothing of thinking."""
+    model = wrapped()
+    processor, free = BatchThinking(lambda: model.tokenizer), torch.zeros(1, model.config.vocab_size)
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always")))
+    processor.update_state(added(model, 0, PROMPTS[0], None))
+    assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_what_may_stand_at_a_boundary(wrapped):
+    """The think prefix's first token, or one of the ends that the request names; vLLM must ask for greedy requests
+    too, since the likeliest token may be none of these."""
+    model = wrapped()
+    processor, eos = BatchThinking(lambda: model.tokenizer), model.tokenizer.eos_token_id
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always", eos_token_ids=(eos, 77))))
+    logits = torch.zeros(1, model.config.vocab_size)
+    logits[0, 99] = 5.0
+    shaped = processor.apply(logits)[0]
+    left = shaped.isfinite().nonzero()[:, 0].tolist()
+    (first,) = set(left) - {eos, 77}
+    assert len(left) == 3 and model.tokenizer.decode([first]).isspace() and shaped.argmax() != 99
+    assert not processor.is_argmax_invariant()
 
 
 def test_a_decision_on_a_part_of_the_prompt_is_taken_back(wrapped):
