@@ -299,6 +299,15 @@ def test_levels_are_shares_of_the_best():
     assert found["accuracy"]["ra3"]["mean"] == pytest.approx(0.8) and len(found["runs"]) == 2
 
 
+def test_where_nothing_was_learned_no_arm_is_at_a_level():
+    """80 % of 0 is not reached at once."""
+    one = {arm: (result(0.1, (0.0, 0.0)), {"drawn": 0}) for arm in ("base", "ntp", "ra3")}
+    found = table(traces_form(), [one])
+    assert found["rlvr_best"]["mean"] == 0
+    assert all(found[f"rlvr_{what}_to_80"][arm]["n"] == 0 for what in ("steps", "samples") for arm in one)
+    assert found["wanted"]["rlvr_steps_ratio"]["reached"] is None
+
+
 def test_what_is_wanted_is_said_with_what_was_reached():
     """RA3 .9 and .7 against ntp .1 and .2: .8 and .5 more. Base .6 twice: .3 and .1 more, .2 on average."""
     wanted = table(traces_form(), [run(0.1, 0.9), run(0.2, 0.7)])["wanted"]
