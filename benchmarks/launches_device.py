@@ -77,6 +77,9 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     inner = tree_map_only(DeviceTensor, lambda x: x.held, (args, kwargs))
+    summed = made and func is aten.cumsum.default and inner[0][0].is_floating_point()
+    if summed and torch.are_deterministic_algorithms_enabled():  # in CUDA's words
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
     out = _FUSED.get(func, func)(*inner[0], **inner[1])
     if func._schema.name.split("::")[1].endswith("_"):
         return args[0]  # what was changed is the same tensor

@@ -24,8 +24,10 @@ def bytes_per_logit(tokenizer: PreTrainedTokenizerFast, latent_tokens: int) -> d
     vocabulary is as large as SmolLM2's; a few hundred tokens need a mask, those of the benchmark's own tokenizer."""
     table, rows = build_token_table(tokenizer, len(tokenizer)), _ROWS
     more = _VOCABULARY - len(tokenizer)
-    states = torch.cat([table.next_state_SV, torch.full((len(table.pending_S), more), -1, dtype=torch.int8)], 1)
-    states[0, -more:] = 0
+    # Whole symbols: they may follow wherever no character waits for its rest, also behind the beginning of a text that
+    # is forbidden, or no block of symbols would have one that may follow in all of these states.
+    following = torch.where(table.pending_S == 0, 0, -1).to(torch.int8)
+    states = torch.cat([table.next_state_SV, following[:, None].expand(-1, more)], 1)
     table = replace(table, blank_V=pad(table.blank_V, (0, more)), next_state_SV=states)
     config = AutoConfig.for_model(
         "llama", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,

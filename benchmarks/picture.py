@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,38 @@ _ARMS_OF_MEASURES = (
     }),
     ("Gain of a latent at the E-phase's end", "nats", {"gain": "gain"}),
 )  # fmt: skip
+# Of an experiment on a real checkpoint, `real_*` and `cold_start*`, in the same way.
+_MEASURES_OF_CHECKPOINTS = (
+    ("Assertions right", "share", {
+        "right": "left to itself", "told_to_think": "told to think", "told_not_to": "told not to",
+        "told_the_trace": "behind the true trace",
+    }),
+    ("Thinks where it pays", "P(think)", {
+        "think_there": "before assertions", "think_elsewhere": "before other lines",
+    }),
+    ("Comments right", "share", {"comment_right": "greedy", "drawn_right": "drawn at temperature 1"}),
+    ("What a comment brings to the assertion", "nats", {"gain": "its own", "gain_of_trace": "the true trace"}),
+    ("Held-out expert code", "nats a token, lower is better", {
+        "ce": "cross-entropy", "elbo": "negative ELBO", "bound": "multi-sample bound",
+    }),
+)  # fmt: skip
 _ROWS = {
+    "right": "assertions right",
+    "told_to_think": "the same, told to think",
+    "told_not_to": "the same, told not to",
+    "told_the_trace": "the same, behind the true trace",
+    "think_there": "P(think) before assertions",
+    "think_elsewhere": "P(think) before other lines",
+    "drawn_right": "comments right, drawn at temperature 1",
+    "gain_of_trace": "nats that the true trace brings",
+    "bound": "negative multi-sample bound, nats a token",
     "think_hard": "P(think) before hard lines",
     "think_easy": "P(think) before easy lines",
     "comment_right": "comments right",
     "ce": "cross-entropy, nats a token",
     "elbo": "negative ELBO",
     "bound_multi": "negative multi-sample bound",
-    "gain": "nats of a latent at the E-phase's end",
+    "gain": "nats that a latent brings",
     "accuracy": "hard lines right",
     "accuracy_forced": "the same, comment forced",
     "accuracy_never": "the same, comment banned",
@@ -85,6 +109,10 @@ class ResultTable:
     label: str
     content: Mapping[str, Any]
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self.content["accuracy" if "accuracy" in self.content else "right"])
+
     def estimate(self, measure: str, arm: str) -> Estimate:
         estimate = Estimate(**self.content[measure][arm])
         if measure not in SHARES or estimate.low is None or estimate.high is None:
@@ -104,7 +132,22 @@ def read_table(name: str, label: str) -> ResultTable | Run:
             content = json.loads(path.read_text("utf-8"))
             if isinstance(content, dict) and (set(content) >= _KEYS or "tables" in content):
                 return ResultTable(label, content)
+            if isinstance(content, dict) and set(content) >= {"experiment", "seeds", "base"}:
+                return ResultTable(label, of_checkpoints(content))
     return read_run(name, label)
+
+
+def of_checkpoints(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment on a real checkpoint, which has its numbers by arm, in the form of the others, by measure."""
+    arms = {name: arm["runs"] for name, arm in content.items() if isinstance(arm, dict) and "runs" in arm}
+    table = {"experiment": content["experiment"], "seeds": content["seeds"], "bases": []}
+    for _, unit, names in _MEASURES_OF_CHECKPOINTS:
+        for key in (key for key in names if all(key in run for runs in arms.values() for run in runs)):
+            share = unit in ("share", "P(think)")
+            table[key] = {
+                arm: asdict(Estimate.of(tuple(run[key] for run in runs), share)) for arm, runs in arms.items()
+            }
+    return table
 
 
 def of_bases(tables: Sequence[ResultTable | Run]) -> list[ResultTable | Run]:
@@ -122,7 +165,7 @@ def of_bases(tables: Sequence[ResultTable | Run]) -> list[ResultTable | Run]:
 
 def table_charts(table: ResultTable) -> list[Chart]:
     """What is in a table. Of the replication also the curves of its E-phase and its RLVR."""
-    content, arms = table.content, tuple(table.content["accuracy"])
+    content, arms = table.content, table.arms
     note = seeds_note(content["seeds"])
 
     def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:
@@ -132,7 +175,7 @@ def table_charts(table: ResultTable) -> list[Chart]:
 
     charts = []
     if "experiment" in content:
-        for title, unit, names in _ARMS_OF_MEASURES:
+        for title, unit, names in _ARMS_OF_MEASURES if "accuracy" in content else _MEASURES_OF_CHECKPOINTS:
             there = {key: name for key, name in names.items() if key in content}
             rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
             if rows:
@@ -155,14 +198,14 @@ def table_charts(table: ResultTable) -> list[Chart]:
 
 def table_section(table: ResultTable) -> Section:
     """A table with its charts, as a part of a page."""
-    content, arms = table.content, list(table.content["accuracy"])
+    content, arms = table.content, list(table.arms)
     title = f"Experiment {content['experiment']}" if "experiment" in content else "Replication"
     title = f"Domain {content['domain']}" if "domain" in content else title
     bases = ", ".join(f"{base['comment_right']:.2f}" for base in content["bases"] if base["passed"])
+    tried = f" Bases tried: {len(content['bases'])}; those in use have this share of their comments right: {bases}."
     about = (
-        f"Seeds: {content['seeds']}. Bases tried: {len(content['bases'])}; those in use have this share of their "
-        f"comments right: {bases}. In brackets 95 % intervals over seeds (Student's t); what was never reached is "
-        "counted."
+        f"Seeds: {content['seeds']}.{tried if content['bases'] else ''} In brackets 95 % intervals over seeds "
+        "(Student's t); what was never reached is counted."
     )
     rows = [
         (name, [_cell(table.estimate(key, arm), _DIGITS.get(key.rpartition("_to_")[0])) for arm in arms])
@@ -180,6 +223,11 @@ def _cell(estimate: Estimate, digits: int | None) -> tuple[str, str]:
     return value, " ".join(filter(None, (interval, f"({missed} never)" if missed else "")))
 
 
+def named(section: Section, label: str) -> Section:
+    """The section with its table's label before each chart's title."""
+    return replace(section, charts=[replace(chart, title=f"{label}: {chart.title}") for chart in section.charts])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", metavar="TABLE", help="JSON file, or LABEL=FILE")
     parser.add_argument("--output_dir", default="report", help="folder of page and pictures (default: %(default)s)")
@@ -190,6 +238,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page and its pictures; returns where they are."""
     tables = of_bases(read_runs(args.tables, read_table))
     sections = [table_section(table) for table in tables if isinstance(table, ResultTable)]
+    if len(sections) > 1:  # they stand together in the picture of all
+        labels = (table.label for table in tables if isinstance(table, ResultTable))
+        sections = [named(section, label) for section, label in zip(sections, labels, strict=True)]
     sections += make_sections([table for table in tables if not isinstance(table, ResultTable)])
     written = write_report(sections, Path(args.output_dir), args.title)
     return {"page": str(written[0]), "pictures": sum(path.suffix == ".png" for path in written)}

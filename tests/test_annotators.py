@@ -7,11 +7,11 @@ import json
 
 import pytest
 from conftest import needs_bwrap
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from slow_path import continuation_logp
 
 from ra3_trl.cli.main import main as ra3
-from ra3_trl.hub import join_chunks
+from ra3_trl.hub import annotate_dataset, join_chunks
 from ra3_trl.losses import log1mexp
 from ra3_trl.policy import Annotation, Comment, Proposed, Tally
 from ra3_trl.policy.annotators import (
@@ -170,10 +170,14 @@ def test_a_full_row_takes_no_more(make_trainer):
 
 
 def test_an_annotator_answers_for_each_text(make_trainer):
-    trainer = make_trainer([TEXT], **SETTINGS)
-    policy = trainer.policy
-    with pytest.raises(ValueError, match=r"annotator 'says' gave 0 answers to 1 texts"):
-        next(Annotation(Says())(policy, [(TEXT, {}, policy.segment(TEXT))], policy._noise))
+    """One that gives more or fewer has mixed them up; nobody who asks row by row would see that there are more."""
+    policy = make_trainer([TEXT], **SETTINGS).policy
+    for answers, gave in ((0, "0"), (2, "more than 1")):
+        annotation = Annotation(Says(*[Proposed()] * answers))
+        with pytest.raises(ValueError, match=rf"annotator 'says' gave {gave} answers to 1 texts; give one for each"):
+            next(annotation(policy, [(TEXT, {}, policy.segment(TEXT))], policy._noise))
+        with pytest.raises(ValueError, match=rf"annotator 'says' gave {gave} answers to 1 texts"):
+            annotate_dataset(policy, Dataset.from_dict({"text": [TEXT]}), annotation=annotation)
 
 
 def test_a_tally_keeps_the_ends():

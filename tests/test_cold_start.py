@@ -131,6 +131,15 @@ def test_a_toy_run(mbpp, tmp_path, tiny_model, tokenizers):
     assert again["cold_ra3"]["gain"] == found["cold_ra3"]["gain"]
 
 
+def test_the_examples_programs(mbpp, tmp_path):
+    """Of the training split's two functions; of three assertions one is a call and its value."""
+    example = runpy.run_path(str(ROOT / "examples" / "cold_start.py"))
+    rows = [json.loads(row) for row in Path(example["mbpp_programs"](tmp_path, mbpp)).read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["text"] == (
+        "def f1(n):\n    a = n + 1\n    b = a * 2\n    return b - 1\n\nresult = f1(1)\nassert result == 3\n"
+    )
+
+
 @needs_bwrap
 @pytest.mark.slow
 def test_the_example(mbpp, tmp_path, tiny_model, tokenizers, monkeypatch, capfd):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import furthest, weights
 
+from ra3_trl import Policy
 from ra3_trl.analysis import (
     Alternatives,
     durations,
@@ -153,6 +154,15 @@ def test_drawn_lines_end_with_their_newline_and_are_no_latents(trainer):
     assert line("\n\n    y = 1\nz").rstrip(" ") == "\n\n    y = 1\n"
     assert line("    # so\n    y = 1\n") == () == line("<|end|>! y\n")
     assert line("    y = 1") is None and line("\n\n") is None
+
+
+def test_a_drawn_id_that_the_tokenizer_has_not_is_no_text(tiny_model, tokenizers):
+    """The model has eight more; the line goes on to its newline."""
+    tokenizer = tokenizers["newline_indent"]
+    model = tiny_model("llama", tokenizer, vocab_size=len(tokenizer) + 8)
+    drawn = _Lines(Policy.open(model, tokenizer=tokenizer, use_cpu=True), DiagnosisSettings(lines=1, line_tokens=8))
+    ids = (*tokenizer("y")["input_ids"], len(tokenizer) + 7, *tokenizer("\nx")["input_ids"])
+    assert drawn._line(ids, (0,)) == ids[:-1]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_nothing_is_changed(trainer):

@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import needs_bwrap
-from datasets import disable_progress_bars, enable_progress_bars
 
 from benchmarks import replication
 from benchmarks.__main__ import main
@@ -56,6 +54,7 @@ from benchmarks.replication.traces import programs, tasks
 from ra3_trl.testbed.corpus import content_hash
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 ALL = KindCorpus(kinds=KINDS)
 NUMBERS = (
     0.5,
@@ -71,15 +70,6 @@ NUMBERS = (
     0.7,
     0.1,
 )  # those of `DomainMeasures` that are always there
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
-    torch.set_num_threads(threads)
 
 
 # ---- programs of several kinds ----
@@ -307,6 +297,15 @@ def test_levels_are_shares_of_the_best():
     assert found["rlvr_steps_to_50"]["base"]["mean"] == 1  # half is 0.45: (0.5 + 0.7) / 2, not (0.3 + 0.5) / 2
     assert found["rlvr_last"]["ntp_tokens"]["n"] == 0 and found["mbpp_gain"]["ra3"]["mean"] is None
     assert found["accuracy"]["ra3"]["mean"] == pytest.approx(0.8) and len(found["runs"]) == 2
+
+
+def test_where_nothing_was_learned_no_arm_is_at_a_level():
+    """80 % of 0 is not reached at once."""
+    one = {arm: (result(0.1, (0.0, 0.0)), {"drawn": 0}) for arm in ("base", "ntp", "ra3")}
+    found = table(traces_form(), [one])
+    assert found["rlvr_best"]["mean"] == 0
+    assert all(found[f"rlvr_{what}_to_80"][arm]["n"] == 0 for what in ("steps", "samples") for arm in one)
+    assert found["wanted"]["rlvr_steps_ratio"]["reached"] is None
 
 
 def test_what_is_wanted_is_said_with_what_was_reached():

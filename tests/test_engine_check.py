@@ -92,7 +92,13 @@ def test_scores_of_expand_are_checked(llama, opened, monkeypatch):
     assert opened(llama).name == "branch"  # which is not `expand`'s
 
 
-@pytest.mark.parametrize("error", [TypeError("no `use_cache` here"), IndexError("out of range"), RuntimeError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("no `use_cache` here"), IndexError("out of range"), RuntimeError("no"), NameError("no `mask`"),
+        ZeroDivisionError("by zero"), NotImplementedError("not yet"), OSError("no such file"), MemoryError("no room"),
+    ],
+)  # fmt: skip
 def test_an_error_of_the_models_own_forward_is_said(llama, opened, error):
     def fail(module, args):
         raise error

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ra3_trl.records import TokenTable
 from ra3_trl.rollout import Backbone, SamplingParams, logps
 from ra3_trl.rollout.inversion import block_size
-from ra3_trl.rollout.sampler import LatentDistribution, Symbols, draw_from_hidden, symbol_logps
+from ra3_trl.rollout.sampler import (
+    LatentDistribution,
+    Symbols,
+    draw_from_hidden,
+    symbol_logps,
+    token_and_symbol_logps,
+)
 
 
 STOPS, MOST = [5, 7, 40], 6  # tokens of the stop symbol, longest latent
@@ -115,6 +123,48 @@ def test_symbols_and_their_gradients(kind, more, matrix, temperature, backbone, 
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients(found), gradients(wanted), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    # Both in one pass: seven tokens, of which the first three stand before the symbols of a chunk of three.
+    both = token_and_symbol_logps(head, distribution, (hidden[:7], hidden), token_n[:7], symbols)
+    plain = head.logits(hidden)
+    apart = plain.log_softmax(-1)[range(7), token_n[:7]], plain_logps(plain, symbols, temperature).float()
+    for one, other in zip(both, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    sums = (gradients(2 * of_symbols + pad(tokens, (0, 33))) for tokens, of_symbols in (both, apart))
+    for one, other in zip(*sums, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of the storages that operations inside make."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.made.setdefault(out.untyped_storage()._cdata, out)
+        return out
+
+    def count(self, shape: torch.Size) -> int:
+        return sum(x.shape == shape for x in self.made.values())
+
+
+def test_gates_and_symbols_leave_one_gradient_of_the_head(backbone):
+    """Two passes of the head leave two, and their sum: three matrices as large as the vocabulary."""
+    head = backbone()
+    weight, symbols = head.causal_lm.get_output_embeddings().weight, some_symbols(head.vocab_size)
+    distribution = LatentDistribution(table_of(head.vocab_size), SamplingParams(MOST))
+    hidden, token_n = torch.randn(40, 32).requires_grad_(), torch.as_tensor(symbols.token)
+    together = token_and_symbol_logps(head, distribution, (hidden, hidden), token_n, symbols)
+    apart = head.token_logps(hidden, token_n), symbol_logps(head, distribution, hidden, symbols)
+    counts = []
+    for tokens, of_symbols in (together, apart):
+        with Shapes() as shapes:
+            torch.autograd.grad(tokens.sum() + of_symbols.sum(), weight)
+        counts.append(shapes.count(weight.shape))
+    assert counts == [1, 3]
 
 
 def test_a_frozen_head_gives_gradients_to_the_states_alone(backbone, small_chunks):
@@ -123,7 +173,7 @@ def test_a_frozen_head_gives_gradients_to_the_states_alone(backbone, small_chunk
     weight = head.causal_lm.get_output_embeddings().weight
     hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     symbols = some_symbols(head.vocab_size)
-    distribution = LatentDistribution(table_of(head.vocab_size), SamplingParams(MOST))
+    distribution = LatentDistribution(table_of(head.vocab_size), SamplingParams(MOST, 0.6))
     (wanted,) = torch.autograd.grad(symbol_logps(head, distribution, hidden, symbols).square().sum(), hidden)
     weight.requires_grad_(False)
     found = symbol_logps(head, distribution, hidden, symbols).square().sum()

@@ -516,14 +516,15 @@ def test_a_model_on_this_machine(annotate, saved, tmp_path, capsys):
 
 
 def test_the_student_is_no_annotator(annotate, saved, tmp_path, capsys):
-    """By its name, by a copy elsewhere, and by what a server calls it."""
+    """By its name, by a link, by a copy elsewhere, and by what a server calls it: this, or a link."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in saved[0].iterdir():
         (copy / path.name).symlink_to(path)
-    for flags in ([str(saved[0])], [str(copy)], ["student", "--annotator_base_url", "http://127.0.0.1:9/v1"]):
-        if len(flags) > 1:
-            pytest.importorskip("openai", reason="needs the extra ra3-trl[openai]")
+    link = tmp_path / "link"
+    link.symlink_to(saved[0])
+    server = ["--annotator_base_url", "http://127.0.0.1:9/v1"]
+    for flags in ([str(saved[0])], [str(link)], [str(copy)], ["student", *server], [str(link), *server]):
         assert annotate("--annotator", *flags) == 2
         assert "which is the checkpoint, the student" in capsys.readouterr().err
         assert not list(tmp_path.glob("out/*.parquet"))

@@ -88,7 +88,7 @@ def test_an_experiment_is_drawn_over_its_arms(tmp_path):
     """Means 0.3, 0.4 and 0.5, 0.635 either way, of shares from 0 to 1; arms without an E-phase have no gain."""
     section = table_section(read_table(write(tmp_path / "sweep.json", experiment()), "sweep"))
     assert section.title == "Experiment penalty: sweep"
-    assert dict(section.rows)["nats of a latent at the E-phase's end"] == [
+    assert dict(section.rows)["nats that a latent brings"] == [
         ("\u2013", ""), ("1.000", "[1.000, 1.000]"), ("\u2013", ""),
     ]  # fmt: skip
     think, code, gain = section.charts
@@ -123,3 +123,39 @@ def test_the_page_of_a_table(tmp_path, capsys):
         and "| | base | ra3 |\n|---|---|---|\n| P(think) before hard lines | " in table
     )
     assert "| hard lines right | 0.300 [0.000, 0.935] | 0.910 [0.783, 1.000] |" in table
+
+
+def checkpoints():
+    """By hand, t(1) = 12.706: right .76 and .78 are .77 and .127 either way; .11 and .12 are .115 and .064."""
+
+    def arm(*right):
+        runs = [{"seed": i, "right": value, "think_there": 0.5, "text": "#"} for i, value in enumerate(right)]
+        return {"right": sum(right) / 2, "most_frequent": {"text": "#", "share": 0.1}, "runs": runs}
+
+    return {"experiment": "real_gate", "seeds": 2, "base": arm(0.77, 0.77), "ntp": arm(0.11, 0.12),
+            "ra3": arm(0.76, 0.78)}  # fmt: skip
+
+
+def test_an_experiment_on_a_real_checkpoint(tmp_path):
+    """Its numbers are by arm; what a checkpoint was not asked, as the nats of `cold_start`, has no picture."""
+    table = read_table(write(tmp_path / "real.json", checkpoints()), "real")
+    section = table_section(table)
+    assert list(section.columns) == ["base", "ntp", "ra3"] and "Bases tried" not in section.about
+    rows = dict(section.rows)
+    assert rows["assertions right"] == [("0.770", "[0.770, 0.770]"), ("0.115", "[0.051, 0.179]"),
+                                        ("0.770", "[0.643, 0.897]")]  # fmt: skip
+    assert list(rows) == ["assertions right", "P(think) before assertions"]
+    assert [chart.title for chart in table_charts(table)] == ["Assertions right", "Thinks where it pays"]
+    (series,) = table_charts(table)[0].series
+    assert (series.label, list(series.y)) == ("left to itself", pytest.approx([0.77, 0.115, 0.77]))
+
+
+def test_two_tables_say_in_the_picture_of_all_which_is_which(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.picture.write_report", lambda sections, *_: seen.extend(sections) or [tmp_path])
+    tables = {"real": checkpoints(), "toy": replication()}
+    main(["picture", *(f"{name}={write(tmp_path / name, table)}" for name, table in tables.items()), "--json"])
+    assert [section.charts[0].title for section in seen] == [
+        "real: Assertions right",
+        "toy: E-phase: gain where it thinks",
+    ]

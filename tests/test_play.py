@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from ra3_trl.cli import early
 from ra3_trl.cli import play as play_command
 from ra3_trl.cli.main import guarded, main
 from ra3_trl.hub import SpacePush
+from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
 from ra3_trl.report import play
 from ra3_trl.report.look import look
 from ra3_trl.report.show import physical_lines
@@ -106,6 +108,8 @@ def test_what_is_not_finished_is_seen_as_far_as_it_can_be_read(policy):
         (lambda p: play.draw(p, SOURCE, 4, 0), "`num_latents` is 0; use a number from 1 to 64"),
         (lambda p: play.draw(p, SOURCE, 4, 8, -1), "`seed` is -1; use a number from 0 to"),
         (lambda p: play.complete(p, ""), "`text` is empty"),
+        (lambda p: play.see(p, "x = 1\ny = '\ud83d'\n"), "`text` has half of a character in line 2"),
+        (lambda p: play.complete(p, "x = '\ud83d'\n"), "`text` has half of a character in line 1"),
         (lambda p: play.complete(p, "x", max_new_tokens=1025), "`max_new_tokens` is 1025; use a number from 1 to"),
         (lambda p: play.complete(p, "x = 1\n", max_new_tokens=511), "`max_new_tokens` is 511 behind .* holds 512"),
         (lambda p: play.complete(p, "x", temperature=math.nan), "`temperature` is nan; use a number from 0 to 10"),
@@ -132,6 +136,19 @@ def test_completions_with_and_without(policy):
     before = torch.random.get_rng_state()
     drawn = [play.complete(policy, prompt, "never", seed=s, temperature=1.0, **settings) for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("gate", ["token", "head"])
+def test_completions_think_where_the_page_says(folder, tmp_path, gate):
+    """A head that is sure of thinking counts where it is the gate; a tiny model's tokens are not."""
+    shutil.copytree(folder, tmp_path / "with_head")
+    head = AbstractionHead(AbstractionConfig(32, max_latent_length=4, trained_on=1))
+    head.outer.weight.data.zero_(), head.outer.bias.data.fill_(9.0)
+    save_head(head, tmp_path / "with_head")
+    policy, prompt = Policy.open(tmp_path / "with_head", gate=gate, **SETTINGS), "x = 1\n"
+    shown = play.see(policy, prompt + "y = 2\n").boundaries[0]
+    written = play.complete(policy, prompt, "auto", 0.9, max_new_tokens=8)
+    assert (shown.think_prob >= 0.9) == written.lstrip().startswith("#") == (gate == "head")
 
 
 def test_the_pages_snippet_runs(folder, capsys):

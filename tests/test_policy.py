@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ra3_trl import AutoModelForCausalLMWithAbstractionHead, Policy, RA3Config
+from ra3_trl import AutoModelForCausalLMWithAbstractionHead, Policy, RA3Config, ThinkLogitsProcessor
 from ra3_trl.losses import compute_returns
 from ra3_trl.models import AbstractionConfig, AbstractionHead, save_head
 from ra3_trl.policy import EVAL_NOISE, evaluate_documents, finish_metrics, most_thinking
@@ -186,6 +186,35 @@ def test_completions_are_the_wrappers(trained):
         output = wrapper.generate(**inputs, think=think, max_new_tokens=12, do_sample=False)
         assert text == trainer.processing_class.decode(output[0][inputs["input_ids"].shape[1] :])
         assert ("#" in text) == (think == "always")
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_completions_are_of_the_settings_format_and_length(base, head):
+    """Whatever the checkpoint's head says, and where there is none: `//` and three tokens, not `#` and 12."""
+    if head:
+        save_head(AbstractionHead(AbstractionConfig(32, action_format="slashes", trained_on=1)), Path(base))
+    policy, prompt = open_here(base, action_format="slashes", max_latent_length=3), "int f(int x) {\n"
+    assert (policy.head is not None) == head
+    always = ThinkLogitsProcessor(policy.tokenizer, "always", action_format="slashes", max_latent_length=3)
+    inputs = policy.tokenizer(prompt, return_tensors="pt")
+    options = {"max_new_tokens": 16, "do_sample": False}
+    expected = policy.model.generate(**inputs, logits_processor=[always], **options)
+    text = policy.generate(prompt, "always", **options)
+    assert text == policy.tokenizer.decode(expected[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text.lstrip().startswith("//")
+    if head:
+        assert policy.head.head.config.max_latent_length == 12  # it stays as it is
+
+
+def test_ids_that_the_tokenizer_has_not_are_no_text(tiny_model, tokenizers):
+    """Many models have more rows than their tokenizer has ids, and may write them: here the last one, always."""
+    tokenizer = tokenizers["newline_indent"]
+    policy = open_here(tiny_model("llama", tokenizer, vocab_size=len(tokenizer) + 8), tokenizer=tokenizer)
+    head = policy.model.get_output_embeddings()
+    with torch.no_grad():
+        head.register_forward_hook(lambda module, args, output: output + 100 * torch.eye(output.shape[-1])[-1])
+    for think in ("auto", "never"):
+        assert policy.generate("x = 1\n", think, max_new_tokens=4, do_sample=False) == ""
 
 
 @pytest.mark.parametrize("action_format", ["python", "python_tags"])

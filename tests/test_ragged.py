@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import cache
 
 import numpy as np
@@ -152,6 +153,19 @@ def test_flex_attention_sees_the_same(window, cap, monkeypatch):
     q, k, v = (torch.randn(heads, len(tokens), 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     found = ragged.flex(row, q, k, v, None, window, cap)
     torch.testing.assert_close(found, attend(row, q, k, v, None, window, cap), atol=2e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_flex_attention_sees_the_same():
+    """As `torch.compile` makes it, without gradients: its backward has no CPU kernel in torch 2.13, and its forward
+    does not compile there for a sliding window."""
+    row, tokens = packed_row()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(heads, len(tokens), 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    with torch.no_grad():
+        found = ragged.flex(row, q, k, v, None, None, None)
+    torch.testing.assert_close(found, attend(row, q, k, v, None, None, None), atol=2e-6, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention's backward has no CPU kernel in torch 2.13")

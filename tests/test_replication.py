@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import disable_progress_bars, enable_progress_bars
+from conftest import killed_at
 
 from benchmarks.replication import bases, rlvr, run
 from benchmarks.replication.base import last_checkpoint, pretrain
@@ -40,6 +40,7 @@ from ra3_trl.testbed import Corpus, gates
 from ra3_trl.testbed import corpus as testbed
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 ARMS = {"base", "ntp", "ntp_forced", "ra3"}
 COMMENTED, EXPERT = BaseRecipe(0).corpus, Corpus()
 SHARED = Corpus(stanzas=4, predicates=True)
@@ -55,15 +56,6 @@ TOY = Form(
     e_steps=2,
     gate=0.0,
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -336,7 +328,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(start, tmp_path, m
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
     found = make(whole, recipe, save_steps=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", _kill_at(3))
+        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", killed_at(3))
         make(halved, recipe, save_steps=2)
     assert halved.find(recipe) is None
     again = make(halved, recipe, save_steps=2)
@@ -347,15 +339,6 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(start, tmp_path, m
     if start != "base":  # and the run did change them
         base = load(whole.folder(TINY) / "model")[0].state_dict()
         assert not any(torch.equal(base[name], weights[0][name]) for name in base)
-
-
-def _kill_at(step: int):
-    def on_step_begin(self, args, state, control):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return control
-
-    return on_step_begin
 
 
 # ---- the rows ----

@@ -132,6 +132,7 @@ def test_calls_beside_the_text():
     [
         (HOLDS, {5: " a = 2, b = 4"}),
         (HOLDS.replace("\n", "\r\n"), {5: " a = 2, b = 4"}),
+        (f"\ufeff{HOLDS}", {5: " a = 2, b = 4"}),  # as some editors begin a file
         (f"{TOTAL}y = total((4,\n  5))\nassert (\n    y == 9)\n", {8: " t = 0, x = 4, t = 4, x = 5, t = 9"}),
         # each assertion has its own; arguments are not told, the text says them
         (f"{HOLDS}assert f(2) == 5\n", {5: " a = 2, b = 4", 6: " a = 3, b = 6"}),
@@ -145,6 +146,9 @@ def test_calls_beside_the_text():
         ("def g(n):\n    t = 0\n    for i in range(n):\n        t += i\n        yield t\n"
          "assert list(g(2)) == [0, 1]\n",
          {6: " t = 0, i = 0, i = 1, t = 1"}),
+        # a change of an outer function's variable is told once, when that goes on
+        ("def f(n):\n    t = 0\n    def g():\n        nonlocal t\n        t += n\n    g()\n    g()\n    return t * 5\n"
+         "assert f(1) == 10\n", {9: " t = 0, t = 1, t = 2"}),
         ("def f(xs):\n    s = []\n    s.append(xs[0])\n    s.append(2)\n    return s\nassert f([1]) == [1, 2]\n",
          {6: " s = [], s = [1], s = [1, 2]"}),
         (f"{BODY}def test_f():\n    r = f(1)\n    assert r == 3\n", {7: " a = 2, b = 4"}),
@@ -175,7 +179,10 @@ def test_traces_of_calls_that_stand_elsewhere(annotator):
         ("    import random\n    random.seed(1)\n    a = random.choice([1, 2])\n    b = 2\n", ASKS),
         ("    import time\n    a = time.time() > 5\n    b = 2\n", ASKS),
         ("    from datetime import datetime\n    a = datetime.now().year\n    b = 2\n", ASKS),
+        ("    import time\n    a = time.strftime('%Y')\n    b = 2\n", ASKS),
+        ("    import os\n    a = int(os.stat('/tmp').st_mtime) // 10**9\n    b = 2\n", ASKS),
         ("    a = id(n) % 1\n    b = 2\n", ASKS),
+        ("    import os\n    a = os.environ['PYTHONHASHSEED']\n    b = 2\n", DIFFERS),
         ("    a = str(object())\n    b = 2\n", DIFFERS),
         ("    a = [x for x in {'a', 'b', 'c', 'd'}]\n    b = 2\n", DIFFERS),
         ("    a = list(set('ab'))\n    b = 2\n", DIFFERS),
@@ -186,6 +193,34 @@ def test_traces_of_calls_that_stand_elsewhere(annotator):
 )
 def test_what_another_run_would_not_say_or_is_no_thought(annotator, body, reason):
     assert said(annotator, f"def f(n):\n{body}    return 2\nassert f(1) == 2\n") == ({}, {reason: 1})
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "asks", ["import time\na = time.time() > 3\n", "import datetime\na = datetime.date.today().year\n",
+             "import random\na = random.randint(0, 0)\n", "import os\na = len(os.urandom(1))\n"],
+)  # fmt: skip
+def test_what_was_asked_for_may_be_kept_by_the_program(annotator, asks):
+    """So the assertion before it is told, and none behind it, though all runs agree."""
+    text = f"{HOLDS}{asks}def g(n):\n    b = n + 1\n    c = a\n    return b * 2\nassert g(1) == 4\n"
+    assert said(annotator, text) == ({5: " a = 2, b = 4"}, {ASKS: 1})
+
+
+@needs_bwrap
+def test_what_modules_do_is_not_the_programs_affair(annotator):
+    """Imports take more steps than a program may, and read clocks; `deepcopy` asks for addresses."""
+    imports = "def f(n):\n    import http.server, xml.dom.minidom, unittest.mock, copy\n"
+    text = f"{imports}    a = copy.deepcopy([n])\n    return a * 2\nassert f(1) == [1, 1]\n"
+    assert said(annotator, text) == ({5: " a = [1]"}, {})
+
+
+@needs_bwrap
+def test_runs_differ_by_their_hash_seeds(annotator):
+    """Of all sandboxes of a tracer; each keeps its own."""
+    sandboxes = (annotator.tracer.sandbox, *annotator.tracer._seeded.values())
+    job = {"role": "script", "program": "print(hash('a'))"}
+    said = [[sandbox.run(dict(job))["stdout"] for _ in range(2)] for sandbox in sandboxes]
+    assert all(first == second for first, second in said) and len({first for first, _ in said}) == 4
 
 
 @needs_bwrap

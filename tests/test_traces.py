@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from conftest import killed_at
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from benchmarks import common
@@ -37,20 +38,12 @@ from ra3_trl.segmentation import PYTHON, Segmenter
 from ra3_trl.testbed.corpus import content_hash
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 TASK = TraceTask("result = mix(7, 4)\n", "# x = 3, y = 7, x = 6", 6)
 NUMBERS = {
     "right", "thinks", "comment_right", "told_to_think", "told_not_to", "distinct", "drawn_right", "think_there",
     "think_elsewhere",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +282,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path, monkeypa
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
     found = make(whole, recipe, save_steps=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", _kill_at(3))
+        patch.setattr("transformers.trainer.CallbackHandler.on_step_begin", killed_at(3))
         make(halved, recipe, save_steps=2)
     again = make(halved, recipe, save_steps=2)
     assert (found["resumed_at"], again["resumed_at"], again["updates"]) == (0, 2, 4)
@@ -300,15 +293,6 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path, monkeypa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     start = real.load(str(base.model))[0].state_dict()
     assert not any(torch.equal(start[name], weights[0][name]) for name in start)
-
-
-def _kill_at(step: int):
-    def on_step_begin(self, args, state, control):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return control
-
-    return on_step_begin
 
 
 def test_means_over_runs():

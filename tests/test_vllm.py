@@ -10,16 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need_vllm
 from test_vllm_hostile import latents
 
 
-pytest.importorskip("vllm", reason="vLLM is tested by `make test-vllm`")
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+need_vllm()
 TOKENS = int(os.environ.get("RA3_TEST_TOKENS", "64"))
 PROMPTS = 20
 

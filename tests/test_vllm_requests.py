@@ -5,8 +5,12 @@ What is written must be what `generate` writes, token for token. `make test-vllm
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import sys
+import threading
+import weakref
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -18,11 +22,13 @@ import torch
 from conftest import TOKENIZERS, furthest
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AddedToken
 from trl import GRPOConfig
 
-from ra3_trl import AutoModelForCausalLMWithAbstractionHead
+from ra3_trl import ACTION_FORMATS, AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.evaluation import EvaluationSettings, draw
 from ra3_trl.generation import CompletionSettings, VLLMEngine, draw_completions
+from ra3_trl.generation.boundaries import LineReader
 from ra3_trl.generation.requests import BatchThinking, RequestThinking
 from ra3_trl.generation.vllm_engine import RowReader, request_words, require_vllm, thinking_engines
 from ra3_trl.models import AbstractionConfig, AbstractionHead
@@ -158,6 +164,64 @@ def test_a_preempted_request_goes_on_from_its_tokens(wrapped):
     assert Batch(model, 1).run([again], 20) == [whole]
 
 
+def added(model, place: int, prompt: str, thinking: RequestThinking | None) -> SimpleNamespace:
+    """The update by which a request comes to a place."""
+    row = request(model, prompt, thinking)
+    return SimpleNamespace(removed=[], added=[(place, row["params"], row["prompt"], row["written"])], moved=[])
+
+
+def test_a_request_that_ends_leaves_the_batch(wrapped):
+    """The last of two, to whose place nobody moves: the next batch has one row."""
+    model, always = wrapped(), RequestThinking("always")
+    processor, free = BatchThinking(lambda: model.tokenizer), torch.zeros(2, model.config.vocab_size)
+    for place in (0, 1):
+        processor.update_state(added(model, place, PROMPTS[0], always))
+    assert not torch.equal(processor.apply(free.clone())[1], free[1])
+    processor.update_state(SimpleNamespace(removed=[1], added=[], moved=[]))
+    assert not torch.equal(processor.apply(free[:1].clone()), free[:1])
+    processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[]))
+    assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_a_request_that_comes_to_the_place_of_another_is_its_own(wrapped):
+    """vLLM lists a request as removed only where no other takes its place: this one says nothing of thinking."""
+    model = wrapped()
+    processor, free = BatchThinking(lambda: model.tokenizer), torch.zeros(1, model.config.vocab_size)
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always")))
+    processor.update_state(added(model, 0, PROMPTS[0], None))
+    assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_what_may_stand_at_a_boundary(wrapped):
+    """The think prefix's first token, or one of the ends that the request names; vLLM must ask for greedy requests
+    too, since the likeliest token may be none of these."""
+    model = wrapped()
+    processor, eos = BatchThinking(lambda: model.tokenizer), model.tokenizer.eos_token_id
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always", eos_token_ids=(eos, 77))))
+    logits = torch.zeros(1, model.config.vocab_size)
+    logits[0, 99] = 5.0
+    shaped = processor.apply(logits)[0]
+    left = shaped.isfinite().nonzero()[:, 0].tolist()
+    (first,) = set(left) - {eos, 77}
+    assert len(left) == 3 and model.tokenizer.decode([first]).isspace() and shaped.argmax() != 99
+    assert not processor.is_argmax_invariant()
+
+
+def test_a_decision_on_a_part_of_the_prompt_is_taken_back(wrapped):
+    """vLLM runs long prompts in parts and shapes what each ends in. The gate said no to a part, whose state was
+    another, and says yes to the whole, which ends in the spaces that a think prefix begins with."""
+    model = wrapped("newline_alone")
+    head = AbstractionHead(AbstractionConfig(model.config.hidden_size, trained_on=1))
+    state, left = torch.zeros(1, model.config.hidden_size), []
+    processor = BatchThinking(lambda: model.tokenizer, lambda: head, lambda: state)
+    processor.update_state(added(model, 0, "def f(x):\n   ", RequestThinking(gated=True)))
+    head.outer.weight.data.zero_()
+    for logit in (-9.0, 9.0):
+        head.outer.bias.data.fill_(logit)
+        left.append(int(processor.apply(torch.zeros(1, model.config.vocab_size)).isfinite().sum()))
+    assert left[0] > 1 == left[1]  # the token that goes on with the prefix
+
+
 def test_rows_that_were_not_steered_are_noticed(wrapped):
     model = wrapped()
     ids = model.tokenizer(PROMPTS[0]).input_ids
@@ -168,6 +232,32 @@ def test_rows_that_were_not_steered_are_noticed(wrapped):
     comment = model.tokenizer("    # x\n", add_special_tokens=False).input_ids
     with pytest.raises(ValueError, match="`think` is 'never', and vLLM wrote"):
         RowReader(model.tokenizer, RequestThinking("never"), (), ())(ids, comment)
+
+
+@pytest.mark.parametrize("knob", [{"think": "never"}, {"think": "auto", "threshold": 0.5}, {"think": "auto"}])
+def test_a_tag_past_every_decision_is_noticed(tokenizers, knob):
+    """In the middle of a line, where nothing decides; without a threshold the model opens latents as it likes."""
+    tokenizer = copy.deepcopy(tokenizers["newline_indent"])
+    tags = [AddedToken(tag, special=True, normalized=False) for tag in ACTION_FORMATS["python_tags"].tags]
+    tokenizer.add_tokens(tags, special_tokens=True)
+    row = [*tokenizer("x = 1\ny").input_ids, tokenizer.convert_tokens_to_ids(tags[0].content)]
+    thinking = RequestThinking(**knob, action_format="python_tags")
+    forced = thinking.steering(tokenizer).forced(LineReader(thinking.steering(tokenizer).vocabulary, True), (), row)
+    assert (forced is None) == (knob != {"think": "auto"})
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_ids_that_the_tokenizer_has_not_may_be_drawn(wrapped, knob):
+    """Models often have more rows than their tokenizer has ids; at the end of a line, where latents begin, too."""
+    model, ends = wrapped(), ()
+    tokenizer = model.tokenizer
+    reader, unknown = RowReader(tokenizer, RequestThinking(**knob), ends, ()), [len(tokenizer) + 3] * 2
+    if knob["think"] == "always":
+        with pytest.raises(ValueError, match="vLLM wrote what that bans"):
+            reader(tokenizer(PROMPTS[0]).input_ids, unknown)
+    else:
+        completion = reader(tokenizer(PROMPTS[0]).input_ids, unknown)
+        assert (completion.text, completion.forced) == ("", (False, False))
 
 
 # ---- what a request says ----
@@ -194,18 +284,38 @@ def test_a_request_says_all_of_it_in_texts_and_numbers():
         ({"ra3_action_format": ["python"]}, r"`ra3_action_format` is \['python'\]; use a text"),
         ({"ra3_threshold": "high"}, "`ra3_threshold` is 'high'; use a number"),
         ({"ra3_threshold": float("nan")}, "`threshold` is nan"),
+        ({"ra3_threshold": 10**400}, "`ra3_threshold` is 1000.*; use a number from 0 to 1"),
+        ({"ra3_action_format": "prose"}, "`action_format` is 'prose', whose latents do not begin behind a newline"),
         ({"ra3_max_latent_length": float("inf")}, "`ra3_max_latent_length` is inf; use a whole number"),
+        (
+            {"ra3_max_latent_length": 2**63},
+            "`ra3_max_latent_length` is .*; use a whole number of at most 2,147,483,647",
+        ),
+        ({"ra3_max_latent_length": 2.5}, "`ra3_max_latent_length` is 2.5; use a whole number"),
         ({"ra3_max_latent_length": 0}, "`max_latent_length` is 0"),
         ({"ra3_prompt_is_code": "no"}, "`ra3_prompt_is_code` is 'no'; use 0 or 1"),
         ({"ra3_gated": 2}, "`ra3_gated` is 2; use 0 or 1"),
         ({"ra3_eos_token_ids": 5}, "`ra3_eos_token_ids` is 5; use a list of token ids"),
         ({"ra3_eos_token_ids": [2, -1]}, "`ra3_eos_token_ids` is .*; use a list of token ids"),
         ({"ra3_eos_token_ids": ["2"]}, "`ra3_eos_token_ids` is .*; use a list of token ids"),
+        ({"ra3_eos_token_ids": [2**63]}, "`ra3_eos_token_ids` is .*; use a list of token ids"),
     ],
 )
 def test_what_a_request_cant_say_is_refused_before_it_runs(words, message):
     with pytest.raises(ValueError, match=message):
         BatchThinking.validate_params(SimpleNamespace(extra_args=words))
+
+
+def test_what_was_made_for_thresholds_of_before_is_let_go(wrapped):
+    """Each has masks as wide as the vocabulary; of 40 the first is gone, and a request that runs keeps its own."""
+    model = wrapped()
+    processor, made = BatchThinking(lambda: model.tokenizer), []
+    for n in range(40):
+        params = request(model, PROMPTS[0], RequestThinking(threshold=n / 100))["params"]
+        processor.update_state(SimpleNamespace(removed=[0], added=[(0, params, [], [])], moved=[]))
+        made.append(weakref.ref(processor._requests[0].steering))
+    gc.collect()
+    assert made[0]() is None and made[-1]() is processor._requests[0].steering
 
 
 def test_stops_and_thinking_go_to_an_engine_and_to_a_server():
@@ -283,6 +393,93 @@ def test_an_engine_that_trl_makes_on_a_cpu_keeps_weights_that_can_be_loaded_agai
     if cpu:
         linear.weight.data.fill_(2.0)  # as a weight sync does, in place
         assert linear.cpu_linear(torch.ones(3), linear.weight, None).tolist() == [6.0, 6.0]
+
+
+# ---- our own engine ----
+
+
+class _Refuses(Exception):
+    """vLLM's `VLLMValidationError`."""
+
+
+@pytest.fixture
+def engine(wrapped, monkeypatch, tmp_path):
+    """`engine(model)`: a `VLLMEngine` of a checkpoint, whose vLLM decodes greedily by [`Batch`] and heeds no stop."""
+    vllm = pretend(monkeypatch, "0.31.0")
+    vllm.SamplingParams = lambda **words: SimpleNamespace(**{"extra_args": None} | words)
+    for name, error in (("v1.engine.exceptions", "EngineDeadError"), ("exceptions", "VLLMValidationError")):
+        module = ModuleType(f"vllm.{name}")
+        vars(module)[error] = _Refuses if name == "exceptions" else type(error, (Exception,), {})
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def make(model, generate=None, **options):
+        model.save_pretrained(tmp_path / "model")
+        model.tokenizer.save_pretrained(tmp_path / "model")
+
+        def by_batch(self, prompts, params, use_tqdm):
+            self.params = params
+            ids = [prompt["prompt_token_ids"] for prompt in prompts]
+            rows = [
+                {"prompt": row, "written": [], "params": p, "done": False} for row, p in zip(ids, params, strict=True)
+            ]
+            written = Batch(model, 3).run(rows, params[0].max_tokens)
+            pairs = zip(written, params, strict=True)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=row)] * p.n) for row, p in pairs]
+
+        vllm.LLM.generate = generate or by_batch
+        return VLLMEngine(str(tmp_path / "model"), options=options)
+
+    return make
+
+
+@pytest.mark.parametrize("knob", [{}, {"think": "always"}, {"think": "never"}, {"think": "auto"}])
+def test_an_engine_draws_what_generate_draws(wrapped, engine, knob):
+    """With the head that decides in the checkpoint: the engine asks for its gate."""
+    torch.manual_seed(0)
+    head = AbstractionHead(AbstractionConfig(32, max_latent_length=3, trained_on=1))
+    head.outer.weight.data.normal_(std=3.0)
+    head.outer.bias.data.zero_()
+    model = wrapped(head=head)
+    drawing, settings = engine(model), CompletionSettings(max_new_tokens=20, stop=("\n\n",), **knob)
+    prompts = [model.tokenizer(prompt).input_ids for prompt in PROMPTS]
+    assert drawing.draw(prompts, settings) == [draw_completions(model, [ids], settings)[0] for ids in prompts]
+    assert (drawing.options["dtype"], drawing.options["seed"]) == ("float32", 0)
+    asked = [RequestThinking.of(params.extra_args) for params in drawing.llm.params if knob]
+    assert all(thinking.gated == (knob["think"] == "auto") for thinking in asked)
+
+
+def test_no_two_samples_of_an_engine_share_a_seed(wrapped, engine):
+    """vLLM gives sample `i` of a request its seed plus `i`: three samples each of two prompts have 7 to 12."""
+    model = wrapped()
+    drawing, ids = engine(model), model.tokenizer(PROMPTS[0]).input_ids
+    drawing.draw([ids] * 2, CompletionSettings(num_samples=3, temperature=0.5, max_new_tokens=2), seed=7)
+    assert [(p.seed, p.n, p.temperature) for p in drawing.llm.params] == [(7, 3, 0.5), (10, 3, 0.5)]
+    drawing.draw([ids] * 2, CompletionSettings(max_new_tokens=2), seed=2**31 - 1)
+    assert [p.seed for p in drawing.llm.params] == [2**31 - 1, 0]  # vLLM takes no larger ones
+
+
+def test_what_an_engine_holds_and_what_it_refuses(wrapped, engine):
+    model = wrapped()
+    assert engine(model).context_length == 2048 and engine(model, max_model_len=100).context_length == 100
+
+    def refuses(*args, **words):
+        raise _Refuses("temperature must be in [0, 2]")
+
+    with pytest.raises(ValueError, match="vLLM refuses the request: temperature must be"):
+        engine(model, refuses).draw([[5]], CompletionSettings(temperature=5.0, max_new_tokens=2))
+    with pytest.raises(ValueError, match="a prompt has no tokens; give at least one"):
+        engine(model).draw([[5], []], CompletionSettings())
+
+
+def test_an_engine_whose_process_was_killed_is_given_up(wrapped, engine):
+    """vLLM's own call, of which nothing is heard again, is not waited for."""
+    never = threading.Event()
+    drawing = engine(wrapped(), lambda *args, **words: never.wait())
+    assert drawing.llm
+    drawing._processes = [SimpleNamespace(is_alive=lambda: False)]
+    with pytest.raises(OSError, match="vLLM's engine has stopped; .*the same command goes on"):
+        drawing.draw([[5]], CompletionSettings(max_new_tokens=2))
+    never.set()
 
 
 # ---- GRPO's rollouts ----
@@ -378,6 +575,17 @@ def test_an_engine_that_does_not_start_is_named(wrapped, monkeypatch, tmp_path, 
     with pytest.raises(NotImplementedError):
         args.use_vllm = False
         build_grpo_trainer(str(tmp_path / "model"), args, data)
+
+
+def test_as_many_completions_as_trl_asks_for(wrapped, monkeypatch, tmp_path):
+    """In evaluation TRL repeats a prompt another number of times."""
+    model = wrapped()
+    trainer, counts = grpo(monkeypatch, tmp_path, model, Engine(model)), []
+    for training in (True, False):
+        trainer.model.training = training
+        CompletionRollout()(PROMPTS[:1], trainer)
+        counts.append(trainer.vllm_generation.count)
+    assert counts == [2, 1]
 
 
 def test_sharded_weights_roll_out_in_vllm(wrapped, monkeypatch, tmp_path):

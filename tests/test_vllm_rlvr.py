@@ -17,15 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import need_vllm
 
 
-pytest.importorskip("vllm", reason="vLLM is tested by `make test-vllm`")
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+need_vllm()
 TEMPERATURE = 0.7
 UPDATES = 10
 

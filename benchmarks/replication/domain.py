@@ -8,6 +8,7 @@ defaults.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -200,7 +201,8 @@ def table(form: DomainForm, runs: list[dict[str, tuple[ArmResult, dict[str, Any]
     best = [best_level(result) for result in results]
     if all(level is not None for level in best):
         for level in LEVELS:
-            found |= level_rows(results, level, [level * (one or 0.0) for one in best], drawn)
+            # Where no arm learned anything, none is at a share of it.
+            found |= level_rows(results, level, [level * one if one else math.inf for one in best], drawn)
         found |= last_row(results) | {"rlvr_best": asdict(Estimate.of(best, share=True))}
     rows = [{arm: found.about() | about for arm, (found, about) in run.items()} for run in runs]
     return {**found, "wanted": wanted(found), "runs": rows}

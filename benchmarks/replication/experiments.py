@@ -14,6 +14,8 @@ comments that a rule wrote.
 
 `objective`: what the E-phase raises, and where it tries latents.
 
+`signal`: what an E-phase alone learns from fewer samples, other groups, temperatures, rates and KL.
+
 `hindsight`: a base whose own comments hardly ever help, and which can write right ones where it fills in the middle.
 """
 
@@ -152,6 +154,7 @@ def variants() -> Experiment:
         "frozen": {"settings": (("reward_model", "frozen"),)},
         "kl": {"kl_coef": 0.05},
         "horizon_4": {"horizon": 4},
+        "hotter": {"settings": (("temperature", 1.3),)},
         "no_e_phase": {"e_steps": 0, "m_steps": 35},
     }
     return Experiment(
@@ -181,6 +184,32 @@ def objective() -> Experiment:
     return Experiment(
         base,
         {"base": None, **{name: _short(base, settings=settings) for name, settings in arms.items()}},
+        MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
+        bases=2,
+    )
+
+
+def signal() -> Experiment:
+    """An E-phase and no M-phase, which would even out what E-phases differ in: the defaults, and one thing changed at
+    a time. `quarter` and `sixteenth` draw as little of the latents; groups of 4 and 16 draw as many as those of 8."""
+    base = BaseRecipe(0)
+    changed: dict[str, dict[str, Any]] = {
+        "ra3": {},
+        "quarter": {"batch_size": 2},
+        "sixteenth": {"batch_size": 1, "num_latents": 4},
+        "latents_4": {"num_latents": 4, "batch_size": 16},
+        "latents_16": {"num_latents": 16, "batch_size": 4},
+        "cooler": {"settings": (("temperature", 0.7),)},
+        "hotter": {"settings": (("temperature", 1.3),)},
+        "top_p": {"settings": (("top_p", 0.9),)},
+        "slower": {"e_learning_rate": 2.5e-4},
+        "faster": {"e_learning_rate": 1e-3},
+        "kl": {"kl_coef": 0.05},
+        "kl_1": {"kl_coef": 1.0},
+    }
+    return Experiment(
+        base,
+        {"base": None, **{name: _short(base, m_steps=0, **changes) for name, changes in changed.items()}},
         MeasureRecipe(base, programs=24, tasks=256, corpus=_SHORT),
         bases=2,
     )
@@ -234,6 +263,7 @@ EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
     "penalty": penalty,
     "variants": variants,
     "objective": objective,
+    "signal": signal,
     "hindsight": hindsight,
 }
 

@@ -33,6 +33,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_penalty": {"settings": (("penalty", 0.0),)},
     "penalty_1": {"settings": (("penalty", 1.0),)},
     "longer_m_phase": {"m_steps": 500},
+    "hotter": {"settings": (("temperature", 1.3),)},
     "slower": {"settings": (("e_learning_rate", 1e-5),)},
     "no_e_phase": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS, "settings": (("annotation", "resample"),)},
 }

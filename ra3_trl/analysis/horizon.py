@@ -40,6 +40,9 @@ def iteration_bound(gbar: float, eps: float = 0.1, most: float = 1.0) -> float:
 
     >>> round(iteration_bound(0.9), 1)  # log(1 / 0.01) / 0.1
     46.1
+
+    Raises:
+        `ValueError`: for a `gbar` below 0, or of 1 and more.
     """
     if not 0 <= gbar < 1:
         raise ValueError(f"`gbar` is {gbar}; it must be at least 0 and below 1.")
@@ -53,6 +56,9 @@ def effective_horizon(texts: Sequence[tuple[int, Sequence[int]]], gamma: float) 
     >>> horizon = effective_horizon([(7, [1, 4])], gamma=0.5)  # a line alone, and two latents of 3 lines
     >>> horizon.lines_per_latent, horizon.gbar == (0.5 + 2 * 0.5**3) / 3, horizon.cut
     (3.0, True, 0.5)
+
+    Raises:
+        `ValueError`: for a `gamma` that is not between 0 and 1, and where there is no line.
     """
     if not 0 < gamma < 1:
         raise ValueError(f"`gamma` is {gamma}; it must be above 0 and below 1.")

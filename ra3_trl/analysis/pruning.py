@@ -41,6 +41,9 @@ def measure_pruning(boundaries: list[Alternatives], factor: float = 10.0) -> Pru
     >>> lines = Alternatives(act, latent, other, expert=-2.0, expert_G=torch.tensor([-1.0]))
     >>> measure_pruning([lines]).removed  # one of the two lines is 20 times less likely under the latent
     0.5
+
+    Raises:
+        `ValueError`: for a `factor` of 1 or less.
     """
     if not factor > 1:
         raise ValueError(f"`factor` is {factor}; it must be above 1.")

@@ -71,23 +71,24 @@ def _check_model(options: argparse.Namespace) -> None:
     _asking(options), _prompt(options)
     if any(not 0 <= price < math.inf for price in options.annotator_prices or ()):
         raise ValueError(f"`annotator_prices` is {options.annotator_prices}; give two numbers of at least 0.")
-    same = public_name(options.annotator) == public_name(options.checkpoint)
+    same = _place(options.annotator) == _place(options.checkpoint)
+    if options.annotator_base_url:  # of a server the name is all that is known
+        same = same or public_name(options.annotator) == public_name(options.checkpoint)
+    if same:
+        raise _is_the_student(options)
     if options.annotator_base_url:
         with _prefixed():
             check_url(options.annotator_base_url)
             if not options.dry_run:
                 require_openai("`base_url`")
-    else:
-        same = _place(options.annotator) == _place(options.checkpoint)
-        try:
-            LocalModel(options.annotator, model_init_kwargs={"trust_remote_code": options.trust_remote_code})
-        except ValueError as error:
-            raise ValueError(
-                f"`annotator` is {options.annotator!r}; use one of {', '.join(map(repr, ANNOTATORS))}, or the folder "
-                f"or Hub id of a language model, or set `annotator_base_url`. ({error})"
-            ) from error
-    if same:
-        raise _is_the_student(options)
+        return
+    try:
+        LocalModel(options.annotator, model_init_kwargs={"trust_remote_code": options.trust_remote_code})
+    except ValueError as error:
+        raise ValueError(
+            f"`annotator` is {options.annotator!r}; use one of {', '.join(map(repr, ANNOTATORS))}, or the folder "
+            f"or Hub id of a language model, or set `annotator_base_url`. ({error})"
+        ) from error
 
 
 def _place(name: str) -> str:

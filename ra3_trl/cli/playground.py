@@ -85,9 +85,10 @@ class Playground:
             raise ValueError("`line` is not chosen; type code of two lines or more, and choose one.")
         return (play.render_latents(play.draw(self.policy, text, line, num_latents, seed)),)
 
-    def others(self, text: str, line: int | None, num_latents: int, seed: int) -> tuple[str, int]:
+    def others(self, text: str, line: int | None, num_latents: int, seed: int | None) -> tuple[str, int | None]:
         """Latents of the next seed."""
-        return (*self.drawn(text, line, num_latents, int(seed) + 1), int(seed) + 1)
+        following = seed if seed is None else int(seed) + 1  # an empty field is refused with the others
+        return (*self.drawn(text, line, num_latents, following), following)
 
     def without(self, text: str, tokens: int, temperature: float, seed: int) -> tuple[str]:
         """What is written where no thought may stand."""

@@ -190,7 +190,8 @@ class _Lines:
 
     def __init__(self, policy: Policy, settings: DiagnosisSettings):
         self.tokenizer, action_format = policy.tokenizer, policy.segmenter.format
-        self.data = readable_bytes(self.tokenizer, action_format)
+        data = readable_bytes(self.tokenizer, action_format)
+        self.data = [*data, *[None] * (policy.backbone.vocab_size - len(data))]  # the model may write ids of no token
         self.marker = action_format.think.strip().encode()
         self.model = AutoModelForCausalLMWithAbstractionHead(policy.backbone.causal_lm)
         self.settings = CompletionSettings(settings.lines, temperature=1.0, max_new_tokens=settings.line_tokens)

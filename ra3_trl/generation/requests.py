@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from ..models import AbstractionHead
 from ..segmentation import find_format
 from .boundaries import LineReader, LineStart
 from .steering import ThinkSteering, check_knob
-from .vocabulary import read_vocabulary
+from .vocabulary import check_lines, read_vocabulary
 
 
 PREFIX = "ra3_"
+_STEERINGS = 32  # kept at the same time for requests to come
+_LARGEST = 2**31 - 1  # number that a request can say
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class RequestThinking:
     `vllm.SamplingParams(extra_args=...)`.
 
     Raises:
-        `ValueError`: for an unknown `think` or format, or a threshold where nothing is decided or out of its range.
+        `ValueError`: for an unknown `think` or format, one of which no boundary can be told while it is written, or a
+            threshold where nothing is decided or out of its range.
     """
 
     think: str = "auto"
@@ -45,7 +48,7 @@ class RequestThinking:
 
     def __post_init__(self) -> None:
         check_knob(self.think, self.threshold, self.max_latent_length)
-        find_format(self.action_format)
+        check_lines(find_format(self.action_format))
 
     def extra_args(self) -> dict[str, Any]:
         """The words of a request, of such types as a server takes: texts, numbers and lists of them."""
@@ -73,26 +76,27 @@ class RequestThinking:
 
 
 _KINDS = {
-    "threshold": "a number", "max_latent_length": "a whole number", "prompt_is_code": "0 or 1", "gated": "0 or 1",
-    "eos_token_ids": "a list of token ids",
+    "threshold": "a number from 0 to 1", "max_latent_length": f"a whole number of at most {_LARGEST:,}",
+    "prompt_is_code": "0 or 1", "gated": "0 or 1", "eos_token_ids": "a list of token ids",
 }  # fmt: skip
 
 
 def _read(name: str, value: Any) -> Any:
     """A word of a request as [`RequestThinking`] takes it. It may come from anywhere, and what went wrong behind this
     point would end the engine for all."""
-    whole = int(value) if isinstance(value, int) or (isinstance(value, float) and value.is_integer()) else None
+    number = value if isinstance(value, int | float) and not abs(value) > _LARGEST else None  # NaN is refused below
+    whole = int(number) if isinstance(number, int | float) and number == number // 1 else None
     read: Any = value if isinstance(value, str) else None
     match name:
         case "threshold":
-            read = float(value) if isinstance(value, int | float) else None
+            read = None if number is None else float(number)
         case "max_latent_length":
             read = whole
         case "prompt_is_code" | "gated":
             read = bool(whole) if whole in (0, 1) else None
         case "eos_token_ids":
             ids = value if isinstance(value, list | tuple) else [None]
-            read = tuple(ids) if all(isinstance(i, int) and i >= 0 for i in ids) else None
+            read = tuple(ids) if all(isinstance(i, int) and 0 <= i <= _LARGEST for i in ids) else None
     if read is None:
         raise ValueError(f"`{PREFIX}{name}` is {value!r}; use {_KINDS.get(name, 'a text')}.")
     return read
@@ -145,7 +149,8 @@ class BatchThinking:
         states: Callable[[], torch.Tensor] | None = None,
     ):
         tokenizer = cache(load_tokenizer)
-        self._steering = cache(lambda thinking: thinking.steering(tokenizer()))
+        # Each has masks as wide as the vocabulary, and clients may ask for ever other thresholds.
+        self._steering = lru_cache(_STEERINGS)(lambda thinking: thinking.steering(tokenizer()))
         self._head, self._states = load_head and cache(load_head), states
         self._requests: dict[int, _Request] = {}  # by their place in the batch
 

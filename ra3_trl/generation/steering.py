@@ -143,7 +143,9 @@ class ThinkSteering:
         vocabulary = self.vocabulary
         if isinstance(following, _Forced):
             return token == following.token or (following.may_end and token in vocabulary.end_ids)
-        if self.decides and token < len(vocabulary.anywhere) and vocabulary.anywhere[token]:
+        if token >= len(vocabulary.anywhere):  # the model's, of which the tokenizer knows nothing
+            return True
+        if self.decides and vocabulary.anywhere[token]:
             return False
         return not isinstance(following, bytes) or not vocabulary.completing[following][token]
 

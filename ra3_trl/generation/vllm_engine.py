@@ -160,7 +160,7 @@ class VLLMEngine:
             prompt_ids (`Sequence[Sequence[int]]`), settings ([`CompletionSettings`]):
                 As there.
             seed (`int`, *optional*, defaults to `0`):
-                Of the draws; each prompt's are seeded by it and by the prompt's number.
+                Of the draws; each sample has a seed of its own.
 
         Raises:
             `ValueError`: for what vLLM does not take, such as a temperature above 2.
@@ -181,7 +181,9 @@ class VLLMEngine:
         }  # fmt: skip
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         try:
-            params = [vllm.SamplingParams(**words, seed=(seed + n) % 2**31) for n in range(len(prompts))]
+            # vLLM seeds the samples of a prompt by its seed plus their numbers; no two prompts may share one.
+            seeds = [(seed + n * settings.num_samples) % 2**31 for n in range(len(prompts))]
+            params = [vllm.SamplingParams(**words, seed=of_prompt) for of_prompt in seeds]
             outputs = self._generate(prompts, params)
         except importlib.import_module("vllm.exceptions").VLLMValidationError as error:  # since 0.32 no `ValueError`
             raise ValueError(f"vLLM refuses the request: {error}") from error

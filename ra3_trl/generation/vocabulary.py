@@ -27,6 +27,17 @@ def read_vocabulary(
         raise ValueError(str(error).replace("`processing_class`", "`tokenizer`")) from None
 
 
+def check_lines(action_format: ActionFormat) -> None:
+    """Refuses, by a `ValueError`, a format whose texts do not say where latents may stand while they are written."""
+    lines = action_format.segment("x\n" + PROBE) or ()
+    if not (action_format.tags or action_format.end == "\n") or [line.start for line in lines[-1:]] != [2]:
+        raise ValueError(
+            f"`action_format` is {action_format.name!r}, whose latents do not begin behind a newline: whether one "
+            "may stand at a place depends on the text behind it, which is still to be written. Use a format of "
+            "lines, such as 'python', 'slashes', 'tags' or 'python_tags', or generate without this processor."
+        )
+
+
 @lru_cache(maxsize=4)
 def _read(tokenizer: PreTrainedTokenizerBase, name: str, identity: int, now: tuple) -> Vocabulary:
     return Vocabulary(tokenizer, find_format(name), now[-1])
@@ -56,13 +67,7 @@ class Vocabulary:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat, eos_token_ids: tuple[int, ...]
     ):
-        lines = action_format.segment("x\n" + PROBE) or ()
-        if not (action_format.tags or action_format.end == "\n") or [line.start for line in lines[-1:]] != [2]:
-            raise ValueError(
-                f"`action_format` is {action_format.name!r}, whose latents do not begin behind a newline: whether one "
-                "may stand at a place depends on the text behind it, which is still to be written. Use a format of "
-                "lines, such as 'python', 'slashes', 'tags' or 'python_tags', or generate without this processor."
-            )
+        check_lines(action_format)
         self.format = action_format
         self.fragment = FragmentEncoder(tokenizer)
         self.tags = require_tags(tokenizer, action_format)

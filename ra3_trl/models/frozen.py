@@ -84,7 +84,11 @@ class FrozenWeights:
 
 
 class BaseWeights:
-    """Stands for the model without its adapter, to be put in its place for a while; it holds no weights of its own."""
+    """Stands for the model without its adapter, to be put in its place for a while; it holds no weights of its own.
+
+    Raises:
+        `ValueError`: for a model that is no `PeftModel`.
+    """
 
     def __init__(self, model: nn.Module):
         if not isinstance(model, PeftModel):

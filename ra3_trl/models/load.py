@@ -168,7 +168,10 @@ def _check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses weights that no update could change: none trainable, or a trainable one in float16."""
+    """
+    Raises:
+        `ValueError`: for weights that no update could change: none trainable, or a trainable one in float16.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -184,7 +187,11 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file)."""
+    """Loads the tokenizer of the very files that `model_init_kwargs` name (revision, subfolder, GGUF file).
+
+    Raises:
+        `ValueError`: if there is none, or no `name`.
+    """
     options = model_init_kwargs or {}
     if not name:
         raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by; pass one.")
@@ -198,7 +205,10 @@ def load_tokenizer(name: str, model_init_kwargs: dict[str, Any] | None) -> PreTr
 
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for (more rows than ids are usual: padding)."""
+    """
+    Raises:
+        `ValueError`: for a tokenizer with ids that the model has no embedding for (more rows than ids are usual).
+    """
     rows, largest = _whole_shape(model.get_input_embeddings())[0], max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

@@ -148,6 +148,8 @@ def _left_to_right(
                     width[i] = window.index(last) + 1 if choice.placed else min(2 * len(window), WINDOW)
                 done[i] |= choice.up_to(last)
                 left[i] = [boundary for boundary in left[i] if boundary > last]
+            for document in (d for d, row in zip(documents, left, strict=True) if not row):
+                policy.engine.forget(document)
     return [
         replace(splice(document, d.placed), worth=d.worth, gains=d.gains, sizes=d.sizes)
         for document, d in zip(documents, done, strict=True)

@@ -168,17 +168,20 @@ class Annotation:
         Raises:
             `ValueError`: if it gives more or fewer proposals than it was asked for.
         """
-        given = 0
-        for given, proposed in enumerate(self.annotator.propose(sources), 1):
-            if given > len(sources):
-                break
+        answers, count = iter(self.annotator.propose(sources)), len(sources)
+        for given in range(count):
+            proposed = next(answers, None)
+            if proposed is None:
+                raise self._wrong_number(str(given), count)
+            # Before the last is given, since who has it asks for no more.
+            if given + 1 == count and next(answers, None) is not None:
+                raise self._wrong_number(f"more than {count}", count)
             yield proposed
-        if given != len(sources):
-            gave = f"more than {len(sources)}" if given > len(sources) else given
-            raise ValueError(
-                f"the annotator {self.annotator.name!r} gave {gave} answers to {len(sources)} texts; give one for "
-                "each."
-            )
+
+    def _wrong_number(self, gave: str, count: int) -> ValueError:
+        return ValueError(
+            f"the annotator {self.annotator.name!r} gave {gave} answers to {count} texts; give one for each."
+        )
 
     def place(self, policy: Policy, text: Text, proposed: Proposed, noise: NoiseKey) -> list[AnnotatedExample]:
         """Splices what was proposed for a text into its chunks, where the student is helped by it, and counts."""

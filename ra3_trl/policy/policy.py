@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -22,6 +23,7 @@ from ..config_file import RA3_CONFIG, read_settings
 from ..generation import AutoModelForCausalLMWithAbstractionHead
 from ..kinds import checked
 from ..models import (
+    AbstractionConfig,
     AbstractionHead,
     check_vocabulary,
     context_length,
@@ -315,13 +317,22 @@ class Policy:
             raise ValueError(
                 "`num_return_sequences` is above 1; ask once for each text, or use the wrapper's `generate`."
             )
-        head = None if self.head is None else self.head.head
-        model = AutoModelForCausalLMWithAbstractionHead(self.model, head, self.tokenizer)
+        model = AutoModelForCausalLMWithAbstractionHead(self.model, self._generating_head(), self.tokenizer)
         ids = torch.tensor([prompt_ids(self.tokenizer, prompt)], dtype=torch.long, device=self.backbone.device)
         if not ids.numel():
             raise ValueError("`prompt` has no tokens; give some text, such as a newline.")
         output = model.generate(ids, attention_mask=torch.ones_like(ids), think=think, threshold=threshold, **kwargs)
         return self._decode(output[0, ids.shape[1] :].tolist())
+
+    def _generating_head(self) -> AbstractionHead:
+        """The head, or a fresh one, that says of the format and the latents' length what the settings do."""
+        if self.head is None:
+            head = AbstractionHead(AbstractionConfig(state_width(self.model)))
+        else:
+            head = copy(self.head.head)
+        args = self.args
+        head.config = replace(head.config, action_format=args.action_format, max_latent_length=args.max_latent_length)
+        return head
 
     def text(self, source: Document | AnnotatedExample) -> str:
         """Decodes a document or an annotated one, without special tokens but for the action format's tags."""
@@ -329,7 +340,8 @@ class Policy:
 
     def _decode(self, ids: Sequence[int]) -> str:
         readable = readable_bytes(self.tokenizer, self.segmenter.format)
-        return token_text(self.tokenizer, [i for i in ids if readable[i] is not None])
+        # A model may have more ids than its tokenizer, and write them.
+        return token_text(self.tokenizer, [i for i in ids if i < len(readable) and readable[i] is not None])
 
     @property
     def _noise(self) -> NoiseKey:

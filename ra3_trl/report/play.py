@@ -100,7 +100,8 @@ def complete(
         policy ([`~ra3_trl.policy.Policy`]), text (`str`):
             As for [`see`]; all of the text, read or not, is the prompt.
         think (`str`, *optional*, defaults to `"auto"`), threshold (`float`, *optional*):
-            As in [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`].
+            As in [`~ra3_trl.AutoModelForCausalLMWithAbstractionHead.generate`], by the P(think) that [`see`] shows: an
+            abstraction head's only where it is the policy's gate.
         max_new_tokens (`int`, *optional*, defaults to 64):
             Most tokens, latents counted.
         temperature (`float`, *optional*, defaults to 0), seed (`int`, *optional*, defaults to 42):
@@ -112,7 +113,7 @@ def complete(
     Raises:
         `ValueError`: for an empty or too long text, and numbers out of their range.
     """
-    _check_length(text)
+    _check_text(text)
     _check_number("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     _check_number("temperature", temperature, 0, 10)
     _check_number("seed", seed, 0, 2**31 - 1)
@@ -123,6 +124,8 @@ def complete(
             f"{context}; lower it or shorten the text."
         )
     drawn = {"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    if policy.args.gate != "head":
+        policy = policy.changed(head=None)
     tokenizer = policy.tokenizer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.random.fork_rng():
@@ -133,7 +136,7 @@ def complete(
         )  # fmt: skip
 
 
-def _check_length(text: str) -> None:
+def _check_text(text: str) -> None:
     if not isinstance(text, str) or not text.strip():
         raise ValueError("`text` is empty; type or paste some code.")
     if len(text) > MOST_CHARACTERS:
@@ -141,6 +144,13 @@ def _check_length(text: str) -> None:
             f"`text` has {len(text):,} characters; {MOST_CHARACTERS:,} are looked at here at most: paste a part of "
             "it, or write its page by `ra3 show CHECKPOINT FILE --html page.html`."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        row = text.count("\n", 0, error.start) + 1
+        raise ValueError(
+            f"`text` has half of a character in line {row}, which no tokenizer takes; delete it."
+        ) from error
 
 
 def _check_number(name: str, value: float, least: float, most: float) -> None:
@@ -150,7 +160,7 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
 
 def _readable(policy: Policy, text: str) -> str:
     """The rows of `text` that can be read, from its start on."""
-    _check_length(text)
+    _check_text(text)
     action_format = policy.args.action_format
     read = text[: readable_end(text, action_format)]
     if not read.strip():

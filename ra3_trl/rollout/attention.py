@@ -36,7 +36,9 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # `[kv_heads, tokens, D]` each, 
 class Trunk(Protocol):
     """Keeps keys and values of documents."""
 
-    def keys_values(self, layer: int, number: int) -> KeysValues: ...
+    def keys_values(self, layer: int, number: int, tokens: int) -> list[KeysValues]:
+        """Of a document's first tokens, in pieces `[kv_heads, n, D]`: to join them all at once is one operation."""
+        ...
 
 
 @dataclass
@@ -120,8 +122,11 @@ class BranchState:
     def _wide(self, x: torch.Tensor, slots: int) -> torch.Tensor:
         return pad(x, (0, 0, 0, slots - x.shape[2]))  # or narrow, where slots are fewer
 
-    def plan(self, tokens: BranchTokens | None, documents: Sequence[Sequence[int]] = ()) -> Plan:
-        """Plans a forward of documents' tokens, those that they have not `begun` with, followed by `tokens`."""
+    def plan(
+        self, tokens: BranchTokens | None, documents: Sequence[Sequence[int]] = (), one_call: bool = False
+    ) -> Plan:
+        """Plans a forward of documents' tokens, those that they have not `begun` with, followed by `tokens`.
+        `one_call`: documents alone may be attended to in one call, as accelerators want, and not one by one."""
         lengths = [len(document) for document in documents]
         firsts = [tokens for _, _, tokens in self.begun] or [0] * len(lengths)
         if lengths:
@@ -131,7 +136,9 @@ class BranchState:
         arrays = [np.array(ids, dtype=np.int64), np.concatenate([*positions, np.zeros(0, dtype=np.int64)])]
         queries, keys = of_documents(lengths, firsts)
         if tokens is None:
-            row = None if self.cached else Row.of(queries, keys)
+            if self.cached:
+                keys = of_documents(self.lengths, [0] * len(self.lengths))[1]
+            row = Row.of(queries, keys) if one_call or not self.cached else None
             return Plan(lengths, None, arrays + (row.arrays if row else []), row)
         depth = np.where(tokens.sees > tokens.slot, tokens.slot, tokens.sees + tokens.slot - tokens.run)
         position = self.prefix[tokens.branch] + depth
@@ -195,15 +202,20 @@ class BranchState:
             self._tokens, others = (others[0], others[1]), others[2:]
         if plan.row is not None and plan.spans:
             self._query_row, self._out_row = others
-            _, _, _, sees, run, slot, _ = plan.row.columns[0]
-            j = torch.arange(int(plan.row.queries[5].max()) + 1, device=slot.device)
-            of_blocks = self._query_row.split([(last - first) * queries for first, last, queries in plan.blocks])
-            for (first, last, width), flat in zip(plan.blocks, of_blocks, strict=True):
-                at = flat.view(last - first, width)
-                sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
-                visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
-                self._blocks.append(_Block(first, last, at, visible))
         return ids, positions
+
+    def _make_blocks(self, plan: Plan) -> list[_Block]:
+        """Blocks of a forward that attends to boundaries one by one, for all layers."""
+        assert plan.row is not None and self._query_row is not None
+        _, _, _, sees, run, slot, _ = plan.row.columns[0]
+        j, blocks = torch.arange(int(plan.row.queries[5].max()) + 1, device=slot.device), []
+        of_blocks = self._query_row.split([(last - first) * queries for first, last, queries in plan.blocks])
+        for (first, last, width), flat in zip(plan.blocks, of_blocks, strict=True):
+            at = flat.view(last - first, width)
+            sees_MS, run_MS, slot_MS = (x[at][:, :, None] for x in (sees, run, slot))
+            visible = (j < sees_MS) | ((j >= run_MS) & (j <= slot_MS))
+            blocks.append(_Block(first, last, at, visible))
+        return blocks
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, ...], scale: float | None, window: int | None, cap: float | None
@@ -214,9 +226,10 @@ class BranchState:
         if not self.cached:
             assert plan.row is not None
             out = ragged.attend(plan.row, q, k, v, scale, window, cap)
-        elif plan.row is None:
-            out = self._attend_documents(layer, (q, k, v), plan.lengths, scale, window, cap)
+        elif plan.tokens is None:
+            out = self._attend_documents(layer, (q, k, v), plan, scale, window, cap)
         else:
+            assert plan.row is not None
             self._keep_own(layer, k, v)
             # An accelerator is asked for few calls, a CPU for few pairs of tokens. Normalisers have no gradients.
             if plan.spans and q.device.type == "cpu" and window is None and cap is None:
@@ -232,29 +245,24 @@ class BranchState:
         self,
         layer: int,
         qkv: tuple[torch.Tensor, ...],
-        lengths: list[int],
+        plan: Plan,
         scale: float | None,
         window: int | None,
         cap: float | None,
     ) -> torch.Tensor:
         """Causal attention of each document, whose keys and values are kept."""
-        documents = list(zip(*(x.split(lengths, 1) for x in qkv), strict=True))
-        self.documents[layer] = qkv[1], qkv[2]
+        q, k, v = qkv
         if self.begun:
-            documents = [self._behind(layer, *begun, *own) for begun, own in zip(self.begun, documents, strict=True)]
-            self.documents[layer] = (torch.cat([k for _, k, _ in documents], 1),
-                                     torch.cat([v for _, _, v in documents], 1))  # fmt: skip
+            pieces: list[KeysValues] = []
+            own = zip(k.split(plan.lengths, 1), v.split(plan.lengths, 1), strict=True)
+            for (state, number, tokens), new in zip(self.begun, own, strict=True):
+                pieces += [*(state.keys_values(layer, number, tokens) if state and tokens else []), new]
+            k, v = (torch.cat(column, 1) for column in zip(*pieces, strict=True))
+        self.documents[layer] = k, v
+        if plan.row is not None and ragged.flexes(q.to(v.dtype), k.to(v.dtype), v, cap):
+            return ragged.attend(plan.row, q, k, v, scale, window, cap)
+        documents = zip(q.split(plan.lengths, 1), *(x.split(self.lengths, 1) for x in (k, v)), strict=True)
         return torch.cat([causal(dq, dk, dv, scale, window, cap) for dq, dk, dv in documents], 1)
-
-    def _behind(
-        self, layer: int, state: Trunk | None, number: int, tokens: int, *own: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of a document's last tokens, the keys and values behind those of its first."""
-        if state is None or not tokens:
-            return own
-        q, *new = own
-        past = state.keys_values(layer, number)
-        return q, *(torch.cat([x[:, :tokens], y], 1) for x, y in zip(past, new, strict=True))
 
     def _keep_own(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         branch, slot = self._tokens
@@ -264,23 +272,24 @@ class BranchState:
         for kept, new in zip(self.own[layer], (k, v), strict=True):
             kept[:, branch, slot] = new.to(kept.dtype)
 
-    def keys_values(self, layer: int, number: int) -> KeysValues:
-        """Of a document, `[kv_heads, tokens, D]` each."""
+    def keys_values(self, layer: int, number: int, tokens: int) -> list[KeysValues]:
         begin = sum(self.lengths[:number])
         k, v = self.documents[layer]
-        return k[:, begin : begin + self.lengths[number]], v[:, begin : begin + self.lengths[number]]
+        return [(k[:, begin : begin + tokens], v[:, begin : begin + tokens])]
 
     def _attend_apart(self, layer: int, q: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention to the document, a boundary at a time and without a mask, and to each branch's own keys, a block
         at a time, merged by the log of their normalisers."""
         assert self._plan is not None
+        self._blocks = self._blocks or self._make_blocks(self._plan)
         own = self.own[layer]
         q = q.to(own[1].dtype)  # in mixed precision queries and keys may be wider than values
         kv_heads, repeat = len(own[0]), len(q) // len(own[0])
         queries = q.view(kv_heads, repeat, *q.shape[1:])
         of_documents, of_own = [], []
         for first, last, document, seen in self._plan.spans:
-            k, v = (x[None, :, :seen].to(q.dtype) for x in self.keys_values(layer, document))
+            ((k, v),) = self.keys_values(layer, document, seen)
+            k, v = k[None].to(q.dtype), v[None].to(q.dtype)
             query = queries[:, :, first:last]
             out, lse = attention_and_normaliser(query.flatten(1, 2)[None], k, v, None, scale, None)
             of_documents.append((out.view(*query.shape[:3], -1), lse.view(query.shape[:3])))

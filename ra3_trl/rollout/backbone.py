@@ -220,11 +220,11 @@ class Backbone:
             chunks.append(checkpoint(run, *chunk, use_reentrant=False) if grad else run(*chunk))
         return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
-    def matrix_logps(self, hidden_nD: torch.Tensor, targets: Targets, temperature: float = 1.0) -> torch.Tensor:
+    def matrix_logps(self, hidden_nD: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Log-probs `[n]` of targets under a head that is a `matrix`; no logits are kept."""
         assert self.matrix is not None
-        scale = self._multiply / self._divide / temperature
-        return linear_logps(hidden_nD, self.matrix, targets, rows_at_once(self.device, self.vocab_size), scale)[0]
+        rows, scale = rows_at_once(self.device, self.vocab_size), self._multiply / self._divide
+        return linear_logps(hidden_nD, self.matrix, targets, rows, scale)[0]
 
     def token_logps(self, hidden_nD: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         """`log pi(target)` `[n]` under the model's own distribution (temperature 1, nothing forbidden)."""

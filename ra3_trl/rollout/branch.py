@@ -79,7 +79,7 @@ class BranchEngine(RolloutEngine):
         trunk = BranchState(np.zeros(0), (), 1, cached=True)
         trunk.begun = [(b.trunk, b.number, b.tokens) for b in begun] if any(b.tokens for b in begun) else []
         rest = [document.input_ids[b.tokens :] for document, b in zip(documents, begun, strict=True)]
-        plan, wanted = trunk.plan(None, rest), wanted_logps(documents, begun)
+        plan, wanted = trunk.plan(None, rest, self.fixed_shapes), wanted_logps(documents, begun)
         side = SideRuns(documents, trunk, begun)
         at = [
             first - b.tokens + document.actions[i].start - 1
@@ -121,6 +121,10 @@ class BranchEngine(RolloutEngine):
             yield
         finally:
             self._memory = None
+
+    def forget(self, document: Document) -> None:
+        if self._memory is not None:
+            self._memory.pop((document.doc_id, document.chunk), None)
 
     def _groups(
         self, documents: Sequence[Document], begun: Sequence[Begun], scores: tuple[torch.Tensor, ...]
@@ -295,8 +299,7 @@ class _Flight(Flight):
     def _remember(
         self, branches: np.ndarray, state: BranchState, states: torch.Tensor, lines: torch.Tensor, gates: torch.Tensor
     ) -> None:
-        """Keeps what scored branches have run, for texts in which one of their latents is placed; each document's
-        apart, since some are done before others."""
+        """Keeps what scored branches have run, for texts in which one of their latents is placed."""
         assert self.engine._memory is not None
         plans = [self.plans[m] for m in branches]
         of_one = states.split([plan.lines for plan in plans])
@@ -306,13 +309,12 @@ class _Flight(Flight):
             begun = self.engine._memory.get((document.doc_id, document.chunk))
             if begun is None or begun.group is None or begun.group.document is not document:
                 continue  # what latents are drawn from need not be the text
-            own = {layer: (k[:, a:b].clone(), v[:, a:b].clone()) for layer, (k, v) in state.own.items()}
-            for i, m in enumerate(branches[a:b].tolist()):
+            for i, m in enumerate(branches[a:b].tolist(), a):
                 plan = self.plans[m]
                 last = np.flatnonzero(~plan.is_gate)[-1]  # of what is wanted of lines, the last token's
                 chain = plan.tokens[: plan.predictor[last] + 1].tolist()  # without side runs, which stand behind
-                tokens, scores = (*plan.think, *self.tokens[m], *chain), (lines[m], gates[m], of_one[a + i])
-                begun.branches.append(Scored(own, i, plan.start, tokens, int(plan.target[last]), plan.lines, *scores))
+                run = (plan.start, (*plan.think, *self.tokens[m], *chain), int(plan.target[last]), plan.lines)
+                begun.branches.append(Scored(state.own, i, *run, lines[m], gates[m], of_one[i]))
 
     def _scored_together(self, branches: np.ndarray) -> list[np.ndarray]:
         """Cuts branches into parts whose forwards fit, those with most to run first, so that equals are together."""

@@ -21,7 +21,15 @@ from ..records import Action, Document, Latent, PolicyLogProbs, RolloutGroup, To
 from .backbone import Backbone
 from .noise import NoiseKey
 from .plan import BranchPlan, plan_boundary
-from .sampler import LatentDistribution, SamplingParams, kept_sets, sampled_symbols, symbol_logps
+from .sampler import (
+    LatentDistribution,
+    SamplingParams,
+    Symbols,
+    kept_sets,
+    sampled_symbols,
+    symbol_logps,
+    token_and_symbol_logps,
+)
 
 
 Boundaries = Sequence[int] | Callable[[RolloutGroup], Sequence[int]]  # which to try, or how to tell from the trunk
@@ -169,8 +177,10 @@ class RolloutEngine(ABC):
             for places, flight in self._flights([_unscored(group, boundaries, logps_TG.shape[1], 1)], make_flight):
                 chunk = [t for _, t in places]
                 flat = [latent for t in chunk for latent in latents[t]]
-                logps_n, branch_n = self._symbol_logps(flat, flight.predictors(flat), whole)
-                total = logps_n.new_zeros(len(flat)).index_add(0, branch_n, logps_n)
+                symbols, kept = self._symbols(flat, whole)
+                hidden = flight.predictors(flat)
+                logps_n = symbol_logps(self.backbone, self.distribution, hidden, symbols, kept)
+                total = logps_n.new_zeros(len(flat)).index_add(0, self._long(symbols.branch), logps_n)
                 logps_TG[chunk] = total.view(len(chunk), -1).float().cpu()
         return logps_TG
 
@@ -205,6 +215,10 @@ class RolloutEngine(ABC):
         """Lets documents inside that begin as the same chunk did before share what has been run of it, where the
         engine keeps anything; the weights must stay."""
         return nullcontext()
+
+    def forget(self, document: Document) -> None:
+        """Lets go of what is remembered of a chunk that will not be asked for again."""
+        return
 
     @abstractmethod
     def gradients(self) -> AbstractContextManager[None]:
@@ -266,9 +280,14 @@ class RolloutEngine(ABC):
         """Log-probs of each piece from the hidden states that predict all pieces' [`gate_tokens`] and symbols."""
         router = self.backbone.router_loss  # of their forward; the head's may be checkpointed
         opened = [[(a, row) for _, a, row in of_pieces([piece])] for piece in pieces]
-        gates = self._gate_logps([a for own in opened for a, _ in own], gate_nD)
         latents = [[z for _, row in own for z in row] for own in opened]
-        token_n, branch_n = self._symbol_logps([z for own in latents for z in own], symbol_nD)
+        tokens = [gate_tokens(a) for own in opened for a, _ in own]
+        symbols, kept = self._symbols([z for own in latents for z in own])
+        of_tokens, token_n = token_and_symbol_logps(
+            self.backbone, self.distribution, (gate_nD, symbol_nD), self._long(np.concatenate(tokens)), symbols, kept
+        )
+        owner, branch_n = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), self._long(symbols.branch)
+        gates = of_tokens.new_zeros(len(tokens)).index_add(0, self._long(owner), of_tokens)
         counts, found, first = [sum(len(z.logps) for z in own) for own in latents], [], 0
         columns = zip(
             gates.split([*map(len, opened)]), token_n.split(counts), branch_n.split(counts), latents, strict=True
@@ -278,20 +297,12 @@ class RolloutEngine(ABC):
             first += len(own)
         return found
 
-    def _gate_logps(self, actions: Sequence[Action], hidden_nD: torch.Tensor) -> torch.Tensor:
-        """log P(think) `[T]` from the hidden states that predict the [`gate_tokens`] of all actions."""
-        tokens = [gate_tokens(action) for action in actions]
-        owner = np.repeat(np.arange(len(actions)), [len(t) for t in tokens])
-        logps = self.backbone.token_logps(hidden_nD, self._long(np.concatenate(tokens)))
-        return logps.new_zeros(len(actions)).index_add(0, self._long(owner), logps)
-
-    def _symbol_logps(
-        self, latents: Sequence[Latent], hidden_nD: torch.Tensor, whole: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-prob of each symbol from the hidden states that predict them, and its branch."""
-        symbols = sampled_symbols(latents, self.table)
+    def _symbols(
+        self, latents: Sequence[Latent], whole: bool = False
+    ) -> tuple[Symbols, list[torch.Tensor | None] | None]:
+        """What was drawn, and with which truncation sets, if they count."""
         kept = kept_sets(latents) if self.params.truncated and not whole else None
-        return symbol_logps(self.backbone, self.distribution, hidden_nD, symbols, kept), self._long(symbols.branch)
+        return sampled_symbols(latents, self.table), kept
 
 
 def of_pieces(pieces: Sequence[Piece]) -> list[tuple[int, Action, tuple[Latent, ...]]]:

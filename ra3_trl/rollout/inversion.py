@@ -23,15 +23,24 @@ def block_size(vocab_size: int) -> int:
     return large if large <= 4 * small or small < 16 else small
 
 
+def cumulative(probs_nB: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums of probabilities. On an accelerator floats are added in another order each time, which
+    deterministic algorithms refuse; there they are added as whole numbers of 2^-52, whose sums have no order."""
+    if probs_nB.device.type in ("cpu", "mps") or not torch.are_deterministic_algorithms_enabled():
+        return probs_nB.cumsum(-1)
+    whole = (probs_nB.double() * 2.0**52).long()
+    return (whole.cumsum(-1).double() * 2.0**-52).to(probs_nB.dtype)
+
+
 def _invert(probs_nB: torch.Tensor, share_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the cumulative sum of a row passes the share of its total, and how far beyond the sum before that place. A
     row of NaN, which is drawn in vain, gets some place."""
-    cumulative = probs_nB.cumsum(-1)
+    sums = cumulative(probs_nB)
     # Kept below the last sum, so that rounding cannot push the point past the end; `right` skips symbols of mass zero.
-    last = cumulative[:, -1]
+    last = sums[:, -1]
     point = torch.minimum(share_n.to(last.dtype) * last, torch.nextafter(last, torch.zeros_like(last)))
-    at = torch.searchsorted(cumulative, point[:, None], right=True).clamp_(max=cumulative.shape[1] - 1)
-    before = torch.where(at > 0, cumulative.gather(-1, (at - 1).clamp(min=0)), 0.0)
+    at = torch.searchsorted(sums, point[:, None], right=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(at > 0, sums.gather(-1, (at - 1).clamp(min=0)), 0.0)
     return at[:, 0], point - before[:, 0]
 
 

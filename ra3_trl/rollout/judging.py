@@ -18,7 +18,8 @@ ROUNDINGS = 4
 
 # What the forward of somebody's model may raise; anything else is a fault of ours.
 FORWARD_ERRORS = (
-    ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, AssertionError, ImportError,
+    ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError, ImportError, ArithmeticError,
+    NameError, OSError, MemoryError,
 )  # fmt: skip
 
 

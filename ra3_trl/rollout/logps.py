@@ -11,7 +11,7 @@ computed in the forward pass and nothing is made twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,11 @@ def exact(logits: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Part:
-    """Marks rows that share what is forbidden."""
+    """Marks rows that share what is forbidden, and what their logits are multiplied by."""
 
     rows: slice
     mask_V: torch.Tensor | None = None  # 0, or `-inf` where forbidden
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,20 @@ class Targets:
         """Tokens under the model's own distribution: nothing is forbidden."""
         return cls(token_n, [Part(slice(0, len(token_n)))])
 
+    def behind(self, token_n: torch.Tensor) -> Targets:
+        """These targets behind tokens under the model's own distribution."""
+        first = len(token_n)
+        parts = [replace(p, rows=slice(p.rows.start + first, p.rows.stop + first)) for p in self.parts]
+        stops = None if self.stops is None else self.stops + first
+        tokens = torch.cat([token_n, self.token_n])
+        return Targets(tokens, [Part(slice(0, first)), *parts], stops, self.stop_ids)
+
     def cut(self, most: int) -> Iterator[tuple[slice, Targets]]:
         """Cuts them into chunks of `most` rows at most, whose parts and stops are counted from their first row on."""
         for begin in range(0, max(1, len(self.token_n)), most):
             end = min(begin + most, len(self.token_n))
             parts = [
-                Part(slice(max(part.rows.start, begin) - begin, min(part.rows.stop, end) - begin), part.mask_V)
+                replace(part, rows=slice(max(part.rows.start, begin) - begin, min(part.rows.stop, end) - begin))
                 for part in self.parts
                 if part.rows.start < end and part.rows.stop > begin or begin == end
             ]
@@ -96,7 +105,15 @@ class Targets:
             else:
                 mask = part.mask_V.to(logits.dtype)
                 torch.addmm(mask, hidden_nD[part.rows], weight_VD.T, out=logits[part.rows])
-        return logits if scale == 1.0 else logits.to(exact(logits)).mul_(scale)
+        plain = all(part.scale * scale == 1.0 for part in self.parts)
+        return logits if plain else self.scaled_(logits.to(exact(logits)), scale)
+
+    def scaled_(self, x_nX: torch.Tensor, scale: float) -> torch.Tensor:
+        """Multiplies rows, in place, by what their logits are multiplied by: `scale`, and that of their part."""
+        for part in self.parts:
+            if part.scale * scale != 1.0:
+                x_nX[part.rows].mul_(part.scale * scale)
+        return x_nX
 
     def logps(self, scaled_nV: torch.Tensor) -> torch.Tensor:
         """Log-probs `[n]` of the symbols."""
@@ -140,14 +157,14 @@ class _LinearLogps(torch.autograd.Function):
         ctx: Any, hidden_nD: torch.Tensor, weight_VD: torch.Tensor, targets: Targets, most: int, scale: float,
         watched: bool,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """`most` rows go together; `scale` is what logits are multiplied by."""
+        """`most` rows go together; `scale` is what all logits are multiplied by."""
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         columns, slopes = [], []
         for rows, chunk in targets.cut(most):
             scaled = chunk.logits(hidden_nD[rows], weight_VD, scale)
             columns.append(token_numbers(scaled, chunk.token_n) if watched else (chunk.logps(scaled),))
             if frozen:
-                slopes.append(chunk.excess(scaled, weight_VD.dtype) @ weight_VD * -scale)
+                slopes.append(chunk.scaled_(chunk.excess(scaled, weight_VD.dtype) @ weight_VD, -scale))
         ctx.save_for_backward(hidden_nD, weight_VD, torch.cat(slopes) if frozen else None)
         ctx.targets, ctx.most, ctx.scale = targets, most, scale
         logps, *numbers = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -166,7 +183,7 @@ class _LinearLogps(torch.autograd.Function):
             excess = chunk.excess(scaled, weight_VD.dtype)
             del scaled
             # Rows are scaled on the narrow side of the products, so that no pass over the logits is spent on it.
-            factor = (grad_n[rows, None] * -ctx.scale).to(weight_VD.dtype)
+            factor = chunk.scaled_(-grad_n[rows, None], ctx.scale).to(weight_VD.dtype)
             weight_grad.addmm_(excess.T, hidden_nD[rows] * factor)
             if hidden_grad is not None:
                 hidden_grad[rows] = excess @ weight_VD * factor

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..records import Latent, TokenTable
 from .backbone import Backbone
-from .inversion import block_size, invert, invert_by_blocks
+from .inversion import block_size, cumulative, invert, invert_by_blocks
 from .logps import Part, Targets
 
 
@@ -131,7 +131,7 @@ class LatentDistribution:
         if self.params.top_p < 1.0:
             masked = scaled_nV.masked_fill(~keep, float("-inf"))
             probs, order = masked.softmax(-1).sort(descending=True)
-            nucleus = probs.cumsum(-1) - probs < self.params.top_p
+            nucleus = cumulative(probs) - probs < self.params.top_p
             keep &= torch.zeros_like(keep).scatter(-1, order, nucleus)
         return keep
 
@@ -178,7 +178,11 @@ class Draw:
 
 
 def check_finite(logps: torch.Tensor) -> None:
-    """Refuses a model whose numbers are not finite, before anything is made of them."""
+    """Refuses a model whose log-probs (nats, of any shape) are not finite, before anything is made of them.
+
+    Raises:
+        `ValueError`: if one is not.
+    """
     if not bool(torch.isfinite(logps).all()):
         raise ValueError(
             "the model's log-probs are not finite: its weights have diverged. Go on from an earlier checkpoint with a "
@@ -283,7 +287,7 @@ def symbol_logps(
     if kept is None and backbone.matrix is not None:
         order, targets = _by_kind(distribution, symbols, device)
         at, back = (torch.as_tensor(x, device=device) for x in (order, np.argsort(order)))
-        return backbone.matrix_logps(hidden_nD[at], targets, distribution.params.temperature)[back]
+        return backbone.matrix_logps(hidden_nD[at], targets)[back]
 
     sets = None if kept is None else _KeptSets(distribution, kept, device)
 
@@ -300,16 +304,37 @@ def symbol_logps(
     return backbone.chunked(hidden_nD, reduce, *columns, rows)[0]
 
 
+def token_and_symbol_logps(
+    backbone: Backbone,
+    distribution: LatentDistribution,
+    states: tuple[torch.Tensor, torch.Tensor],
+    token_n: torch.Tensor,
+    symbols: Symbols,
+    kept: list[torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores plain tokens and symbols, each from its hidden states, in one pass of the head where that is a matrix: a
+    pass of its own would leave one more gradient as large as the head."""
+    hidden_nD, symbol_nD = states
+    if kept is not None or backbone.matrix is None:
+        of_tokens = backbone.token_logps(hidden_nD, token_n)
+        return of_tokens, symbol_logps(backbone, distribution, symbol_nD, symbols, kept)
+    order, targets = _by_kind(distribution, symbols, token_n.device)
+    at, back = (torch.as_tensor(x, device=token_n.device) for x in (order, np.argsort(order)))
+    logps = backbone.matrix_logps(torch.cat([hidden_nD, symbol_nD[at]]), targets.behind(token_n))
+    return logps[: len(token_n)], logps[len(token_n) :][back]
+
+
 def _by_kind(distribution: LatentDistribution, symbols: Symbols, device: torch.device) -> tuple[np.ndarray, Targets]:
     """Puts symbols in an order in which those that share what is forbidden stand together."""
     pairs = zip(symbols.state.tolist(), symbols.step.tolist(), strict=True)
     kinds = np.array([distribution.kind(state, step) for state, step in pairs], dtype=np.int64)
-    order = np.argsort(kinds, kind="stable")
+    order, scale = np.argsort(kinds, kind="stable"), 1 / distribution.params.temperature
     begins = np.flatnonzero(np.diff(kinds[order], prepend=-1)).tolist()
     parts = []
     for begin, end in zip(begins, [*begins, len(order)][1:], strict=True):
         first = order[begin]
-        parts.append(Part(slice(begin, end), distribution.mask(int(symbols.state[first]), int(symbols.step[first]))))
+        mask_V = distribution.mask(int(symbols.state[first]), int(symbols.step[first]))
+        parts.append(Part(slice(begin, end), mask_V, scale))
     token, table = symbols.token[order], distribution.table
     stops = np.flatnonzero(token == table.stop_id)
     return order, Targets(torch.as_tensor(token, device=device), parts, stops, table.stop_ids)

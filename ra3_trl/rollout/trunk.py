@@ -57,13 +57,12 @@ class Joined:
     def __init__(self, trunk: BranchState, document: int, scored: Scored):
         self.trunk, self.document, self.scored = trunk, document, scored
 
-    def keys_values(self, layer: int, number: int) -> KeysValues:
+    def keys_values(self, layer: int, number: int, tokens: int) -> list[KeysValues]:
         """As [`BranchState.keys_values`], of its one document."""
         at = self.scored
-        own = (x[:, at.number, : len(at.tokens)] for x in at.own[layer])
-        past = self.trunk.keys_values(layer, self.document)
-        k, v = (torch.cat([x[:, : at.start], y.to(x.dtype)], 1) for x, y in zip(past, own, strict=True))
-        return k, v
+        past = self.trunk.keys_values(layer, self.document, min(tokens, at.start))
+        k, v = (x[:, at.number, : max(tokens - at.start, 0)] for x in at.own[layer])
+        return [*past, (k.to(past[0][0].dtype), v.to(past[0][1].dtype))]
 
 
 @dataclass(frozen=True)

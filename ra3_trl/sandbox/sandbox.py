@@ -8,6 +8,7 @@ write goes to files in memory that belong to the host, bounded as all their file
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import queue
@@ -115,12 +116,24 @@ class Sandbox:
             raise ValueError(f"`slots` is {slots}; a sandbox needs at least 1.")
         if missing := [folder for folder in packages if not Path(folder).is_dir()]:
             raise ValueError(f"`packages` names {missing[0]!r}, which is no folder; give folders that hold modules.")
-        self.isolated = _can_isolate(self.limits, tuple(packages))
-        make = partial(_Server, self.isolated, self.limits, tuple(packages))
+        self.packages = tuple(packages)
+        self.isolated = _can_isolate(self.limits, self.packages)
+        self._make_servers(0)
+
+    def _make_servers(self, hash_seed: int) -> None:
+        """Makes the servers of all slots, each of which starts with its first job."""
+        make = partial(_Server, self.isolated, self.limits, self.packages, hash_seed)
         self._servers = [(make(), make()) for _ in range(self.slots)]
         self._free: queue.SimpleQueue[tuple[_Server, _Server]] = queue.SimpleQueue()
         for pair in self._servers:
             self._free.put(pair)
+
+    def seeded(self, hash_seed: int) -> Sandbox:
+        """Makes a sandbox like this one, with servers of its own, whose Python hashes texts by another seed. Sets of
+        texts have another order there; here the seed is 0."""
+        other = copy.copy(self)
+        other._make_servers(hash_seed)
+        return other
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """Runs one job by itself (role `"script"` or `"inside"`, see `players.play`), and returns the report on it."""
@@ -167,8 +180,8 @@ class Sandbox:
 class _Server:
     """The host's side of one warm server; starts it when there is work, and anew after it broke."""
 
-    def __init__(self, isolated: bool, limits: Limits, packages: tuple[str, ...]):
-        self.isolated, self.limits, self.packages = isolated, limits, packages
+    def __init__(self, isolated: bool, limits: Limits, packages: tuple[str, ...], hash_seed: int = 0):
+        self.isolated, self.limits, self.packages, self.hash_seed = isolated, limits, packages, hash_seed
         self.files: dict[str, int] = {}
         self.process: subprocess.Popen | None = None
 
@@ -237,9 +250,11 @@ class _Server:
                 "limits": {**asdict(self.limits), "socket_kb": _socket_kb()}, "isolated": self.isolated,
                 "packages": self.packages, "control": control.fileno(), "jobs": jobs.fileno(),
             }  # fmt: skip
+            command, hash_seed = _command(settings, self.hash_seed), str(self.hash_seed)
             self.process = subprocess.Popen(
-                _command(settings), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                env={}, cwd=tempfile.gettempdir(), pass_fds=(control.fileno(), jobs.fileno()), start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                env={"PYTHONHASHSEED": hash_seed}, cwd=tempfile.gettempdir(),
+                pass_fds=(control.fileno(), jobs.fileno()), start_new_session=True,
             )  # fmt: skip
         self.control.settimeout(_START)
         self.jobs.settimeout(_START)
@@ -285,14 +300,15 @@ def _can_isolate(limits: Limits, packages: tuple[str, ...]) -> bool:
         return False
 
 
-def _command(settings: dict[str, Any]) -> list[str]:
+def _command(settings: dict[str, Any], hash_seed: int) -> list[str]:
     """The command line of a server; as root it first becomes nobody, since root has no limit of processes."""
     here, isolated = str(Path(__file__).parent), settings["isolated"]
     folder = "/guest" if isolated else here  # it may lie in /tmp, which programs get anew
     python = str(Path(sysconfig.get_config_var("BINDIR"), f"python{sys.version_info.major}.{sys.version_info.minor}"))
     packages = {path: f"/packages/{i}" if isolated else path for i, path in enumerate(settings["packages"])}
     settings = {**settings, "folder": folder, "packages": [*packages.values()]}
-    server = [python, "-I", "-c", _BOOT, json.dumps(settings)]
+    # As with -I nothing of the user's is on the path; but -I would not read the hash seed.
+    server = [python, "-s", "-P", "-c", _BOOT, json.dumps(settings)]
     if not isolated:
         return server
     prefixes = [path for path in (sys.base_prefix, sys.base_exec_prefix) if not Path(path).is_relative_to("/usr")]
@@ -302,7 +318,7 @@ def _command(settings: dict[str, Any]) -> list[str]:
         "--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/null", "/dev/zero",  # which lends shared memory
         "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/",
         "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
-        "--setenv", "PYTHONHASHSEED", "0", "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
+        "--setenv", "PYTHONHASHSEED", str(hash_seed), "--setenv", "OMP_NUM_THREADS", "1", "--chdir", "/tmp",
     ]  # fmt: skip
     bwrap = shutil.which("bwrap") or "bwrap"
     if os.getuid() != 0:

@@ -161,7 +161,11 @@ ACTION_FORMATS = {f.name: f for f in (PYTHON, SLASHES, PROSE, MARKDOWN, TAGS, PY
 
 
 def find_format(name: str) -> ActionFormat:
-    """Looks up the action format called `name`."""
+    """Looks up the action format called `name`.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
     if name not in ACTION_FORMATS:
         raise ValueError(
             f"`action_format` is {name!r}; use one of {', '.join(map(repr, ACTION_FORMATS))}, or register your own: "

@@ -50,7 +50,11 @@ def is_control(token: AddedToken) -> bool:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> _Bytes:
     """Lists the bytes of each token id, of a byte-level or SentencePiece-style tokenizer; `None` for special tokens
-    ([`is_control`]) and unused ids."""
+    ([`is_control`]) and unused ids.
+
+    Raises:
+        `ValueError`: for a tokenizer that is slow.
+    """
     if not tokenizer.is_fast:
         raise ValueError(
             f"`processing_class` is {type(tokenizer).__name__}, which has no character offsets; pass a fast tokenizer "
@@ -104,7 +108,11 @@ def _end_ids(data: _Bytes, tokenizer: PreTrainedTokenizerBase, action_format: Ac
 
 
 def require_tags(tokenizer: PreTrainedTokenizerBase, action_format: ActionFormat) -> dict[str, int]:
-    """Maps the tags of a format to their ids; refuses a tokenizer that lacks one as special token."""
+    """Maps the tags of a format to their ids.
+
+    Raises:
+        `ValueError`: for a tokenizer that lacks one as special token.
+    """
     special = special_ids(tokenizer)
     missing = [tag for tag in action_format.tags if tag not in special]
     if missing:

@@ -53,14 +53,15 @@ class TraceAnnotator:
 
     def _trace(self, source: Source) -> Traced:
         # With carriage returns alone Python would count other lines than those between newlines.
-        if parse(source.text) is None or re.search(r"\r(?!\n)", source.text):
+        text = _without_mark(source.text)
+        if parse(text) is None or re.search(r"\r(?!\n)", text):
             return Traced(none=Counter([NO_PYTHON]))
-        return self.tracer(source.text, calls_of(source.text, source.row))
+        return self.tracer(text, calls_of(text, source.row))
 
     def say(self, source: Source, traced: Traced) -> Proposed:
         """Puts a program's traces into words."""
         none, rows = Counter(traced.none), source.text.split("\n")
-        answers = answers_of(parse(source.text) or ast.Module([], []))
+        answers = answers_of(parse(_without_mark(source.text)) or ast.Module([], []))
         traces = list(traced.asserts.items())
         traces += [(line, calls[0]) for line, calls in traced.calls.items() if line not in traced.asserts]
         comments = []
@@ -83,6 +84,11 @@ class TraceAnnotator:
     def close(self) -> None:
         """Ends the sandbox."""
         self.tracer.close()
+
+
+def _without_mark(text: str) -> str:
+    """The text without a mark of byte order, which Python takes at the beginning of files and not of strings."""
+    return text.removeprefix("\ufeff")
 
 
 _REASONS = (NO_CHANGE, COPIES_ANSWER, TOO_LONG)

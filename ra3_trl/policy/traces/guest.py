@@ -1,7 +1,7 @@
 """What runs inside the sandbox: a program with its calls, watched line by line.
 
-Imports nothing but what an interpreter has begun with, since it is started anew for each program and hash seed. Reads
-`[text, calls]` from standard input and prints rows of fields:
+Imports nothing but what an interpreter has begun with. Reads `[text, calls]` from standard input and prints rows of
+fields:
 
     assert LINE HOLDS ASKED CHANGES [AT NAME VALUE] ...    an `assert` of the text, by the line where it begins
     call NUMBER LINE ASKED CHANGES [AT NAME VALUE] ...     a call, by the line at which its function returned
@@ -18,7 +18,7 @@ import os
 import sys
 
 
-TYPE_CHECKING = False  # of `typing`, which takes longer to import than the rest
+TYPE_CHECKING = False  # of `typing`, which is not needed
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
@@ -28,14 +28,23 @@ STEPS = 10_000  # lines, and calls of functions in C
 TOLD = 200  # first and last changes of a trace
 WIDE = 40  # characters of a value; a longer one is not shown
 DEEP = 4
-PROGRAM = "<program>"
+PROGRAM, CALL = "<program>", "<call>"
 _ASKED = {
     "time": ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time",
-             "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "localtime", "gmtime", "ctime"),
-    "posix": ("urandom", "getrandom", "getpid", "times"),
-    "builtins": ("id", "hash", "input"),
+             "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "localtime",
+             "gmtime", "ctime", "asctime", "strftime"),
+    "posix": ("urandom", "getrandom", "getpid", "times", "getloadavg"),
+    "resource": ("getrusage",),
+    "builtins": ("input",),
     "_uuid": ("generate_time_safe",),
 }  # fmt: skip
+# Asked for by the program's own lines only: Python's modules use them where nothing of it shows, `copy.deepcopy` say.
+_ASKED_BY_LINES = {
+    "builtins": ("id", "hash"),
+    "posix": ("stat", "lstat", "fstat"),
+    "_thread": ("get_ident", "get_native_id"),
+    "gc": ("get_count", "get_stats"),
+}
 _FIXED = (int, float, complex, str, bytes, bool, type(None))  # the same object is the same value
 _DRAWN = ("random", "getrandbits", "randbytes")
 _NOW = ("now", "utcnow", "today")
@@ -90,7 +99,10 @@ class Map:
     def __init__(self, tree: Any):
         self.asserts: dict[int, int] = {}
         self.variables: dict[tuple[str, int], dict[str, None]] = {}
+        self.elsewhere: list[tuple[dict[str, None], str]] = []
         self._walk(tree, None)
+        for names, name in self.elsewhere:
+            names.pop(name, None)
 
     def _walk(self, node: Any, names: dict[str, None] | None) -> None:
         kind = type(node).__name__
@@ -111,6 +123,8 @@ class Map:
             names[node.id] = None
         elif names is not None and kind in ("ExceptHandler", "MatchAs", "MatchStar") and node.name:
             names[node.name] = None
+        elif names is not None and kind in ("Nonlocal", "Global"):  # another function's, or none
+            self.elsewhere += [(names, name) for name in node.names]
         for field in getattr(node, "_fields", ()):
             value = getattr(node, field, None)
             for part in value if type(value) is list else (value,):
@@ -124,7 +138,6 @@ class Trace:
     def __init__(self) -> None:
         self.changes: list[tuple[int, int, str, str]] = []
         self.count = 0
-        self.asked = False
 
     def add(self, *change: Any) -> None:
         self.count += 1
@@ -135,7 +148,7 @@ class Trace:
     def fields(self, without: int | None = None) -> list[Any]:
         told = [change[1:] for change in self.changes if change[0] != without]
         count = self.count - (len(self.changes) - len(told))
-        return [int(self.asked), count, *(part for change in told for part in change)]
+        return [count, *(part for change in told for part in change)]
 
 
 class Watch:
@@ -145,6 +158,8 @@ class Watch:
         self.where, self.out = where, out
         self.steps = 0
         self.frames = 0
+        self.imports = 0  # that are under way
+        self.asked = False  # from then on, since a program may keep what it was answered
         self.trace, self.before = Trace(), Trace()  # since the assertion began, or ended; between the two
         self.open: list[Any] | None = None  # of the assertion that runs: its line, frame and whether it holds
         self.call: list[Any] | None = (
@@ -154,8 +169,11 @@ class Watch:
         self.getpid, self.write = os.getpid, os.write
 
     def on_call(self, frame: Any, event: str, arg: Any) -> Any:
-        self.step()
         code = frame.f_code
+        if code.co_name == "_find_and_load" and code.co_filename == "<frozen importlib._bootstrap>":
+            self.imports += 1
+            return self.on_import
+        self.step()
         if code.co_filename != PROGRAM or code.co_name.startswith("<") and code.co_name != "<module>":
             return None
         names = self.where.variables.get((code.co_name, code.co_firstlineno), ())
@@ -201,7 +219,7 @@ class Watch:
                 self.at_line(frame.f_lineno if event == "line" else None, number)
             if event == "return" and self.call is not None and self.call[1] == number and self.call[2] is None:
                 self.call[2] = 0 if left else frame.f_lineno
-                self.call[3] = self.trace.fields()
+                self.call[3] = [int(self.asked), *self.trace.fields()]
             return on_line
 
         return on_line
@@ -214,24 +232,34 @@ class Watch:
                 return  # it has several lines
             fields = self.trace.fields(without=number)
             # One about a result that is at hand already runs nothing itself.
-            fields = fields if fields[1] else self.before.fields(without=number)
-            self.tell("assert", begun, int(holds), *fields)
+            fields = fields if fields[0] else self.before.fields(without=number)
+            self.tell("assert", begun, int(holds), int(self.asked), *fields)
             self.open, self.trace = None, Trace()
         if line is not None and line in self.where.asserts and self.open is None:
             self.open = [self.where.asserts[line], number, True]
             self.before, self.trace = self.trace, Trace()
 
+    def on_import(self, frame: Any, event: str, arg: Any) -> Any:
+        """What a module takes and asks for while it is imported is not the program's affair."""
+        if event == "return":
+            self.imports -= 1
+        return self.on_import
+
     def on_c_call(self, frame: Any, event: str, function: Any) -> None:
-        if event != "c_call":
+        if event != "c_call" or self.imports:
             return
         self.step()
         name, of = getattr(function, "__name__", ""), getattr(function, "__self__", sys)
-        if name in _DRAWN:
-            self.trace.asked = self.trace.asked or type(of).__name__ != "module"
-        elif name in _NOW or type(of).__name__ == "module" and name in _ASKED.get(of.__name__, ()):
-            self.trace.asked = True
+        if type(of).__name__ != "module":
+            asks = name in _DRAWN or name in _NOW
+        else:
+            by_program = frame.f_code.co_filename in (PROGRAM, CALL)
+            asks = name in _ASKED.get(of.__name__, ()) or by_program and name in _ASKED_BY_LINES.get(of.__name__, ())
+        self.asked = self.asked or asks
 
     def step(self) -> None:
+        if self.imports:
+            return
         self.steps += 1
         if self.steps > STEPS:
             self.end("steps")
@@ -270,7 +298,7 @@ def main() -> NoReturn:
         call: list[Any] = [number, None, None, ()]
         watch.trace, watch.call, watch.open = Trace(), call, None
         try:
-            called = compile(source, "<call>", "exec", 0, True)
+            called = compile(source, CALL, "exec", 0, True)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         if run(watch, called, vars(module)):

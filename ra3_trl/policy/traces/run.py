@@ -17,17 +17,10 @@ LIMITS = Limits(seconds=2.0)
 _SOURCE = (Path(__file__).parent / "guest.py").read_text("utf-8")
 # Compiled, since each run would do it anew: the interpreter in the sandbox is this one.
 GUEST = f"import marshal\nexec(marshal.loads({marshal.dumps(compile(_SOURCE, '<guest>', 'exec'))!r}))\n"
-# The first run has the hash seed of the sandbox's servers, the others begin interpreters. A set's order shows in one
-# run of two at least if it has two texts, so texts with sets run more often.
+# Of further runs: the first has the sandbox's own, 0. A set's order shows in one run of two at least if it has two
+# texts, so texts with sets run more often.
 SEEDS, SEEDS_OF_SETS = (1,), (1, 2, 3)
 _MAY_HOLD_SETS = re.compile(r"\b(set|frozenset|keys)\b|\{[^:{}]*\}")
-_BEGIN = """
-import os, sys
-guest = {guest!r}
-seen = os.pathsep.join(path for path in sys.path if path)
-os.execve(sys.executable, [sys.executable, "-S", "-s", "-B", "-c", guest],
-          {{**os.environ, "PYTHONHASHSEED": "{seed}", "PYTHONPATH": seen}})
-"""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 # Why there is no trace, of a text or of an assertion or call.
@@ -65,20 +58,21 @@ class Tracer:
 
     def __init__(self, sandbox: Sandbox | None = None):
         self.sandbox = sandbox or Sandbox(limits=LIMITS)
+        self._seeded = {seed: self.sandbox.seeded(seed) for seed in SEEDS_OF_SETS}
 
     def __call__(self, text: str, calls: Sequence[str] = ()) -> Traced:
         """Runs a text and then the calls in its namespace, and keeps what all runs agree on."""
         if not calls and "assert" not in text:
             return Traced(none=Counter([NO_CALL]))
         job = repr((text, list(calls)))
-        first, why = self._run(GUEST, job)
+        first, why = self._run(self.sandbox, job)
         none = Counter(why and [why])
         traced = Traced(none=none)
         if not first:
             none.update([] if why else [NO_CALL])
             return traced
         seeds = SEEDS_OF_SETS if _MAY_HOLD_SETS.search("\n".join([text, *calls])) else SEEDS
-        others = [self._run(_BEGIN.format(guest=GUEST, seed=seed), job)[0] for seed in seeds]
+        others = [self._run(self._seeded[seed], job)[0] for seed in seeds]
         for key, fields in first.items():
             reason = _refused(fields, [other.get(key) for other in others])
             if reason:
@@ -89,9 +83,9 @@ class Tracer:
                 traced.calls.setdefault(key[1], []).append(_read(fields))
         return traced
 
-    def _run(self, program: str, job: str) -> tuple[_Rows, str]:
+    def _run(self, sandbox: Sandbox, job: str) -> tuple[_Rows, str]:
         """What one run printed, and why that is not all, if it is not."""
-        report = self.sandbox.run({"role": "script", "program": program, "stdin": job})
+        report = sandbox.run({"role": "script", "program": GUEST, "stdin": job})
         rows: _Rows = {}
         why = {"timeout": TIMEOUT, "memory": MEMORY}.get(report["ended"], GONE)
         for line in report["stdout"].split("\n"):
@@ -113,7 +107,8 @@ class Tracer:
 
     def close(self) -> None:
         """Ends the sandbox."""
-        self.sandbox.close()
+        for sandbox in (self.sandbox, *self._seeded.values()):
+            sandbox.close()
 
 
 def _refused(fields: tuple[str, ...], others: Sequence[tuple[str, ...] | None]) -> str:
