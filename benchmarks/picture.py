@@ -170,7 +170,8 @@ def table_charts(table: ResultTable) -> list[Chart]:
 
     def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:
         x_label = "" if ticks else "update"
-        return Chart(stem(f"{table.label} {title}"), title, x_label, unit, series, ticks, note)
+        name, share = stem(f"{table.label} {title}"), unit.endswith("share")
+        return Chart(name, title, x_label, unit, series, ticks, note, share=share)
 
     charts = []
     if "experiment" in content:
