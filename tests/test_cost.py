@@ -123,6 +123,18 @@ def test_a_tied_head_is_a_product_and_embeddings_are_none(tiny_model, tokenizers
     assert Shape.of(model).trained == 0
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_of_a_mixtures_experts_those_count_that_a_token_goes_to(model_type, tiny_model, tokenizers):
+    """Two of four; all their weights are held and read. What is shared by all tokens, the router too, counts whole."""
+    model = tiny_model(model_type, tokenizers["newline_indent"])
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = model.get_input_embeddings().weight
+    only_read = 0 if model.get_output_embeddings().weight is embeddings else embeddings.numel()
+    shape = Shape.of(model)
+    assert experts > 0 and shape.weights == total - only_read - experts // 2 and shape.size == 4 * total
+
+
 def test_the_report_says_all_of_it():
     # 2 x 10 weights x 10^18 tokens x 8 devices are 1.6 10^20 FLOPs, on each 2 10^19 at 40 % of 989 10^12: 14.04 hours.
     phases = {"E-phase": (Passes(1, 1e18),)}

@@ -5,6 +5,7 @@ What is written must be what `generate` writes, token for token. `make test-vllm
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import sys
@@ -21,11 +22,13 @@ import torch
 from conftest import TOKENIZERS, furthest
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AddedToken
 from trl import GRPOConfig
 
-from ra3_trl import AutoModelForCausalLMWithAbstractionHead
+from ra3_trl import ACTION_FORMATS, AutoModelForCausalLMWithAbstractionHead
 from ra3_trl.evaluation import EvaluationSettings, draw
 from ra3_trl.generation import CompletionSettings, VLLMEngine, draw_completions
+from ra3_trl.generation.boundaries import LineReader
 from ra3_trl.generation.requests import BatchThinking, RequestThinking
 from ra3_trl.generation.vllm_engine import RowReader, request_words, require_vllm, thinking_engines
 from ra3_trl.models import AbstractionConfig, AbstractionHead
@@ -161,7 +164,7 @@ def test_a_preempted_request_goes_on_from_its_tokens(wrapped):
     assert Batch(model, 1).run([again], 20) == [whole]
 
 
-def added(model, place: int, prompt: str, thinking: RequestThinking) -> SimpleNamespace:
+def added(model, place: int, prompt: str, thinking: RequestThinking | None) -> SimpleNamespace:
     """The update by which a request comes to a place."""
     row = request(model, prompt, thinking)
     return SimpleNamespace(removed=[], added=[(place, row["params"], row["prompt"], row["written"])], moved=[])
@@ -178,6 +181,30 @@ def test_a_request_that_ends_leaves_the_batch(wrapped):
     assert not torch.equal(processor.apply(free[:1].clone()), free[:1])
     processor.update_state(SimpleNamespace(removed=[0], added=[], moved=[]))
     assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_a_request_that_comes_to_the_place_of_another_is_its_own(wrapped):
+    """vLLM lists a request as removed only where no other takes its place: this one says nothing of thinking."""
+    model = wrapped()
+    processor, free = BatchThinking(lambda: model.tokenizer), torch.zeros(1, model.config.vocab_size)
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always")))
+    processor.update_state(added(model, 0, PROMPTS[0], None))
+    assert torch.equal(processor.apply(free.clone()), free)
+
+
+def test_what_may_stand_at_a_boundary(wrapped):
+    """The think prefix's first token, or one of the ends that the request names; vLLM must ask for greedy requests
+    too, since the likeliest token may be none of these."""
+    model = wrapped()
+    processor, eos = BatchThinking(lambda: model.tokenizer), model.tokenizer.eos_token_id
+    processor.update_state(added(model, 0, PROMPTS[0], RequestThinking("always", eos_token_ids=(eos, 77))))
+    logits = torch.zeros(1, model.config.vocab_size)
+    logits[0, 99] = 5.0
+    shaped = processor.apply(logits)[0]
+    left = shaped.isfinite().nonzero()[:, 0].tolist()
+    (first,) = set(left) - {eos, 77}
+    assert len(left) == 3 and model.tokenizer.decode([first]).isspace() and shaped.argmax() != 99
+    assert not processor.is_argmax_invariant()
 
 
 def test_a_decision_on_a_part_of_the_prompt_is_taken_back(wrapped):
@@ -205,6 +232,18 @@ def test_rows_that_were_not_steered_are_noticed(wrapped):
     comment = model.tokenizer("    # x\n", add_special_tokens=False).input_ids
     with pytest.raises(ValueError, match="`think` is 'never', and vLLM wrote"):
         RowReader(model.tokenizer, RequestThinking("never"), (), ())(ids, comment)
+
+
+@pytest.mark.parametrize("knob", [{"think": "never"}, {"think": "auto", "threshold": 0.5}, {"think": "auto"}])
+def test_a_tag_past_every_decision_is_noticed(tokenizers, knob):
+    """In the middle of a line, where nothing decides; without a threshold the model opens latents as it likes."""
+    tokenizer = copy.deepcopy(tokenizers["newline_indent"])
+    tags = [AddedToken(tag, special=True, normalized=False) for tag in ACTION_FORMATS["python_tags"].tags]
+    tokenizer.add_tokens(tags, special_tokens=True)
+    row = [*tokenizer("x = 1\ny").input_ids, tokenizer.convert_tokens_to_ids(tags[0].content)]
+    thinking = RequestThinking(**knob, action_format="python_tags")
+    forced = thinking.steering(tokenizer).forced(LineReader(thinking.steering(tokenizer).vocabulary, True), (), row)
+    assert (forced is None) == (knob != {"think": "auto"})
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -536,6 +575,17 @@ def test_an_engine_that_does_not_start_is_named(wrapped, monkeypatch, tmp_path, 
     with pytest.raises(NotImplementedError):
         args.use_vllm = False
         build_grpo_trainer(str(tmp_path / "model"), args, data)
+
+
+def test_as_many_completions_as_trl_asks_for(wrapped, monkeypatch, tmp_path):
+    """In evaluation TRL repeats a prompt another number of times."""
+    model = wrapped()
+    trainer, counts = grpo(monkeypatch, tmp_path, model, Engine(model)), []
+    for training in (True, False):
+        trainer.model.training = training
+        CompletionRollout()(PROMPTS[:1], trainer)
+        counts.append(trainer.vllm_generation.count)
+    assert counts == [2, 1]
 
 
 def test_sharded_weights_roll_out_in_vllm(wrapped, monkeypatch, tmp_path):

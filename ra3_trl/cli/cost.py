@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,8 @@ _TAGS = 3  # tokens of think prefix and closure
 
 @dataclass(frozen=True)
 class Shape:
-    """What counts of a model: weights in matrix products (embeddings that are only read are none), those of them that
-    are trained, bytes of all weights, layers."""
+    """What counts of a model: weights in matrix products of a token (embeddings that are only read are none, of a
+    mixture's experts those that a token goes to), those of them that are trained, bytes of all weights, layers."""
 
     weights: int
     trained: int
@@ -42,15 +43,27 @@ class Shape:
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
         """Reads the shape of a language model; a head that is tied to the embeddings is a product."""
-        parameters = list(model.parameters())
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        products = [p for p in parameters if p is not embeddings or embeddings is head]
+        config = model.config.get_text_config()
+        asked = _asked_experts(config.to_dict())
+        products = {
+            p: round(p.numel() * (asked if ".experts." in name else 1))
+            for name, p in model.named_parameters()
+            if p is not embeddings or embeddings is head
+        }
         return cls(
-            weights=sum(p.numel() for p in products),
-            trained=sum(p.numel() for p in products if p.requires_grad),
-            size=sum(p.numel() * p.element_size() for p in parameters),
-            layers=model.config.get_text_config().num_hidden_layers,
+            weights=sum(products.values()),
+            trained=sum(count for p, count in products.items() if p.requires_grad),
+            size=sum(p.numel() * p.element_size() for p in model.parameters()),
+            layers=config.num_hidden_layers,
         )
+
+
+def _asked_experts(config: Mapping[str, Any]) -> float:
+    """The share of a mixture's experts that a token goes to; 1 where there is no mixture."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")  # what they are called, by architecture
+    experts = next((config[name] for name in names if config.get(name)), 0)
+    return config["num_experts_per_tok"] / experts if experts and config.get("num_experts_per_tok") else 1.0
 
 
 @dataclass(frozen=True)
