@@ -119,6 +119,10 @@ class ResultTable:
             return estimate
         return replace(estimate, low=max(estimate.low, 0.0), high=min(estimate.high, 1.0))  # of tables of before
 
+    def learned(self, arm: str) -> bool:
+        """Whether GRPO was run from an arm."""
+        return all(run[arm]["curve"] for run in self.content["runs"])
+
 
 def read_table(name: str, label: str) -> ResultTable | Run:
     """Reads a table by what it holds, and what is none as `ra3 report` does.
@@ -170,7 +174,8 @@ def table_charts(table: ResultTable) -> list[Chart]:
 
     def chart(title: str, unit: str, series: Sequence, ticks: Sequence[str] = ()) -> Chart:
         x_label = "" if ticks else "update"
-        return Chart(stem(f"{table.label} {title}"), title, x_label, unit, series, ticks, note)
+        name, share = stem(f"{table.label} {title}"), unit.endswith("share")
+        return Chart(name, title, x_label, unit, series, ticks, note, share=share)
 
     charts = []
     if "experiment" in content:
@@ -188,7 +193,7 @@ def table_charts(table: ResultTable) -> list[Chart]:
     for title, unit, names in _MEASURES_OF_ARMS:
         rows = {arm: [table.estimate(key, arm) for key in names] for arm in arms}
         charts.append(chart(title, unit, side_by_side(rows, 0.6), tuple(names.values())))
-    learned = [arm for arm in arms if all(run[arm]["curve"] for run in content["runs"])]
+    learned = [arm for arm in arms if table.learned(arm)]
     curves = [
         curve_over(arm, [dict(enumerate(run[arm]["curve"])) for run in content["runs"]], True) for arm in learned
     ]
@@ -206,16 +211,14 @@ def table_section(table: ResultTable) -> Section:
         f"Seeds: {content['seeds']}.{tried if content['bases'] else ''} In brackets 95 % intervals over seeds "
         "(Student's t); what was never reached is counted."
     )
-    rows = [
-        (name, [_cell(table.estimate(key, arm), _DIGITS.get(key.rpartition("_to_")[0])) for arm in arms])
-        for key, name in _ROWS.items()
-        if key in content
-    ]
+    rows = [(name, [_cell(table, key, arm) for arm in arms]) for key, name in _ROWS.items() if key in content]
     return Section(f"{title}: {table.label}", about, table_charts(table), arms, rows)
 
 
-def _cell(estimate: Estimate, digits: int | None) -> tuple[str, str]:
-    """A mean and its interval; with `digits`, of what some runs never reached, how many these are."""
+def _cell(table: ResultTable, key: str, arm: str) -> tuple[str, str]:
+    """A mean and its interval; of what some runs of GRPO never reached, how many these are."""
+    estimate, digits = table.estimate(key, arm), _DIGITS.get(key.rpartition("_to_")[0])
+    digits = digits if digits is not None and table.learned(arm) else None
     band = None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
     value, _, interval = number(estimate.mean, band, 3 if digits is None else digits).partition(" ")
     missed = 0 if digits is None else len(estimate.values) - estimate.n

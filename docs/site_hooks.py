@@ -14,6 +14,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _OUTSIDE = re.compile(r"(\]\()(?:\.\./)+([\w./-]+)((?:#[\w-]+)?\))")
+_NAMED = re.compile(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]")  # [`~ra3_trl.Policy`], as a page has it
+_TYPE = re.compile(r"(<code>)([^<]*`[^<]*)(</code>)")  # `ValueError`, which mkdocstrings takes as it stands
 _WITHIN = re.compile(r"(\]\()(?!https?:|#|/)([\w./-]+)((?:#[\w-]+)?\))")
 
 
@@ -58,3 +60,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     names = linked(Path(config.docs_dir))
     return _OUTSIDE.sub(lambda match: f"{match[1]}{names[match[2]]}{match[3]}", markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Writes types and names of the reference without the marks that TRL's docstrings have for doc-builder."""
+    return as_read(html) if page.file.src_uri == "api.md" else html
+
+
+def as_read(html: str) -> str:
+    """`[`~a.b.C`], *optional*, defaults to `x`` as `C, optional`: mkdocstrings says the default beside it."""
+
+    def plain(match: re.Match[str]) -> str:
+        text = re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"\1", match[2])
+        text = re.sub(r", defaults to .*", "", text).replace("*optional*", "optional").replace("`", "")
+        return match[1] + text + match[3]
+
+    return _TYPE.sub(plain, _NAMED.sub(r"<code>\1</code>", html))

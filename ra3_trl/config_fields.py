@@ -18,14 +18,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
 from .files import DAMAGE, one_line
-from .kinds import predicate, words
+from .kinds import check_bounds, predicate, words
 from .versions import TrainingArguments
 
 
 FORMER = {"max_sites": "max_boundaries", "eval_max_sites": "eval_max_boundaries"}  # names that are still taken
 
 
-MOST_UPDATES = 10**9  # what stands above is a slip, or a file that somebody has changed
+MOST_UPDATES = 1_000_000_000  # what stands above is a slip, or a file that somebody has changed
 
 
 class _Help(str):
@@ -64,10 +64,10 @@ _KINDS = {
     "debug": (str, list, _NONE),
 }
 # Of transformers' own fields: the least value where it checks none, or only after the model is loaded.
-_LEAST = dict.fromkeys(
-    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-     "dataloader_prefetch_factor"), 1
-) | dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "num_train_epochs"), 0)  # fmt: skip
+_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "dataloader_prefetch_factor": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0, "num_train_epochs": 0,
+}  # fmt: skip
 _JSON = ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs")  # a mapping, or its text
 
 
@@ -105,14 +105,14 @@ def check_fields(args: TrainingArguments) -> None:
         if name in _JSON and isinstance(value, str):
             _check_mapping(name, value)
         if name in _LEAST and value is not None:
-            _check_bounds(name, value, _LEAST[name], math.inf, False)
+            check_bounds(name, value, _LEAST[name])
         if name in ("log_level", "log_level_replica"):
             bounds = {"choices": tuple(trainer_log_levels)}
         if "choices" in bounds and value not in bounds["choices"]:
             raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, bounds['choices']))}.")
         endless = value == math.inf and "infinite" in bounds
         if bounds.get("least") is not None and value is not None and not endless:
-            _check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
+            check_bounds(name, value, **{key: bounds[key] for key in ("least", "most", "above")})
             if value == math.inf:
                 raise ValueError(f"`{name}` is {value}; it must be finite.")
 
@@ -124,14 +124,6 @@ def _check_mapping(name: str, text: str) -> None:
         mapping = None
     if not isinstance(mapping, dict):
         raise ValueError(f"`{name}` is {text!r}; give a mapping, or one as JSON: '{{\"key\": value}}'.")
-
-
-def _check_bounds(name: str, value: float, least: float, most: float, above: bool) -> None:
-    if (value > least if above else value >= least) and value <= most:  # NaN fails too
-        return
-    lower = "above" if above else "at least"
-    upper = "" if most == math.inf else f" and at most {most}"
-    raise ValueError(f"`{name}` is {value}; it must be {lower} {least}{upper}.")
 
 
 def field_docs(cls: type[TrainingArguments]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -28,6 +29,19 @@ def shown(value: Any) -> str:
     """A value in a message: short ones as they are, others by their type."""
     plain = value is None or isinstance(value, (str, bool, int, float, list, tuple, dict))
     return text if plain and len(text := repr(value)) <= 60 else f"a {type(value).__name__}"
+
+
+def check_bounds(name: str, value: float, least: float, most: float = math.inf, above: bool = False) -> None:
+    """Refuses a number out of bounds; `least` is out of them itself if the value must be `above` it.
+
+    Raises:
+        `ValueError`: with name, value and bounds.
+    """
+    if (value > least if above else value >= least) and value <= most:  # NaN fails too
+        return
+    lower = "above" if above else "at least"
+    upper = "" if most == math.inf else f" and at most {most}"
+    raise ValueError(f"`{name}` is {value}; it must be {lower} {least}{upper}.")
 
 
 def check_kind(name: str, value: Any, hint: Any) -> None:

@@ -209,7 +209,11 @@ class RA3MidTrainer(SavingMixin, Trainer):
         self.add_callback(self.preemption)
         self.phases = PhaseProgressCallback(self.schedule, self.callback_handler)
         self.add_callback(self.phases)
-        show_table(self.callback_handler, self.schedule)
+        self.table = show_table(self.callback_handler, self.schedule, held_out=eval_dataset is not None)
+        self.table.following = (
+            f"trainer.save_model(), then `ra3 show {args.output_dir} FILE.py --html page.html`: its thoughts as a page"
+        )
+        self.table.stopped = lambda: self.preemption.asked
         self.latent_log.trackers = self.callback_handler
 
     # ---- set-up ----

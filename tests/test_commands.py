@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 import resource
 import shlex
@@ -54,6 +56,31 @@ MISTAKES = [
     ("compare a b --max_documents few", "invalid int value: 'few'"),
     ("diagnose m --boundary 3", "unrecognized arguments: --boundary 3"),
     ("report", "the following arguments are required: RUN"),
+    ("report a=nowhere", "`run` 'nowhere' is not there"),
+    ("train m", "unrecognized arguments: m"),
+    ("train --model_name_or_path m --e_steps 3 more", "unrecognized arguments: more"),
+    ("train --model_name_or_path m --e_steps", "argument --e_steps: expected one argument"),
+    ("train --model_name_or_path m --e_steps -3", "`e_steps` is -3; it must be at least 0"),
+    ("train --model_name_or_path m --top_p 2", "`top_p` is 2.0; it must be above 0 and at most 1"),
+    ("train --model_name_or_path m --penalty nan", "`penalty` is nan; it must be at least 0"),
+    ("train --model_name_or_path m --gradient_accumulation_steps 0", "`gradient_accumulation_steps` is 0; it must"),
+    ("train --model_name_or_path m --existing_comments drop", "use one of 'keep', 'strip'"),
+    ("train --model_name_or_path m --use_peft maybe", "argument --use_peft: invalid bool value: 'maybe'"),
+    ("train --model_name_or_path ./m", "`model_name_or_path` is './m', a folder that is not there"),
+    ("train --model_name_or_path m --dataset_name code.jsonl", "`dataset_name` is 'code.jsonl', but there is no such"),
+    ("train --config run.yaml", "`config` is 'run.yaml', which is not there"),
+    ("rlvr --model_name_or_path m", "`task` is None and `dataset_name` None"),
+    ("rlvr --model_name_or_path m --task mbpp --think maybe", "argument --think: invalid choice: 'maybe'"),
+    ("annotate m --num_latents 0 --output_dir out", "`num_latents` is 0; it must be at least 1"),
+    ("annotate m", "neither `output_dir` nor `push_to_hub` is set"),
+    ("show ./m nothing.py --lines 3", "`file` is 'nothing.py', which is not there"),
+    ("evaluate", "`checkpoint` is None and `samples` None"),
+    ("evaluate m --k 1,x", "`k` is '1,x'; give numbers with commas"),
+    ("evaluate m --task mine.jsonl", "`task` is 'mine.jsonl', a file that is not there"),
+    ("evaluate ./m", "`checkpoint` is './m', a folder that is not there"),
+    ("compare a", "'a' is all there is to compare; give two or more"),
+    ("compare a b --names x x", "two are called 'x'; tell them apart by `--names`"),
+    ("diagnose m --horizon 0", "`horizon` is 0; it must be at least 1 and at most 1024"),
 ]  # fmt: skip
 
 
@@ -95,8 +122,29 @@ def test_what_may_be_meant_is_left_to_the_command(tmp_path):
         f"--model_name_or_path m --code_dir {tmp_path / 'code'} --max_boundaries none --no_packing",
         "--model_name_or_path m --use_vllm true --learning-rate 1e-5",  # TRL's, and dashes
         "--model_name_or_path m --lora_target_modules q_proj v_proj --model_init_kwargs {}",
+        "--model_name_or_path m --penalty inf --max_length none --bf16 --use_cpu true --annotation none",
+        "--model_name_or_path m --lora_target_modules q_proj v_proj k_proj --eval_on_start false --seed 0",
     ):
         refuse_early("train", words.split())
+    (tmp_path / "a.py").write_text("x = 1\n")
+    for command, words in {
+        "show": f"org/m {tmp_path / 'a.py'} --lines 3: --max_length none", "report": f"a={tmp_path} {tmp_path}",
+        "evaluate": "m --temperature 0 --task org/tasks", "annotate": "m --dry_run --prior_alpha none --seed 0",
+        "compare": "a b --k 1,5 --eval_max_boundaries 0",
+    }.items():  # fmt: skip
+        refuse_early(command, words.split())
+
+
+def test_bounds_and_choices_are_those_of_the_fields():
+    """What the sources say of a setting's value is what `RA3Config` has."""
+    for field in dataclasses.fields(RA3Config):
+        meaning, said = field.metadata.get("help"), option_groups.RA3_FIELDS.get(field.name)
+        if said is None or not hasattr(meaning, "bounds"):
+            continue
+        bounds = {key: meaning.bounds[key] for key in ("least", "most", "above", "infinite") if key in meaning.bounds}
+        usual = {"least": None, "most": math.inf, "above": False}
+        assert usual | dict(said.bounds) == usual | bounds, field.name
+        assert said.choices == meaning.bounds.get("choices"), field.name
 
 
 @pytest.mark.parametrize(
@@ -141,6 +189,17 @@ def test_commands_of_a_page_are_taken(page):
 # ---- helps ----
 
 
+@pytest.mark.parametrize("words", ["env", "train --help"])
+def test_nothing_is_said_of_a_reader_that_has_gone(words):
+    """As behind `| head -1`: 141 is what the shell has of other tools."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "ra3_trl.cli.main", *words.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_short_help(command, capsys):
     """At most 25 lines, three examples, each of which the command's parser takes; and where the rest is."""
@@ -154,6 +213,15 @@ def test_the_short_help(command, capsys):
     for example in HELPS[command].examples:
         if command in options.PARSERS:
             options.PARSERS[command]().parse_args(shlex.split(example))
+
+
+def test_the_help_of_all_has_three_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    examples = re.findall(r"^  ra3 (\w+)", said[said.index("examples:") :], re.M)
+    assert len(examples) == 3 and set(examples) <= set(COMMANDS) and all(f"    {name}" in said for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", sorted(options.PARSERS))

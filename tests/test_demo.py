@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,8 +84,11 @@ def test_the_words_follow_the_numbers():
     assert "not ahead" not in ahead and "(76% -> 96%)" in ahead
     for right in ((0.3, 0.1, 0.2), (0.1, 0.3, 0.3)):
         assert "RA3 is not ahead" in in_words(*map(behaviour, right))
-    table = printed(result_table({"base": behaviour(0.33), "ntp": behaviour(0.12), "ra3": behaviour(0.95)}))
-    assert table.count("0.33") == table.count("0.12") == table.count("0.95") == 3
+    seen = {"base": behaviour(0.25), "ntp": behaviour(0.0), "ra3": behaviour(1.0)}
+    table = printed(result_table({name: replace(it, cases=4 * CASES) for name, it in seen.items()}))
+    # Wilson's interval of 0 of 4 ends at z^2 / (4 + z^2) = 3.841 / 7.841.
+    assert table.count("0.00 [0.00, 0.49]") == table.count("1.00 [0.51, 1.00]") == 3 and table.count("0.25 [") == 3
+    assert "0.50 [" in table and table.count("[") == 4 * 3  # P(think) has none
 
 
 def test_own_code_takes_the_other_way(monkeypatch, tmp_path):

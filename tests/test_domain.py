@@ -357,6 +357,8 @@ def test_a_table_for_each_base_is_drawn(tmp_path):
     section = table_section(found)
     assert section.title == "Domain traces: x strong"
     assert dict(section.rows)["hard lines right"][2][0] == "0.800"
+    # NTP's two runs of GRPO never get there; from `ntp_tokens` there is none.
+    assert dict(section.rows)["GRPO updates to 80 %"][1::2] == [("\u2013", "(2 never)"), ("\u2013", "")]
     assert [line.label for line in section.charts[-1].series] == ["base", "ntp", "ra3"]  # who learned by GRPO
 
 

@@ -523,6 +523,17 @@ def test_the_head_learns_in_full_precision(make_trainer):
     assert set(told) == {("E", False), ("M", False)}
 
 
+def test_the_head_decides_in_full_precision(make_trainer):
+    """Its gate in an E-phase in mixed precision, which failed; and what it says inside autocast is what it says."""
+    trainer = make_trainer(TEXTS, bf16=True, gate="head", boundary_selection="head")
+    trainer.train()
+    head = trainer.policy.head.head
+    states = torch.randn(3, head.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = head(states)
+    assert all(torch.equal(a, b) for a, b in zip(inside, head(states), strict=True))
+
+
 def test_callbacks_hear_of_the_end_with_the_best_head(make_trainer):
     """Trackers save the model then: its weights and its head must be of one checkpoint."""
     heads = []

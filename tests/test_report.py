@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -307,7 +308,10 @@ def test_the_end_of_a_run_in_words():
         "  gain of a latent: -1.000 -> -1.000 (nats, higher is better)",
         "Took 4.4 min, 2.1 GB of memory at most.",
     ]
-    assert "the base was not evaluated -> 2.250" in summary_text(_held_out("x", (4, 2.25)), 1.0, None)
+    said = summary_text(_held_out("x", (4, 2.25)), 1.0, None)
+    assert "the base was not evaluated -> 2.250" in said and said.count("eval_on_start") == 1
+    best = summary_text(_held_out("x", (0, 2.5), (2, 2.0), (4, 2.25)), 1.0, None, now=2)
+    assert "2.500 -> 2.000" in best  # the weights are those of the best checkpoint, not of the last update
     assert "Nothing was held out" in summary_text(TrainingRun("x", "mid-training", []), 1.0, None)
 
 
@@ -318,6 +322,34 @@ def test_sets_of_a_dict_have_charts_of_their_own():
         "Held-out cross-entropy: b",
     ]
     assert "Without" not in make_sections([run])[0].about
+
+
+def test_points_that_are_shares_stand_between_0_and_1():
+    """Matplotlib by itself draws room beyond: of 0, 0.5 and 1 ticks of -0.2 and 1.2."""
+    import matplotlib.pyplot as plt
+
+    points = Chart("a", "a", "", "share", [Series("ra3", [0, 1], [0.0, 1.0], [None, None])], ("x", "y"), share=True)
+    for values, most in ((False, 1.03), (True, 1.09)):
+        figure, axis = plt.subplots()
+        charts._draw_chart(axis, replace(points, values=values), choose_styles([points]))
+        figure.canvas.draw()
+        assert axis.get_ylim() == (-0.03, most) and list(axis.get_yticks()) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+        texts = {text.get_text() for text in axis.texts}
+        assert texts == ({"0.00", "1.00"} if values else set())
+        plt.close(figure)
+
+
+def test_curves_of_shares_do_not_leave_0_and_1():
+    """By itself matplotlib leaves a twentieth on each side: of 0 to 0.4 it is -0.02 to 0.42, whose 3 % are 0.0132."""
+    import matplotlib.pyplot as plt
+
+    for values, limits in (([0.0, 0.4], (-0.0132, 0.42)), ([0.0, 0.0], (-0.03, 1.03)), ([0.2, 0.3], (0.195, 0.305))):
+        log = [{"step": i, "mstep/annotated_rate": value} for i, value in enumerate(values)]
+        (chart,) = training_charts([TrainingRun("x", "mid-training", log)])
+        figure, axis = plt.subplots()
+        charts._draw_chart(axis, chart, choose_styles([chart]))
+        assert axis.get_ylim() == pytest.approx(limits)
+        plt.close(figure)
 
 
 def test_ticks_are_whole_updates_and_axes_say_what_is_better():

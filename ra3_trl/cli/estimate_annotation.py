@@ -18,15 +18,14 @@ from ..em import Schedule
 from ..hub import Corpus, RowAnnotator
 from ..policy import Policy
 from ..report.estimate import Workload, count_memory
-from ..report.summary import duration, size
+from ..report.summary import duration, peak_memory, size
 from .cost import Cost, Phases, Shape, count_passes, this_machine
 from .devices import Device
 from .estimate import LOOKED_AT, spread, timed
-from .run import peak_memory
 
 
 _OF_A_STREAM = 1000  # rows, where nobody knows how many there are
-_PARTS = ("parameters", "document cache", "branch cache", "activations")
+_PARTS = ("parameters", "document cache", "branch cache", "activations", "logits")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..evaluation import add_to_card, check_k, evaluate_passk, evaluate_samples, load_benchmark, push_results
 from ..sandbox import Limits
+from .early import check_source, read_ks
 from .options import evaluate_parser as _parser
-from .passk_options import checkpoint_of, open_judge, read_ks, read_settings
+from .passk_options import checkpoint_of, open_judge, read_settings
 
 
 def report(results: dict[str, Any]) -> str:
@@ -36,11 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     checkpoint, samples = options.checkpoint, options.samples
     # What can be known to be wrong is refused before anything is loaded, tasks before the sandbox and the model.
-    if (checkpoint is None) == (samples is None):
-        raise ValueError(
-            f"`checkpoint` is {checkpoint!r} and `samples` {samples!r}; give one of the two, a checkpoint to "
-            "draw from or a file of samples."
-        )
+    check_source(options)
     settings, ks = read_settings(options), read_ks(options.k)
     if checkpoint is not None:
         check_k(ks, settings.num_samples)

@@ -19,7 +19,7 @@ class Help:
         width = max(len(option) for option, _ in self.options)
         lines = [f"usage: ra3 {command} {self.usage}".rstrip(), "", self.about, ""]
         lines += [f"  {option.ljust(width)}  {text}" for option, text in self.options]
-        lines += ["", "examples:", *(f"  ra3 {command} {example}" for example in self.examples)]
+        lines += ["", "examples:", *(f"  ra3 {command} {example}".rstrip() for example in self.examples)]
         return "\n".join([*lines, "", f"All options: ra3 {command} --help-all"])
 
 

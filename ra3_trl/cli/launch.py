@@ -17,6 +17,7 @@ import psutil
 
 from ..files import is_a
 from ..kinds import shown
+from .main import called
 from .parser import TrainParser, read_config, read_yaml, refuse_unknown, without_theirs
 
 
@@ -89,7 +90,7 @@ def read_arguments(parser: TrainParser, argv: list[str], here: bool = False) -> 
     Returns:
         One object of each of the parser's types, what the user typed, and the exit code of the other processes.
     """
-    typed = os.environ.get(LAUNCHED) or shlex.join([*parser.prog.split(), *argv])
+    typed = os.environ.get(LAUNCHED) or shlex.join([called(), *parser.prog.split()[1:], *argv])
     argv = without_theirs(argv, parser)
     with parser.naming_its_file():
         command = None if LAUNCHED in os.environ else launch_command(parser, argv)

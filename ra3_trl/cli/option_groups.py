@@ -12,7 +12,7 @@ from .sources import PACKAGE, SourceField, read_constant, read_fields
 
 THINKING = read_constant("policy/policy.py", "THINKING")
 RA3_FIELDS = read_fields(PACKAGE / "config.py", "RA3Config")
-SAMPLING_FIELDS = read_fields(PACKAGE / "evaluation/draw.py", "EvaluationSettings", ("default", "text"))
+SAMPLING_FIELDS = read_fields(PACKAGE / "evaluation/draw.py", "EvaluationSettings", ("default", "text", "choices"))
 ASKING_FIELDS = read_fields(PACKAGE / "policy/prompted/settings.py", "AskingSettings", ("default", "text"))
 
 

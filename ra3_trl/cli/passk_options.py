@@ -21,14 +21,6 @@ def checkpoint_of(name: str, options: argparse.Namespace) -> Checkpoint:
     return Checkpoint(name, options.model_revision, options.dtype, options.trust_remote_code)
 
 
-def read_ks(text: str) -> list[int]:
-    """`"5,1,5"` as `[1, 5]`."""
-    try:
-        return sorted({int(number) for number in text.split(",")})
-    except ValueError as error:
-        raise ValueError(f"`k` is {text!r}; give numbers with commas, such as 1,5.") from error
-
-
 @contextmanager
 def open_judge(limits: Limits, slots: int | None) -> Iterator[Judge]:
     """Opens a judge; a sandbox that does not work is an `OSError`, which the command line shows without traceback."""

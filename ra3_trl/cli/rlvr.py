@@ -17,15 +17,17 @@ from ..config_file import read_settings
 from ..evaluation.tasks import HUB
 from ..files import public_name
 from ..report.runs import PEAK_MEMORY, RLVR
+from ..report.summary import peak_memory
 from ..rlvr import REWARDS, RLVRData, build_grpo_trainer, get_think_cost_reward, load_tasks, use_judge
 from ..rlvr.rewards import EXECUTED
 from ..sandbox import Limits
 from .data import load_splits
 from .launch import read_arguments
+from .main import called
 from .parser import TrainParser, normalise
 from .passk_options import open_judge
 from .rewards import load_reward_funcs
-from .run import end_in_words, model_flags, named, peak_memory, quiet_others, resume_point, run_until_stopped
+from .run import end_in_words, model_flags, named, quiet_others, resume_point, run_until_stopped
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -120,7 +122,7 @@ def run(trainer: GRPOTrainer, source: str, resume: bool | str | None) -> None:
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=source)
-    following = f"ra3 evaluate {shlex.quote(args.output_dir)} --task humaneval  # pass@k of what was trained"
+    following = f"{called()} evaluate {shlex.quote(args.output_dir)} --task humaneval  # pass@k of what was trained"
     end_in_words(trainer, RLVR, time.monotonic() - begin, following)
     if trainer.is_world_process_zero() and (read_settings(args.output_dir) or {}).get("abstraction_head"):
         print_once("The abstraction head is not taken along: it reads states of the weights as they were before.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shlex
 import sys
 import warnings
@@ -12,18 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import disable_progress_bars
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_quantization_config
 
 from ..report.runs import TrainingRun
-from ..report.summary import summary_text
+from ..report.summary import measured_after, peak_memory, summary_text
 from ..saving import stopped_message
 
 
@@ -113,28 +111,12 @@ def run_until_stopped(trainer: Trainer, args: TrainingArguments, typed: str, wor
     return 0
 
 
-def last_evaluation(state: TrainerState, best: bool) -> dict[str, float]:
-    """What was measured of the weights that a run ends with, `{}` if nothing was: of the last update, or of the `best`
-    checkpoint where that was loaded."""
-    step = state.global_step
-    if best and state.best_model_checkpoint is not None:
-        step = int(state.best_model_checkpoint.rpartition("-")[2])
-    entries = [entry for entry in state.log_history if entry["step"] == step]
-    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held: of its accelerator, else of the machine."""
-    if torch.cuda.is_available() and (of_device := torch.cuda.max_memory_allocated()):
-        return of_device
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def end_in_words(trainer: Trainer, kind: str, seconds: float, following: str) -> None:
     """Prints what a run changed, its time and memory, and the command to go on with; once for all processes."""
     peak = sum(gather_object([peak_memory()]))
     if trainer.is_world_process_zero():
-        text = summary_text(TrainingRun("", kind, trainer.state.log_history), seconds, peak)
+        now = measured_after(trainer.state, trainer.args.load_best_model_at_end)
+        text = summary_text(TrainingRun("", kind, trainer.state.log_history), seconds, peak, now)
         print(f"{text}\nSaved to {trainer.args.output_dir}. Next:\n  {following}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .checkpoint import (
     shown_name,
     stdout_console,
 )
+from .early import read_lines
 from .options import SHOW
 from .options import show_parser as _parser
 
@@ -40,20 +40,6 @@ def read_source(path: str) -> str:
     if not text.strip():
         raise ValueError(f"`file` {path!r} is empty; give a file with some text.")
     return text
-
-
-def read_lines(value: str | None, count: int) -> range:
-    """Reads `"A:B"`, of which either may be left out, as a range of the lines 1 to `count`.
-
-    Example: `read_lines("3:", 5) == range(3, 6)`.
-    """
-    match = re.fullmatch(r"(\d*):(\d*)|(\d+)", value or ":", re.ASCII)
-    if match is None:
-        raise ValueError(f"`lines` is {value!r}; write it as A:B, such as 10:40.")
-    first, last = int(match[3] or match[1] or 1), min(int(match[3] or match[2] or count), count)
-    if not 1 <= first <= last:
-        raise ValueError(f"`lines` is {value!r}, but the file has the lines 1:{count}.")
-    return range(first, last + 1)
 
 
 def _check_html(html: str, file: str) -> None:

@@ -4,7 +4,8 @@ seconds that a slip of the finger should not cost."""
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 
 
 PACKAGE = Path(__file__).parents[1]
+ORDER = ("text", "default", "least", "most", "above")  # of the arguments of `config_fields.setting`
+_BOUNDS = ("least", "most", "above", "infinite")
 
 
 @dataclass(frozen=True)
 class SourceField:
-    """A field as its source has it: type hint, and what the call behind it says of meaning, default and choices."""
+    """A field as its source has it: type hint, and what the call behind it says of meaning, default, choices and
+    bounds (`least`, `most`, `above`, `infinite`)."""
 
     name: str
     hint: str
     text: str = ""
     default: Any = None
     choices: tuple[Any, ...] | None = None
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
 
 def path_of(package: str, file: str) -> Path | None:
@@ -46,12 +51,12 @@ def read_constant(file: str, name: str) -> Any:
     raise LookupError(f"{file} has no literal {name}.")
 
 
-def read_fields(path: Path, cls: str, order: tuple[str, str] = ("text", "default")) -> dict[str, SourceField]:
+def read_fields(path: Path, cls: str, order: tuple[str, ...] = ORDER) -> dict[str, SourceField]:
     """The annotated fields of a class, without those that it inherits; `{}` if there is no such class.
 
     Args:
-        order (`tuple[str, str]`, *optional*, defaults to `("text", "default")`):
-            What the first two arguments of the call behind a field are.
+        order (`tuple[str, ...]`, *optional*, defaults to `ORDER`):
+            What the first arguments of the call behind a field are; as in `config_fields.setting`.
     """
     body = next((n.body for n in _tree(path).body if isinstance(n, ast.ClassDef) and n.name == cls), [])
     fields = {}
@@ -63,18 +68,23 @@ def read_fields(path: Path, cls: str, order: tuple[str, str] = ("text", "default
     return fields
 
 
-def _field(name: str, hint: str, value: ast.expr | None, order: tuple[str, str]) -> SourceField:
+def _field(name: str, hint: str, value: ast.expr | None, order: tuple[str, ...]) -> SourceField:
     if not isinstance(value, ast.Call):
         return SourceField(name, hint)
-    said = dict(zip((*order, "choices"), map(_literal, value.args), strict=False))
-    said |= {word.arg: _literal(word.value) for word in value.keywords if word.arg == "choices"}
+    said = dict(zip(order, map(_literal, value.args), strict=False))
+    said |= {str(word.arg): _literal(word.value) for word in value.keywords if word.arg in ("choices", *_BOUNDS)}
     choices = said.get("choices") if isinstance(said.get("choices"), tuple) else None
     text = said.get("text") if isinstance(said.get("text"), str) else ""
-    return SourceField(name, hint, str(text), said.get("default"), choices)
+    bounds = {key: said[key] for key in _BOUNDS if said.get(key) is not None}
+    return SourceField(name, hint, str(text), said.get("default"), choices, bounds)
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a literal, `None` of any other expression."""
+    """The value of a literal, of `1 << 24` and of a constant of `config_fields.py`; `None` of any other expression."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.LShift):
+        return ast.literal_eval(node.left) << ast.literal_eval(node.right)
+    if isinstance(node, ast.Name) and node.id == "MOST_UPDATES":
+        return read_constant("config_fields.py", node.id)
     try:
         return ast.literal_eval(node)
     except ValueError:

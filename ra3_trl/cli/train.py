@@ -19,20 +19,20 @@ from ..experimental.hindsight import HindsightConfig, HindsightTrainer
 from ..models import load_tokenizer
 from ..report.estimate import render
 from ..report.runs import MIDTRAINING, PEAK_MEMORY
+from ..report.summary import evaluation_after, measured_after, peak_memory
 from ..trackers import check_trackers
 from ..trainer import RA3MidTrainer
 from .data import STANDARD_LIBRARY, hold_out, limit, load_mixture, load_splits
 from .devices import DEVICES, OPTIONS, choose_device
 from .estimate import estimate, estimate_cost
 from .launch import asked_processes, read_arguments
+from .main import called
 from .parser import TrainParser, normalise, read_config, without_theirs
 from .rewards import load_reward_funcs
 from .run import (
     end_in_words,
-    last_evaluation,
     model_flags,
     named,
-    peak_memory,
     quiet_others,
     resume_command,
     resume_point,
@@ -167,17 +167,19 @@ def run(trainer: RA3MidTrainer, dataset_name: str, resume: bool | str | None, fi
             A program that the command to go on with shows.
     """
     args, begin = trainer.args, time.monotonic()
+    trainer.table.following = None  # the words of the end are said here, of all processes and with what was saved
     args.eval_on_start &= trainer.eval_dataset is not None and not resume  # the base is no checkpoint to resume from
     trained = trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
-        metrics = last_evaluation(trainer.state, args.load_best_model_at_end) or trainer.evaluate()
+        ended = measured_after(trainer.state, args.load_best_model_at_end)
+        metrics = evaluation_after(trainer.state, ended) or trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     trainer.save_metrics("train", trained.metrics | {PEAK_MEMORY: peak_memory()})
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
     output = shlex.quote(args.output_dir)
-    following = f"ra3 show {output} {shlex.quote(file)} --html page.html  # its thoughts on a file, as a page"
+    following = f"{called()} show {output} {shlex.quote(file)} --html page.html  # its thoughts on a file, as a page"
     end_in_words(trainer, MIDTRAINING, time.monotonic() - begin, following)
     if args.push_to_hub:
         pushed = trainer.push_to_hub(dataset_name=dataset_name)

@@ -104,7 +104,10 @@ class Cutter:
         if not len(segmented):
             raise ValueError(f"`{split}_dataset` has {len(dataset)} rows and all are empty texts; give it some code.")
         if split == "train" and self.policy.args.e_steps and not counts["boundaries"]:
+            cure = "check `action_format`"
+            if counts["lossy"] == counts["documents"]:
+                cure = "the tokenizer gives none of these texts back, so take another checkpoint or other texts"
             raise ValueError(
-                f"`train_dataset` has no place where a latent may stand ({counts}); check `action_format`, or set "
-                "`e_steps=0` for next-token prediction."
+                f"`train_dataset` has no place where a latent may stand ({counts}); {cure}, or set `e_steps=0` for "
+                "next-token prediction."
             )

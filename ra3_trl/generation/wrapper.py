@@ -72,7 +72,7 @@ class AutoModelForCausalLMWithAbstractionHead(nn.Module):
 
     ```python
     model = AutoModelForCausalLMWithAbstractionHead.from_pretrained("org/name")
-    model.generate(**tokenizer("def area(r):\\n", return_tensors="pt"), think="auto", threshold=0.5, max_new_tokens=64)
+    model.generate(**tokenizer("def area(r):\\n", return_tensors="pt"), think="auto", max_new_tokens=64)
     ```
 
     Args:

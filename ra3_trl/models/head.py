@@ -72,10 +72,13 @@ class AbstractionHead(nn.Module):
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Foretells `think_logits`, the log-odds of thinking at these states; `gain`, the expected rise of the next
-        lines' log-likelihood in nats; `spread`, the standard deviation of the gain over latents; `[...]` each."""
-        states = nn.functional.layer_norm(states.detach().to(self.inner.weight), (self.config.hidden_size,))
-        think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
-        return think_logits, gain, nn.functional.softplus(spread)
+        lines' log-likelihood in nats; `spread`, the standard deviation of the gain over latents; `[...]` each. All in
+        the weights' own precision, inside autocast too."""
+        states = states.detach().to(self.inner.weight)
+        with torch.autocast(states.device.type, enabled=False):
+            states = nn.functional.layer_norm(states, (self.config.hidden_size,))
+            think_logits, gain, spread = self.outer(nn.functional.silu(self.inner(states))).unbind(-1)
+            return think_logits, gain, nn.functional.softplus(spread)
 
     def trained_on(self, boundaries: int) -> None:
         """Notes that it has learned from so many boundaries more."""

@@ -92,6 +92,8 @@ class Chart:
             What bands and bars are, and which runs are not in it.
         values (`bool`):
             Whether each point has its number beside it.
+        share (`bool`):
+            Whether they are shares: the axis of points goes from 0 to 1, that of curves not beyond.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Chart:
     ticks: Sequence[str] = ()
     note: str = ""
     values: bool = False
+    share: bool = False
 
     def places(self) -> list[str]:
         """What the columns of a table of its numbers are."""
@@ -161,7 +164,8 @@ def training_charts(runs: Sequence[TrainingRun], keys: Collection[str] | None = 
             note = " ".join(
                 filter(None, (seeds_note(max(map(len, points.values()))), _missing_note(measure, missing)))
             )
-            charts.append(Chart(stem(measure.title), measure.title, "update", measure.y_label, curves, note=note))
+            name, title = stem(measure.title), measure.title
+            charts.append(Chart(name, title, "update", measure.y_label, curves, note=note, share=measure.share))
     return charts
 
 
@@ -199,13 +203,17 @@ def plot_run(logs: Mapping[str, list[dict]], held_out: Mapping[str, Mapping[str,
 
 
 def draw(
-    charts: Sequence[Chart], columns: int = 3, size: tuple[float, float] = (4.6, 3.1), styles: Styles | None = None
+    charts: Sequence[Chart],
+    columns: int = 3,
+    size: tuple[float, float] = (4.6, 3.1),
+    styles: Styles | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> bytes:
     """Draws charts of `size` inches in one PNG with one legend, at most `columns` a row. Needs matplotlib (`pip
     install "ra3-trl[plots]"`).
 
     Charts that stand on one page apart are drawn with the `styles` of all ([`choose_styles`]), so that a run looks the
-    same in each.
+    same in each. In the legend labels are called by their `names`.
     """
     import matplotlib  # an optional dependency, and slow to load
 
@@ -223,7 +231,8 @@ def draw(
     for axis in axes.flat[len(charts) :]:
         axis.set_axis_off()
     handles = [plt.Line2D([], [], color=color, marker=marker, markersize=4) for color, marker in styles.values()]
-    legend = figure.legend(handles, list(styles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    called = [(names or {}).get(label, label) for label in styles]
+    legend = figure.legend(handles, called, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)  # labels are names of runs, which may hold dollars
     png = io.BytesIO()
@@ -250,7 +259,7 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
     for series in chart.series:
         color, marker = styles[series.label]
         if chart.ticks:
-            _draw_points(axis, series, color, marker, chart.values)
+            _draw_points(axis, series, color, marker, chart)
         else:
             _draw_curve(axis, series, color)
     if chart.ticks:
@@ -258,8 +267,14 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
         axis.set_xticks(range(len(chart.ticks)), chart.ticks, **turned)
         for place in range(1, len(chart.ticks)):
             axis.axvline(place - 0.5, color=_FAINT, linewidth=0.6)
+        if chart.share:
+            axis.set_ylim(-0.03, 1.09 if chart.values else 1.03)  # room for points at the ends, and for their numbers
+            axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     else:
         axis.locator_params(axis="x", integer=True, nbins=6)  # there is no update 1.2
+        axis.ticklabel_format(axis="y", useOffset=False)  # nor do ticks want a sum to be read
+        if chart.share:
+            _within_0_and_1(axis, chart)
         if any(y is not None and y < 0 for series in chart.series for y in series.y):  # where a gain turns is asked
             axis.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
     axis.set_title(chart.title, fontsize=10.5, color=_INK)
@@ -270,15 +285,31 @@ def _draw_chart(axis: Any, chart: Chart, styles: Mapping[str, tuple[str, str]]) 
     axis.spines[["bottom", "left"]].set_color(_FAINT)
 
 
-def _draw_points(axis: Any, series: Series, color: str, marker: str, values: bool) -> None:
+def _within_0_and_1(axis: Any, chart: Chart) -> None:
+    """Cuts what matplotlib leaves around curves of shares; where they do not move, it shows all of a share's range."""
+    values = {y for series in chart.series for y in series.y if y is not None}
+    low, high = axis.get_ylim()
+    room = 0.03 * (high - low)  # for a line at an end
+    axis.set_ylim(*((max(low, -room), min(high, 1 + room)) if len(values) > 1 else (-0.03, 1.03)))
+
+
+def _draw_points(axis: Any, series: Series, color: str, marker: str, chart: Chart) -> None:
     for x, y, band in zip(series.x, series.y, series.band, strict=True):
         if band is not None:
             axis.plot((x, x), band, color=color, linewidth=1.6, solid_capstyle="butt")
         if y is not None:
             axis.plot(x, y, marker, color=color, markersize=5)
-            if values:
-                axis.annotate(number(y, None), (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-    if values:
+            if chart.values:
+                said = number(y, None, digits=2 if chart.share else 3)
+                axis.annotate(
+                    said,
+                    (x, y if band is None else band[1]),
+                    (0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                )
+    if chart.values:
         axis.margins(x=0.25, y=0.2)  # room for the numbers
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..config import RA3Config
 from ..config_fields import row_length
 from ..em import Schedule
-from ..rollout import Backbone, most_cached
+from ..rollout import Backbone, logits_bytes, most_cached
 from .summary import duration, size
 
 
@@ -164,6 +164,7 @@ def count_memory(backbone: Backbone, args: RA3Config, schedule: Schedule, anchor
         "document cache": per_token * row_length(args),
         "branch cache": per_token * cached if args.uses_latents else 0,
         "activations": config.num_hidden_layers * width * size * in_flight,
+        "logits": logits_bytes(backbone.device, backbone.vocab_size),
     }
 
 

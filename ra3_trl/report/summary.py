@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from transformers import TrainerState
 
 from .charts import Measure, held_out_measures, number
 from .runs import MIDTRAINING, TrainingRun
@@ -19,6 +24,7 @@ _OF_RLVR = (
     Measure("pass_rate", "share that passes", "", "higher is better"),
 )
 _NO_BASE = "the base was not evaluated"
+_HOW_BASE = "  (`eval_on_start=True` evaluates the base before the first update.)"
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,10 @@ class Change:
         return f"{number(self.base, None)} → {number(self.now, None)}"
 
 
-def changes_of(run: TrainingRun) -> list[Change]:
+def changes_of(run: TrainingRun, now: int | None = None) -> list[Change]:
     """The first and last of what a run measured: of mid-training held-out numbers, where the first is the base's if it
-    was evaluated before the first update; of RLVR those of its completions."""
+    was evaluated before the first update; of RLVR those of its completions. The weights are those after update `now`,
+    where these are not the last."""
     if run.kind == MIDTRAINING:
         measures: Sequence[Measure] = [*held_out_measures([run]), *_ALSO_HELD_OUT]
     else:
@@ -45,7 +52,7 @@ def changes_of(run: TrainingRun) -> list[Change]:
     changes = []
     for measure in measures:
         if points := run.points(measure.key):
-            first, last = min(points), max(points)
+            first, last = min(points), now if now in points else max(points)
             known = run.kind != MIDTRAINING or first == 0
             changes.append(Change(measure, points[first] if known else None, points[last]))
     return changes
@@ -113,9 +120,29 @@ def run_names(runs: Sequence[TrainingRun]) -> list[str]:
     ]
 
 
-def summary_text(run: TrainingRun, seconds: float | None, peak: float | None) -> str:
+def measured_after(state: TrainerState, best: bool) -> int:
+    """The update whose weights a run ends with: the last, or that of the `best` checkpoint where it was loaded."""
+    if best and state.best_model_checkpoint is not None:
+        return int(state.best_model_checkpoint.rpartition("-")[2])
+    return state.global_step
+
+
+def evaluation_after(state: TrainerState, step: int) -> dict[str, float]:
+    """What was measured after the update `step`, `{}` if nothing was."""
+    entries = [entry for entry in state.log_history if entry["step"] == step]
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of its accelerator, else of the machine."""
+    if torch.cuda.is_available() and (of_device := torch.cuda.max_memory_allocated()):
+        return of_device
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def summary_text(run: TrainingRun, seconds: float | None, peak: float | None, now: int | None = None) -> str:
     """The end of a run in words: base -> now, time and memory."""
-    changes = changes_of(run)
+    changes = changes_of(run, now)
     if run.kind == MIDTRAINING:
         head = "Held out, base -> now:" if changes else "Nothing was held out, so nothing says what the run changed."
     else:
@@ -125,5 +152,7 @@ def summary_text(run: TrainingRun, seconds: float | None, peak: float | None) ->
         base = _NO_BASE if change.base is None else f"{change.base:.3f}"
         about = f" ({change.measure.y_label})" if change.measure.y_label else ""
         lines.append(f"  {change.measure.title.removeprefix('Held-out ')}: {base} -> {change.now:.3f}{about}")
+    if any(change.base is None for change in changes):
+        lines.append(_HOW_BASE)
     lines.append(f"Took {duration(seconds)}, {size(peak)} of memory at most.")
     return "\n".join(lines)

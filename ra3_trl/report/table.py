@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
@@ -12,7 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
 from ..em import Schedule
-from .summary import duration
+from .runs import MIDTRAINING, TrainingRun
+from .summary import duration, evaluation_after, measured_after, peak_memory, summary_text
 
 
 COLUMNS = {"update": 9, "phase": 8, "gain": 7, "think": 6, "code loss": 9, "seconds": 7, "left": 9}  # with widths
@@ -35,10 +36,21 @@ class UpdateTable:
     Args:
         schedule ([`Schedule`]):
             Which phase an update belongs to.
+        held_out (`bool`, *optional*, defaults to `False`):
+            Whether there is something to evaluate on: then a run ends with the evaluation after its last update.
+
+    Attributes:
+        following (`str`, *optional*):
+            What to do next, with which a run ends in words; `None`: it ends without them.
+        stopped (`Callable`):
+            Whether a run was stopped from outside: of that something else is said.
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule, held_out: bool = False):
         self.schedule = schedule
+        self.held_out = held_out
+        self.following: str | None = None
+        self.stopped: Callable[[], bool] = lambda: False
         # The last of a kind of phase, or of "held out".
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._begin = 0.0
@@ -83,12 +95,15 @@ class UpdateTable:
         return next((float(logs[name]) for name in names if name in logs), None)
 
     def left(self, step: int, evaluations: int = 0) -> str:
-        """The time that is left; `> ` stands before it where a phase to come was not yet timed."""
+        """The time that is left; `> ` stands before it where a phase to come was not yet timed; unknown, where none
+        was."""
         total, unknown = 0.0, False
         for kind, count in {**self.schedule.left_after(step), "held out": evaluations}.items():
             times = self._seconds[kind]
             unknown |= count > 0 and not times
             total += count * sum(times) / max(len(times), 1)
+        if unknown and not total:
+            return "unknown"
         return ("> " if unknown else "") + duration(total)
 
 
@@ -96,10 +111,36 @@ class _WithTable:
     """What the callbacks below share: they feed the table, and write its rows by `write`."""
 
     _headed = False
+    _began = 0.0
+    _seconds: float | None = None  # of a run that has ended and did not yet say what it changed
 
     def __init__(self, table: UpdateTable):
         super().__init__()
         self.table = table
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._began, self._seconds = time.monotonic(), None
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[misc]
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)  # type: ignore[misc]
+        self._seconds = time.monotonic() - self._began
+        self._end_in_words(args, state)
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        super().on_evaluate(args, state, control, **kwargs)  # type: ignore[misc]
+        self._end_in_words(args, state)
+
+    def _end_in_words(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Says once, behind a run and the evaluation that follows it, what it changed and what to do next."""
+        following, step = self.table.following, measured_after(state, args.load_best_model_at_end)
+        if following is None or self._seconds is None or self.table.stopped() or not state.is_world_process_zero:
+            return
+        if self.table.held_out and not evaluation_after(state, step):
+            return  # `trainer.evaluate()` may follow
+        run, each = TrainingRun("", MIDTRAINING, state.log_history), " in this process" if args.world_size > 1 else ""
+        print(f"{summary_text(run, self._seconds, peak_memory(), step)}{each}\nNext: {following}", flush=True)
+        self._seconds = None
 
     def write(self, text: str) -> None:
         raise NotImplementedError
@@ -162,11 +203,12 @@ class TablePrinterCallback(_WithTable, PrinterCallback):
         print(text, flush=True)
 
 
-def show_table(handler: CallbackHandler, schedule: Schedule) -> None:
+def show_table(handler: CallbackHandler, schedule: Schedule, held_out: bool) -> UpdateTable:
     """Puts a table of `schedule` in the place of what `Trainer` shows by itself; a callback of the user's stays."""
-    table = UpdateTable(schedule)
+    table = UpdateTable(schedule, held_out)
     for i, callback in enumerate(handler.callbacks):
         handler.callbacks[i] = _with_table(callback, table)
+    return table
 
 
 def _with_table(callback: TrainerCallback, table: UpdateTable) -> TrainerCallback:

@@ -5,6 +5,7 @@ from .branch import BranchEngine, most_cached
 from .engine import Boundaries, RolloutEngine
 from .expand import ExpandEngine
 from .judging import FORWARD_ERRORS, ROUNDINGS, in_a_line, rounding
+from .logps import logits_bytes
 from .noise import CHOICE, GATE, NoiseKey, keyed_uniform
 from .plan import horizon_lines
 from .sampler import SamplingParams, check_finite
@@ -31,6 +32,7 @@ __all__ = [
     "in_a_line",
     "keyed_uniform",
     "largest",
+    "logits_bytes",
     "most_cached",
     "rounding",
 ]
