@@ -138,6 +138,14 @@ def test_completions_with_and_without(policy):
     assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_a_context_may_be_filled(policy, monkeypatch):
+    used = len(policy.tokenizer("x = 1\n").input_ids)
+    monkeypatch.setattr(play, "context_length", lambda model: used + 4)
+    play.complete(policy, "x = 1\n", max_new_tokens=4)
+    with pytest.raises(ValueError, match=f"`max_new_tokens` is 5 behind {used} tokens of `text`.* holds {used + 4}"):
+        play.complete(policy, "x = 1\n", max_new_tokens=5)
+
+
 @pytest.mark.parametrize("gate", ["token", "head"])
 def test_completions_think_where_the_page_says(folder, tmp_path, gate):
     """A head that is sure of thinking counts where it is the gate; a tiny model's tokens are not."""
