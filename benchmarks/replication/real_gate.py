@@ -21,7 +21,7 @@ from .records import PreparedRecipe, TraceMeasureRecipe, TraceMeasures, TraceMid
 from .store import Store
 
 
-NTP_STEPS, E_STEPS, M_STEPS = 100, 40, 120
+NTP_STEPS, E_STEPS, M_STEPS = 100, 40, 500
 ABLATIONS: dict[str, dict[str, Any]] = {
     "elbo": {"settings": (("objective", "elbo"),)},
     "latents_4": {"settings": (("num_latents", 4),)},
@@ -32,7 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "shorter_latents": {"max_latent_length": 12},
     "no_penalty": {"settings": (("penalty", 0.0),)},
     "penalty_1": {"settings": (("penalty", 1.0),)},
-    "longer_m_phase": {"m_steps": 500},
+    "shorter_m_phase": {"m_steps": 120},
     "hotter": {"settings": (("temperature", 1.3),)},
     "slower": {"settings": (("e_learning_rate", 1e-5),)},
     "no_e_phase": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS, "settings": (("annotation", "resample"),)},
