@@ -265,9 +265,9 @@ def test_the_plan_names_each_entry_once(tmp_path, capsys):
     assert len({stage["entry"] for stage in stages.values()}) == len(stages)
     assert [name for name, stage in stages.items() if stage["done"]] == ["strong: preparation"]
     assert found["minutes_left"] == pytest.approx(sum(s["minutes"] for s in stages.values() if not s["done"]))
-    # One seed of all arms on one base: within three hours where cores have AMX, which is half to a third of this.
+    # One seed of all arms on one base: three hours where cores with AMX are three times as fast (1.7 to 3 were seen).
     form = traces_form()
-    assert sum(s.minutes for s in plan(store, chosen(form, ["strong"]), 1) if not s.done) < 300
+    assert sum(s.minutes for s in plan(store, chosen(form, ["strong"]), 1) if not s.done) < 3 * 180
 
 
 # ---- the table ----
