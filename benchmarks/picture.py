@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ra3_trl.analysis import Estimate
-from ra3_trl.report.charts import Chart, curve_over, number, seeds_note, side_by_side, stem
+from ra3_trl.report.charts import ARMS, Chart, curve_over, number, seeds_note, side_by_side, stem
 from ra3_trl.report.report import Section, make_sections, write_report
 from ra3_trl.report.runs import Run, read_run, read_runs
 
@@ -181,8 +181,11 @@ def table_charts(table: ResultTable) -> list[Chart]:
     if "experiment" in content:
         for title, unit, names in _ARMS_OF_MEASURES if "accuracy" in content else _MEASURES_OF_CHECKPOINTS:
             there = {key: name for key, name in names.items() if key in content}
-            rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
-            if rows:
+            if there and set(arms) <= set(ARMS):  # each looks in all pictures as it does here
+                rows = {arm: [table.estimate(key, arm) for key in there] for arm in arms}
+                charts.append(chart(title, unit, side_by_side(rows, 0.3), tuple(there.values())))
+            elif there:
+                rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
                 charts.append(chart(title, unit, side_by_side(rows, 0.3), arms))
         return charts
     for key, title, unit in _CURVES:

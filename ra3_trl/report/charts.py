@@ -16,7 +16,7 @@ from .runs import MIDTRAINING, RLVR, TrainingRun
 
 # What arms are usually called: each has its color and marker in every picture. The colors are Okabe and Ito's, which
 # the colour-blind can tell apart.
-_ARMS = ("base", "ntp", "ntp_forced", "ra3", "resample", "ntp_tokens", "ntp_compute")
+ARMS = ("base", "ntp", "ntp_forced", "ra3", "resample", "ntp_tokens", "ntp_compute")
 _COLORS = ("#666666", "#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vP*X"
 _INK, _MUTED, _FAINT = "#222222", "#666666", "#bbbbbb"
@@ -246,11 +246,11 @@ def _labels(charts: Sequence[Chart]) -> dict[str, None]:
 
 
 def choose_styles(charts: Sequence[Chart]) -> Styles:
-    """Chooses color and marker of each label, the same in all charts; other labels than `_ARMS` take what these
+    """Chooses color and marker of each label, the same in all charts; other labels than `ARMS` take what these
     leave."""
     labels = _labels(charts)
-    free = (i for i in range(len(labels) + len(_ARMS)) if i >= len(_ARMS) or _ARMS[i] not in labels)
-    places = {label: _ARMS.index(label) if label in _ARMS else next(free) for label in labels}
+    free = (i for i in range(len(labels) + len(ARMS)) if i >= len(ARMS) or ARMS[i] not in labels)
+    places = {label: ARMS.index(label) if label in ARMS else next(free) for label in labels}
     in_order = sorted(places.items(), key=lambda item: item[1])
     return {label: (_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]) for label, i in in_order}
 
