@@ -445,7 +445,7 @@ def test_evalplus_tests_count_apart(tmp_path, plain_checkpoint, writes):
         (("model", "--k", "a"), "`k` is 'a'"),
         (("model", "--batch_size", "0"), "`batch_size` is 0"),
         (("model", "--num_samples", "2", "--temperature", "0"), "all samples are the same"),
-        (("model", "--task", "no.jsonl"), "no.jsonl is no file"),
+        (("model", "--task", "no.jsonl"), "`task` is 'no.jsonl', a file that is not there"),
         (("model", "--task", "nothing"), "`task` is 'nothing'"),
         (("model", "--task", "TASKS", "--prompt_form", "few_shot"), "'few_shot', which is for MBPP"),
         (("model", "--threshold", "2", "--think", "auto"), "`threshold` is 2.0"),
