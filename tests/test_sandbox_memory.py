@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from conftest import needs_bwrap
 
@@ -50,4 +52,19 @@ HONEST_USES = {
 def test_honest_uses_are_counted_once(name):
     with Judge(Sandbox(slots=1, limits=Limits(seconds=5.0, memory_mb=256, processes=16))) as judge:
         result = judge(SQUARE, HONEST_USES[name] + HONEST)
+    assert result.verdict == "passed", result
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="has one processor")
+def test_a_job_that_shares_pages_leaves_the_first_processor_to_the_server():
+    """7 processes with 100 MiB are 700 by the quick count, above 256: a slow one follows, and gives the processor."""
+    program = (
+        "import os, time\nx, all_of_them = b'x' * (100 * 2**20), os.sched_getaffinity(0)\nfor _ in range(6):\n"
+        "    if os.fork() == 0:\n        time.sleep(3)\n        os._exit(0)\n"
+        "end = time.monotonic() + 3\n"
+        "while os.sched_getaffinity(0) == all_of_them and time.monotonic() < end: time.sleep(0.01)\n"
+        "assert os.sched_getaffinity(0) == all_of_them - {min(all_of_them)}\n"
+    )
+    with Judge(Sandbox(slots=1, limits=Limits(seconds=5.0, memory_mb=256, processes=16))) as judge:
+        result = judge(SQUARE, program + HONEST)
     assert result.verdict == "passed", result

@@ -79,34 +79,25 @@ class Memory:
         The quick count is too high where processes share pages or files. If it is above the limit, they are stopped
         for a slow one, through their tables of pages: else they would fill more while it is made. From then on, and
         as long as no process comes or goes, there can be no more than the slow count and a page for each fault, and
-        they are stopped for the quick one too. What holds too much is not let go on.
+        they leave a processor to this one, which would come late where they fill them all.
         """
         names = processes()
-        with _stopped(names) if self.count.names == set(names) else contextlib.nullcontext([]) as going:
-            pages, faults = _pages(names), _faults(names)
-            if self.count.names == set(names):
-                pages = min(pages, self.count.pages + max(0, faults - self.count.faults) * _PAGE)
-            left = self.limit - pages - self._others(names, sum(self._files(name) for name in names))
-            if left < 0:
-                left = self._slow(names)
-            if left < 0:
-                going.clear()
+        pages, faults = _pages(names), _faults(names)
+        if self.count.names == set(names):
+            pages = min(pages, self.count.pages + max(0, faults - self.count.faults) * _PAGE)
+        held = pages + self._others(names, sum(self._files(name) for name in names))
+        if held > self.limit:
+            with _stopped(names):
+                for name in names:
+                    with contextlib.suppress(OSError):  # it has just ended
+                        os.sched_setaffinity(int(name), self.processors[1:] or self.processors)
+                self.count = Count(set(names), sum(_share(name) for name in names), _faults(names))
+                held = self.count.pages + self._others(
+                    names, len({pipe for name in names for pipe in self._pipes(name)})
+                )
+        left = self.limit - held
         most, least = _LOOK
         return 0.0 if left < 0 else min(most, max(least, left / _GROWTH / len(self.processors)))
-
-    def _slow(self, names: list[str]) -> int:
-        """Counts slowly; what is left of the limit. They are let go on only if something is, and leave a processor to
-        this one, which would come late where they fill them all."""
-        with _stopped(names) as going:
-            for name in names:
-                with contextlib.suppress(OSError):  # it has just ended
-                    os.sched_setaffinity(int(name), self.processors[1:] or self.processors)
-            self.count = Count(set(names), sum(_share(name) for name in names), _faults(names))
-            pipes = len({pipe for name in names for pipe in self._pipes(name)})
-            left = self.limit - self.count.pages - self._others(names, pipes)
-            if left < 0:
-                going.clear()
-        return left
 
     def _others(self, names: list[str], pipes: int) -> int:
         """Bytes of what is no page of a process."""
@@ -140,11 +131,10 @@ class Memory:
 
 
 @contextlib.contextmanager
-def _stopped(names: list[str]) -> Iterator[list[str]]:
-    """Keeps processes from running, and what they start until they have stopped, which it adds to `names`. Gives those
-    that go on afterwards: none that were stopped before."""
+def _stopped(names: list[str]) -> Iterator[None]:
+    """Keeps processes from running, and what they start until they have stopped, which it adds to `names`."""
     stopped: set[str] = set()
-    going: list[str] = []
+    going: list[str] = []  # others were stopped by the program itself
     try:
         while new := [name for name in processes() if name not in stopped]:
             stopped |= {*new}
@@ -152,7 +142,7 @@ def _stopped(names: list[str]) -> Iterator[list[str]]:
             for name in new:
                 _send(name, signal.SIGSTOP)
         names[:] = [*stopped]
-        yield going
+        yield
     finally:
         for name in going:
             _send(name, signal.SIGCONT)
