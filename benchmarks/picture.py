@@ -136,7 +136,7 @@ def read_table(name: str, label: str) -> ResultTable | Run:
             content = json.loads(path.read_text("utf-8"))
             if isinstance(content, dict) and (set(content) >= _KEYS or "tables" in content):
                 return ResultTable(label, content)
-            if isinstance(content, dict) and set(content) >= {"experiment", "seeds", "base"}:
+            if isinstance(content, dict) and set(content) >= {"experiment", "seeds"}:
                 return ResultTable(label, of_checkpoints(content))
     return read_run(name, label)
 
@@ -181,12 +181,13 @@ def table_charts(table: ResultTable) -> list[Chart]:
     if "experiment" in content:
         for title, unit, names in _ARMS_OF_MEASURES if "accuracy" in content else _MEASURES_OF_CHECKPOINTS:
             there = {key: name for key, name in names.items() if key in content}
-            if there and set(arms) <= set(ARMS):  # each looks in all pictures as it does here
+            ticks: Sequence[str] = arms
+            rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
+            if set(arms) <= set(ARMS):  # each looks in all pictures as it does here
+                ticks = tuple(there.values())
                 rows = {arm: [table.estimate(key, arm) for key in there] for arm in arms}
-                charts.append(chart(title, unit, side_by_side(rows, 0.3), tuple(there.values())))
-            elif there:
-                rows = {name: [table.estimate(key, arm) for arm in arms] for key, name in there.items()}
-                charts.append(chart(title, unit, side_by_side(rows, 0.3), arms))
+            if there:
+                charts.append(chart(title, unit, side_by_side(rows, 0.3), ticks))
         return charts
     for key, title, unit in _CURVES:
         logs = ([entry for entry in run["ra3"]["log"] if key in entry] for run in content["runs"] if "ra3" in run)

@@ -16,7 +16,7 @@ from conftest import needs_bwrap
 from benchmarks import traces
 from benchmarks.replication.cold_data import ColdTask, cold_tasks, with_traces
 from benchmarks.replication.cold_measure import ColdMeasureRecipe, held_out, is_right
-from benchmarks.replication.cold_start import ColdRecipe, cold_start, run_cold, with_seed
+from benchmarks.replication.cold_start import CHANGES, ColdRecipe, annotate_texts, cold_start, run_cold, with_seed
 from benchmarks.replication.store import Store
 from benchmarks.traces import stated
 from ra3_trl import Policy
@@ -104,8 +104,28 @@ def test_all_arms_have_the_same_updates():
         assert arms["cold_ntp"].start == arms["cold_ra3"].start and arms["cold_ra3"].e_steps
         seeded = with_seed(arms["cold_ra3"], 3)
         assert seeded.seed == seeded.start.seed == 3 and seeded.defaults and not seeded.start.defaults
-    named = cold_start(annotators=True).arms
-    assert list(named) == ["base", "ntp", "trace", "policy", "hindsight", "trace_all"] and named["trace_all"].keep_all
+    named = cold_start(others="annotators").arms
+    assert list(named) == ["base", "ntp", "trace", "policy", "hindsight"]
+    varied = cold_start(others="variants").arms
+    assert varied["cold"] == cold_start().arms["cold"]
+    for name, changes in CHANGES.items():  # each is another cold start, by one thing
+        assert len(changes) == 1 and varied[name] == replace(varied["cold"], **changes) != varied["cold"]
+
+
+@needs_bwrap
+def test_a_variant_writes_other_texts(mbpp, tiny_model, tokenizers, tmp_path):
+    """By form and length of the traces; `a = 1, b = 2` is longer than a latent of one token may be."""
+    tokenizer = tokenizers["newline_indent"]
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    recipe = ColdRecipe(mbpp=mbpp, annotator="trace", keep_all=True)
+    texts = [task.text for task in cold_tasks("train", mbpp)]
+    found = {}
+    for name, changes in {"all": {}, "lines": {"form": "lines"}, "none": {"max_latent_length": 1}}.items():
+        found[name] = annotate_texts(replace(recipe, **changes), str(tmp_path), texts)
+    assert found["all"]["report"]["kept"] == found["lines"]["report"]["kept"] == found["all"]["report"]["proposed"] > 0
+    assert found["all"]["texts"] != found["lines"]["texts"]
+    assert found["none"]["report"]["kept"] == 0 and found["none"]["texts"] == texts
 
 
 @needs_bwrap

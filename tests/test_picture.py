@@ -139,6 +139,8 @@ def checkpoints():
 def test_an_experiment_on_a_real_checkpoint(tmp_path):
     """Its numbers are by arm; what a checkpoint was not asked, as the nats of `cold_start`, has no picture."""
     table = read_table(write(tmp_path / "real.json", checkpoints()), "real")
+    one = {name: value for name, value in checkpoints().items() if name not in ("base", "ntp")}
+    assert read_table(write(tmp_path / "one.json", one), "one").arms == ("ra3",)  # of `--arms ra3`
     section = table_section(table)
     assert list(section.columns) == ["base", "ntp", "ra3"] and "Bases tried" not in section.about
     rows = dict(section.rows)

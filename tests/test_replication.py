@@ -18,8 +18,17 @@ from conftest import killed_at
 from benchmarks.replication import bases, rlvr, run
 from benchmarks.replication.base import last_checkpoint, pretrain
 from benchmarks.replication.bases import find_bases, seeded
-from benchmarks.replication.experiments import EXPERIMENTS, Experiment, last_gain, on_base, run_experiment
+from benchmarks.replication.cold_start import cold_start
+from benchmarks.replication.experiments import (
+    EXPERIMENTS,
+    Experiment,
+    last_gain,
+    of_arms,
+    on_base,
+    run_experiment,
+)
 from benchmarks.replication.mid import load, midtrain
+from benchmarks.replication.real_gate import real_gate
 from benchmarks.replication.records import (
     BaseRecipe,
     Curve,
@@ -486,6 +495,16 @@ def test_the_experiments_are_what_they_say():
     assert arms["fim_kl_ra3"].base == arms["fim_kl"] and arms["resample_ra3"].base == arms["resample"]
     chained = on_base(arms["fim_kl_ra3"], BaseRecipe(7), 3)
     assert (chained.seed, chained.base.seed, chained.base.base) == (3, 3, BaseRecipe(7))
+
+
+def test_some_arms_of_an_experiment():
+    """`--arms`, of each of the three kinds of experiment, in the order that is asked for."""
+    for make, some in ((EXPERIMENTS["shared"], "h1_c0.2"), (real_gate, "ntp"), (cold_start, "cold")):
+        whole = make()
+        assert of_arms(whole, None) is whole
+        assert of_arms(whole, [some, "base"]) == replace(whole, arms={some: whole.arms[some], "base": None})
+        with pytest.raises(ValueError, match=f"`--arms` is 'x'; choose of base, .*{some}"):
+            of_arms(whole, ["base", "x"])
 
 
 def test_an_experiment_at_toy_size(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from ..common import no_warnings
 from .bases import find_bases
 from .cold_start import COLD_EXPERIMENTS, ColdRecipe, run_cold
 from .domain import ARMS, CORPORA, DOMAINS, PARTS, UPDATES, DomainForm, chosen, plan, run_domain, traces_form
-from .experiments import EXPERIMENTS, run_experiment
+from .experiments import EXPERIMENTS, of_arms, run_experiment
 from .real_gate import REAL_EXPERIMENTS, run_real
 from .store import Store
 from .table import Form, rows, run_seed, samples
@@ -45,11 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted({*EXPERIMENTS, *REAL_EXPERIMENTS, *COLD_EXPERIMENTS}),
         help="one of the experiments beside the table, in its place",
     )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        help=f"of an experiment's, or with `--domain traces` of {', '.join(ARMS)} and real_gate's ablations (default: "
+        "all; of the domain all but the ablations)",
+    )
     parser.add_argument("--domain", choices=DOMAINS, default=DOMAINS[0], help="where it is measured")
     traces = parser.add_argument_group("of --domain traces")
     traces.add_argument("--corpus", choices=CORPORA, default=CORPORA[0], help="programs of preparation and training")
     traces.add_argument("--base", nargs="+", help=f"of {', '.join(UPDATES)} (default: all)")
-    traces.add_argument("--arms", nargs="+", help=f"of {', '.join(ARMS)} (default), or of real_gate's ablations")
     traces.add_argument("--parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all), beside the measures")
     traces.add_argument("--plan", action="store_true", help="say what is to be done, how long, and what is there")
     parser.add_argument("--threads", type=int, default=2)
@@ -66,13 +71,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     if vars(args).get("domain") == "traces":  # callers of before have no such field
         return run_traces(store, args)
     form = form or Form(full=args.full)
-    if args.experiment in COLD_EXPERIMENTS:
-        cold = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp))
-        return {"experiment": args.experiment, **run_cold(store, cold, args.seeds)}
-    if args.experiment in REAL_EXPERIMENTS:
-        return {"experiment": args.experiment, **run_real(store, REAL_EXPERIMENTS[args.experiment](), args.seeds)}
     if args.experiment:
-        return {"experiment": args.experiment, **run_experiment(store, EXPERIMENTS[args.experiment](), args.seeds)}
+        return {"experiment": args.experiment, **run_named(store, args)}
     wanted = min(2, args.seeds) if args.bases is None else args.bases
     tried = find_bases(store, form.base, form.measure, wanted, (form.gate, 1.0))
     bases = [base.recipe for base in tried if base.passed]
@@ -86,6 +86,18 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
         **rows(results, form),
         "runs": seeds,
     }
+
+
+def run_named(store: Store, args: argparse.Namespace) -> dict[str, Any]:
+    """The experiment of a name, with `args.arms` those of its arms."""
+    experiment: Any
+    if args.experiment in COLD_EXPERIMENTS:
+        experiment, go = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp)), run_cold
+    elif args.experiment in REAL_EXPERIMENTS:
+        experiment, go = REAL_EXPERIMENTS[args.experiment](), run_real
+    else:
+        experiment, go = EXPERIMENTS[args.experiment](), run_experiment
+    return go(store, of_arms(experiment, vars(args).get("arms")), args.seeds)
 
 
 def run_traces(store: Store, args: argparse.Namespace, form: DomainForm | None = None) -> dict[str, Any]:

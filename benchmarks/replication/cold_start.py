@@ -21,6 +21,7 @@ from ra3_trl.analysis import Estimate
 from ra3_trl.experimental.hindsight import attach
 from ra3_trl.policy import THINKING, Annotation, Tally
 from ra3_trl.policy.traces import TraceAnnotator
+from ra3_trl.policy.traces.forms import FORM
 from ra3_trl.rollout import NoiseKey
 
 from ..common import default_model, load, say
@@ -32,6 +33,17 @@ from .store import Store
 
 SAVE_STEPS = 20
 STAGE, E_STEPS = 48, 16  # updates of the cold start, as many of what follows, and of these the E-phase's
+CHANGES: dict[str, dict[str, Any]] = {  # of `cold_start_variants`, one thing of the cold start at a time
+    "all_traces": {"keep_all": True},
+    "likelier": {"prior": 0.9},
+    "no_penalty": {"settings": (("penalty", 0.0),)},
+    "last_values": {"form": "last"},
+    "line_by_line": {"form": "lines"},
+    "short_traces": {"max_latent_length": 24},
+    "slower": {"learning_rate": 3e-5},
+    "faster": {"learning_rate": 3e-4},
+    "longer": {"m_steps": 4 * 2 * STAGE},
+}
 _LENGTH = 448  # tokens of a row
 _NUMBERS = tuple(entry.name for entry in fields(ColdMeasures) if entry.type == "float")
 
@@ -44,7 +56,7 @@ class ColdRecipe:
     `annotator`: who proposed thoughts for the text, `"trace"`, `"policy"` (its own comments, resampled) or
     `"hindsight"` (its own, from a prompt that knows the next lines); `None` is raw text. `keep_all`: whether those
     stay that the student is not helped by. `prior`: probability of a thought where one is proposed, before its worth
-    is known.
+    is known. `form`: how a trace is written.
     """
 
     start: ColdRecipe | None = None
@@ -52,6 +64,7 @@ class ColdRecipe:
     annotator: str | None = None
     keep_all: bool = False
     prior: float = 0.5
+    form: str = FORM
     e_steps: int = 0
     m_steps: int = STAGE
     learning_rate: float = 1e-4
@@ -80,6 +93,7 @@ class AnnotatedRecipe:
     model: str | None
     mbpp: str | None
     settings: tuple[tuple[str, Any], ...]
+    form: str = FORM
     version: int = 1
 
 
@@ -92,23 +106,26 @@ class ColdExperiment:
 
 
 def cold_start(
-    base: ColdRecipe | None = None, annotators: bool = False, measures: ColdMeasureRecipe | None = None
+    base: ColdRecipe | None = None, others: str | None = None, measures: ColdMeasureRecipe | None = None
 ) -> ColdExperiment:
     """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text),
-    `ra3`; with `annotators` half a cold start with each annotator in place of the last four."""
+    `ra3`. With `others` in place of the last three: `"annotators"`, half a cold start with each, and `"variants"`,
+    `cold` with one of `CHANGES` each."""
     base = base or ColdRecipe()
     half, e_steps = base.m_steps, base.m_steps * E_STEPS // STAGE
     ntp = replace(base, m_steps=2 * half)
-    cold = replace(base, annotator="trace")
+    first = replace(base, annotator="trace")
+    cold = replace(first, m_steps=2 * half)
     arms: dict[str, ColdRecipe | None] = {"base": None, "ntp": ntp}
-    if annotators:
-        arms |= {name: replace(cold, annotator=name) for name in ("trace", "policy", "hindsight")}
-        arms["trace_all"] = replace(cold, keep_all=True)
+    if others == "annotators":
+        arms |= {name: replace(first, annotator=name) for name in ("trace", "policy", "hindsight")}
+    elif others == "variants":
+        arms |= {"cold": cold, **{name: replace(cold, **changes) for name, changes in CHANGES.items()}}
     else:
         arms |= {
-            "cold": replace(cold, m_steps=2 * half),
-            "cold_ntp": replace(base, start=cold),
-            "cold_ra3": replace(base, start=cold, e_steps=e_steps, m_steps=half - e_steps),
+            "cold": cold,
+            "cold_ntp": replace(base, start=first),
+            "cold_ra3": replace(base, start=first, e_steps=e_steps, m_steps=half - e_steps),
             "ra3": replace(base, e_steps=2 * e_steps, m_steps=2 * half - 2 * e_steps),
         }
     measures = measures or ColdMeasureRecipe(
@@ -119,7 +136,8 @@ def cold_start(
 
 COLD_EXPERIMENTS: dict[str, Callable[[ColdRecipe], ColdExperiment]] = {
     "cold_start": cold_start,
-    "cold_start_annotators": partial(cold_start, annotators=True),
+    "cold_start_annotators": partial(cold_start, others="annotators"),
+    "cold_start_variants": partial(cold_start, others="variants"),
 }
 
 
@@ -176,7 +194,7 @@ def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> dict[s
     whole = [(text, dict[str, Any](), policy.segment(text, i)) for i, text in enumerate(texts)]
     with policy.inference():
         if recipe.annotator == "trace":
-            annotator = TraceAnnotator()
+            annotator = TraceAnnotator(recipe.form)
             annotation = Annotation(annotator, recipe.keep_all, tally)
             try:
                 found = list(annotation(policy, whole, noise))

@@ -19,6 +19,7 @@ from ra3_trl.analysis import Estimate
 from ..common import say
 from .cold_measure import ColdMeasureRecipe
 from .domain_measure import DomainRecipe, TraceBoundRecipe, measure_domain
+from .experiments import of_known
 from .real import on_base
 from .real_gate import ABLATIONS, real_gate
 from .real_measure import measure
@@ -110,8 +111,7 @@ def chosen(
     """
     known = {"base": (bases, list(form.bases)), "arms": (arms, [*ARMS, *ABLATIONS]), "parts": (parts, list(PARTS))}
     for option, (names, there) in known.items():
-        if unknown := sorted(set(names or ()) - set(there)):
-            raise ValueError(f"`--{option}` is {unknown[0]!r}; choose of {', '.join(there)}.")
+        of_known(option, names or (), there)
     asked = form.measures
     if parts is not None:
         asked = replace(

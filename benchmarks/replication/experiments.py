@@ -22,7 +22,7 @@ comments that a rule wrote.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -66,6 +66,24 @@ class Experiment:
     gate: tuple[float, float] = (GATE, 1.0)
     bases: int = 1
     fill: FillRecipe | None = None
+
+
+def of_arms(experiment: Any, names: list[str] | None) -> Any:
+    """An experiment of any kind with some of its arms alone; `None` leaves all.
+
+    Raises:
+        `ValueError`: for a name that there is none of.
+    """
+    if names is None:
+        return experiment
+    of_known("arms", names, experiment.arms)
+    return replace(experiment, arms={name: experiment.arms[name] for name in names})
+
+
+def of_known(option: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raises a `ValueError` where an option has a name that there is none of."""
+    if unknown := sorted({*names} - {*known}):
+        raise ValueError(f"`--{option}` is {unknown[0]!r}; choose of {', '.join(known)}.")
 
 
 def shared() -> Experiment:

@@ -35,6 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "shorter_m_phase": {"m_steps": 120},
     "hotter": {"settings": (("temperature", 1.3),)},
     "slower": {"settings": (("e_learning_rate", 1e-5),)},
+    "ntp_as_long": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS},
     "no_e_phase": {"e_steps": 0, "m_steps": E_STEPS + M_STEPS, "settings": (("annotation", "resample"),)},
 }
 _NUMBERS = tuple(entry.name for entry in fields(TraceMeasures) if entry.type == "float")

@@ -250,10 +250,9 @@ class _Server:
                 "limits": {**asdict(self.limits), "socket_kb": _socket_kb()}, "isolated": self.isolated,
                 "packages": self.packages, "control": control.fileno(), "jobs": jobs.fileno(),
             }  # fmt: skip
-            command, hash_seed = _command(settings, self.hash_seed), str(self.hash_seed)
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                env={"PYTHONHASHSEED": hash_seed}, cwd=tempfile.gettempdir(),
+                _command(settings, self.hash_seed), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, env={"PYTHONHASHSEED": str(self.hash_seed)}, cwd=tempfile.gettempdir(),
                 pass_fds=(control.fileno(), jobs.fileno()), start_new_session=True,
             )  # fmt: skip
         self.control.settimeout(_START)
