@@ -22,6 +22,7 @@ from ra3_trl.policy.annotators import (
     TOO_LONG,
     TWICE,
     UNWRITABLE,
+    as_latent,
     boundary_lines,
 )
 from ra3_trl.policy.tally import EXAMPLES
@@ -145,14 +146,33 @@ def test_of_several_proposals_the_best_is_kept(make_trainer, horizon):
     two, one = [(2, "y = 3"), (2, "nothing")], [(4, "z")]
     gains = {}
     with policy.inference():
-        for comments in ([two[0]], [two[1]], [*two, *one]):
+        for comments in ([two[0]], [two[1]], [two[0], *one], [two[1], *one], [*two[::-1], *one], [*two, *one]):
             annotation = Annotation(says(*comments), keep_all=True)
             ((example,),) = annotation(policy, [(TEXT, {}, [document])], policy._noise)
             gains[tuple(comments)] = example.worth
-    first = min(document.boundaries)
-    alone = max(gains[two[0],][first], gains[two[1],][first])
-    assert gains[(*two, *one)][first] == pytest.approx(alone, abs=1e-4) and len(example.placed) == 2
+            report = annotation.tally.report()
+            told = {entry["line"]: entry["comment"] for entry in (*report["best"], *report["worst"])}
+            (row,) = [row for row in policy.text(example).split("\n") if row.startswith("    #")][:1]
+            assert told["    y = x"] == row.removeprefix("    #")  # of several the one that is placed
+    first, second = sorted(example.placed)
+    best = max(two, key=lambda comment: gains[comment,][first])
+    assert gains[(*two, *one)][first] == pytest.approx(gains[best,][first], abs=1e-4)
+    # The second one's worth is what it adds behind the first one, which is the best at its place.
+    assert gains[(*two, *one)][second] == pytest.approx(gains[best, *one][second], abs=1e-4)
     assert annotation.tally.dropped == {NOT_WORTH: 1}
+
+
+def test_what_may_be_a_latent(make_trainer, tokenizer):
+    """What the sampler could have drawn: `magi` and a `c` begins what may not be said, and says nothing yet. Where a
+    space is a token of its own, which may not begin a latent, it goes. Of 16 tokens, as `max_latent_length` says."""
+    policy = make_trainer([TEXT], **SETTINGS).policy
+    for text in ("magic", "a c", "x codin", "7q" * 8):
+        latent = as_latent(policy, text)
+        assert isinstance(latent, Latent)
+        assert b"".join(policy.engine.table.token_bytes[i] for i in latent.token_ids).decode() == text
+    assert as_latent(policy, "a coding: b") == UNWRITABLE and as_latent(policy, "7q" * 8 + "7") == TOO_LONG
+    begin = as_latent(policy, " 7q").token_ids[0]
+    assert not policy.engine.table.blank_V[begin]
 
 
 def test_a_full_row_takes_no_more(make_trainer):

@@ -132,7 +132,7 @@ def _is_writable(ids: Sequence[int], text: str, table: TokenTable) -> bool:
         state = int(table.next_state[state, i])
         if state < 0 or bool((table.stop_ids == i).any()):
             return False
-    return state == 0
+    return True
 
 
 @dataclass
