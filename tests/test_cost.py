@@ -112,11 +112,12 @@ def test_what_each_of_some_devices_does():
     assert work.of_each(SimpleNamespace(m_steps=9, max_steps=-1, world_size=2), 8).m_chunks == 80  # counted for two
 
 
-def test_a_tied_head_is_a_product_and_embeddings_are_none(tiny_model, tokenizers):
-    model = tiny_model("llama", tokenizers["newline_indent"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_a_product_and_embeddings_are_none(tied, tiny_model, tokenizers):
+    model = tiny_model("llama", tokenizers["newline_indent"], tie_word_embeddings=tied)
     embeddings = model.get_input_embeddings().weight.numel()
     total = sum(p.numel() for p in model.parameters())
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     weights = total - (0 if tied else embeddings)
     assert Shape.of(model) == Shape(weights, weights, 4 * total, model.config.num_hidden_layers)
     model.requires_grad_(False)

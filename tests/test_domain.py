@@ -17,6 +17,7 @@ from conftest import needs_bwrap
 from benchmarks import replication
 from benchmarks.__main__ import main
 from benchmarks.picture import ResultTable, of_bases, read_table, table_section
+from benchmarks.replication import domain_measure
 from benchmarks.replication.assertion import assertion_reward, is_right, stated_value
 from benchmarks.replication.cold_data import ColdTask, hold
 from benchmarks.replication.cold_measure import ColdMeasureRecipe
@@ -45,6 +46,7 @@ from benchmarks.replication.records import (
     PreparedRecipe,
     TraceCorpus,
     TraceMeasureRecipe,
+    TraceMeasures,
     TraceMidRecipe,
 )
 from benchmarks.replication.rlvr import TraceRlvrRecipe, reinforce_traces, trace_prompts
@@ -291,6 +293,7 @@ def test_levels_are_shares_of_the_best():
     found = table(traces_form(), [run(0.1, 0.9), run(0.2, 0.7)])
     assert best_level({arm: one for arm, (one, _) in run(0.1, 0.9).items()}) == 0.9
     assert found["rlvr_best"]["mean"] == pytest.approx(0.9)
+    assert best_level({"ra3": result(0.1, (0.2, 0.6, 0.4))}) == pytest.approx(0.5)  # of two neighbours, not the peak
     steps, drawn = found["rlvr_steps_to_80"], found["rlvr_samples_to_80"]
     assert {arm: row["mean"] for arm, row in steps.items()} == {"base": 2, "ntp": None, "ra3": 0, "ntp_tokens": None}
     assert (drawn["base"]["mean"], drawn["ra3"]["mean"]) == (20, 48)  # 10 an update; RA3 drew 48 latents before
@@ -329,6 +332,24 @@ def test_told_to_think_is_the_same_weights():
     forced = found.told_to_think()
     assert (forced.think_hard, forced.accuracy, forced.comment_right, forced.ce) == (1.0, 0.7, 0.6, 1.0)
     assert (forced.transfer_accuracy, forced.transfer_thinks, forced.mbpp_right) == (0.2, 1.0, None)
+
+
+def test_transfer_is_a_mean_over_kinds(monkeypatch, tmp_path):
+    """Of each number its own: right .2, told to think .4, told not to .1 and 0, drawn comments right .6, thinks .8."""
+
+    def told(_, recipe):
+        more = 0.1 * recipe.task_seed
+        return TraceMeasures(0.1 + more, 0.7 + more, 0.0, 0.3 + more, more, 1.0, 0.5 + more, 0.9, 0.0, {}, [])
+
+    monkeypatch.setattr(domain_measure, "measure", told)
+    monkeypatch.setattr(domain_measure, "bounds", lambda *_: {"bound_multi": 0.5, "elbo": 0.6, "ce": 0.7})
+    form = traces_form()
+    asked = form.measures.measure
+    recipe = replace(form.measures, transfer=(replace(asked, task_seed=0), replace(asked, task_seed=2)), mbpp=None)
+    found, about = domain_measure.measure_domain(Store(tmp_path), recipe, PreparedRecipe())
+    names = ("accuracy", "forced", "never", "comment_right", "thinks")
+    assert [getattr(found, f"transfer_{name}") for name in names] == pytest.approx([0.2, 0.4, 0.1, 0.6, 0.8])
+    assert found.mbpp_right is None and [one["accuracy"] for one in about["transfer"]] == pytest.approx([0.1, 0.3])
 
 
 def test_latents_are_counted_by_the_log():

@@ -264,6 +264,14 @@ def test_a_batch_answers_as_one_by_one(saved):
         assert model.encode(prompt) == ids and answer.prompt_tokens == len(ids) == model.count(prompt)
 
 
+def test_an_answer_that_did_not_end_was_cut(saved):
+    """The end counts as a token of it; padding behind it does not."""
+    model = LocalModel(str(saved[1]))
+    (word,), end = model.tokenizer("x", add_special_tokens=False).input_ids, model.tokenizer.eos_token_id
+    assert model._answer((1, 2), [word, word, end, end]) == Answer("xx", False, None, 2, 3)
+    assert model._answer((1, 2), [word, word]) == Answer("xx", True, None, 2, 2)
+
+
 def test_draws_follow_from_what_is_asked(saved):
     asked = AskingSettings(max_tokens=8, temperature=1.0)
     model = LocalModel(str(saved[1]), asked)
@@ -280,6 +288,10 @@ def test_a_text_without_room_in_the_context_is_counted(saved):
     long = "x = 1\n" * 2000
     kinds = [answer.none for answer in model.write(["x", long, "y"])]
     assert kinds == [None, TOO_LONG, None] and next(model.write([long])).none == TOO_LONG
+    model.model.config.max_position_embeddings = model.count("x") + 8  # just room enough
+    assert next(model.write(["x"])).none is None
+    model.model.config.max_position_embeddings -= 1
+    assert next(model.write(["x"])).none == TOO_LONG
 
 
 def test_what_ends_the_turn_of_a_model_is_not_shown_to_it(saved):

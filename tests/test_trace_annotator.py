@@ -12,6 +12,7 @@ from ra3_trl.policy import Annotation, Source
 from ra3_trl.policy.traces import Change, Trace, TraceAnnotator, Tracer, calls_of, write_trace
 from ra3_trl.policy.traces.annotator import COPIES_ANSWER, NO_CHANGE
 from ra3_trl.policy.traces.annotator import TOO_LONG as TOO_MANY_CHARACTERS
+from ra3_trl.policy.traces.calls import answers_of, parse
 from ra3_trl.policy.traces.forms import only_says
 from ra3_trl.policy.traces.guest import show
 from ra3_trl.policy.traces.run import (
@@ -86,6 +87,13 @@ def test_a_long_loop_is_told_by_its_ends():
 )  # fmt: skip
 def test_a_trace_that_only_says_the_answer(values, answer, copies):
     assert only_says(trace(*(("r", value) for value in values)), answer) is copies
+
+
+def test_what_assertions_state():
+    """By the line where each begins; nothing where another comparison, or no side without a name, says it."""
+    tests = ("f(1)", "ok", "not f(2)", "f(3) == [1,\n 2]", "4 is x", "x < 5", "x == y")
+    text = "".join(f"assert {test}\n" for test in tests)
+    assert answers_of(parse(text)) == {1: "True", 2: "True", 3: "False", 4: "[1, 2]", 6: "4"}
 
 
 def test_values_as_python_writes_them():
@@ -169,6 +177,21 @@ def test_traces_of_calls_that_stand_elsewhere(annotator):
     assert said(annotator, documented) == ({8: " n = 1, a = 2, b = 4"}, {})
     wrong = documented.replace("    4\n", "    5\n", 1)
     assert said(annotator, wrong) == ({}, {FAILS: 1})
+    caught = "def f(n):\n    try:\n        int('a')\n    except ValueError:\n        a = n + 1\n    return a\n"
+    assert said(annotator, caught, tests=["assert f(1) == 2"]) == ({6: " n = 1, a = 2"}, {})
+    # It returns behind its own assertion, which has a trace of its own: one thought a place.
+    asserts = "def f(n):\n    a = n + 1\n    b = a * 2\n    assert b == 4\n"
+    text, row = Source(asserts, row={"tests": ["assert f(1) is None"]}), asserts.count("\n")
+    (found,) = annotator.propose([text])
+    assert [comment.line for comment in found.comments] == [row]
+
+
+@needs_bwrap
+def test_a_forked_process_tells_nothing(annotator):
+    """It ends before the parent goes on, with an assertion that holds for it and other values."""
+    text = f"import os\nchild = os.fork() == 0\nif not child: os.wait()\nn = 5 if child else 1\n{BODY}"
+    found, reasons = said(annotator, f"{text}assert f(n) in (3, 11)\n")
+    assert found == {9: " a = 2, b = 4"} and not reasons
 
 
 @needs_bwrap
@@ -184,6 +207,7 @@ def test_traces_of_calls_that_stand_elsewhere(annotator):
         ("    a = id(n) % 1\n    b = 2\n", ASKS),
         ("    import os\n    a = os.environ['PYTHONHASHSEED']\n    b = 2\n", DIFFERS),
         ("    a = str(object())\n    b = 2\n", DIFFERS),
+        ("    a = 'A at 0x7f00'\n    b = 2\n", DIFFERS),  # as forks of one process have the same addresses
         ("    a = [x for x in {'a', 'b', 'c', 'd'}]\n    b = 2\n", DIFFERS),
         ("    a = list(set('ab'))\n    b = 2\n", DIFFERS),
         ("    r = n + 1\n", COPIES_ANSWER),
