@@ -412,10 +412,32 @@ def test_what_no_further_request_can_mend_ends_the_run(ask, chat_server, status,
     assert len(chat_server.requests) <= 5
 
 
-def test_a_text_that_is_too_long_for_the_server_is_the_texts_own_affair(ask):
+def test_a_drawn_answer_has_a_seed_and_one_that_was_cut_says_so(ask, chat_server):  # noqa: F811
+    def reply(request, number):
+        return 200, completion("1: # a", "length" if "long" in str(request["messages"]) else "stop")
+
+    answers = ask(["long", "short"], reply, temperature=0.5)
+    assert [(a.text, a.cut) for a in answers] == [("1: # a", True), ("1: # a", False)]
+    assert {(r["seed"], r["temperature"]) for r in chat_server.requests} == {(42, 0.5)}
+
+
+def test_few_texts_are_read_ahead(chat_server):  # noqa: F811
+    """A corpus may be large: twice the batch of 2 with the one whose answer is given."""
+    pytest.importorskip("openai", reason="needs the extra ra3-trl[openai]")
+    chat_server.reply, read = echo, []
+    model = ChatServer("m", chat_server.url, AskingSettings(batch_size=2))
+    answers = model.write(read.append(i) or f"p{i}" for i in range(9))
+    assert next(answers).text == "1: # p0" and len(read) == 4
+    assert next(answers).text == "1: # p1" and len(read) == 5
+    assert len([*answers]) == 7
+    model.close()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_text_that_is_too_long_for_the_server_is_the_texts_own_affair(ask, status):
     """Even if there are many of them, and first."""
     message = '{"error": {"message": "This model\'s maximum context length is 9 tokens."}}'
-    answers = ask("aaaaaab", lambda r, n: (400, message) if r["messages"][0]["content"] == "a" else echo(r))
+    answers = ask("aaaaaab", lambda r, n: (status, message) if r["messages"][0]["content"] == "a" else echo(r))
     assert [a.none for a in answers] == [TOO_LONG] * 6 + [None]
 
 
