@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 MOST, LONGEST = 12, 160  # changes that are told, characters of a comment
 _FIRST, _LAST = 4, 7  # of more changes, as loops make them, these are told, and `...` between them
-FORM = "changes"  # helps SmolLM2-135M-Instruct most, see benchmarks/LOG.md
+FORM = "changes"  # the others help SmolLM2-135M-Instruct as much, see benchmarks/LOG.md
 
 
 class Change(NamedTuple):
