@@ -65,7 +65,7 @@ def stages(args: argparse.Namespace) -> list[tuple[Path, list[str]]]:
     output = Path(args.output_dir)
     annotated, cold, final = output / "annotated", output / "cold", output / "ra3"
     rows = ["--max_length", str(args.max_length), "--max_latent_length", str(args.max_latent_length)]
-    trained = ["--save_strategy", "steps", "--save_steps", "10", *rows, *args.train]
+    trained = ["--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "1", *rows, *args.train]
     return [
         (annotated, ["annotate", args.model_name_or_path, "--annotator", "trace", "--dataset_name", args.dataset_name,
                      "--output_dir", str(annotated), "--report", str(output / "report.json"), *rows]),
