@@ -108,6 +108,7 @@ def test_all_arms_have_the_same_updates():
     assert list(named) == ["base", "ntp", "trace", "policy", "hindsight"]
     varied = cold_start(others="variants").arms
     assert varied["cold"] == cold_start().arms["cold"]
+    assert cold_start(ColdRecipe(m_steps=4), others="variants").arms["longer"].m_steps == 32
     for name, changes in CHANGES.items():  # each is another cold start, by one thing
         assert len(changes) == 1 and varied[name] == replace(varied["cold"], **changes) != varied["cold"]
 
@@ -172,7 +173,7 @@ def test_the_example(mbpp, tmp_path, tiny_model, tokenizers, monkeypatch, capfd)
     argv = [
         "cold_start.py", "--model_name_or_path", str(tmp_path / "model"), "--dataset_name",
         str(tmp_path / "programs.jsonl"), "--output_dir", str(tmp_path / "out"), "--max_length", "160",
-        "--max_latent_length", "24", "--cold_steps", "1", "--e_steps", "1", "--m_steps", "1", "--use_cpu", "True",
+        "--max_latent_length", "24", "--cold_steps", "11", "--e_steps", "1", "--m_steps", "1", "--use_cpu", "True",
         "--report_to", "none", "--num_latents", "2",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
@@ -180,6 +181,9 @@ def test_the_example(mbpp, tmp_path, tiny_model, tokenizers, monkeypatch, capfd)
     out = capfd.readouterr().out
     assert "4 texts, 4 proposals" in out and "Thoughts" in out
     assert all((tmp_path / "out" / name / "done").exists() for name in ("annotated", "cold", "ra3"))
+    assert [path.name for path in (tmp_path / "out" / "cold").glob("checkpoint-*")] == [
+        "checkpoint-11"
+    ]  # of 10 and 11
 
 
 @needs_bwrap

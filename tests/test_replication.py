@@ -505,6 +505,9 @@ def test_some_arms_of_an_experiment():
         assert of_arms(whole, [some, "base"]) == replace(whole, arms={some: whole.arms[some], "base": None})
         with pytest.raises(ValueError, match=f"`--arms` is 'x'; choose of base, .*{some}"):
             of_arms(whole, ["base", "x"])
+    args = argparse.Namespace(cache="x", threads=1, full=False, experiment=None, arms=["base"])
+    with pytest.raises(ValueError, match="`--arms` is of `--experiment` and `--domain traces`; name one"):
+        run(args)
 
 
 def test_an_experiment_at_toy_size(tmp_path, monkeypatch):

@@ -179,11 +179,9 @@ def test_traces_of_calls_that_stand_elsewhere(annotator):
     assert said(annotator, wrong) == ({}, {FAILS: 1})
     caught = "def f(n):\n    try:\n        int('a')\n    except ValueError:\n        a = n + 1\n    return a\n"
     assert said(annotator, caught, tests=["assert f(1) == 2"]) == ({6: " n = 1, a = 2"}, {})
-    # It returns behind its own assertion, which has a trace of its own: one thought a place.
-    asserts = "def f(n):\n    a = n + 1\n    b = a * 2\n    assert b == 4\n"
-    text, row = Source(asserts, row={"tests": ["assert f(1) is None"]}), asserts.count("\n")
-    (found,) = annotator.propose([text])
-    assert [comment.line for comment in found.comments] == [row]
+    # It returns at its own assertion, which is told; the call has no place besides, and is not counted as one without.
+    checked = f"{BODY}def check(n):\n    assert f(n) == 3\n"
+    assert said(annotator, checked, tests=["assert check(1) is None"]) == ({6: " a = 2, b = 4"}, {})
 
 
 @needs_bwrap

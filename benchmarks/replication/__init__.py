@@ -64,13 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @no_warnings()
 def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
-    """Bases, seeds and rows; whatever the cache has is not done again."""
+    """Bases, seeds and rows; whatever the cache has is not done again.
+
+    Raises:
+        `ValueError`: for arms that there are none of.
+    """
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store = Store(args.cache)
     if vars(args).get("domain") == "traces":  # callers of before have no such field
         return run_traces(store, args)
     form = form or Form(full=args.full)
+    if vars(args).get("arms") and not args.experiment:
+        raise ValueError("`--arms` is of `--experiment` and `--domain traces`; name one, or leave it out.")
     if args.experiment:
         return {"experiment": args.experiment, **run_named(store, args)}
     wanted = min(2, args.seeds) if args.bases is None else args.bases

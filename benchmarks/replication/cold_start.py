@@ -42,7 +42,6 @@ CHANGES: dict[str, dict[str, Any]] = {  # of `cold_start_variants`, one thing of
     "short_traces": {"max_latent_length": 24},
     "slower": {"learning_rate": 3e-5},
     "faster": {"learning_rate": 3e-4},
-    "longer": {"m_steps": 4 * 2 * STAGE},
 }
 _LENGTH = 448  # tokens of a row
 _NUMBERS = tuple(entry.name for entry in fields(ColdMeasures) if entry.type == "float")
@@ -110,7 +109,7 @@ def cold_start(
 ) -> ColdExperiment:
     """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text),
     `ra3`. With `others` in place of the last three: `"annotators"`, half a cold start with each, and `"variants"`,
-    `cold` with one of `CHANGES` each."""
+    `cold` with one of `CHANGES` each, and four times as long."""
     base = base or ColdRecipe()
     half, e_steps = base.m_steps, base.m_steps * E_STEPS // STAGE
     ntp = replace(base, m_steps=2 * half)
@@ -120,7 +119,8 @@ def cold_start(
     if others == "annotators":
         arms |= {name: replace(first, annotator=name) for name in ("trace", "policy", "hindsight")}
     elif others == "variants":
-        arms |= {"cold": cold, **{name: replace(cold, **changes) for name, changes in CHANGES.items()}}
+        arms |= {"cold": cold, "longer": replace(cold, m_steps=4 * cold.m_steps)}
+        arms |= {name: replace(cold, **changes) for name, changes in CHANGES.items()}
     else:
         arms |= {
             "cold": cold,

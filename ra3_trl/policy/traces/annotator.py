@@ -63,7 +63,7 @@ class TraceAnnotator:
         none, rows = Counter(traced.none), source.text.split("\n")
         answers = answers_of(parse(_without_mark(source.text)) or ast.Module([], []))
         traces = list(traced.asserts.items())
-        traces += [(line, calls[0]) for line, calls in traced.calls.items()]
+        traces += [(line, calls[0]) for line, calls in traced.calls.items() if line not in traced.asserts]
         comments = []
         for line, trace in sorted(traces, key=lambda pair: pair[0]):
             text = self._say(trace, rows, answers.get(line))

@@ -34,7 +34,7 @@ FAILS, ASKS, DIFFERS = "does not hold, or not once", "asks for time, chance or a
 @dataclass(frozen=True)
 class Traced:
     """What is known of a program: traces of its assertions, by line; of its calls, by the line at which their function
-    returned (never that of one of these assertions); and how often there was `none`, by the reason."""
+    returned; and how often there was `none`, by the reason."""
 
     asserts: dict[int, Trace] = field(default_factory=dict)
     calls: dict[int, list[Trace]] = field(default_factory=dict)
