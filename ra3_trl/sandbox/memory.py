@@ -16,13 +16,16 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PIPE = 16 * _PAGE
-_LOOK = 0.02, 0.0005  # seconds between looks, at most and at least
+_LOOK = 0.02, 0.001  # seconds between looks, at most and at least
+_STOP = 0.1  # seconds that stopping may take
+_STILL = b"", b"T", b"t", b"Z", b"X"  # how a process is that does not run: ended or stopped
 _GROWTH = 8 * 2**30  # bytes a second that a processor fills at most
 _OTHERS = {name for name in os.listdir("/proc") if name.isdecimal()}  # the server, which imports this, and bubblewrap
 _OWN = re.compile(rb"^(?:RssAnon|VmSwap):\s*(\d+)", re.M)
@@ -46,7 +49,8 @@ class Count:
         pages (`int`):
             Bytes.
         faults (`int`):
-            Page faults that they had had: every page that is new since then, a copy of a shared one too, is one more.
+            Page faults that they had had before: every page that is new since then, a copy of a shared one too, is one
+            more.
     """
 
     names: set[str]
@@ -70,16 +74,15 @@ class Memory:
 
     def __init__(self, player: int, limit: int, socket: int, descriptors: int):
         self.player, self.limit, self.socket, self.descriptors = player, limit, socket, descriptors
-        self.processors = sorted(os.sched_getaffinity(0))
+        self.processors = len(os.sched_getaffinity(0))
         self.count = Count(set(), 0, 0)
 
     def wait(self) -> float:
         """Seconds until it must be looked at again; 0 if there is more than the limit.
 
         The quick count is too high where processes share pages or files. If it is above the limit, they are stopped
-        for a slow one, through their tables of pages: else they would fill more while it is made. From then on, and
-        as long as no process comes or goes, there can be no more than the slow count and a page for each fault, and
-        they leave a processor to this one, which would come late where they fill them all.
+        for a slow one, through their tables of pages. From then on, and as long as no process comes or goes, there can
+        be no more than the slow count and a page for each fault.
         """
         names = processes()
         pages, faults = _pages(names), _faults(names)
@@ -88,16 +91,14 @@ class Memory:
         held = pages + self._others(names, sum(self._files(name) for name in names))
         if held > self.limit:
             with _stopped(names):
-                for name in names:
-                    with contextlib.suppress(OSError):  # it has just ended
-                        os.sched_setaffinity(int(name), self.processors[1:] or self.processors)
-                self.count = Count(set(names), sum(_share(name) for name in names), _faults(names))
+                faults = _faults(names)  # first, for one that has not stopped yet
+                self.count = Count(set(names), sum(_share(name) for name in names), faults)
                 held = self.count.pages + self._others(
                     names, len({pipe for name in names for pipe in self._pipes(name)})
                 )
         left = self.limit - held
         most, least = _LOOK
-        return 0.0 if left < 0 else min(most, max(least, left / _GROWTH / len(self.processors)))
+        return 0.0 if left < 0 else min(most, max(least, left / _GROWTH / self.processors))
 
     def _others(self, names: list[str], pipes: int) -> int:
         """Bytes of what is no page of a process."""
@@ -132,15 +133,20 @@ class Memory:
 
 @contextlib.contextmanager
 def _stopped(names: list[str]) -> Iterator[None]:
-    """Keeps processes from running, and what they start until they have stopped, which it adds to `names`."""
+    """Keeps processes from running, and what they start until they have stopped, which it adds to `names`. Waits until
+    they are still: where processors are busy, each first ends what it does in the kernel when its turn comes."""
     stopped: set[str] = set()
     going: list[str] = []  # others were stopped by the program itself
+    end = time.monotonic() + _STOP
     try:
-        while new := [name for name in processes() if name not in stopped]:
+        while (new := [name for name in processes() if name not in stopped]) or (
+            time.monotonic() < end and not all(_stat(name)[:1] in _STILL for name in stopped)
+        ):
             stopped |= {*new}
-            going += [name for name in new if not _stat(name).startswith((b"T", b"t"))]
+            going += [name for name in new if _stat(name)[:1] not in _STILL]
             for name in new:
                 _send(name, signal.SIGSTOP)
+            time.sleep(0.0002)
         names[:] = [*stopped]
         yield
     finally:
