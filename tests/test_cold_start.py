@@ -104,8 +104,11 @@ def test_all_arms_have_the_same_updates():
         assert arms["cold_ntp"].start == arms["cold_ra3"].start and arms["cold_ra3"].e_steps
         seeded = with_seed(arms["cold_ra3"], 3)
         assert seeded.seed == seeded.start.seed == 3 and seeded.defaults and not seeded.start.defaults
-    named = cold_start(others="annotators").arms
-    assert list(named) == ["base", "ntp", "trace", "policy", "hindsight"]
+    named = cold_start(others="annotators", asked="org/model").arms
+    assert list(named) == ["base", "ntp", "trace", "policy", "hindsight", "asked"]
+    assert named["asked"] == replace(named["ntp"], annotator="org/model") and named["ntp"].functions == 48 * 8
+    assert {updates(recipe) for recipe in named.values()} == {0, 48}
+    assert "asked" not in cold_start(others="annotators").arms
     varied = cold_start(others="variants").arms
     assert varied["cold"] == cold_start().arms["cold"]
     assert cold_start(ColdRecipe(m_steps=4), others="variants").arms["longer"].m_steps == 32
@@ -127,6 +130,19 @@ def test_a_variant_writes_other_texts(mbpp, tiny_model, tokenizers, tmp_path):
     assert found["all"]["report"]["kept"] == found["lines"]["report"]["kept"] == found["all"]["report"]["proposed"] > 0
     assert found["all"]["texts"] != found["lines"]["texts"]
     assert found["none"]["report"]["kept"] == 0 and found["none"]["texts"] == texts
+
+
+def test_another_model_is_asked(mbpp, tiny_model, tokenizers, tmp_path):
+    """Random weights write lines that are no comments: each text is asked about, and stays as it is."""
+    tokenizer = tokenizers["newline_indent"]
+    for seed, name in enumerate(("student", "asked")):
+        tiny_model("llama", tokenizer, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    recipe = cold_start(ColdRecipe(mbpp=mbpp), others="annotators", asked=str(tmp_path / "asked")).arms["asked"]
+    texts = [task.text for task in cold_tasks("train", mbpp)]
+    found = annotate_texts(recipe, str(tmp_path / "student"), texts)
+    assert found["texts"] == texts and found["report"]["texts"] == 4
+    assert found["report"]["proposed"] > found["report"]["kept"] == 0
 
 
 @needs_bwrap

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traces.add_argument("--plan", action="store_true", help="say what is to be done, how long, and what is there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", help="the real checkpoint (default: the demo's SmolLM2-135M-Instruct)")
+    parser.add_argument("--annotator", help="of cold_start_annotators: another model that is asked, too, as `asked`")
     parser.add_argument("--mbpp", help="of MBPP's parts: mbpp.jsonl (default: beside the checkout, else of the Hub)")
 
 
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     form = form or Form(full=args.full)
     if vars(args).get("arms") and not args.experiment:
         raise ValueError("`--arms` is of `--experiment` and `--domain traces`; name one, or leave it out.")
+    if vars(args).get("annotator") and args.experiment != "cold_start_annotators":
+        raise ValueError("`--annotator` is of `--experiment cold_start_annotators`; leave it out.")
     if args.experiment:
         return {"experiment": args.experiment, **run_named(store, args)}
     wanted = min(2, args.seeds) if args.bases is None else args.bases
@@ -98,7 +101,8 @@ def run_named(store: Store, args: argparse.Namespace) -> dict[str, Any]:
     """The experiment of a name, with `args.arms` those of its arms."""
     experiment: Any
     if args.experiment in COLD_EXPERIMENTS:
-        experiment, go = COLD_EXPERIMENTS[args.experiment](ColdRecipe(model=args.model, mbpp=args.mbpp)), run_cold
+        make, go = COLD_EXPERIMENTS[args.experiment], run_cold
+        experiment = make(ColdRecipe(model=args.model, mbpp=args.mbpp), asked=vars(args).get("annotator"))
     elif args.experiment in REAL_EXPERIMENTS:
         experiment, go = REAL_EXPERIMENTS[args.experiment](), run_real
     else:

@@ -20,6 +20,7 @@ from ra3_trl import Policy
 from ra3_trl.analysis import Estimate
 from ra3_trl.experimental.hindsight import attach
 from ra3_trl.policy import THINKING, Annotation, Tally
+from ra3_trl.policy.prompted import LocalModel, ModelAnnotator
 from ra3_trl.policy.traces import TraceAnnotator
 from ra3_trl.policy.traces.forms import FORM
 from ra3_trl.rollout import NoiseKey
@@ -43,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # of `cold_start_variants`, one thing of
     "slower": {"learning_rate": 3e-5},
     "faster": {"learning_rate": 3e-4},
 }
+_OWN = "policy", "hindsight"  # who draws as the trainer does
 _LENGTH = 448  # tokens of a row
 _NUMBERS = tuple(entry.name for entry in fields(ColdMeasures) if entry.type == "float")
 
@@ -52,10 +54,10 @@ class ColdRecipe:
     """A stage of training on the training functions.
 
     `start`: the stage before; `None` is the checkpoint `model`, by default the demo's SmolLM2-135M-Instruct.
-    `annotator`: who proposed thoughts for the text, `"trace"`, `"policy"` (its own comments, resampled) or
-    `"hindsight"` (its own, from a prompt that knows the next lines); `None` is raw text. `keep_all`: whether those
-    stay that the student is not helped by. `prior`: probability of a thought where one is proposed, before its worth
-    is known. `form`: how a trace is written.
+    `annotator`: who proposed thoughts for the text, `"trace"`, `"policy"` (its own comments, resampled), `"hindsight"`
+    (its own, from a prompt that knows the next lines), or another model's folder or Hub id, which is asked; `None` is
+    raw text. `keep_all`: whether those stay that the student is not helped by. `prior`: probability of a thought where
+    one is proposed, before its worth is known. `form`: how a trace is written.
     """
 
     start: ColdRecipe | None = None
@@ -105,11 +107,15 @@ class ColdExperiment:
 
 
 def cold_start(
-    base: ColdRecipe | None = None, others: str | None = None, measures: ColdMeasureRecipe | None = None
+    base: ColdRecipe | None = None,
+    others: str | None = None,
+    measures: ColdMeasureRecipe | None = None,
+    asked: str | None = None,
 ) -> ColdExperiment:
     """`base`, `ntp`, `cold` (all updates on annotated text), `cold_ntp` and `cold_ra3` (half of them, then raw text),
-    `ra3`. With `others` in place of the last three: `"annotators"`, half a cold start with each, and `"variants"`,
-    `cold` with one of `CHANGES` each, and four times as long."""
+    `ra3`. With `others` in place of the last three: `"annotators"`, half a cold start with each and next-token
+    prediction, on as many texts as they see, with that of the model `asked` if there is one; and `"variants"`, `cold`
+    with one of `CHANGES` each, and four times as long."""
     base = base or ColdRecipe()
     half, e_steps = base.m_steps, base.m_steps * E_STEPS // STAGE
     ntp = replace(base, m_steps=2 * half)
@@ -117,7 +123,12 @@ def cold_start(
     cold = replace(first, m_steps=2 * half)
     arms: dict[str, ColdRecipe | None] = {"base": None, "ntp": ntp}
     if others == "annotators":
-        arms |= {name: replace(first, annotator=name) for name in ("trace", "policy", "hindsight")}
+        few = replace(base, functions=half * base.batch_size)
+        annotators = {"trace": "trace", "policy": "policy", "hindsight": "hindsight"} | (
+            {"asked": asked} if asked else {}
+        )
+        arms["ntp"] = few
+        arms |= {name: replace(few, annotator=annotator) for name, annotator in annotators.items()}
     elif others == "variants":
         arms |= {"cold": cold, "longer": replace(cold, m_steps=4 * cold.m_steps)}
         arms |= {name: replace(cold, **changes) for name, changes in CHANGES.items()}
@@ -134,7 +145,7 @@ def cold_start(
     return ColdExperiment(arms, measures)
 
 
-COLD_EXPERIMENTS: dict[str, Callable[[ColdRecipe], ColdExperiment]] = {
+COLD_EXPERIMENTS: dict[str, Callable[..., ColdExperiment]] = {
     "cold_start": cold_start,
     "cold_start_annotators": partial(cold_start, others="annotators"),
     "cold_start_variants": partial(cold_start, others="variants"),
@@ -144,7 +155,7 @@ COLD_EXPERIMENTS: dict[str, Callable[[ColdRecipe], ColdExperiment]] = {
 def with_seed(recipe: ColdRecipe, seed: int) -> ColdRecipe:
     """The recipe and those it starts from with this seed, by the defaults as they are now where latents are drawn."""
     start = None if recipe.start is None else with_seed(recipe.start, seed)
-    latents = recipe.e_steps or recipe.annotator in ("policy", "hindsight")
+    latents = recipe.e_steps or recipe.annotator in _OWN
     return replace(recipe, start=start, seed=seed, defaults=defaults() if latents else ())
 
 
@@ -193,8 +204,8 @@ def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> dict[s
     noise, annotated, tally = NoiseKey(recipe.seed, 1, 0), [], Tally()
     whole = [(text, dict[str, Any](), policy.segment(text, i)) for i, text in enumerate(texts)]
     with policy.inference():
-        if recipe.annotator == "trace":
-            annotator = TraceAnnotator(recipe.form)
+        if recipe.annotator not in _OWN:
+            annotator = annotator_of(recipe)
             annotation = Annotation(annotator, recipe.keep_all, tally)
             try:
                 found = list(annotation(policy, whole, noise))
@@ -207,6 +218,14 @@ def annotate_texts(recipe: ColdRecipe, student: str, texts: list[str]) -> dict[s
             annotated.append(policy.text(examples[0]) if len(examples) == 1 else text)
     placed = sum(len(example.placed) for examples in found for example in examples)
     return {"texts": annotated, "report": tally.report() | {"placed": placed}}
+
+
+def annotator_of(recipe: ColdRecipe) -> TraceAnnotator | ModelAnnotator:
+    """The annotator that is not the student itself."""
+    if recipe.annotator == "trace":
+        return TraceAnnotator(recipe.form)
+    assert recipe.annotator is not None
+    return ModelAnnotator(LocalModel(recipe.annotator, seed=recipe.seed))
 
 
 def run_cold(store: Store, experiment: ColdExperiment, seeds: int) -> dict[str, Any]:
