@@ -34,7 +34,17 @@ from ra3_trl.policy.prompted import (
     read_answer,
 )
 from ra3_trl.policy.prompted.annotator import NO_PLACE, SPECIAL, TOO_LONG
-from ra3_trl.policy.prompted.answers import CODE, CUT, LENGTHY, MALFORMED, NO_LINE, NOTHING, SEVERAL_LINES
+from ra3_trl.policy.prompted.answers import (
+    CODE,
+    COPIED,
+    CUT,
+    LENGTHY,
+    MALFORMED,
+    NO_LINE,
+    NOTHING,
+    SEVERAL_LINES,
+    examples_in,
+)
 from ra3_trl.policy.prompted.server import BROKEN, NO_COMPLETION, REFUSED, TIMEOUT, read_completion
 
 
@@ -84,6 +94,17 @@ def test_the_last_row_of_an_answer_that_was_cut_is_not_trusted():
     proposed = read_answer("3: # a\n5: # f ad", TEXT, cut=True)
     assert [c.line for c in proposed.comments] == [3] and proposed.dropped == {CUT: 1}
     assert len(read_answer("3: # a\n5: # f ad", TEXT).comments) == 2
+
+
+def test_the_prompts_example_is_no_comment_on_a_text():
+    """Small models repeat it. Its numbered text, in rows without a sign, is none; in another prompt nothing is."""
+    told = {"all are added up, what is missing is the division by their number", "1 + 2 + 6 = 9, and 9 / 3 = 3.0"}
+    assert examples_in(Prompt.read().template) == told and examples_in("Say # a or # b of 1 | # x: {text}") == set()
+    answer = "3: #1 + 2 + 6 = 9, and 9 / 3 = 3.0\n5: # f(1) is 1 + 1"
+    for prompt, lines in ((None, [5]), (Prompt("{text}"), [3, 5])):
+        (proposed,) = ModelAnnotator(Says(answer), prompt).propose([Source(TEXT, (3, 5))])
+        assert [comment.line for comment in proposed.comments] == lines
+        assert proposed.dropped == ({} if prompt else {COPIED: 1})
 
 
 hostile = st.one_of(

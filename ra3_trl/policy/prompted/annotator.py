@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..annotators import Proposed, Source
-from .answers import read_answer
+from .answers import examples_in, read_answer
 from .prompt import Prompt
 
 
@@ -97,7 +97,7 @@ class ModelAnnotator:
     def propose(self, sources: Sequence[Source]) -> Iterator[Proposed]:
         reasons = [self._not_asked(source) for source in sources]
         asked = [self.prompt(source.text) for source, reason in zip(sources, reasons, strict=True) if not reason]
-        answers = self.model.write(asked)
+        answers, examples = self.model.write(asked), examples_in(self.prompt.template)
         for source, reason in zip(sources, reasons, strict=True):
             if reason:
                 yield Proposed(none={reason: 1})
@@ -107,7 +107,7 @@ class ModelAnnotator:
                 requests=answer.none is None, prompt_tokens=answer.prompt_tokens, answer_tokens=answer.answer_tokens
             )
             if answer.none is None:
-                yield read_answer(answer.text, source.text, answer.cut)
+                yield read_answer(answer.text, source.text, answer.cut, examples)
             else:
                 yield Proposed(none={answer.none: 1})
 

@@ -7,6 +7,7 @@ import ast
 import re
 import warnings
 from collections import Counter
+from collections.abc import Collection
 
 from ..annotators import Comment, Proposed
 
@@ -14,7 +15,7 @@ from ..annotators import Comment, Proposed
 # Why a piece of an answer is no proposal.
 MALFORMED, NO_LINE = "not of the form NUMBER: # COMMENT", "no such line"
 CODE, SEVERAL_LINES, CUT = "code in place of a comment", "goes over several lines", "cut off by the longest answer"
-LENGTHY = "longer than 1000 characters"
+LENGTHY, COPIED = "longer than 1000 characters", "copied from the prompt's example"
 NOTHING = "the annotator says nothing"
 
 _LONGEST = 1000  # characters; what is said in a line has fewer
@@ -24,7 +25,18 @@ _FENCE = re.compile(r"\s*(?:```|~~~)")
 _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def read_answer(answer: str, text: str, cut: bool = False) -> Proposed:
+def examples_in(prompt: str) -> frozenset[str]:
+    """The comments that a prompt has as rows of an answer, `NUMBER: # COMMENT`: small models say them of any text.
+
+    Example:
+        >>> examples_in("1 | x = 1\\n\\n1: # x is 1")
+        frozenset({'x is 1'})
+    """
+    rows = filter(None, map(_ROW.fullmatch, prompt.splitlines()))
+    return frozenset(_said(row[2]) for row in rows if _SIGN.match(row[2]))
+
+
+def read_answer(answer: str, text: str, cut: bool = False, examples: Collection[str] = ()) -> Proposed:
     """Reads the comments in an answer about `text`.
 
     A comment is a row `NUMBER: # COMMENT`; the sign may be missing where what follows is no code, and rows may stand
@@ -34,6 +46,8 @@ def read_answer(answer: str, text: str, cut: bool = False) -> Proposed:
     Args:
         cut (`bool`, *optional*, defaults to `False`):
             Whether the answer ended by its length, so that its last row may be half of one.
+        examples (`Collection[str]`, *optional*):
+            Comments of the prompt's own, which are none on this text.
 
     Example:
         >>> read_answer("2: # x is 1\\n\\nHope it helps", "x = 1\\nprint(x)").comments
@@ -52,12 +66,12 @@ def read_answer(answer: str, text: str, cut: bool = False) -> Proposed:
         match = _ROW.fullmatch(row)
         if match:
             comment = Comment(int(match[1]), match[2])
-            reason = CUT if cut and number == len(rows) - 1 else _reason(comment, last)
+            reason = CUT if cut and number == len(rows) - 1 else _reason(comment, last, examples)
             begun, swallows = reason is None, False
             if reason:
                 dropped[reason] += 1
             else:
-                comments.append(Comment(comment.line, f" {_SIGN.sub('', comment.text, count=1).strip()}"))
+                comments.append(Comment(comment.line, f" {_said(comment.text)}"))
         elif not row.strip() or _FENCE.match(row):
             begun = swallows = False
         elif begun:
@@ -69,15 +83,22 @@ def read_answer(answer: str, text: str, cut: bool = False) -> Proposed:
     return Proposed(tuple(comments), {} if comments or dropped else {NOTHING: 1}, dropped)
 
 
-def _reason(comment: Comment, last: int) -> str | None:
+def _said(text: str) -> str:
+    """A row without its number and sign."""
+    return _SIGN.sub("", text, count=1).strip()
+
+
+def _reason(comment: Comment, last: int, examples: Collection[str]) -> str | None:
     """Why a row of an answer is no comment on a text of `last` lines, `None` if it is one."""
-    sign, said = _SIGN.match(comment.text), _SIGN.sub("", comment.text, count=1).strip()
+    sign, said = _SIGN.match(comment.text), _said(comment.text)
     if not 1 <= comment.line <= last:
         return NO_LINE
     if not said:
         return MALFORMED
     if len(said) > _LONGEST:
         return LENGTHY
+    if said in examples:
+        return COPIED
     return None if sign or not _is_code(said) else CODE
 
 
