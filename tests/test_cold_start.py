@@ -16,12 +16,21 @@ from conftest import needs_bwrap
 from benchmarks import traces
 from benchmarks.replication.cold_data import ColdTask, cold_tasks, with_traces
 from benchmarks.replication.cold_measure import ColdMeasureRecipe, held_out, is_right
-from benchmarks.replication.cold_start import CHANGES, ColdRecipe, annotate_texts, cold_start, run_cold, with_seed
+from benchmarks.replication.cold_start import (
+    CHANGES,
+    ColdRecipe,
+    annotate_texts,
+    annotator_of,
+    cold_start,
+    run_cold,
+    with_seed,
+)
 from benchmarks.replication.store import Store
 from benchmarks.traces import stated
 from ra3_trl import Policy
 from ra3_trl.losses import compute_returns
 from ra3_trl.policy.annotators import as_latent
+from ra3_trl.policy.prompted.answers import MALFORMED
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,10 +148,11 @@ def test_another_model_is_asked(mbpp, tiny_model, tokenizers, tmp_path):
         tiny_model("llama", tokenizer, seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     recipe = cold_start(ColdRecipe(mbpp=mbpp), others="annotators", asked=str(tmp_path / "asked")).arms["asked"]
+    assert annotator_of(recipe).name == str(tmp_path / "asked")
     texts = [task.text for task in cold_tasks("train", mbpp)]
     found = annotate_texts(recipe, str(tmp_path / "student"), texts)
     assert found["texts"] == texts and found["report"]["texts"] == 4
-    assert found["report"]["proposed"] > found["report"]["kept"] == 0
+    assert found["report"]["kept"] == 0 and MALFORMED in found["report"]["dropped"]
 
 
 @needs_bwrap

@@ -508,9 +508,10 @@ def test_some_arms_of_an_experiment():
     args = argparse.Namespace(cache="x", threads=1, full=False, experiment=None, arms=["base"])
     with pytest.raises(ValueError, match="`--arms` is of `--experiment` and `--domain traces`; name one"):
         run(args)
-    args = argparse.Namespace(cache="x", threads=1, full=False, experiment="cold_start", arms=None, annotator="x")
-    with pytest.raises(ValueError, match="`--annotator` is of `--experiment cold_start_annotators`; leave it out"):
-        run(args)
+    for other in ({"experiment": "cold_start"}, {"experiment": None, "domain": "traces"}):
+        args = argparse.Namespace(cache="x", threads=1, full=False, arms=None, annotator="x", **other)
+        with pytest.raises(ValueError, match="`--annotator` is of `--experiment cold_start_annotators`; leave it out"):
+            run(args)
 
 
 def test_an_experiment_at_toy_size(tmp_path, monkeypatch):

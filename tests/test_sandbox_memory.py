@@ -62,11 +62,24 @@ def test_it_waits_until_a_stopped_process_is_still(monkeypatch):
     monkeypatch.setattr(memory, "processes", lambda: ["7"])
     monkeypatch.setattr(memory, "_stat", lambda name: seen.append(next(states)) or seen[-1])
     monkeypatch.setattr(memory, "_send", lambda name, number: seen.append(number))
+    monkeypatch.setattr(memory, "_STOP", 60.0)
     names = ["7"]
     with memory._stopped(names):
         seen.append("counted")
     assert seen == [b"R 1", signal.SIGSTOP, b"R 1", b"R 1", b"T 1", "counted", signal.SIGCONT]
     assert names == ["7"]
+
+
+def test_it_does_not_wait_for_ever(monkeypatch):
+    """A process that waits in the kernel, as for what it started, is counted as it is."""
+    sent, looks = [], iter([b"D 1"] * 10_000)
+    monkeypatch.setattr(memory, "processes", lambda: ["7"])
+    monkeypatch.setattr(memory, "_stat", lambda name: next(looks))
+    monkeypatch.setattr(memory, "_send", lambda name, number: sent.append(number))
+    monkeypatch.setattr(memory, "_STOP", 0.01)
+    with memory._stopped(["7"]):
+        assert sent == [signal.SIGSTOP]
+    assert sent == [signal.SIGSTOP, signal.SIGCONT]
 
 
 def test_what_is_filled_during_a_slow_count_is_not_lost(monkeypatch):

@@ -70,6 +70,8 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     Raises:
         `ValueError`: for arms that there are none of.
     """
+    if vars(args).get("annotator") and args.experiment != "cold_start_annotators":
+        raise ValueError("`--annotator` is of `--experiment cold_start_annotators`; leave it out.")
     disable_progress_bars()
     torch.set_num_threads(args.threads)
     store = Store(args.cache)
@@ -78,8 +80,6 @@ def run(args: argparse.Namespace, form: Form | None = None) -> dict[str, Any]:
     form = form or Form(full=args.full)
     if vars(args).get("arms") and not args.experiment:
         raise ValueError("`--arms` is of `--experiment` and `--domain traces`; name one, or leave it out.")
-    if vars(args).get("annotator") and args.experiment != "cold_start_annotators":
-        raise ValueError("`--annotator` is of `--experiment cold_start_annotators`; leave it out.")
     if args.experiment:
         return {"experiment": args.experiment, **run_named(store, args)}
     wanted = min(2, args.seeds) if args.bases is None else args.bases

@@ -124,11 +124,9 @@ def cold_start(
     arms: dict[str, ColdRecipe | None] = {"base": None, "ntp": ntp}
     if others == "annotators":
         few = replace(base, functions=half * base.batch_size)
-        annotators = {"trace": "trace", "policy": "policy", "hindsight": "hindsight"} | (
-            {"asked": asked} if asked else {}
-        )
         arms["ntp"] = few
-        arms |= {name: replace(few, annotator=annotator) for name, annotator in annotators.items()}
+        arms |= {name: replace(few, annotator=name) for name in ("trace", *_OWN)}
+        arms |= {"asked": replace(few, annotator=asked)} if asked else {}
     elif others == "variants":
         arms |= {"cold": cold, "longer": replace(cold, m_steps=4 * cold.m_steps)}
         arms |= {name: replace(cold, **changes) for name, changes in CHANGES.items()}
@@ -225,7 +223,7 @@ def annotator_of(recipe: ColdRecipe) -> TraceAnnotator | ModelAnnotator:
     if recipe.annotator == "trace":
         return TraceAnnotator(recipe.form)
     assert recipe.annotator is not None
-    return ModelAnnotator(LocalModel(recipe.annotator, seed=recipe.seed))
+    return ModelAnnotator(LocalModel(recipe.annotator))
 
 
 def run_cold(store: Store, experiment: ColdExperiment, seeds: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PIPE = 16 * _PAGE
-_LOOK = 0.02, 0.001  # seconds between looks, at most and at least
+_LOOK = 0.02, 0.001  # seconds between looks, at most and at least; `poll` knows no part of a millisecond
 _STOP = 0.1  # seconds that stopping may take
 _STILL = b"", b"T", b"t", b"Z", b"X"  # how a process is that does not run: ended or stopped
 _GROWTH = 8 * 2**30  # bytes a second that a processor fills at most
